@@ -1,0 +1,35 @@
+"""DeepSeek-V2 for transformers, attending to compressed latents. Importing registers it with every Auto class."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
+from .latent_cache import LatentCache
+from .modeling_deepseek_v2 import (
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+    DeepseekV2Model,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "DeepseekV2Config",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2ForSequenceClassification",
+    "DeepseekV2ForTokenClassification",
+    "DeepseekV2Model",
+    "LatentCache",
+]
+
+AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
+AutoConfig.register("deepseek", DeepseekFirstUploadConfig, exist_ok=True)
+AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)
+AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)

@@ -1,0 +1,291 @@
+"""Every option of DeepSeek-V2: read once, checked once, written so that every client can read it back."""
+
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import DeepseekV2Config as NativeConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+@strict
+class DeepseekV2Config(PreTrainedConfig):
+    r"""Configuration of a DeepSeek-V2 model (MLA attention, DeepSeekMoE feed-forward).
+
+    Field names and defaults are those of DeepSeek's published `configuration_deepseek.py`. `n_routed_experts=None`
+    makes every layer dense; `n_shared_experts=None` leaves the shared expert out; `q_lora_rank=None` projects queries
+    in one step (V2-Lite). Widths: `kv_lora_rank` is c, `qk_nope_head_dim` n, `qk_rope_head_dim` r, `v_head_dim` v.
+
+    RoPE is given as `rope_parameters` (transformers 5) or as `rope_theta` and `rope_scaling` (everything older); both
+    forms are written to config.json, and must agree where both are given.
+
+    Raises:
+        ValueError: at construction, naming the field, what was expected, what came and what to do.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434) §2 and §3.1.2, and the config.json files of the release.
+    """
+
+    model_type = "deepseek_v2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "n_routed_experts"}
+    # the same modules under the same names, so the plans of the installed transformers hold here too
+    base_model_tp_plan = NativeConfig.base_model_tp_plan
+    base_model_pp_plan = NativeConfig.base_model_pp_plan
+    base_model_ep_plan = NativeConfig.base_model_ep_plan
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+
+    # MLA
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+
+    # feed-forward
+    hidden_act: str = "silu"
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+
+    # router
+    topk_method: str = "greedy"
+    scoring_func: str = "softmax"
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float | int = 1.0
+    output_router_logits: bool = False
+
+    classifier_dropout: float | int = 0.1
+
+    # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
+    aux_loss_alpha: float | int = 0.001
+    seq_aux: bool = True
+    ep_size: int = 1
+    pretraining_tp: int = 1
+
+    def __post_init__(self, **kwargs: Any):
+        _refuse_other_architectures(kwargs)
+        kwargs.pop("model_type", None)
+        self.rope_parameters = _merge_rope(
+            self.rope_parameters, kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
+        )
+        # DeepSeek's own class misspells its default, and dense checkpoints written by it carry the misspelling
+        if self.topk_method == "gready":
+            self.topk_method = "greedy"
+        # vLLM and SGLang refuse null here; one group of all experts is the same router
+        self.n_group = 1 if self.n_group is None else self.n_group
+        self.topk_group = 1 if self.topk_group is None else self.topk_group
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for derived in ("qk_head_dim", "head_dim"):
+            kwargs.pop(derived, None)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers, except that overrides in `kwargs` pass the same checks as the file's own values."""
+        _refuse_other_architectures(config_dict)
+        if config_dict.get("model_type") == "deepseek" and "kv_lora_rank" not in config_dict:
+            raise ValueError(
+                "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
+                "expected a DeepSeek-V2 config.json."
+            )
+        config_dict = dict(config_dict)
+        names = {field.name for field in fields(cls)} - {"dtype"} | set(_LEGACY_ROPE)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        if "rope_parameters" in overrides:
+            config_dict.pop("rope_theta", None), config_dict.pop("rope_scaling", None)
+        elif not overrides.keys().isdisjoint(_LEGACY_ROPE):
+            given = (config_dict.pop(name, None) for name in ("rope_parameters", *_LEGACY_ROPE))
+            config_dict.update(zip(_LEGACY_ROPE, _split_rope(_merge_rope(*given))))
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head, n + r."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def head_dim(self) -> int:
+        """r: where transformers looks for the width that RoPE rotates."""
+        return self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` (from 0) holds experts rather than a dense MLP."""
+        return (
+            self.n_routed_experts is not None
+            and layer_idx >= self.first_k_dense_replace
+            and layer_idx % self.moe_layer_freq == 0
+        )
+
+    @property
+    def cached_width(self) -> int:
+        """Elements cached per token and layer, c + r (paper 2.1.3)."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def validate_architecture(self):
+        """Refuses what this architecture cannot mean; transformers calls it again before saving."""
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
+            "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size moe_layer_freq max_position_embeddings"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("q_lora_rank", "n_routed_experts", "n_shared_experts"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or null to leave it out, got {getattr(self, name)}.")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim must be even, since RoPE rotates pairs, got {self.qk_rope_head_dim}; "
+                f"use {self.qk_rope_head_dim + 1} or {self.qk_rope_head_dim - 1}."
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}), since MLA expands "
+                f"one latent for every head, got {self.num_key_value_heads}; leave it out."
+            )
+        if self.first_k_dense_replace < 0:
+            raise ValueError(f"first_k_dense_replace must be 0 or more, got {self.first_k_dense_replace}.")
+        if self.scoring_func != "softmax":
+            raise ValueError(
+                f"scoring_func must be 'softmax', got {self.scoring_func!r}; other scores belong to DeepSeek-V3."
+            )
+        if self.topk_method not in ("greedy", "group_limited_greedy"):
+            raise ValueError(
+                f"topk_method must be 'greedy' or 'group_limited_greedy', got {self.topk_method!r}; "
+                "'noaux_tc' belongs to DeepSeek-V3."
+            )
+        if self.n_routed_experts is not None:
+            self._validate_routing()
+
+    def _validate_routing(self):
+        e, k, groups, kept = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        if k is None or not 1 <= k <= e:
+            raise ValueError(f"num_experts_per_tok must lie between 1 and n_routed_experts ({e}), got {k}.")
+        if self.topk_method == "greedy":
+            return
+        if groups < 1 or e % groups:
+            raise ValueError(
+                f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {groups}; "
+                "use a divisor, or topk_method='greedy'."
+            )
+        if not 1 <= kept <= groups:
+            raise ValueError(f"topk_group must lie between 1 and n_group ({groups}), got {kept}.")
+        if k > kept * (e // groups):
+            raise ValueError(
+                f"num_experts_per_tok ({k}) is above what the chosen groups hold: topk_group ({kept}) x "
+                f"{e // groups} experts per group = {kept * (e // groups)}; lower it or raise topk_group."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it, and beside it the older spelling of the same facts for every other client."""
+        output = super().to_dict()
+        output["rope_theta"], output["rope_scaling"] = _split_rope(output["rope_parameters"])
+        # names files that only exist beside the checkpoint this config was read from
+        if self._auto_class is None:
+            output.pop("auto_map", None)
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        if "dtype" in output:
+            output["torch_dtype"] = output["dtype"]
+        return output
+
+
+class DeepseekFirstUploadConfig(PreTrainedConfig):
+    """Reads the config.json of DeepSeek-V2's first upload, whose `model_type` still was "deepseek"."""
+
+    model_type = "deepseek"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Returns a `DeepseekV2Config`, or raises ValueError for DeepSeek-MoE 16B, which has no MLA."""
+        return DeepseekV2Config.from_dict(config_dict, **kwargs)
+
+
+def _refuse_other_architectures(given: dict[str, Any]) -> None:
+    if given.get("model_type", "deepseek_v2") not in ("deepseek_v2", "deepseek"):
+        raise ValueError(
+            f"model_type must be 'deepseek_v2', got {given['model_type']!r}, another architecture; "
+            "load it with transformers' own class."
+        )
+    if given.get("use_mla", True) is False:
+        raise ValueError(
+            "use_mla must be true, got false: this checkpoint has plain attention (DeepSeek-VL2-Tiny, DeepSeek-OCR), "
+            "not latent attention; load it with DeepSeek's own code."
+        )
+    if given.get("mlp_bias"):
+        raise ValueError("mlp_bias must be false, got true: no MLP of DeepSeek-V2 has a bias.")
+
+
+_LEGACY_ROPE = ("rope_theta", "rope_scaling")
+
+
+def _merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scaling: dict | None) -> dict[str, Any]:
+    """One dict in transformers 5's form from either spelling, or from both where they agree."""
+    current = _canonical_rope(rope_parameters)
+    legacy = _canonical_rope(rope_scaling)
+    if rope_theta is not None:
+        legacy.setdefault("rope_theta", rope_theta)
+    for name in current.keys() & legacy.keys():
+        if current[name] != legacy[name]:
+            raise ValueError(
+                f"rope_parameters and the older rope_theta/rope_scaling must agree, got {name} = {current[name]!r} "
+                f"and {legacy[name]!r}; change both or leave one out."
+            )
+    rope = {"rope_theta": 10000.0, "rope_type": "default"} | legacy | current
+    _validate_rope(rope)
+    return rope
+
+
+def _split_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """`rope_theta` and `rope_scaling`, as DeepSeek's own config.json has them."""
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
+    return rope["rope_theta"], None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **scaling}
+
+
+def _canonical_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+    rope = dict(rope or {})
+    old_name = rope.pop("type", None)
+    if old_name is not None:
+        rope.setdefault("rope_type", old_name)
+    return rope
+
+
+def _validate_rope(rope: dict[str, Any]) -> None:
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    if rope["rope_type"] not in known:
+        raise ValueError(f"rope_type must be one of {', '.join(known)}, got {rope['rope_type']!r}.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; qk_rope_head_dim says what rotates."
+        )
+    if rope["rope_type"] == "yarn":
+        for name in ("factor", "original_max_position_embeddings"):
+            if rope.get(name) is None or rope[name] <= 0:
+                raise ValueError(f"yarn needs a positive {name} in rope_scaling, got {rope.get(name)}.")

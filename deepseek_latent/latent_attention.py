@@ -1,0 +1,226 @@
+"""Multi-head Latent Attention: the projections, the write to the cache, and the choice of path.
+
+Letters: b batch, s new tokens, t all visible tokens, h heads, d model width, n/r/v content, rotary and value width
+per head, c KV latent width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from .configuration_deepseek_v2 import DeepseekV2Config
+from .latent_ops import (
+    UpProjection,
+    absorbed_attention,
+    absorbing_is_cheaper,
+    expanded_attention,
+    explicit_attention,
+    fused_attention,
+)
+from .rotary import rotate, softmax_scale
+
+
+class DeepseekV2Attention(nn.Module):
+    """Caches one latent and one rotary key per token and attends to them as they are.
+
+    Three routes lead to the same numbers. Where the up-projection can be read exactly (`up_projections`), few new
+    tokens take `absorbed_attention` and many take `expanded_attention`; everywhere else, and in training,
+    `kv_b_proj` is called as the module it is and the attention function the user named does the rest.
+    Source: DeepSeek-V2 (arXiv:2405.04434) 2.1, eqs. 9-19 and 37-47.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.num_key_value_groups = 1  # transformers' attention functions ask; every head has its own expanded key
+        self.scaling = softmax_scale(config)
+
+        d, h, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, h * (self.n + self.r), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=config.attention_bias)
+            # the latents' norms keep eps 1e-6 whatever rms_norm_eps is, as in the release
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, h * (self.n + self.r), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, c + self.r, bias=config.attention_bias)
+        self.kv_a_layernorm = nn.RMSNorm(c, eps=1e-6)
+        self.kv_b_proj = nn.Linear(c, h * (self.n + self.v), bias=False)
+        self.o_proj = nn.Linear(h * self.v, d, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [b s d]
+        position_embeddings: tuple[Tensor, Tensor],  # cos, sin [b s r/2]
+        attention_mask: Tensor | BlockMask | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
+        q_content, q_rotary = self.project_queries(hidden_states, position_embeddings)
+        latent, k_rotary = self.project_latents(hidden_states, position_embeddings)
+        # the cache is written and read while keys and values are still compressed
+        if past_key_values is not None:
+            latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
+        if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.config._attn_implementation):
+            latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
+
+        wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
+        up_projections = None if wants_weights or torch.is_grad_enabled() else self.up_projections()
+        attend = self.choose_path(hidden_states.shape[1], latent.shape[2], attention_mask)
+        if up_projections is None or attend is None:
+            keys, values = self.expand_kv(latent, k_rotary)
+            queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
+            context, weights = self.attention_function(wants_weights)(
+                self,
+                queries,
+                keys,
+                values,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            return self.o_proj(context.flatten(2)), weights
+
+        mask = dense_mask(attention_mask, hidden_states.shape[1], latent.shape[2])
+        latents = (latent[:, 0], k_rotary[:, 0])
+        context = attend(q_content, q_rotary, *latents, *up_projections, mask=mask, scale=self.scaling)
+        return self.o_proj(context.flatten(2)), None
+
+    def project_queries(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[b s d] to q_content [b s h n] and q_rotary [b s h r], rotated (eqs. 12-14)."""
+        if self.config.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        # -1, since a tensor-parallel rank has only its share of the heads
+        queries = queries.view(*hidden_states.shape[:2], -1, self.n + self.r)
+        q_content, q_rotary = queries.split((self.n, self.r), dim=-1)
+        return q_content, rotate(q_rotary, *rotation)
+
+    def project_latents(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[b s d] to what is cached: latents [b 1 s c] after their norm, rotated keys [b 1 s r] (eqs. 9, 15)."""
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latent, k_rotary = compressed.split((self.config.kv_lora_rank, self.r), dim=-1)
+        return self.kv_a_layernorm(latent)[:, None], rotate(k_rotary, *rotation)[:, None]
+
+    def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """[b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v], by calling `kv_b_proj` (eqs. 10-11, 17).
+
+        Two arguments in, a pair out: by this shape vLLM's transformers backend finds the place to put its own MLA.
+        """
+        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.n + self.v)).transpose(1, 2)
+        k_content, values = expanded.split((self.n, self.v), dim=-1)
+        return torch.cat((k_content, k_rotary.expand(-1, k_content.shape[1], -1, -1)), dim=-1), values
+
+    def up_projections(self) -> tuple[UpProjection, UpProjection] | None:
+        """W^UK [h n c] and W^UV [h v c] as `kv_b_proj` applies them at this moment, or None if only a call can tell."""
+        effective = effective_weight(self.kv_b_proj)
+        if effective is None:
+            return None
+        weight, factors = effective
+        w_uk, w_uv = weight.unflatten(0, (-1, self.n + self.v)).split((self.n, self.v), dim=1)
+        per_head = [(b.unflatten(0, (-1, self.n + self.v)).split((self.n, self.v), dim=1), a) for b, a in factors]
+        return (
+            UpProjection(w_uk, tuple((b_uk, a) for (b_uk, _), a in per_head)),
+            UpProjection(w_uv, tuple((b_uv, a) for (_, b_uv), a in per_head)),
+        )
+
+    def choose_path(self, s: int, t: int, mask: Tensor | BlockMask | None):
+        """The cheaper of `absorbed_attention` and `expanded_attention`, or None for the user's attention function.
+
+        `attn_implementation` says how expanded attention is computed, so only "sdpa" takes ours. Decoding absorbs
+        under every name, as far as the mask made for that name can be read.
+        """
+        implementation = self.config._attn_implementation
+        # flash's masks say nothing about order among several queries, and what other functions expect is unknown
+        readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
+        if isinstance(mask, Tensor) and mask.shape[-1] != t:
+            readable = False
+        if readable and absorbing_is_cheaper(s, t, c=self.config.kv_lora_rank, n=self.n, v=self.v):
+            return absorbed_attention
+        return expanded_attention if implementation == "sdpa" else None
+
+    def attention_function(self, wants_weights: bool):
+        if wants_weights:
+            return explicit_attention_forward
+        return ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, explicit_attention_forward)
+
+
+def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """The weight [out in] by which `linear` acts, and pairs (B [out k], A [k in]) whose products add to it.
+
+    Knows a bare Linear and peft's plain LoRA on one. Anything else that may stand around a projection (DoRA, 8-bit
+    weights, hooks, offloading, sharding, dropout at work) is None: its effect is known only to its own forward.
+    """
+    if _is_bare(linear):
+        return linear.weight, []
+    # .weight of a LoRA-wrapped layer is the base weight; the adapters' share must be added.
+    if (type(linear).__module__, type(linear).__name__) != ("peft.tuners.lora.layer", "Linear"):
+        return None
+    if not _is_bare(linear.base_layer) or linear.training or linear.fan_in_fan_out or _has_hooks(linear):
+        return None
+    weight = linear.base_layer.weight
+    if linear.merged:
+        # peft unmerges on the next call where an adapter is both merged and disabled
+        return None if linear.disable_adapters else (weight, [])
+    factors = []
+    for name in () if linear.disable_adapters else linear.active_adapters:
+        if name not in linear.lora_A:
+            continue
+        a, b = linear.lora_A[name], linear.lora_B[name]
+        if name in linear.lora_variant or not (_is_bare(a) and _is_bare(b)):
+            return None
+        factors.append((b.weight * linear.scaling[name], a.weight))
+    return weight, factors
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    if type(linear) is not nn.Linear or linear.bias is not None or _has_hooks(linear):
+        return False
+    weight = linear.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # accelerate replaces `forward` on the instance
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:
+    """A mask made for any attention function as None, or as [b 1 s t], boolean or additive."""
+    if isinstance(mask, BlockMask):
+        batch, heads = mask.shape[:2]
+        return create_mask(mask.mask_mod, batch, heads, s, t, device=mask.kv_indices.device)
+    if mask is not None and mask.dim() == 2:
+        return mask[:, None, None, :].bool()
+    return mask
+
+
+def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:
+    """No mask although more is stored than is new: the unwritten tail of a static cache, left to us to cut off."""
+    return attention_mask is None and 1 < hidden_states.shape[1] < latent.shape[2] and implementation == "sdpa"
+
+
+def explicit_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
+    """`explicit_attention` by the calling convention of transformers' attention functions."""
+    mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
+    context, weights = explicit_attention(query, key, value, mask=mask, scale=scaling, dropout=dropout)
+    return context.transpose(1, 2), weights
+
+
+def fused_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
+    """`fused_attention` by the calling convention of transformers' attention functions."""
+    context = fused_attention(query, key, value, mask=attention_mask, scale=scaling, dropout=dropout)
+    return context.transpose(1, 2), None
+
+
+# a local table, as transformers asks for: only here "sdpa" pads the values
+ATTENTION_FUNCTIONS = AttentionInterface()
+ATTENTION_FUNCTIONS["sdpa"] = fused_attention_forward

@@ -1,0 +1,194 @@
+"""Latent attention as functions without state: the absorbed form, the expanded form, and what both share.
+
+Letters: b batch, s query tokens, t all visible tokens, h heads, n content, r rotary, v value width, c latent width.
+A mask is None (causal: s == t, or one query that sees everything), boolean (True where a query may look) or additive,
+of shape [b 1 s t] or [b h s t].
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# bounds on what one block of work may allocate: scores in float32 and expanded keys or values
+SCORES_PER_BLOCK = 1 << 24
+EXPANDED_PER_BLOCK = 1 << 25
+
+
+class UpProjection(NamedTuple):
+    """W^UK or W^UV per head, as it acts: a weight and, for each LoRA adapter on it, two factors.
+
+    weight   [h m c]   m is n for keys, v for values
+    factors  pairs (B [h m k], A [k c]) with the adapter's scaling inside B; the effective weight is weight + sum B A
+    """
+
+    weight: Tensor
+    factors: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def absorb(self, x: Tensor) -> Tensor:
+        """x W: [b s h m] to [b s h c], in the dtype of x."""
+        y = torch.einsum("bshm,hmc->bshc", x, self.weight)
+        for b, a in self.factors:
+            y = y + torch.einsum("bshm,hmk->bshk", x.to(b.dtype), b).matmul(a).to(x.dtype)
+        return y
+
+    def expand(self, x: Tensor) -> Tensor:
+        """W x: latents or latent contexts [b s h c] to [b s h m], in the dtype of x."""
+        y = torch.einsum("bshc,hmc->bshm", x, self.weight)
+        for b, a in self.factors:
+            y = y + torch.einsum("bshk,hmk->bshm", x.to(a.dtype).matmul(a.T), b).to(x.dtype)
+        return y
+
+    def heads(self, first: int, last: int) -> "UpProjection":
+        return UpProjection(self.weight[first:last], tuple((b[first:last], a) for b, a in self.factors))
+
+    def effective_weight(self) -> Tensor:
+        """The weight [h m c] with every adapter added."""
+        weight = self.weight
+        for b, a in self.factors:
+            weight = (weight + torch.einsum("hmk,kc->hmc", b, a)).to(self.weight.dtype)
+        return weight
+
+
+def absorbed_attention(
+    q_content: Tensor,  # [b s h n]
+    q_rotary: Tensor,  # [b s h r]  rotated
+    latent: Tensor,  # [b t c]    cached, after kv_a_layernorm
+    k_rotary: Tensor,  # [b t r]    cached, rotated, one for all heads
+    w_uk: UpProjection,
+    w_uv: UpProjection,
+    *,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # [b s h v]
+    """Latent attention that never expands the cache into keys and values.
+
+    Moves the key up-projection onto the query and the value up-projection onto the result, because
+    q . (W_UK c) = (q W_UK) . c. Equal to `expanded_attention` in exact arithmetic; cheaper for few queries, since no
+    term costs t h c (n + v). Query tokens go in blocks, so that scores stay bounded whatever t is.
+
+    Softmax in float32; result in the dtype of `latent`.
+    Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2 and Appendix C, eqs. 37-47.
+    """
+    q_absorbed = w_uk.absorb(q_content)
+    mask = causal_mask(q_content.shape[1], latent.shape[1], mask, latent.device)
+    num_heads = q_content.shape[2]
+    tokens_per_block = max(SCORES_PER_BLOCK // (latent.shape[0] * num_heads * latent.shape[1]), 1)
+    contexts = []
+    for first in range(0, q_content.shape[1], tokens_per_block):
+        block = slice(first, first + tokens_per_block)
+        # all heads read the same latents, so tokens and heads together are the rows of one product
+        scores = q_absorbed[:, block].flatten(1, 2) @ latent.mT + q_rotary[:, block].flatten(1, 2) @ k_rotary.mT
+        scores = scores.unflatten(1, (-1, num_heads))  # [b s h t]
+        visible = None if mask is None else mask[:, :, block].transpose(1, 2)
+        weights = masked_softmax(scores, visible, scale).to(latent.dtype)
+        contexts.append((weights.flatten(1, 2) @ latent).unflatten(1, (-1, num_heads)))
+    latent_context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
+    return w_uv.expand(latent_context)
+
+
+def expanded_attention(
+    q_content: Tensor,  # [b s h n]
+    q_rotary: Tensor,  # [b s h r]  rotated
+    latent: Tensor,  # [b t c]
+    k_rotary: Tensor,  # [b t r]
+    w_uk: UpProjection,
+    w_uv: UpProjection,
+    *,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # [b s h v]
+    """Latent attention by expanding the latents into keys and values, a block of heads at a time.
+
+    Same arguments and, in exact arithmetic, same result as `absorbed_attention`; cheaper for many queries, since each
+    score costs n + r and not c + r. Only one block of heads is ever expanded, so the memory above the result is
+    bounded by EXPANDED_PER_BLOCK elements or one head. Source: DeepSeek-V2 (arXiv:2405.04434) eqs. 9-19.
+    """
+    batch, num_tokens, num_heads, _ = q_content.shape
+    per_head = batch * latent.shape[1] * (q_content.shape[-1] + q_rotary.shape[-1])
+    heads_per_block = min(max(EXPANDED_PER_BLOCK // per_head, 1), num_heads)
+    context = latent.new_empty(batch, num_tokens, num_heads, w_uv.weight.shape[1])
+    for first in range(0, num_heads, heads_per_block):
+        last = min(first + heads_per_block, num_heads)
+        keys, values = (_expand_latents(latent, w.heads(first, last)) for w in (w_uk, w_uv))
+        keys = torch.cat((keys, k_rotary[:, None].expand(-1, last - first, -1, -1)), dim=-1)
+        queries = torch.cat((q_content[:, :, first:last], q_rotary[:, :, first:last]), dim=-1).transpose(1, 2)
+        visible = mask[:, first:last] if mask is not None and mask.shape[1] > 1 else mask
+        context[:, :, first:last] = fused_attention(queries, keys, values, mask=visible, scale=scale).transpose(1, 2)
+    return context
+
+
+def _expand_latents(latent: Tensor, w: UpProjection) -> Tensor:
+    """[b t c] and [h m c] to [b h t m]."""
+    weight = w.effective_weight()
+    return F.linear(latent, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+
+
+def fused_attention(
+    queries: Tensor,  # [b h s n+r]
+    keys: Tensor,  # [b h t n+r]
+    values: Tensor,  # [b h t v]
+    *,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:  # [b h s v]
+    """Scaled dot-product attention whose narrower side is padded, so that torch takes a kernel without a t x t matrix.
+
+    With 192-wide keys and 128-wide values torch falls back to explicit scores; zeros change no score and no value.
+    """
+    qk_width, v_width = queries.shape[-1], values.shape[-1]
+    if v_width < qk_width:
+        values = F.pad(values, (0, qk_width - v_width))
+    elif v_width > qk_width:
+        queries, keys = F.pad(queries, (0, v_width - qk_width)), F.pad(keys, (0, v_width - qk_width))
+    is_causal = mask is None and queries.shape[2] > 1
+    context = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+    )
+    return context[..., :v_width]
+
+
+def explicit_attention(
+    queries: Tensor,  # [b h s n+r]
+    keys: Tensor,  # [b h t n+r]
+    values: Tensor,  # [b h t v]
+    *,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # [b h s v], [b h s t]
+    """Attention with its weights in the open: what `attn_implementation="eager"` and `output_attentions` ask for."""
+    mask = causal_mask(queries.shape[2], keys.shape[2], mask, keys.device)
+    weights = masked_softmax(queries @ keys.mT, mask, scale).to(values.dtype)
+    return F.dropout(weights, dropout) @ values, weights
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax over the last axis of `scores * scale` in float32; a row that may look nowhere gives zeros."""
+    scores = scores.float() * scale
+    if mask is None:
+        return scores.softmax(dim=-1)
+    if mask.dtype != torch.bool:
+        return (scores + mask).softmax(dim=-1)
+    # the lowest finite number, not -inf: a row of -inf would be NaN before it is zeroed
+    scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+
+
+def causal_mask(s: int, t: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """The mask that None stands for, where more than one query token makes it matter: [1 1 s t], boolean."""
+    if mask is not None or s == 1:
+        return mask
+    return torch.ones(s, t, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def absorbing_is_cheaper(s: int, t: int, *, c: int, n: int, v: int) -> bool:
+    """Whether s query tokens over t visible ones cost fewer products in the absorbed form.
+
+    Absorbing costs s c (n + v) and scores and contexts of width 2c + r; expanding costs t c (n + v) and widths
+    n + r + v, all per head. For t far above s this is s < c (n + v) / (2c - n - v), 171 at DeepSeek-V2's widths;
+    with nothing cached (s = t) expanding wins at every length.
+    """
+    return s * t * (2 * c - n - v) < (t - s) * c * (n + v)

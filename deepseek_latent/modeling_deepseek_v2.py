@@ -1,0 +1,252 @@
+"""The spine of DeepSeek-V2: decoder layer, model, heads, and what transformers must know to load, save and generate.
+
+transformers decides from the text of this file whether experts can be dispatched; the decorator
+@use_experts_implementation stands in moe.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deepseek_v2 import DeepseekV2Config
+from .latent_attention import DeepseekV2Attention
+from .latent_cache import LatentCache
+from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from .rotary import DeepseekV2RotaryEmbedding
+
+
+class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DeepseekV2Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = DeepseekV2Attention(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp = DeepseekV2MoE(config)
+        else:
+            self.mlp = DeepseekV2MLP(config, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DeepseekV2PreTrainedModel(PreTrainedModel):
+    config: DeepseekV2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekV2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": DeepseekV2DecoderLayer,
+        "attentions": DeepseekV2Attention,
+        "router_logits": OutputRecorder(DeepseekV2MoEGate, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, DeepseekV2RotaryEmbedding):
+            # not in the checkpoint, so whatever loads the model has to compute them again
+            frequencies, _ = module.initial_frequencies()
+            init.copy_(module.inv_freq, frequencies)
+            init.copy_(module.original_inv_freq, frequencies)
+            return
+        super()._init_weights(module)
+        if isinstance(module, (DeepseekV2Experts, DeepseekV2MoEGate)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info):
+        """Also refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
+        missing = sorted(name for name in loading_info.missing_keys if name.startswith(prefix))
+        misshapen = sorted(entry for entry in loading_info.mismatched_keys if entry[0].startswith(prefix))
+        if not missing and not misshapen:
+            return
+        # transformers raises on these too, but in a `finally` that would hide the names
+        loading_info.mismatched_keys = set()
+        problems = [f"{name} is missing" for name in missing]
+        problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in misshapen]
+        raise ValueError(
+            f"the checkpoint does not hold this model's backbone: {'; '.join(problems)}. "
+            "Complete or convert the checkpoint, or correct its config.json; nothing was initialised in their place."
+        )
+
+
+class DeepseekV2Model(DeepseekV2PreTrainedModel):
+    """DeepSeek-V2 without a head: token ids [b s] to hidden states [b s d]."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DeepseekV2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = LatentCache(self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
+    """DeepSeek-V2 with its language-model head: token ids [b s] to logits [b s vocab] in the model's dtype."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__(config)
+        self.model = DeepseekV2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """`labels` [b s] (-100 ignored) gives the mean cross-entropy of the next token, in float32.
+
+        `logits_to_keep` is a count from the end (0: all) or an index tensor over the s axis.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        # transformers has no registry of default caches, so ours takes the place of the one it just made
+        if given is None and type(made) is DynamicCache:
+            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)
+
+
+class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):
+    """DeepSeek-V2 with one label per sequence, read at its last token that is not padding."""
+
+    def __init__(self, config: DeepseekV2Config):
+        # not the generic __init__: from a checkpoint's own code, AutoModel would put transformers' backbone here
+        DeepseekV2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekV2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2PreTrainedModel):
+    """DeepSeek-V2 with one label per token."""
+
+    def __init__(self, config: DeepseekV2Config):
+        DeepseekV2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekV2Model(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+# Files hold one tensor per expert, the model all experts in one. transformers has the conversion for this model type
+# but skips it for classes from outside, which would leave the experts as they were initialised.
+for _model_class in (
+    DeepseekV2Model,
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+):
+    register_checkpoint_conversion_mapping(
+        _model_class.__name__, get_checkpoint_conversion_mapping("deepseek_v2"), overwrite=True
+    )

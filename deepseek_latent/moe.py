@@ -1,0 +1,121 @@
+"""DeepSeekMoE: a router, many narrow routed experts of which each token sees a few, and a shared expert for all.
+
+Letters: b batch, s tokens, d model width, e routed experts, f width of one expert, k experts per token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_deepseek_v2 import DeepseekV2Config
+
+# routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
+ROWS_PER_BLOCK = 1 << 14
+
+
+class DeepseekV2MLP(nn.Module):
+    """SwiGLU: down(act(gate x) * up x), [.. d] to [.. d]."""
+
+    def __init__(self, config: DeepseekV2Config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DeepseekV2MoEGate(nn.Module):
+    """Scores every expert for every token and picks k.
+
+    `greedy` takes the k best of all. `group_limited_greedy` is the paper's device-limited routing: the `topk_group`
+    groups with the best single expert are kept, and the k best are taken there.
+    Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.1, eqs. 21-22, and 2.2.2.
+    """
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
+        config = self.config
+        logits = F.linear(hidden_states.float(), self.weight.float())
+        scores = logits.softmax(dim=-1)
+        if config.topk_method == "group_limited_greedy":
+            scores = scores * self._mask_of_best_groups(scores)
+        weights, experts = scores.topk(config.num_experts_per_tok, dim=-1, sorted=False)
+        # DeepSeek's V2 code does one or the other: normalised weights are not scaled
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        else:
+            weights = weights * config.routed_scaling_factor
+        return logits, weights, experts
+
+    def _mask_of_best_groups(self, scores: Tensor) -> Tensor:
+        """[tokens e], 1 for every expert of the kept groups and 0 elsewhere."""
+        best_in_group = scores.unflatten(-1, (self.config.n_group, -1)).amax(dim=-1)
+        kept = best_in_group.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        mask = torch.zeros_like(best_in_group).scatter_(-1, kept, 1.0)
+        return mask.repeat_interleave(self.config.n_routed_experts // self.config.n_group, dim=-1)
+
+
+@use_experts_implementation
+class DeepseekV2Experts(nn.Module):
+    """All routed experts of a layer in two parameters, gate_up_proj [e 2f d] (gate rows first) and down_proj [e d f].
+
+    `experts_implementation` names how they are multiplied; `forward` here is "eager", the plain statement of it.
+    """
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        d, f = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * f, d))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, d, f))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens d], experts [tokens k] and weights [tokens k] to [tokens d]; summed in float32."""
+        output = hidden_states.new_zeros(hidden_states.shape, dtype=top_k_weights.dtype)
+        # expert parallelism marks the choices of other ranks by an index past the last expert
+        for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output = output.index_add(0, token, result * top_k_weights[token, slot, None])
+        return output.to(hidden_states.dtype)
+
+
+class DeepseekV2MoE(nn.Module):
+    """Routed experts, weighted by the gate, plus the shared experts, which every token passes unweighted (eq. 20)."""
+
+    def __init__(self, config: DeepseekV2Config):
+        super().__init__()
+        self.gate = DeepseekV2MoEGate(config)
+        self.experts = DeepseekV2Experts(config)
+        self.num_experts_per_tok = config.num_experts_per_tok
+        # side by side, the shared experts are one wider MLP
+        self.shared_experts = (
+            None
+            if config.n_shared_experts is None
+            else DeepseekV2MLP(config, config.n_shared_experts * config.moe_intermediate_size)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        _, weights, experts = self.gate(tokens)
+        output = self._routed(tokens, experts, weights).view_as(hidden_states)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+    def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
+        if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
+            return self.experts(tokens, experts, weights)
+        blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
+        return torch.cat([self.experts(*block) for block in blocks])
