@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config as NativeConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -51,7 +52,8 @@ class DeepseekV2Config(PreTrainedConfig):
 
     # MLA
     q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
+    # null where there is no latent attention, so that such a checkpoint is refused by a sentence and not by a type
+    kv_lora_rank: int | None = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
@@ -108,13 +110,13 @@ class DeepseekV2Config(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, except that overrides in `kwargs` pass the same checks as the file's own values."""
         _refuse_other_architectures(config_dict)
-        if config_dict.get("model_type") == "deepseek" and "kv_lora_rank" not in config_dict:
+        if config_dict.get("model_type") == "deepseek" and config_dict.get("kv_lora_rank") is None:
             raise ValueError(
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
                 "expected a DeepSeek-V2 config.json."
             )
         config_dict = dict(config_dict)
-        names = {field.name for field in fields(cls)} - {"dtype"} | set(_LEGACY_ROPE)
+        names = {field.name for field in fields(cls)} - {"dtype"} | {*cls.attribute_map, *_LEGACY_ROPE}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if "rope_parameters" in overrides:
             config_dict.pop("rope_theta", None), config_dict.pop("rope_scaling", None)
@@ -148,6 +150,11 @@ class DeepseekV2Config(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what this architecture cannot mean; transformers calls it again before saving."""
+        if self.kv_lora_rank is None:
+            raise ValueError(
+                "kv_lora_rank must be the width of the KV latent, got null: this checkpoint has no latent attention; "
+                "load it with its own code."
+            )
         positive = (
             "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
             "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size moe_layer_freq max_position_embeddings"
@@ -170,6 +177,13 @@ class DeepseekV2Config(PreTrainedConfig):
             )
         if self.first_k_dense_replace < 0:
             raise ValueError(f"first_k_dense_replace must be 0 or more, got {self.first_k_dense_replace}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act must be an activation of transformers, got {self.hidden_act!r}; DeepSeek-V2 has 'silu'."
+            )
+        for name in ("attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
         if self.scoring_func != "softmax":
             raise ValueError(
                 f"scoring_func must be 'softmax', got {self.scoring_func!r}; other scores belong to DeepSeek-V3."
@@ -179,6 +193,7 @@ class DeepseekV2Config(PreTrainedConfig):
                 f"topk_method must be 'greedy' or 'group_limited_greedy', got {self.topk_method!r}; "
                 "'noaux_tc' belongs to DeepSeek-V3."
             )
+        _validate_rope(self.rope_parameters)
         if self.n_routed_experts is not None:
             self._validate_routing()
 
@@ -259,6 +274,7 @@ def _merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_sca
                 f"and {legacy[name]!r}; change both or leave one out."
             )
     rope = {"rope_theta": 10000.0, "rope_type": "default"} | legacy | current
+    # now, since transformers goes on to fill a missing original_max_position_embeddings with the stretched length
     _validate_rope(rope)
     return rope
 
@@ -272,9 +288,19 @@ def _split_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
 def _canonical_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     rope = dict(rope or {})
     old_name = rope.pop("type", None)
-    if old_name is not None:
-        rope.setdefault("rope_type", old_name)
+    if old_name is not None and rope.setdefault("rope_type", old_name) != old_name:
+        raise ValueError(
+            f"rope_type and the older type must agree, got {rope['rope_type']!r} and {old_name!r}; leave one out."
+        )
     return rope
+
+
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 
 def _validate_rope(rope: dict[str, Any]) -> None:
@@ -285,7 +311,6 @@ def _validate_rope(rope: dict[str, Any]) -> None:
         raise ValueError(
             f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; qk_rope_head_dim says what rotates."
         )
-    if rope["rope_type"] == "yarn":
-        for name in ("factor", "original_max_position_embeddings"):
-            if rope.get(name) is None or rope[name] <= 0:
-                raise ValueError(f"yarn needs a positive {name} in rope_scaling, got {rope.get(name)}.")
+    for name in _ROPE_NEEDS.get(rope["rope_type"], ()):
+        if rope.get(name) is None or rope[name] <= 0:
+            raise ValueError(f"{rope['rope_type']} needs a positive {name} in rope_scaling, got {rope.get(name)}.")

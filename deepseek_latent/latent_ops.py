@@ -171,7 +171,8 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
-        return (scores + mask).softmax(dim=-1)
+        blind = (mask <= torch.finfo(mask.dtype).min).all(dim=-1, keepdim=True)
+        return (scores + mask).softmax(dim=-1).masked_fill(blind, 0.0)
     # the lowest finite number, not -inf: a row of -inf would be NaN before it is zeroed
     scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)

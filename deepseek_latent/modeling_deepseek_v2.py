@@ -87,12 +87,15 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
         misshapen = sorted(entry for entry in loading_info.mismatched_keys if entry[0].startswith(prefix))
         if not missing and not misshapen:
             return
-        # transformers raises on these too, but in a `finally` that would hide the names
-        loading_info.mismatched_keys = set()
-        problems = [f"{name} is missing" for name in missing]
+        # the last line but one is what torch said when experts could not be stacked
+        reasons = {name: text.splitlines()[-2] for name, text in loading_info.conversion_errors.items()}
+        problems = [f"{name} {'cannot be merged: ' + reasons[name] if name in reasons else 'is missing'}" for name in missing]
         problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in misshapen]
+        # transformers raises on these too, but in a `finally` that would hide the names
+        loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
         raise ValueError(
             f"the checkpoint does not hold this model's backbone: {'; '.join(problems)}. "
+            "(experts.gate_up_proj and experts.down_proj are merged from experts.N.{gate,up,down}_proj.weight.) "
             "Complete or convert the checkpoint, or correct its config.json; nothing was initialised in their place."
         )
 

@@ -81,8 +81,9 @@ class DeepseekV2Experts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens d], experts [tokens k] and weights [tokens k] to [tokens d]; summed in float32."""
-        output = hidden_states.new_zeros(hidden_states.shape, dtype=top_k_weights.dtype)
+        """[tokens d], experts [tokens k] and weights [tokens k] to [tokens d]; summed in the weights' float32."""
+        accumulator = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        output = torch.zeros_like(hidden_states, dtype=accumulator)
         # expert parallelism marks the choices of other ranks by an index past the last expert
         for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
             token, slot = torch.where(top_k_index == expert)

@@ -1,0 +1,1 @@
+"""Checkpoints: what their files must hold, what they amount to, and how the code travels with them."""

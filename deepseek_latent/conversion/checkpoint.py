@@ -1,0 +1,181 @@
+"""What files a config.json promises, and whether a folder keeps the promise, read from the files' headers alone."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..modeling_deepseek_v2 import (
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+    DeepseekV2Model,
+)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODELS = (
+    DeepseekV2Model,
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+)
+# the release's first upload named its class so
+_ARCHITECTURES = {model.__name__: model for model in MODELS} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+
+class StoredTensor(NamedTuple):
+    """One tensor as the header of its file describes it; `dtype` is spelled as there, "BF16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+class CheckpointReport(NamedTuple):
+    """What was found in a folder; it fits its config.json where `problems` is empty."""
+
+    num_tensors: int
+    num_files: int
+    problems: list[str]
+
+
+def read_config(source: str) -> DeepseekV2Config:
+    """The configuration in a folder, in a config.json, or of a hub id; ValueError if it is not DeepSeek-V2's."""
+    place = local_or_hub(source)
+    if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
+        raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    if not isinstance(config, DeepseekV2Config):
+        raise ValueError(
+            f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
+        )
+    return config
+
+
+def local_or_hub(source: str) -> Path | str:
+    """A path where something is there, else the hub id as it came; ValueError for what can only be a path."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or source.startswith(".") or source.endswith(".json") or source.count("/") > 1:
+        raise ValueError(f"expected a folder, a config.json or a hub id, got {source}, which does not exist.")
+    return source
+
+
+def architecture_of(config: DeepseekV2Config) -> str:
+    """The class name under `architectures`, and the language model where the config names none."""
+    return config.architectures[0] if config.architectures else DeepseekV2ForCausalLM.__name__
+
+
+def checkpoint_tensors(
+    config: DeepseekV2Config, architecture: str = "DeepseekV2ForCausalLM"
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the official layout, in the model's order; nothing is allocated.
+
+    The model holds a layer's experts in two parameters, files hold three matrices per expert. A tensor that is tied
+    to another is left out.
+    """
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {architecture!r}.")
+    with torch.device("meta"):
+        # a model writes into its config
+        model = _ARCHITECTURES[architecture](copy.deepcopy(config))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            tensors.update(_as_stored(name, tuple(tensor.shape)))
+    return tensors
+
+
+def _as_stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """gate_up_proj [e 2f d] and down_proj [e d f] as one gate, up and down matrix per expert, all else as it is."""
+    fused = _FUSED_EXPERTS.fullmatch(name)
+    if fused is None:
+        return {name: shape}
+    experts, projection = fused.groups()
+    e, rows, columns = shape
+    if projection == "down_proj":
+        return {f"{experts}.{i}.down_proj.weight": (rows, columns) for i in range(e)}
+    halves = ("gate_proj", "up_proj")
+    return {f"{experts}.{i}.{half}.weight": (rows // 2, columns) for i in range(e) for half in halves}
+
+
+def has_weights(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport:
+    """Compares names, shapes and dtypes in the headers of `folder`'s files with what `config` calls for."""
+    if "quantization_config" in config.to_dict():
+        raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; check its source.")
+    headers, problems = _read_shards(folder)
+    stored = {}
+    for header in headers.values():
+        for name, tensor in header.items():
+            if name in stored:
+                problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
+            stored[name] = tensor
+    expected = checkpoint_tensors(config, architecture_of(config))
+    optional = _tied_tensors(config)
+    problems += [f"{name} is missing" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        shape = expected.get(name, optional.get(name))
+        if shape is None:
+            problems.append(f"{name} is unexpected, in {tensor.file}")
+            continue
+        if tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
+        wanted = [_SAFETENSORS_DTYPES[config.dtype]] if config.dtype else list(_SAFETENSORS_DTYPES.values())
+        if tensor.dtype not in wanted:
+            problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}, in {tensor.file}")
+    return CheckpointReport(len(stored), len(headers), problems)
+
+
+def _tied_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint may hold but need not."""
+    return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
+    """The headers of all files that a loader would open, by file name, and what is wrong with the set of files."""
+    if not (folder / INDEX).is_file():
+        return _read_headers(folder, [WEIGHTS])
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        placed = {name: str(file) for name, file in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, [f"{INDEX} is not JSON with a weight_map from tensor to file"]
+    headers, problems = _read_headers(folder, sorted(set(placed.values())))
+    if (folder / WEIGHTS).is_file():
+        problems.append(f"{WEIGHTS} stands beside {INDEX}, and loaders disagree which one counts; remove one")
+    for name, file in placed.items():
+        if file in headers and name not in headers[file]:
+            problems.append(f"{name} is not in {file}, where {INDEX} places it")
+    for file, header in headers.items():
+        problems += [f"{name} is in {file}, but {INDEX} does not name it" for name in header if name not in placed]
+    return headers, problems
+
+
+def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
+    headers, problems = {}, []
+    for file in files:
+        if not (folder / file).is_file():
+            problems.append(f"{file} is absent, but {INDEX} names it")
+            continue
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                names = tensors.keys()
+                slices = [tensors.get_slice(name) for name in names]
+                entries = [StoredTensor(tuple(entry.get_shape()), entry.get_dtype(), file) for entry in slices]
+                headers[file] = dict(zip(names, entries))
+        except SafetensorError as error:
+            problems.append(f"{file} is cut off or no safetensors file ({error}); download it again (or git lfs pull)")
+    return headers, problems

@@ -1,0 +1,211 @@
+"""With a cache or without, in any order of arrival, with any mask: the same logits."""
+
+import pytest
+import torch
+from transformers import DeepseekV2Config as NativeConfig
+from transformers import DynamicCache, StaticCache
+
+from deepseek_latent import LatentCache
+from deepseek_latent.latent_attention import DeepseekV2Attention
+
+from .support import LITE, V2, random_ids, relative_error, tiny_model
+
+LENGTH = 24
+SCHEDULES = {
+    "token by token": [1] * 24,
+    "chunks": [7, 5, 12],
+    "prompt then tokens": [20, 1, 1, 1, 1],
+    "halves": [12, 12],
+}
+
+
+@pytest.fixture(params=["absorbed", "expanded", "as it chooses"])
+def path(request, monkeypatch):
+    """Forces one of the two paths through the whole model."""
+    if request.param != "as it chooses":
+        pick = request.param == "absorbed"
+        monkeypatch.setattr("deepseek_latent.latent_attention.absorbing_is_cheaper", lambda *a, **k: pick)
+    return request.param
+
+
+def fed_in(model, ids, schedule, cache=None, mask=None):
+    logits, start = [], 0
+    for length in schedule:
+        end = start + length
+        output = model(
+            ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end],
+        )
+        cache = output.past_key_values
+        logits.append(output.logits)
+        start = end
+    return torch.cat(logits, dim=1), cache
+
+
+def left_padded(ids, padding):
+    """Mask [b s] and ids in which sequence i starts after `padding[i]` pads."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+        ids[row, :count] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", [V2, LITE], ids=["V2", "Lite"])
+@torch.no_grad()
+def test_cached_equals_uncached(variant, schedule, path):
+    model, ids = tiny_model(**variant), random_ids(2, LENGTH)
+    expected = model(ids, use_cache=False).logits
+    actual, cache = fed_in(model, ids, SCHEDULES[schedule])
+    assert isinstance(cache, LatentCache)
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@torch.no_grad()
+def test_every_attention_implementation_gives_the_same(implementation):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    ids, mask = left_padded(ids, (0, 5))
+    expected, _ = fed_in(model, ids, [LENGTH], mask=mask)
+    model.set_attn_implementation(implementation)
+    for schedule in ([LENGTH], [20, 1, 1, 2]):
+        actual, _ = fed_in(model, ids, schedule, mask=mask)
+        visible = mask[:, : sum(schedule)].bool()
+        assert relative_error(actual[visible], expected[visible]) < 1e-5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@torch.no_grad()
+def test_left_padding_changes_nothing_for_the_tokens_that_are_there(schedule, path):
+    model, ids = tiny_model(), random_ids(3, LENGTH)
+    padding = (0, 3, 9)
+    alone = [model(ids[[row], count:]).logits[0] for row, count in enumerate(padding)]
+    ids, mask = left_padded(ids, padding)
+    batched, _ = fed_in(model, ids, SCHEDULES[schedule], mask=mask)
+    for row, count in enumerate(padding):
+        assert relative_error(batched[row, count:], alone[row]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+@torch.no_grad()
+def test_a_4d_mask_is_obeyed(kind, path):
+    """Two sequences of a tree that share their first 10 tokens, in one row."""
+    model, ids = tiny_model(), random_ids(1, 20)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    mask[15:, 10:15] = False
+    positions = torch.cat((torch.arange(15), torch.arange(10, 15)))[None]
+    other = torch.cat((ids[:, :10], ids[:, 15:]), dim=1)
+    given = mask[None, None]
+    if kind == torch.float32:
+        given = torch.zeros(1, 1, 20, 20).masked_fill(~given, torch.finfo(torch.float32).min)
+    logits = model(ids, attention_mask=given, position_ids=positions).logits
+    assert relative_error(logits[:, :15], model(ids[:, :15]).logits) < 1e-5
+    assert relative_error(logits[:, 15:], model(other).logits[:, 10:]) < 1e-5
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other():
+    model, ids = tiny_model(), random_ids(1, 20)
+    positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    assert relative_error(packed[:, :8], model(ids[:, :8]).logits) < 1e-5
+    assert relative_error(packed[:, 8:], model(ids[:, 8:]).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_crop_and_continue_equals_never_having_seen_the_tokens(path):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    _, cache = fed_in(model, ids, [LENGTH])
+    cache.crop(-10)
+    other = random_ids(2, 10, seed=7)
+    expected = model(torch.cat((ids[:, :14], other), dim=1)).logits[:, 14:]
+    assert relative_error(model(other, past_key_values=cache).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_reordered_sequences_continue_as_their_own_past_says(path):
+    model, ids = tiny_model(), random_ids(3, LENGTH)
+    _, cache = fed_in(model, ids[:, :20], [20])
+    order = torch.tensor([2, 0, 2])
+    cache.reorder_cache(order)
+    logits = model(ids[:, 20:], past_key_values=cache).logits
+    expected = model(torch.cat((ids[order, :20], ids[:, 20:]), dim=1)).logits[:, 20:]
+    assert relative_error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make", [DynamicCache, lambda: StaticCache(NativeConfig(**V2), max_cache_len=40)], ids=["dynamic", "static"]
+)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@torch.no_grad()
+def test_transformers_own_caches_serve_as_well(make, schedule, path):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    expected = model(ids, use_cache=False).logits
+    actual, _ = fed_in(model, ids, SCHEDULES[schedule], cache=make())
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("schedule", [[LENGTH], [20, 1, 3]], ids=str)
+def test_output_attentions_are_the_weights_that_were_used(implementation, schedule):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    model.set_attn_implementation(implementation)
+    ids, mask = left_padded(ids, (0, 4))
+    cache, start = None, 0
+    for length in schedule:
+        end = start + length
+        with torch.no_grad():
+            output = model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+                output_attentions=True,
+            )
+        cache = output.past_key_values
+        assert [tuple(x.shape) for x in output.attentions] == [(2, 3, length, end)] * 3
+        seen = mask[:, None, start:end].expand(-1, 3, -1).bool()
+        for weights in output.attentions:
+            torch.testing.assert_close(weights.sum(-1)[seen], torch.ones(int(seen.sum())))
+            assert (weights[1, ..., :4] == 0).all()
+            future = torch.ones(length, end, dtype=torch.bool).triu(start + 1)
+            assert (weights.masked_select(future) == 0).all()
+        start = end
+
+
+def test_attention_dropout_acts_only_in_training():
+    model, ids = tiny_model(attention_dropout=0.5), random_ids(2, LENGTH)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_decoding_absorbs_and_prefill_expands(monkeypatch):
+    from deepseek_latent import latent_attention
+
+    calls = []
+    for name in ("absorbed_attention", "expanded_attention"):
+        original = getattr(latent_attention, name)
+        monkeypatch.setattr(
+            latent_attention,
+            name,
+            lambda *a, name=name, original=original, **k: calls.append(name) or original(*a, **k),
+        )
+    model, ids = tiny_model(), random_ids(1, 8)
+    cache = model(ids, use_cache=True).past_key_values
+    assert calls == ["expanded_attention"] * 3
+    model(ids[:, :1], past_key_values=cache)
+    assert calls[3:] == ["absorbed_attention"] * 3
+
+
+def test_expand_kv_keeps_the_shape_by_which_vllm_finds_it():
+    attention = tiny_model().model.layers[0].self_attn
+    assert isinstance(attention, DeepseekV2Attention)
+    keys, values = attention.expand_kv(torch.randn(2, 1, 5, 40), torch.randn(2, 1, 5, 8))
+    assert keys.shape == (2, 3, 5, 24)
+    assert values.shape == (2, 3, 5, 24)
