@@ -1,0 +1,38 @@
+MODEL ?= examples/pydoc-tiny
+PROMPT ?= The import statement
+PYTHON ?= python3
+
+.PHONY: demo test test-slow test-oldest check bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt torch
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/installed  ## a trained DeepSeek-V2 writes text from a cache of latents (MODEL=folder or hub id)
+	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)"
+
+test: .venv/installed  ## the suite, at most 12 minutes on two cores
+	.venv/bin/python -m pytest -m "not slow"
+
+test-slow: .venv/installed  ## what takes longer: compilation with inductor, training, several processes
+	.venv/bin/python -m pytest -m slow
+
+test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+check: .venv/installed  ## lint and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/installed  ## memory above the weights, ours beside transformers' own class
+	.venv/bin/python -m benchmarks.memory --out benchmarks/results/memory.json
+
+clean:
+	rm -rf .venv .venv-oldest

@@ -1,0 +1,63 @@
+"""The benchmark model: DeepSeek-V2-Lite's exact widths with 4 layers (1 dense, 3 MoE), 2.25 B parameters, bf16."""
+
+import torch
+import transformers
+from torch import nn
+
+import deepseek_latent
+
+CONFIG = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "topk_method": "greedy",
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+CLASSES = {
+    "ours": (deepseek_latent.DeepseekV2Config, deepseek_latent.DeepseekV2ForCausalLM),
+    "native": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+}
+
+
+def build(which: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Lite-4 of `which` class ("ours" or "native") with random weights, in eval mode."""
+    config_class, model_class = CLASSES[which]
+    with torch.device("meta"):
+        model = model_class._from_config(config_class(**CONFIG), dtype=dtype)
+    model.to_empty(device="cpu")
+    # a tile of noise instead of 2 billion draws; never zeros, on which products are faster
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.view(-1)
+            for start in range(0, flat.numel(), noise.numel()):
+                part = flat[start : start + noise.numel()]
+                part.copy_(noise[: part.numel()])
+            if "norm" in name:
+                parameter.fill_(1.0)
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            model._init_weights(module)
+    return model.eval()

@@ -1,0 +1,96 @@
+"""The import arrows of the package, and that importing it changes nothing of anybody else's."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
+# who may import whom inside the package; folders count as one
+ARROWS = {
+    "__init__": {"configuration_deepseek_v2", "latent_cache", "modeling_deepseek_v2"},
+    "modeling_deepseek_v2": {"configuration_deepseek_v2", "rotary", "latent_cache", "latent_attention", "moe"},
+    "latent_attention": {"configuration_deepseek_v2", "rotary", "latent_ops"},
+    "moe": {"configuration_deepseek_v2"},
+    "rotary": {"configuration_deepseek_v2"},
+    "latent_ops": set(),
+    "latent_cache": set(),
+    "configuration_deepseek_v2": set(),
+    "conversion": {"configuration_deepseek_v2", "modeling_deepseek_v2"},
+    "cli": {"__init__", "configuration_deepseek_v2", "modeling_deepseek_v2", "latent_cache", "conversion"},
+}
+TRAVELLING = sorted(set(ARROWS) - {"__init__", "cli", "conversion"})
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Names inside the package and top-level packages outside it that a file imports."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.module or "", node.level)]
+        else:
+            continue
+        for name, level in names:
+            parts = name.split(".")
+            if level == 0 and parts[0] != "deepseek_latent":
+                outside.add(parts[0])
+                continue
+            if level == 0:
+                parts = parts[1:]
+            elif level == 1 and path.parent != PACKAGE:
+                continue  # a sibling in the same folder
+            inside.add(parts[0] if parts and parts[0] else "__init__")
+    return inside, outside
+
+
+def rooms() -> dict[str, list[Path]]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        inner = path.relative_to(PACKAGE)
+        found.setdefault(inner.parts[0] if len(inner.parts) > 1 else inner.stem, []).append(path)
+    return found
+
+
+def test_every_room_of_the_package_is_in_the_table():
+    assert rooms().keys() == ARROWS.keys()
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_imports_follow_the_arrows(room):
+    came = set().union(*(imports_of(path)[0] for path in rooms()[room]))
+    assert came <= ARROWS[room]
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_travelling_files_need_only_torch_and_transformers(name):
+    _, outside = imports_of(PACKAGE / f"{name}.py")
+    # huggingface_hub's `strict` is part of every transformers configuration
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"}
+
+
+def test_nothing_in_the_package_imports_the_tests_or_benchmarks():
+    for path in PACKAGE.rglob("*.py"):
+        assert not imports_of(path)[1] & {"tests", "benchmarks", "examples"}
+
+
+def test_importing_replaces_nothing_of_transformers():
+    program = """
+import transformers, transformers.models.deepseek_v2.modeling_deepseek_v2 as native
+before = (transformers.DeepseekV2ForCausalLM, native.DeepseekV2Attention, native.DeepseekV2Attention.forward,
+          dict(transformers.AttentionInterface()._global_mapping))
+import deepseek_latent
+after = (transformers.DeepseekV2ForCausalLM, native.DeepseekV2Attention, native.DeepseekV2Attention.forward,
+         dict(transformers.AttentionInterface()._global_mapping))
+assert before == after
+assert type(transformers.AutoConfig.for_model("llama")).__name__ == "LlamaConfig"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_importing_loads_neither_peft_nor_the_command_line():
+    program = "import sys, deepseek_latent; assert not {'peft', 'rich', 'deepseek_latent.cli'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)

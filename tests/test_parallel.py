@@ -1,0 +1,46 @@
+"""Tensor, expert and pipeline parallelism by transformers' own plans, on two gloo processes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from .support import random_ids, tiny_model
+
+PROGRAM = """
+import sys, torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import deepseek_latent
+
+folder, sizes = sys.argv[1], eval(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
+assert type(model) is deepseek_latent.DeepseekV2ForCausalLM
+given = torch.load(folder + "/given.pt")
+with torch.no_grad():
+    logits = model(given["ids"]).logits
+tokens = model.generate(given["ids"], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+if dist.get_rank() == 0:
+    error = (logits - given["logits"]).abs().max() / given["logits"].abs().max()
+    assert error < 1e-5, error
+    assert torch.equal(tokens, given["tokens"]), (tokens, given["tokens"])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}], ids=str)
+def test_two_processes_compute_what_one_does(sizes, tmp_path):
+    import torch
+
+    model, ids = tiny_model(num_attention_heads=4), random_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    torch.save({"ids": ids, "logits": logits, "tokens": tokens}, tmp_path / "given.pt")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "program.py"), str(tmp_path), str(sizes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
