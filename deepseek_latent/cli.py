@@ -61,19 +61,19 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
         if arguments.seed is not None:
             torch.manual_seed(arguments.seed)
-        sampling = {"do_sample": False}
-        if arguments.temperature:
-            sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
-            # transformers would otherwise keep 50 tokens unasked
-            sampling["top_k"] = 0
+        # top_k 0, since transformers would keep 50 tokens unasked
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+        # whatever a checkpoint brings along, the cache reported on is the latent one
+        model.generation_config.cache_implementation = None
         streamer = _TimedStreamer(tokenizer)
         started = time.perf_counter()
         output = model.generate(
             **inputs.to(model.device),
             streamer=streamer,
             max_new_tokens=arguments.max_new_tokens,
+            use_cache=True,
             return_dict_in_generate=True,
-            **sampling,
+            **(sampling if arguments.temperature else {"do_sample": False}),
         )
     Console(stderr=True).print(_generation_table(config, output.past_key_values, streamer.times, started))
     return 0
@@ -81,9 +81,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _generation_table(config: DeepseekV2Config, cache: LatentCache, times: list[float], started: float) -> Table:
     held = cache.nbytes
-    itemsize = cache.layers[0].dtype.itemsize
-    # [h (n + r + v)] per token and layer, in the dtype of the latents
-    expanded = cache.get_seq_length() * config.num_hidden_layers * expanded_width(config) * itemsize
+    # both hold the same tokens in the same dtype
+    expanded = held // config.cached_width * expanded_width(config)
     table = Table("", Column(justify="right"), show_header=False)
     table.add_row("new tokens", f"{len(times):,}")
     table.add_row("time to first token", f"{times[0] - started:.3f} s")
@@ -136,11 +135,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device must be a name such as cpu or cuda:0, got {name}.") from error
+        raise ValueError(f"--device must be a name like cpu or cuda:0, got {name}.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device must be there, got {name}, and torch sees {torch.cuda.device_count()} such devices."
-        )
+        raise ValueError(f"--device must be there, got {name}; torch sees {torch.cuda.device_count()} such devices.")
     return device
 
 
@@ -163,7 +160,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     Console().print(_parameter_table(config), _cache_table(config), sep="\n\n")
     folder = Path(arguments.model).expanduser()
     if not folder.is_dir() or not has_weights(folder):
-        print("No files were checked: that takes a folder with model.safetensors or its index.")
+        print("No files were checked: that takes a folder with safetensors weights.")
         return 0
     report = check_checkpoint(folder, config)
     if not report.problems:
@@ -182,7 +179,9 @@ def _parameter_table(config: DeepseekV2Config) -> Table:
     tensors = checkpoint_tensors(config, architecture)
     parts = parameters_by_part(tensors)
     total = sum(parts.values())
-    table = Table("part", Column("parameters", justify="right"), title=f"{architecture}, {len(tensors):,} tensors")
+    title = f"{architecture}, {len(tensors):,} tensors"
+    # a title is wrapped to its table
+    table = Table("part", Column("parameters", justify="right"), title=title, min_width=len(title))
     for part, count in parts.items():
         table.add_row(part, f"{count:,}")
     table.add_section()
@@ -195,33 +194,28 @@ def _cache_table(config: DeepseekV2Config) -> Table:
     dtype = config.dtype or torch.bfloat16
     numbers = (Column(heading, justify="right") for heading in ("elements", "bytes", "ratio"))
     table = Table("attention", *numbers, title=f"cache per token, {str(dtype).removeprefix('torch.')}")
-    elements = cached_elements_per_token(config)
-    ours = next(iter(elements.values()))
-    for attention, count in elements.items():
+    ours = config.cached_width * config.num_hidden_layers
+    for attention, count in cached_elements_per_token(config).items():
         table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / ours:.2f}")
     return table
 
 
 def _export_code(arguments: argparse.Namespace) -> int:
-    for name in export_code(Path(arguments.folder).expanduser()):
-        print(name)
+    print(*export_code(Path(arguments.folder).expanduser()), sep="\n")
     return 0
 
 
 def _prepare_tool(arguments: argparse.Namespace) -> int:
     """Sets sys.argv and sys.path as Python does for `python -m MODULE` or `python SCRIPT`, and finds either."""
-    tool = arguments.module or arguments.script
-    if not tool:
+    sys.argv = arguments.module or arguments.script
+    if not sys.argv:
         raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
-    sys.argv = list(tool)
-    if arguments.module:
-        sys.path.insert(0, str(Path.cwd()))
-        if not _is_runnable(tool[0]):
-            raise ValueError(f"expected a module that can be run, got {tool[0]}, which is not found; install it.")
-    else:
-        if not Path(tool[0]).exists():
-            raise ValueError(f"expected a script, got {tool[0]}, which does not exist; for a module write -m.")
-        sys.path.insert(0, str(Path(tool[0]).resolve().parent))
+    tool = sys.argv[0]
+    sys.path.insert(0, str(Path.cwd() if arguments.module else Path(tool).resolve().parent))
+    if arguments.module and not _is_runnable(tool):
+        raise ValueError(f"expected a module that can be run, got {tool}, which is not found; install it.")
+    if not arguments.module and not Path(tool).exists():
+        raise ValueError(f"expected a script, got {tool}, which does not exist; for a module write -m {tool}.")
     return 0
 
 

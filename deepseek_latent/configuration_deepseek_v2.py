@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config as NativeConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .rope_parameters import LEGACY_NAMES, merge_rope, split_rope, validate_rope
 
 
 @strict
@@ -90,7 +91,7 @@ class DeepseekV2Config(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         _refuse_other_architectures(kwargs)
         kwargs.pop("model_type", None)
-        self.rope_parameters = _merge_rope(
+        self.rope_parameters = merge_rope(
             self.rope_parameters, kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
         )
         # DeepSeek's own class misspells its default, and dense checkpoints written by it carry the misspelling
@@ -116,13 +117,13 @@ class DeepseekV2Config(PreTrainedConfig):
                 "expected a DeepSeek-V2 config.json."
             )
         config_dict = dict(config_dict)
-        names = {field.name for field in fields(cls)} - {"dtype"} | {*cls.attribute_map, *_LEGACY_ROPE}
+        names = {field.name for field in fields(cls)} - {"dtype"} | {*cls.attribute_map, *LEGACY_NAMES}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if "rope_parameters" in overrides:
             config_dict.pop("rope_theta", None), config_dict.pop("rope_scaling", None)
-        elif not overrides.keys().isdisjoint(_LEGACY_ROPE):
-            given = (config_dict.pop(name, None) for name in ("rope_parameters", *_LEGACY_ROPE))
-            config_dict.update(zip(_LEGACY_ROPE, _split_rope(_merge_rope(*given))))
+        elif not overrides.keys().isdisjoint(LEGACY_NAMES):
+            given = (config_dict.pop(name, None) for name in ("rope_parameters", *LEGACY_NAMES))
+            config_dict.update(zip(LEGACY_NAMES, split_rope(merge_rope(*given))))
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
@@ -193,7 +194,7 @@ class DeepseekV2Config(PreTrainedConfig):
                 f"topk_method must be 'greedy' or 'group_limited_greedy', got {self.topk_method!r}; "
                 "'noaux_tc' belongs to DeepSeek-V3."
             )
-        _validate_rope(self.rope_parameters)
+        validate_rope(self.rope_parameters)
         if self.n_routed_experts is not None:
             self._validate_routing()
 
@@ -219,7 +220,7 @@ class DeepseekV2Config(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, and beside it the older spelling of the same facts for every other client."""
         output = super().to_dict()
-        output["rope_theta"], output["rope_scaling"] = _split_rope(output["rope_parameters"])
+        output["rope_theta"], output["rope_scaling"] = split_rope(output["rope_parameters"])
         # names files that only exist beside the checkpoint this config was read from
         if self._auto_class is None:
             output.pop("auto_map", None)
@@ -256,61 +257,3 @@ def _refuse_other_architectures(given: dict[str, Any]) -> None:
         )
     if given.get("mlp_bias"):
         raise ValueError("mlp_bias must be false, got true: no MLP of DeepSeek-V2 has a bias.")
-
-
-_LEGACY_ROPE = ("rope_theta", "rope_scaling")
-
-
-def _merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scaling: dict | None) -> dict[str, Any]:
-    """One dict in transformers 5's form from either spelling, or from both where they agree."""
-    current = _canonical_rope(rope_parameters)
-    legacy = _canonical_rope(rope_scaling)
-    if rope_theta is not None:
-        legacy.setdefault("rope_theta", rope_theta)
-    for name in current.keys() & legacy.keys():
-        if current[name] != legacy[name]:
-            raise ValueError(
-                f"rope_parameters and the older rope_theta/rope_scaling must agree, got {name} = {current[name]!r} "
-                f"and {legacy[name]!r}; change both or leave one out."
-            )
-    rope = {"rope_theta": 10000.0, "rope_type": "default"} | legacy | current
-    # now, since transformers goes on to fill a missing original_max_position_embeddings with the stretched length
-    _validate_rope(rope)
-    return rope
-
-
-def _split_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """`rope_theta` and `rope_scaling`, as DeepSeek's own config.json has them."""
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
-    return rope["rope_theta"], None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **scaling}
-
-
-def _canonical_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
-    rope = dict(rope or {})
-    old_name = rope.pop("type", None)
-    if old_name is not None and rope.setdefault("rope_type", old_name) != old_name:
-        raise ValueError(
-            f"rope_type and the older type must agree, got {rope['rope_type']!r} and {old_name!r}; leave one out."
-        )
-    return rope
-
-
-_ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-
-
-def _validate_rope(rope: dict[str, Any]) -> None:
-    known = ("default", *ROPE_INIT_FUNCTIONS)
-    if rope["rope_type"] not in known:
-        raise ValueError(f"rope_type must be one of {', '.join(known)}, got {rope['rope_type']!r}.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; qk_rope_head_dim says what rotates."
-        )
-    for name in _ROPE_NEEDS.get(rope["rope_type"], ()):
-        if rope.get(name) is None or rope[name] <= 0:
-            raise ValueError(f"{rope['rope_type']} needs a positive {name} in rope_scaling, got {rope.get(name)}.")

@@ -164,7 +164,7 @@ def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tens
     # .weight of a LoRA-wrapped layer is the base weight; the adapters' share must be added.
     if (type(linear).__module__, type(linear).__name__) != ("peft.tuners.lora.layer", "Linear"):
         return None
-    if not _is_bare(linear.base_layer) or linear.training or linear.fan_in_fan_out or _has_hooks(linear):
+    if not _is_bare(linear.base_layer) or linear.fan_in_fan_out or _has_hooks(linear):
         return None
     weight = linear.base_layer.weight
     if linear.merged:
@@ -174,6 +174,9 @@ def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tens
     for name in () if linear.disable_adapters else linear.active_adapters:
         if name not in linear.lora_A:
             continue
+        # peft leaves new layers in training mode; without dropout that changes nothing
+        if linear.training and not isinstance(linear.lora_dropout[name], nn.Identity):
+            return None
         a, b = linear.lora_A[name], linear.lora_B[name]
         if name in linear.lora_variant or not (_is_bare(a) and _is_bare(b)):
             return None

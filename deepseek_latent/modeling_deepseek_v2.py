@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -26,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v2 import DeepseekV2Config
+from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .latent_attention import DeepseekV2Attention
 from .latent_cache import LatentCache
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
@@ -87,17 +84,11 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
         misshapen = sorted(entry for entry in loading_info.mismatched_keys if entry[0].startswith(prefix))
         if not missing and not misshapen:
             return
-        # the last line but one is what torch said when experts could not be stacked
-        reasons = {name: text.splitlines()[-2] for name, text in loading_info.conversion_errors.items()}
-        problems = [f"{name} {'cannot be merged: ' + reasons[name] if name in reasons else 'is missing'}" for name in missing]
-        problems += [f"{name} has shape {list(came)}, expected {list(own)}" for name, came, own in misshapen]
+        problems = [missing_in_files(name, loading_info.conversion_errors.get(name)) for name in missing]
+        problems += [f"{in_files(k)} has shape {list(came)}, expected {list(own)}" for k, came, own in misshapen]
         # transformers raises on these too, but in a `finally` that would hide the names
         loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
-        raise ValueError(
-            f"the checkpoint does not hold this model's backbone: {'; '.join(problems)}. "
-            "(experts.gate_up_proj and experts.down_proj are merged from experts.N.{gate,up,down}_proj.weight.) "
-            "Complete or convert the checkpoint, or correct its config.json; nothing was initialised in their place."
-        )
+        raise incomplete_backbone(problems)
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
@@ -242,14 +233,10 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
         self.post_init()
 
 
-# Files hold one tensor per expert, the model all experts in one. transformers has the conversion for this model type
-# but skips it for classes from outside, which would leave the experts as they were initialised.
 for _model_class in (
     DeepseekV2Model,
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 ):
-    register_checkpoint_conversion_mapping(
-        _model_class.__name__, get_checkpoint_conversion_mapping("deepseek_v2"), overwrite=True
-    )
+    register_expert_files(_model_class)

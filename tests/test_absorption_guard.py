@@ -61,6 +61,12 @@ def lora(model):
     with_lora(model)
 
 
+def lora_left_in_training_mode(model):
+    with_lora(model)
+    for _, linear in every_kv_b_proj(model):
+        linear.train()
+
+
 def rslora(model):
     with_lora(model, use_rslora=True)
 
@@ -140,6 +146,7 @@ def replaced_forward(model):
 READABLE = [
     bare,
     lora,
+    lora_left_in_training_mode,
     rslora,
     lora_with_idle_dropout,
     lora_switched_off,

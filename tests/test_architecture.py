@@ -11,13 +11,22 @@ PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
 # who may import whom inside the package; folders count as one
 ARROWS = {
     "__init__": {"configuration_deepseek_v2", "latent_cache", "modeling_deepseek_v2"},
-    "modeling_deepseek_v2": {"configuration_deepseek_v2", "rotary", "latent_cache", "latent_attention", "moe"},
+    "modeling_deepseek_v2": {
+        "configuration_deepseek_v2",
+        "expert_files",
+        "latent_attention",
+        "latent_cache",
+        "moe",
+        "rotary",
+    },
     "latent_attention": {"configuration_deepseek_v2", "rotary", "latent_ops"},
     "moe": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": set(),
     "latent_cache": set(),
-    "configuration_deepseek_v2": set(),
+    "configuration_deepseek_v2": {"rope_parameters"},
+    "expert_files": set(),
+    "rope_parameters": set(),
     "conversion": {"configuration_deepseek_v2", "modeling_deepseek_v2"},
     "cli": {"__init__", "configuration_deepseek_v2", "modeling_deepseek_v2", "latent_cache", "conversion"},
 }

@@ -109,7 +109,7 @@ def _as_stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def has_weights(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return (folder / INDEX).is_file() or any(folder.glob("model*.safetensors"))
 
 
 def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport:
@@ -125,6 +125,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             stored[name] = tensor
     expected = checkpoint_tensors(config, architecture_of(config))
     optional = _tied_tensors(config)
+    floats = list(_SAFETENSORS_DTYPES.values())
     problems += [f"{name} is missing" for name in expected if name not in stored]
     for name, tensor in stored.items():
         shape = expected.get(name, optional.get(name))
@@ -133,7 +134,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             continue
         if tensor.shape != shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
-        wanted = [_SAFETENSORS_DTYPES[config.dtype]] if config.dtype else list(_SAFETENSORS_DTYPES.values())
+        wanted = [_SAFETENSORS_DTYPES[config.dtype]] if config.dtype in _SAFETENSORS_DTYPES else floats
         if tensor.dtype not in wanted:
             problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}, in {tensor.file}")
     return CheckpointReport(len(stored), len(headers), problems)
@@ -147,6 +148,8 @@ def _tied_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
 def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
     """The headers of all files that a loader would open, by file name, and what is wrong with the set of files."""
     if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            return {}, [f"{INDEX} is absent, and without it no loader knows the shards; download it again"]
         return _read_headers(folder, [WEIGHTS])
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))

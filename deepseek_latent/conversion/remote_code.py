@@ -1,5 +1,6 @@
 """Checkpoints that carry this package's code, for machines where it is not installed (`trust_remote_code=True`)."""
 
+import inspect
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import modeling_deepseek_v2
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
@@ -28,7 +28,7 @@ AUTO_MAP = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto
 
 def travelling_files() -> list[Path]:
     """The model's file and every file it reaches by relative imports; transformers wants them side by side."""
-    spine = Path(modeling_deepseek_v2.__file__)
+    spine = Path(inspect.getfile(DeepseekV2Model))
     files = sorted({spine, *map(Path, get_relative_import_files(spine))})
     assert all(file.is_file() for file in files), f"{spine.name} reaches beyond its folder: {files}"
     return files
