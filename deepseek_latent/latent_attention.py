@@ -71,7 +71,10 @@ class DeepseekV2Attention(nn.Module):
             latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
-        up_projections = None if wants_weights or torch.is_grad_enabled() else self.up_projections()
+        dropout = self.attention_dropout if self.training else 0.0
+        # gradients and dropout belong to the modules' own forward
+        may_read = not (wants_weights or dropout or torch.is_grad_enabled())
+        up_projections = self.up_projections() if may_read else None
         attend = self.choose_path(hidden_states.shape[1], latent.shape[2], attention_mask)
         if up_projections is None or attend is None:
             keys, values = self.expand_kv(latent, k_rotary)
@@ -82,7 +85,7 @@ class DeepseekV2Attention(nn.Module):
                 keys,
                 values,
                 attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
+                dropout=dropout,
                 scaling=self.scaling,
                 **kwargs,
             )

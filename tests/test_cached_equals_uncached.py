@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers import DeepseekV2Config as NativeConfig
-from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import flash_attention_mask
 
 from deepseek_latent import LatentCache
 from deepseek_latent.latent_attention import DeepseekV2Attention
@@ -177,11 +178,49 @@ def test_output_attentions_are_the_weights_that_were_used(implementation, schedu
         start = end
 
 
+@pytest.fixture
+def users_function(monkeypatch):
+    """Registers an attention function under a user's name, with masks as transformers makes them for flash."""
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, *, scaling, **kwargs):
+        calls.append(query.shape[2])
+        s, t = query.shape[2], key.shape[2]
+        visible = torch.ones(s, t, dtype=torch.bool).tril(t - s)[None, None]
+        if attention_mask is not None:
+            visible = visible & attention_mask[:, None, None].bool()
+        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
+        return context.transpose(1, 2), None
+
+    # both interfaces are global, so the entries are put there by monkeypatch and vanish with the test
+    monkeypatch.setitem(AttentionInterface._global_mapping, "users_own", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "users_own", flash_attention_mask)
+    return calls
+
+
+@torch.no_grad()
+def test_a_function_of_the_users_expands_as_it_likes_and_decoding_still_absorbs(users_function):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    ids, mask = left_padded(ids, (0, 5))
+    expected, _ = fed_in(model, ids, [LENGTH], mask=mask)
+    model.set_attn_implementation("users_own")
+    actual, _ = fed_in(model, ids, [18, 1, 4, 1], mask=mask)
+    assert relative_error(actual[mask.bool()], expected[mask.bool()]) < 1e-5
+    assert users_function == [18] * 3 + [4] * 3
+
+
+def test_an_unknown_attention_function_is_refused_by_name():
+    with pytest.raises(ValueError, match="no_such_attention"):
+        tiny_model().set_attn_implementation("no_such_attention")
+
+
 def test_attention_dropout_acts_only_in_training():
     model, ids = tiny_model(attention_dropout=0.5), random_ids(2, LENGTH)
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 @torch.no_grad()

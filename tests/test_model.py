@@ -179,6 +179,18 @@ def test_both_or_neither_of_ids_and_embeddings_is_refused(given):
         tiny_model().model(**given)
 
 
+def test_autocast_to_bfloat16_prefills_and_decodes():
+    model, ids = tiny_model(), random_ids(2, 9)
+    exact = model(ids).logits
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        logits = model(ids[:, 8:], past_key_values=cache).logits
+    # the price of the dtype, not of the route: a whole forward in autocast, expanded by its module
+    with torch.autocast("cpu", torch.bfloat16):
+        yardstick = relative_error(model(ids).logits, exact)
+    assert relative_error(logits, exact[:, 8:]) < 3 * yardstick
+
+
 def test_hidden_states_are_one_per_layer_and_the_embedding():
     model, ids = tiny_model(), random_ids(2, 9)
     output = model(ids, output_hidden_states=True)
