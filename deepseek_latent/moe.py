@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 
@@ -45,7 +46,9 @@ class DeepseekV2MoEGate(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
         config = self.config
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        # autocast would turn the product back into half precision
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.softmax(dim=-1)
         if config.topk_method == "group_limited_greedy":
             scores = scores * self._mask_of_best_groups(scores)

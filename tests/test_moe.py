@@ -76,6 +76,16 @@ def test_router_stays_in_float32_for_a_bfloat16_model():
     assert torch.equal(weights, exact_weights)
 
 
+def test_router_stays_in_float32_under_autocast():
+    module = gate()
+    tokens = torch.randn(64, V2["hidden_size"]).bfloat16()
+    exact_logits, exact_weights, _ = module(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, weights, _ = module(tokens)
+    assert torch.equal(logits, exact_logits)
+    assert torch.equal(weights, exact_weights)
+
+
 def moe(dtype=torch.float32, implementation="grouped_mm", **overrides) -> DeepseekV2MoE:
     module = DeepseekV2MoE(DeepseekV2Config(**(V2 | overrides), experts_implementation=implementation))
     for parameter in module.parameters():
@@ -119,6 +129,17 @@ def test_blocks_of_tokens_change_nothing(implementation, monkeypatch):
         whole = module(hidden)
         monkeypatch.setattr("deepseek_latent.moe.ROWS_PER_BLOCK", 3 * 5)
         assert relative_error(module(hidden), whole) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_run_under_autocast(implementation):
+    module, hidden = moe(implementation=implementation), torch.randn(2, 7, V2["hidden_size"])
+    exact = reference.moe(module.experts.config, official(module), hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = module(hidden)
+    # as far off as the same module is in bfloat16 throughout
+    module.experts.config._experts_implementation = "eager"
+    assert_within_rounding(actual.float(), exact, module.bfloat16()(hidden.bfloat16()))
 
 
 def test_every_used_expert_and_the_router_get_gradients_equal_across_implementations():

@@ -1,0 +1,56 @@
+"""What the README shows runs, in the order it is shown, from the repository's root."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_there_is_code_to_run():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_every_python_block_runs_and_prints_what_its_comments_say(block):
+    output = run(sys.executable, "-c", block)
+    for line in block.splitlines():
+        if line.startswith("print") and "# " in line:
+            promised = line.split("# ")[1].split("...")[0]
+            assert promised in output
+
+
+def test_the_demo_writes_text_and_says_what_the_cache_held():
+    output = run(sys.executable, "-m", "deepseek_latent.cli", "generate", "examples/pydoc-tiny", "The import statement")
+    assert "cache held" in output
+    assert "as keys and values" in output
+
+
+def test_the_map_names_what_is_there():
+    block = re.search(r"## The map\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+    for name in re.findall(r"[\w/-]+\.(?:py|md)", block) + re.findall(r"^(\w+)/", block, flags=re.MULTILINE):
+        found = list(ROOT.glob(name)) + list((ROOT / "deepseek_latent").glob(name)) + list((ROOT / "docs").glob(name))
+        assert found or (ROOT / "examples" / name).exists(), name
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
+def test_every_make_target_named_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
+def test_every_local_link_leads_somewhere(link):
+    assert (ROOT / link).exists()
