@@ -1,5 +1,6 @@
 """Every option of DeepSeek-V2: read once, checked once, written so that every client can read it back."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import DeepseekV2Config as NativeConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .rope_parameters import LEGACY_NAMES, merge_rope, split_rope, validate_rope
+from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope, validate_rope
 
 
 @strict
@@ -105,6 +106,7 @@ class DeepseekV2Config(PreTrainedConfig):
         for derived in ("qk_head_dim", "head_dim"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
+        # `strict` calls it as well, but wraps what it raises in an error of its own
         self.validate_architecture()
 
     @classmethod
@@ -116,15 +118,19 @@ class DeepseekV2Config(PreTrainedConfig):
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
                 "expected a DeepSeek-V2 config.json."
             )
-        config_dict = dict(config_dict)
-        names = {field.name for field in fields(cls)} - {"dtype"} | {*cls.attribute_map, *LEGACY_NAMES}
+        names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES}
+        names.remove("dtype")  # transformers converts it itself
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        if "rope_parameters" in overrides:
-            config_dict.pop("rope_theta", None), config_dict.pop("rope_scaling", None)
-        elif not overrides.keys().isdisjoint(LEGACY_NAMES):
-            given = (config_dict.pop(name, None) for name in ("rope_parameters", *LEGACY_NAMES))
-            config_dict.update(zip(LEGACY_NAMES, split_rope(merge_rope(*given))))
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """The older name of `rope_parameters`; setting it keeps rope_theta."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None):
+        self.rope_parameters = merge_rope(None, self.rope_parameters["rope_theta"], value)
 
     @property
     def qk_head_dim(self) -> int:
@@ -174,7 +180,7 @@ class DeepseekV2Config(PreTrainedConfig):
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
                 f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}), since MLA expands "
-                f"one latent for every head, got {self.num_key_value_heads}; leave it out."
+                f"one latent for every head, got {self.num_key_value_heads}; give both the same number."
             )
         if self.first_k_dense_replace < 0:
             raise ValueError(f"first_k_dense_replace must be 0 or more, got {self.first_k_dense_replace}.")
@@ -185,6 +191,11 @@ class DeepseekV2Config(PreTrainedConfig):
         for name in ("attention_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
+        for name in ("rms_norm_eps", "routed_scaling_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}.")
         if self.scoring_func != "softmax":
             raise ValueError(
                 f"scoring_func must be 'softmax', got {self.scoring_func!r}; other scores belong to DeepSeek-V3."
@@ -220,7 +231,11 @@ class DeepseekV2Config(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, and beside it the older spelling of the same facts for every other client."""
         output = super().to_dict()
-        output["rope_theta"], output["rope_scaling"] = split_rope(output["rope_parameters"])
+        rope_theta, output["rope_scaling"] = split_rope(output["rope_parameters"])
+        # Trainer resumes by way of transformers' bare PreTrainedConfig, which fails where rope_theta and a YaRN
+        # rope_scaling stand together; every reader takes 10000 where rope_theta is absent
+        if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
+            output["rope_theta"] = rope_theta
         # names files that only exist beside the checkpoint this config was read from
         if self._auto_class is None:
             output.pop("auto_map", None)
@@ -242,6 +257,18 @@ class DeepseekFirstUploadConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Returns a `DeepseekV2Config`, or raises ValueError for DeepSeek-MoE 16B, which has no MLA."""
         return DeepseekV2Config.from_dict(config_dict, **kwargs)
+
+
+def _without_overridden_rope(config_dict: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config_dict` in which nothing contradicts the RoPE settings among `overrides`."""
+    given = dict(config_dict)
+    if "rope_parameters" in overrides:
+        return {name: value for name, value in given.items() if name not in LEGACY_NAMES}
+    if overrides.keys().isdisjoint(LEGACY_NAMES):
+        return given
+    rope = merge_rope(given.pop("rope_parameters", None), given.get("rope_theta"), given.get("rope_scaling"))
+    given["rope_theta"], given["rope_scaling"] = split_rope(rope)
+    return given
 
 
 def _refuse_other_architectures(given: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from .latent_ops import (
     UpProjection,
     absorbed_attention,
     absorbing_is_cheaper,
+    causal_mask,
     expanded_attention,
     explicit_attention,
     fused_attention,
@@ -69,6 +70,7 @@ class DeepseekV2Attention(nn.Module):
             latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
         if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.config._attn_implementation):
             latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
+        _check_mask(attention_mask, latent.shape[2])
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
@@ -144,6 +146,7 @@ class DeepseekV2Attention(nn.Module):
         implementation = self.config._attn_implementation
         # flash's masks say nothing about order among several queries, and what other functions expect is unknown
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
+        # a static cache is wider than the padding mask that comes with it
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
         if readable and absorbing_is_cheaper(s, t, c=self.config.kv_lora_rank, n=self.n, v=self.v):
@@ -159,7 +162,8 @@ class DeepseekV2Attention(nn.Module):
 def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
     """The weight [out in] by which `linear` acts, and pairs (B [out k], A [k in]) whose products add to it.
 
-    Knows a bare Linear and peft's plain LoRA on one. Anything else that may stand around a projection (DoRA, 8-bit
+    Knows a bare Linear and peft's plain LoRA on one (hooks set on every module of the process are not looked at).
+    Anything else that may stand around a projection (DoRA, 8-bit
     weights, hooks, offloading, sharding, dropout at work) is None: its effect is known only to its own forward.
     """
     if _is_bare(linear):
@@ -204,9 +208,21 @@ def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None
     if isinstance(mask, BlockMask):
         batch, heads = mask.shape[:2]
         return create_mask(mask.mask_mod, batch, heads, s, t, device=mask.kv_indices.device)
-    if mask is not None and mask.dim() == 2:
-        return mask[:, None, None, :].bool()
-    return mask
+    if mask is None or mask.dim() == 4:
+        return mask
+    # flash's masks [b t] name the padding and leave the order to the kernel
+    present = mask[:, None, None, :].bool()
+    order = causal_mask(s, t, None, mask.device)
+    return present if order is None else present & order
+
+
+def _check_mask(mask: Tensor | BlockMask | None, t: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return
+    if mask.shape[-1] != t:
+        raise ValueError(f"a 4-D attention_mask must cover all {t} visible tokens, cached too, got {mask.shape[-1]}.")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
 
 
 def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:

@@ -28,6 +28,7 @@ class LatentCacheLayer(DynamicLayer):
         self._buffer: Tensor | None = None
         self._length = 0
         self._latent_width = 0
+        self._autograd_may_hold_it = False
 
     @property
     def keys(self) -> Tensor | None:
@@ -36,9 +37,6 @@ class LatentCacheLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         return self._buffer[:, :, : self._length, self._latent_width :] if self.is_initialized else None
-
-    latent = keys
-    k_rotary = values
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +64,7 @@ class LatentCacheLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         start, end = self._length, self._length + key_states.shape[-2]
-        if self._in_place_is_wrong(key_states, value_states):
+        if self._in_place_is_wrong(key_states):
             new = torch.cat((key_states, value_states), dim=-1)
             self._buffer = torch.cat((self._used(), new), dim=-2)
         else:
@@ -75,6 +73,7 @@ class LatentCacheLayer(DynamicLayer):
             self._buffer[:, :, start:end, : self._latent_width] = key_states
             self._buffer[:, :, start:end, self._latent_width :] = value_states
         self._length = end
+        self._autograd_may_hold_it = torch.is_grad_enabled()
         return self.keys, self.values
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -88,12 +87,18 @@ class LatentCacheLayer(DynamicLayer):
             )
         if key_states.device != self.device:
             raise ValueError(f"this cache is on {self.device}, the new tokens are on {key_states.device}; move one.")
+        if torch.promote_types(key_states.dtype, self._buffer.dtype) != key_states.dtype:
+            raise ValueError(
+                f"this cache holds {self._buffer.dtype}, the new tokens are {key_states.dtype}; "
+                "use a fresh cache, or a model of the cache's dtype."
+            )
 
-    def _in_place_is_wrong(self, *new: Tensor) -> bool:
-        """A write would be invisible to autograd, or is forbidden on what inference mode made."""
-        if self._buffer.is_inference() and not torch.is_inference_mode_enabled():
+    def _in_place_is_wrong(self, new: Tensor) -> bool:
+        """What autograd may have saved must not change under it, nor may what inference mode made outside of it."""
+        if torch.is_grad_enabled() or self._autograd_may_hold_it or new.dtype != self._buffer.dtype:
             return True
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self._buffer, *new))
+        # dynamo cannot ask, and traces neither mode into the other
+        return not torch.compiler.is_compiling() and self._buffer.is_inference() and not new.is_inference()
 
     def _grow(self, length: int) -> None:
         # an eighth more than needed: every token is copied a bounded number of times, and little lies idle
@@ -160,7 +165,6 @@ class LatentCache(DynamicCache):
         self,
         config: PreTrainedConfig | Iterable[tuple[Tensor, ...]],
         offloading: bool = False,
-        offload_only_non_sliding: bool = False,
     ):
         if isinstance(config, PreTrainedConfig):
             num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -168,7 +172,7 @@ class LatentCache(DynamicCache):
         else:
             gathered = list(config)
             layers = [LatentCacheLayer() for _ in gathered]
-        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        Cache.__init__(self, layers=layers, offloading=offloading)
         for layer, (keys, values, *_) in zip(layers, gathered):
             if keys is not None:
                 layer.update(keys, values)
@@ -186,6 +190,6 @@ class LatentCache(DynamicCache):
         allocated = sum(layer.allocated_nbytes for layer in self.layers)
         return (
             f"LatentCache(layers={len(self.layers)}, batch={batch}, tokens={tokens}, latent={latent_width}, "
-            f"rotary={first.values.shape[-1]}, dtype={str(first.dtype).removeprefix('torch.')}, "
+            f"rotary={first.values.shape[-1]}, dtype={str(first.keys.dtype).removeprefix('torch.')}, "
             f"{self.nbytes:,} bytes held, {allocated:,} allocated)"
         )

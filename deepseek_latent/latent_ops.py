@@ -1,8 +1,8 @@
 """Latent attention as functions without state: the absorbed form, the expanded form, and what both share.
 
 Letters: b batch, s query tokens, t all visible tokens, h heads, n content, r rotary, v value width, c latent width.
-A mask is None (causal: s == t, or one query that sees everything), boolean (True where a query may look) or additive,
-of shape [b 1 s t] or [b h s t].
+A mask is None (causal, the last query token sees all t), boolean (True where a query may look) or additive, of shape
+[b 1 s t] or [b h s t].
 """
 
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from torch import Tensor
 # bounds on what one block of work may allocate: scores in float32 and expanded keys or values
 SCORES_PER_BLOCK = 1 << 24
 EXPANDED_PER_BLOCK = 1 << 25
+# tokens whose half-precision latents are widened to float32 at once; 2048 of them stay in a core's cache
+TOKENS_PER_BLOCK = 1 << 11
 
 
 class UpProjection(NamedTuple):
@@ -68,24 +70,44 @@ def absorbed_attention(
     q . (W_UK c) = (q W_UK) . c. Equal to `expanded_attention` in exact arithmetic; cheaper for few queries, since no
     term costs t h c (n + v). Query tokens go in blocks, so that scores stay bounded whatever t is.
 
-    Softmax in float32; result in the dtype of `latent`.
+    Scores, softmax and the sum of latents in float32, since c terms of half precision would cost several times the
+    rounding of the expanded form; result in the dtype of `latent`.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2 and Appendix C, eqs. 37-47.
     """
-    q_absorbed = w_uk.absorb(q_content)
-    mask = causal_mask(q_content.shape[1], latent.shape[1], mask, latent.device)
-    num_heads = q_content.shape[2]
-    tokens_per_block = max(SCORES_PER_BLOCK // (latent.shape[0] * num_heads * latent.shape[1]), 1)
+    num_tokens, num_heads = q_content.shape[1:3]
+    mask = causal_mask(num_tokens, latent.shape[1], mask, latent.device)
+    queries = torch.cat((w_uk.absorb(q_content), q_rotary), dim=-1)  # [b s h c+r]
+    per_token = latent.shape[0] * num_heads * latent.shape[1]
+    # never more than there are, or torch.compile would see another bound at every t
+    tokens_per_block = min(max(SCORES_PER_BLOCK // per_token, 1), num_tokens)
     contexts = []
-    for first in range(0, q_content.shape[1], tokens_per_block):
+    for first in range(0, num_tokens, tokens_per_block):
         block = slice(first, first + tokens_per_block)
         # all heads read the same latents, so tokens and heads together are the rows of one product
-        scores = q_absorbed[:, block].flatten(1, 2) @ latent.mT + q_rotary[:, block].flatten(1, 2) @ k_rotary.mT
-        scores = scores.unflatten(1, (-1, num_heads))  # [b s h t]
+        scores = _score_latents(queries[:, block].flatten(1, 2), latent, k_rotary).unflatten(1, (-1, num_heads))
         visible = None if mask is None else mask[:, :, block].transpose(1, 2)
-        weights = masked_softmax(scores, visible, scale).to(latent.dtype)
-        contexts.append((weights.flatten(1, 2) @ latent).unflatten(1, (-1, num_heads)))
+        weights = masked_softmax(scores, visible, scale)  # [b s h t]
+        contexts.append(_sum_latents(weights.flatten(1, 2), latent).unflatten(1, (-1, num_heads)))
     latent_context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
-    return w_uv.expand(latent_context)
+    return w_uv.expand(latent_context.to(latent.dtype))
+
+
+def _score_latents(queries: Tensor, latent: Tensor, k_rotary: Tensor) -> Tensor:
+    """[b rows c+r] times cached tokens [b t c] and [b t r] to [b rows t], in float32 or wider."""
+    accumulator = torch.promote_types(latent.dtype, torch.float32)
+    absorbed, rotary = queries.to(accumulator).split((latent.shape[-1], k_rotary.shape[-1]), dim=-1)
+    if latent.dtype == accumulator:
+        return absorbed @ latent.mT + rotary @ k_rotary.mT
+    blocks = zip(latent.split(TOKENS_PER_BLOCK, dim=1), k_rotary.split(TOKENS_PER_BLOCK, dim=1))
+    return torch.cat([absorbed @ x.to(accumulator).mT + rotary @ y.to(accumulator).mT for x, y in blocks], dim=-1)
+
+
+def _sum_latents(weights: Tensor, latent: Tensor) -> Tensor:
+    """Weights [b rows t] times latents [b t c] to [b rows c], in the dtype of the weights."""
+    if latent.dtype == weights.dtype:
+        return weights @ latent
+    blocks = zip(weights.split(TOKENS_PER_BLOCK, dim=-1), latent.split(TOKENS_PER_BLOCK, dim=1))
+    return sum(w @ x.to(w.dtype) for w, x in blocks)
 
 
 def expanded_attention(
@@ -143,6 +165,9 @@ def fused_attention(
         values = F.pad(values, (0, qk_width - v_width))
     elif v_width > qk_width:
         queries, keys = F.pad(queries, (0, v_width - qk_width)), F.pad(keys, (0, v_width - qk_width))
+    if queries.shape[2] < keys.shape[2]:
+        # torch aligns its causal mask with the first key
+        mask = causal_mask(queries.shape[2], keys.shape[2], mask, keys.device)
     is_causal = mask is None and queries.shape[2] > 1
     context = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
@@ -166,15 +191,15 @@ def explicit_attention(
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax over the last axis of `scores * scale` in float32; a row that may look nowhere gives zeros."""
-    scores = scores.float() * scale
+    """Softmax over the last axis of `scores * scale` in float32 or wider; a row that may look nowhere gives zeros."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
         blind = (mask <= torch.finfo(mask.dtype).min).all(dim=-1, keepdim=True)
-        return (scores + mask).softmax(dim=-1).masked_fill(blind, 0.0)
+        return (scores + mask).masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
     # the lowest finite number, not -inf: a row of -inf would be NaN before it is zeroed
-    scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
 
 
@@ -182,7 +207,7 @@ def causal_mask(s: int, t: int, mask: Tensor | None, device: torch.device) -> Te
     """The mask that None stands for, where more than one query token makes it matter: [1 1 s t], boolean."""
     if mask is not None or s == 1:
         return mask
-    return torch.ones(s, t, dtype=torch.bool, device=device).tril()[None, None]
+    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)[None, None]
 
 
 def absorbing_is_cheaper(s: int, t: int, *, c: int, n: int, v: int) -> bool:

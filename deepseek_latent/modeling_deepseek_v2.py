@@ -7,7 +7,7 @@ transformers decides from the text of this file whether experts can be dispatche
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -62,6 +62,11 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
         "attentions": DeepseekV2Attention,
         "router_logits": OutputRecorder(DeepseekV2MoEGate, index=0),
     }
+
+    def __init__(self, config: DeepseekV2Config):
+        # a config may have been changed since it was made
+        config.validate_architecture()
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -121,14 +126,17 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if isinstance(past_key_values, StaticCache) and self.config._attn_implementation == "flex_attention":
+            raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            # transformers looks for packed sequences in position_ids only where nothing is cached
+            past_key_values=None if isinstance(past_key_values, LatentCache) and cached == 0 else past_key_values,
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)

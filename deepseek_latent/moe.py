@@ -3,6 +3,8 @@
 Letters: b batch, s tokens, d model width, e routed experts, f width of one expert, k experts per token.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from .configuration_deepseek_v2 import DeepseekV2Config
 
 # routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
 ROWS_PER_BLOCK = 1 << 14
+_ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 
 
 class DeepseekV2MLP(nn.Module):
@@ -94,6 +97,23 @@ class DeepseekV2Experts(nn.Module):
             result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
             output = output.index_add(0, token, result * top_k_weights[token, slot, None])
         return output.to(hidden_states.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Also takes experts by their names in files, all of them or those of one shard.
+
+        Trainer hands a saved checkpoint to `load_state_dict` when it resumes, and ignores names that are unknown.
+        """
+        stacked: dict[str, Tensor] = {}
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            one = _ONE_EXPERT.fullmatch(key.removeprefix(prefix))
+            if one is None:
+                continue
+            name = "down_proj" if one["projection"] == "down" else "gate_up_proj"
+            expert = stacked.setdefault(name, getattr(self, name).detach().clone())[int(one["expert"])]
+            place = expert if name == "down_proj" else expert.chunk(2)[one["projection"] == "up"]
+            place.copy_(state_dict.pop(key))
+        state_dict.update({prefix + name: tensor for name, tensor in stacked.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DeepseekV2MoE(nn.Module):

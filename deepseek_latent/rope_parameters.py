@@ -5,13 +5,18 @@ from typing import Any
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LEGACY_NAMES = ("rope_theta", "rope_scaling")
+DEFAULT_THETA = 10000.0
 
+# numbers that each type cannot do without; all are positive
 NEEDED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "dynamic": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("rope_theta", "original_max_position_embeddings"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
 }
+OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 
 
 def merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scaling: dict | None) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scal
                 f"rope_parameters and the older rope_theta/rope_scaling must agree, got {name} = {current[name]!r} "
                 f"and {legacy[name]!r}; change both or leave one out."
             )
-    rope = {"rope_theta": 10000.0, "rope_type": "default"} | legacy | current
+    rope = {"rope_theta": DEFAULT_THETA, "rope_type": "default"} | legacy | current
     # now, since transformers goes on to fill a missing original_max_position_embeddings with the stretched length
     validate_rope(rope)
     return rope
@@ -41,18 +46,31 @@ def split_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return rope["rope_theta"], None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **scaling}
 
 
-def validate_rope(rope: dict[str, Any]) -> None:
-    """Raises ValueError for an unknown type, a missing number, or a part of the width left unrotated."""
-    known = ("default", *ROPE_INIT_FUNCTIONS)
-    if rope["rope_type"] not in known:
-        raise ValueError(f"rope_type must be one of {', '.join(known)}, got {rope['rope_type']!r}.")
+def validate_rope(rope: dict[str, Any] | None) -> None:
+    """Raises ValueError for an unknown type, a missing or impossible number, or a part of the width left unrotated."""
+    if not rope or "rope_type" not in rope:
+        raise ValueError(f"rope_parameters must be a dict with rope_type and rope_theta, got {rope!r}.")
+    rope_type = rope["rope_type"]
+    if rope_type not in NEEDED or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"rope_type must be one of {', '.join(NEEDED)}, got {rope_type!r}.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; qk_rope_head_dim says what rotates."
         )
-    for name in NEEDED.get(rope["rope_type"], ()):
-        if rope.get(name) is None or rope[name] <= 0:
-            raise ValueError(f"{rope['rope_type']} needs a positive {name} in rope_scaling, got {rope.get(name)}.")
+    for name in NEEDED[rope_type]:
+        if not _is_number(rope.get(name)) or rope[name] <= 0:
+            raise ValueError(f"{rope_type} needs a positive {name} in rope_scaling, got {rope.get(name)!r}.")
+    for name in OPTIONAL:
+        if rope.get(name) is not None and not (_is_number(rope[name]) and rope[name] >= 0):
+            raise ValueError(f"{name} in rope_scaling must be a number of 0 or more, got {rope[name]!r}.")
+    if rope_type == "longrope" and not (rope.get("short_factor") and rope.get("long_factor")):
+        raise ValueError("longrope needs the lists short_factor and long_factor in rope_scaling, got none.")
+    if rope.get("mscale_all_dim") and rope_type != "default" and not _is_number(rope.get("factor")):
+        raise ValueError(f"mscale_all_dim acts together with factor in rope_scaling, got {rope.get('factor')!r} there.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _with_rope_type(rope: dict[str, Any] | None) -> dict[str, Any]:

@@ -39,15 +39,17 @@ def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
     def pair_turning(turns: float) -> float:
         return width * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_turning(rope.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(pair_turning(rope.get("beta_slow") or 1)), width - 1)
+    low, high = pair_turning(rope.get("beta_fast") or 32), pair_turning(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     pair = torch.arange(width // 2, dtype=torch.float32)
     # a ramp of no width would divide by zero
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     frequency = base ** -(2 * pair / width)
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
-        mscale, mscale_all_dim = rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0)
+        mscale, mscale_all_dim = rope.get("mscale", 1.0), rope.get("mscale_all_dim") or 0.0
         attention_factor = yarn_length_factor(factor, mscale) / yarn_length_factor(factor, mscale_all_dim)
     return frequency / factor * slowed + frequency * (1 - slowed), attention_factor
 

@@ -108,11 +108,14 @@ def test_a_4d_mask_is_obeyed(kind, path):
     assert relative_error(logits[:, 15:], model(other).logits[:, 10:]) < 1e-5
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_packed_sequences_do_not_see_each_other():
+def test_packed_sequences_do_not_see_each_other(implementation, use_cache):
     model, ids = tiny_model(), random_ids(1, 20)
+    model.set_attn_implementation(implementation)
     positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
-    packed = model(ids, position_ids=positions, use_cache=False).logits
+    packed = model(ids, position_ids=positions, use_cache=use_cache).logits
     assert relative_error(packed[:, :8], model(ids[:, :8]).logits) < 1e-5
     assert relative_error(packed[:, 8:], model(ids[:, 8:]).logits) < 1e-5
 
@@ -207,6 +210,63 @@ def test_a_function_of_the_users_expands_as_it_likes_and_decoding_still_absorbs(
     actual, _ = fed_in(model, ids, [18, 1, 4, 1], mask=mask)
     assert relative_error(actual[mask.bool()], expected[mask.bool()]) < 1e-5
     assert users_function == [18] * 3 + [4] * 3
+
+
+@torch.no_grad()
+def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(users_function):
+    model, ids = tiny_model(), random_ids(2, LENGTH)
+    ids, mask = left_padded(ids, (0, 5))
+    expected, _ = fed_in(model, ids, [LENGTH], mask=mask)
+    model.set_attn_implementation("users_own")
+    cache, start = None, 0
+    for end in (12, 20, 24):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        output = model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+        )
+        cache, seen = output.past_key_values, mask[:, start:end].bool()
+        assert relative_error(output.logits[seen], expected[:, start:end][seen]) < 1e-5
+        future = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
+        assert all((weights.masked_select(future) == 0).all() for weights in output.attentions)
+        start = end
+    assert not users_function
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, 4, 6, dtype=torch.bool), "must cover all 8 visible tokens, cached too, got 6"),
+        (torch.ones(1, 1, 4, 8, dtype=torch.long), "boolean or additive in floating point, got torch.int64"),
+    ],
+)
+def test_a_4d_mask_that_cannot_be_meant_is_refused(mask, message):
+    model, ids = tiny_model(), random_ids(1, 8)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, 4:], past_key_values=cache, attention_mask=mask)
+
+
+def test_flex_attention_over_a_static_cache_is_refused():
+    model, ids = tiny_model(), random_ids(1, 8)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex_attention cannot read a StaticCache"):
+        model(ids, past_key_values=StaticCache(model.config, max_cache_len=16))
+
+
+def test_chunks_of_a_sequence_train_as_the_whole_does():
+    """Also where only `kv_b_proj` learns, whose input is what the cache holds."""
+    model, ids = tiny_model(), random_ids(1, LENGTH)
+    model.requires_grad_(False)
+    weight = model.model.layers[0].self_attn.kv_b_proj.weight.requires_grad_(True)
+    logits, _ = fed_in(model, ids, [9, 15])
+    (chunked,) = torch.autograd.grad(logits.square().sum(), weight)
+    (whole,) = torch.autograd.grad(model(ids).logits.square().sum(), weight)
+    assert relative_error(chunked, whole) < 1e-5
 
 
 def test_an_unknown_attention_function_is_refused_by_name():

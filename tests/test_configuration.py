@@ -153,10 +153,83 @@ def test_published_config_is_read_field_by_field(published, write_config):
 def test_published_config_is_written_as_it_was_read(published, write_config, saved):
     written, _ = saved(AutoConfig.from_pretrained(write_config(published)))
     ours = {"rope_parameters", "dtype", "pad_token_id", "output_router_logits", "classifier_dropout"}
+    # beside a rope_scaling, 10000 is what every client takes unsaid
+    unsaid = {"rope_theta"} if published["rope_scaling"] else set()
     assert {name: value for name, value in written.items() if name not in ours | {"transformers_version"}} == {
-        name: value for name, value in published.items() if name not in ("auto_map", "transformers_version")
+        name: value for name, value in published.items() if name not in unsaid | {"auto_map", "transformers_version"}
     }
     assert ours <= written.keys()
+
+
+@pytest.mark.parametrize("scaling", [PUBLISHED_YARN, None], ids=["yarn", "plain"])
+def test_another_theta_is_always_said(scaling, saved):
+    written, _ = saved(DeepseekV2Config(rope_theta=50000.0, rope_scaling=scaling))
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 50000.0
+
+
+@every_published
+def test_trainer_can_read_a_checkpoint_it_resumes_from(published, write_config, saved, tmp_path):
+    written, _ = saved(AutoConfig.from_pretrained(write_config(published)))
+    (tmp_path / "resumed.json").write_text(json.dumps(written))
+    assert transformers.PreTrainedConfig.from_json_file(tmp_path / "resumed.json").transformers_version
+
+
+BUILT_FROM = {
+    "another router": (lambda c: setattr(c, "topk_method", "noaux_tc"), "topk_method must be 'greedy'"),
+    "more heads": (lambda c: setattr(c, "num_attention_heads", 4), "num_key_value_heads must equal"),
+    "too many experts": (lambda c: setattr(c, "num_experts_per_tok", 30), "between 1 and n_routed_experts"),
+    "rope without theta": (
+        lambda c: setattr(c, "rope_parameters", {"rope_type": "linear", "factor": 2.0}),
+        "linear needs a positive rope_theta",
+    ),
+    "rope without type": (lambda c: setattr(c, "rope_parameters", {"rope_theta": 9.0}), "a dict with rope_type"),
+    "no rope": (
+        lambda c: setattr(c, "rope_parameters", None),
+        "dict with rope_type and rope_theta, got None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BUILT_FROM.values(), ids=BUILT_FROM.keys())
+def test_a_config_changed_in_memory_is_checked_when_a_model_is_built_from_it(change, message):
+    config = DeepseekV2Config(**V2)
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        DeepseekV2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"type": "linear", "factor": 3.0}, None, {"type": "yarn", **PUBLISHED_YARN}],
+    ids=["linear", "none", "yarn"],
+)
+def test_rope_scaling_set_in_memory_keeps_theta(scaling):
+    config = DeepseekV2Config(**V2 | {"rope_theta": 77.0})
+    config.rope_scaling = scaling
+    expected = DeepseekV2Config(**V2 | {"rope_theta": 77.0, "rope_scaling": scaling})
+    assert config.rope_parameters == expected.rope_parameters
+    assert DeepseekV2ForCausalLM(config).model.rotary_emb.inv_freq.isfinite().all()
+
+
+IMPOSSIBLE_ROPE = {
+    "theta 0": ({"rope_theta": 0.0}, "positive rope_theta in rope_scaling, got 0.0"),
+    "theta in words": ({"rope_theta": "1e4"}, "positive rope_theta in rope_scaling, got '1e4'"),
+    "factor in words": ({"factor": "4"}, "positive factor in rope_scaling, got '4'"),
+    "negative mscale": ({"mscale": -1.0}, "mscale in rope_scaling must be a number of 0 or more, got -1.0"),
+    "longrope without lists": ({"rope_type": "longrope"}, "longrope needs the lists short_factor and long_factor"),
+    "mscale without factor": (
+        {"rope_type": "longrope", "factor": None, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "mscale_all_dim acts together with factor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), IMPOSSIBLE_ROPE.values(), ids=IMPOSSIBLE_ROPE.keys())
+def test_impossible_rope_numbers_are_refused(wrong, message):
+    rope = {"rope_theta": 10000.0, **PUBLISHED_YARN, "rope_type": "yarn"} | wrong
+    rope.pop("type", None)
+    with pytest.raises(ValueError, match=message):
+        DeepseekV2Config(**V2 | {"rope_theta": None, "rope_scaling": None, "rope_parameters": rope})
 
 
 def test_written_config_has_what_other_clients_require(saved):
@@ -450,6 +523,12 @@ REFUSED = {
     "topk_method": ({"topk_method": "noaux_tc"}, r"'greedy' or 'group_limited_greedy', got 'noaux_tc'; .* DeepSeek-V3"),
     "scoring_func": ({"scoring_func": "sigmoid"}, r"must be 'softmax', got 'sigmoid'; .* DeepSeek-V3"),
     "n_group": ({"n_group": 7}, r"divide n_routed_experts \(160\) .* got 7; use a divisor, or topk_method='greedy'"),
+    "eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number, got -1.0"),
+    "scaling nan": (
+        {"routed_scaling_factor": float("nan")},
+        "routed_scaling_factor must be a positive .* got nan",
+    ),
+    "pad": ({"pad_token_id": 102400}, r"pad_token_id must be below vocab_size \(102400\), got 102400"),
     "n_group 0": ({"n_group": 0}, r"n_group must divide n_routed_experts \(160\) .* got 0"),
     "topk_group above": ({"topk_group": 9}, r"topk_group must lie between 1 and n_group \(8\), got 9"),
     "topk_group below": ({"topk_group": 0}, r"topk_group must lie between 1 and n_group \(8\), got 0"),
@@ -484,7 +563,7 @@ REFUSED = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1, got 0.5; qk_rope_head_dim"),
     "grouped heads": (
         {"num_key_value_heads": 8},
-        r"num_key_value_heads must equal num_attention_heads \(128\), .* got 8; leave it out",
+        r"num_key_value_heads must equal num_attention_heads \(128\), .* got 8; give both the same number",
     ),
     "activation": ({"hidden_act": "sigh"}, r"hidden_act must be an activation of transformers, got 'sigh'; .* 'silu'"),
     "dropout": ({"attention_dropout": 1.5}, r"attention_dropout must be a probability between 0 and 1, got 1.5"),

@@ -11,6 +11,7 @@ VARIANTS = {
     "Lite": LITE,
     "V2.5, mscale 1.0": V2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     "unlike mscales": V2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    "YaRN, untruncated": LITE | {"rope_scaling": YARN | {"truncate": False, "original_max_position_embeddings": 50}},
     "no YaRN": LITE | {"rope_scaling": None},
     "linear RoPE": LITE | {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "scaling 16": LITE | {"routed_scaling_factor": 16.0},
@@ -28,8 +29,9 @@ BEYOND_NATIVE = {
     "no shared experts": V2 | {"n_shared_experts": None},
     "only one mscale given": V2 | {"rope_scaling": {k: v for k, v in YARN.items() if k != "mscale_all_dim"}},
 }
+OTHER_ROPE = ("linear RoPE", "YaRN, untruncated")
 # the other RoPE types are transformers' own code
-IN_THE_PAPER = {name: VARIANTS[name] for name in VARIANTS if name != "linear RoPE"} | BEYOND_NATIVE
+IN_THE_PAPER = {name: VARIANTS[name] for name in VARIANTS if name not in OTHER_ROPE} | BEYOND_NATIVE
 
 
 def decode_token_by_token(model, ids):

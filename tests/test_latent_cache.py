@@ -61,6 +61,7 @@ def test_every_operation_leaves_what_a_dynamic_cache_holds(operation, lengths):
     assert_same(layer, twin)
 
 
+@torch.no_grad()
 def test_a_new_token_is_written_in_place():
     layer, _ = filled(9)
     layer.update(*tokens(1))
@@ -70,6 +71,7 @@ def test_a_new_token_is_written_in_place():
     assert layer._buffer.data_ptr() == before
 
 
+@torch.no_grad()
 def test_growing_copies_each_token_a_bounded_number_of_times():
     layer = LatentCacheLayer()
     copied, buffer = 0, None
@@ -164,11 +166,32 @@ def test_gradients_flow_through_the_cache():
 def test_a_cache_made_in_inference_mode_grows_outside_it():
     with torch.inference_mode():
         layer, twin = filled(9)
-    new = tokens(1)
     with torch.no_grad():
-        layer.update(*new)
-        twin.update(*new, 0)
+        for new in (tokens(1), tokens(2)):
+            layer.update(*new)
+            twin.update(*new, 0)
     assert_same(layer, twin)
+
+
+def test_what_autograd_saved_is_not_written_over_by_a_later_step_without_gradients():
+    layer = LatentCacheLayer()
+    keys, _ = layer.update(*(x.requires_grad_() for x in tokens(4)))
+    loss = (keys**2).sum()
+    with torch.no_grad():
+        layer.crop(-2)
+        layer.update(*tokens(2))
+        layer.update(*tokens(1))
+    loss.backward()  # raises where a saved tensor was changed
+
+
+@torch.no_grad()
+def test_wider_tokens_widen_the_cache():
+    layer, _ = filled(5)
+    layer._buffer = layer._buffer.bfloat16()
+    held = layer.keys.float()
+    layer.update(*tokens(1))
+    assert layer.keys.dtype == torch.float32
+    assert torch.equal(layer.keys[:, :, :5], held)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +203,10 @@ def test_a_cache_made_in_inference_mode_grows_outside_it():
         (
             lambda layer: layer.update(torch.zeros(B, 1, 1, 32), torch.zeros(B, 1, 1, R)),
             r"\(3, 40, 8\), the new tokens have \(3, 32, 8\)",
+        ),
+        (
+            lambda layer: layer.update(*(x.bfloat16() for x in tokens(1))),
+            "this cache holds torch.float32, the new tokens are torch.bfloat16",
         ),
         (
             lambda layer: layer.update(*(x.to("meta") for x in tokens(1))),

@@ -79,13 +79,35 @@ def test_both_paths_equal_the_paper(attend, new, cached, rank, dtype):
     assert_within_rounding(actual, exact(inputs), yardstick.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread", [1, 4], ids="spread{}".format)
+def test_at_deepseek_v2_widths_absorbing_rounds_no_more_than_fused_expansion(spread, dtype):
+    h, n, r, v, c, t = 2, 128, 64, 128, 512, 300
+    inputs = {
+        "q_content": torch.randn(1, 1, h, n) * spread,
+        "q_rotary": torch.randn(1, 1, h, r) * spread,
+        "latent": torch.randn(1, t, c),
+        "k_rotary": torch.randn(1, t, r),
+    }
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    weights = {"w_uk": (torch.randn(h, n, c) * c**-0.5).to(dtype), "w_uv": (torch.randn(h, v, c) * c**-0.5).to(dtype)}
+    scale = (n + r) ** -0.5
+    truth = reference.attention(**inputs, **weights, visible=torch.ones(1, 1, t, dtype=torch.bool), scale=scale)
+    inputs |= {name: UpProjection(weight) for name, weight in weights.items()}
+    yardstick = expanded_attention(**inputs, mask=None, scale=scale)
+    assert_within_rounding(absorbed_attention(**inputs, mask=None, scale=scale), truth, yardstick)
+
+
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
-def test_blocks_change_nothing(attend, monkeypatch):
-    inputs = attention_inputs(5, 6, torch.float32)
+@DTYPES
+def test_blocks_change_nothing(attend, dtype, monkeypatch):
+    inputs = attention_inputs(5, 6, dtype)
     whole = attend(**inputs)
     monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", B * H * 11 * 2)  # two query tokens
     monkeypatch.setattr(latent_ops, "EXPANDED_PER_BLOCK", 1)  # one head
-    torch.testing.assert_close(attend(**inputs), whole, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 3)
+    # sums in another order, then at most one rounding of the result the other way
+    assert relative_error(attend(**inputs), whole) < max(torch.finfo(dtype).eps, 1e-6)
 
 
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
@@ -120,6 +142,15 @@ def test_a_row_of_an_additive_mask_that_sees_nothing_gives_zeros():
     weights = masked_softmax(torch.randn(1, 1, 2, 3), mask, 1.0)
     assert (weights[..., 0, :] == 0).all()
     torch.testing.assert_close(weights[..., 1, :].sum(), torch.tensor(1.0))
+
+
+def test_a_blind_row_of_minus_infinity_gives_no_gradient_rather_than_nan():
+    scores = torch.randn(1, 1, 2, 3, requires_grad=True)
+    mask = torch.zeros(1, 1, 2, 3)
+    mask[..., 0, :] = -torch.inf
+    masked_softmax(scores, mask, 1.0)[..., 0].sum().backward()
+    assert (scores.grad[..., 0, :] == 0).all()
+    assert (scores.grad[..., 1, :] != 0).all()
 
 
 @DTYPES

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -9,6 +10,8 @@ from transformers import (
     AutoModelForTokenClassification,
     DynamicCache,
     StaticCache,
+    Trainer,
+    TrainingArguments,
 )
 
 import deepseek_latent
@@ -224,6 +227,40 @@ def test_decoding_from_a_static_cache_compiles_without_a_graph_break(backend):
         for position in range(9, 12):
             logits = step(ids[:, [position]], past_key_values=cache, position_ids=torch.tensor([[position]])).logits
             assert relative_error(logits[:, 0], expected[:, position]) < 1e-5
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda: LatentCache(DeepseekV2Config(**V2))], ids=["dynamic", "latent"])
+@torch.no_grad()
+def test_a_growing_cache_is_compiled_once_for_all_lengths(make):
+    torch.compiler.reset()
+    model, ids = tiny_model(), random_ids(1, 30)
+    counter = CompileCounter()
+    step, cache = torch.compile(model.forward, backend=counter, fullgraph=True), make()
+    compiled = []
+    for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30))]:
+        logits = step(ids[:, start:end], past_key_values=cache, use_cache=True).logits
+        compiled.append(counter.frame_count)
+    assert compiled[-1] == compiled[4]
+    assert relative_error(logits, model(ids).logits[:, -1:]) < 1e-5
+
+
+def test_trainer_resumes_where_it_stopped(tmp_path):
+    pytest.importorskip("accelerate")
+    ids = random_ids(8, 12)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def trained(steps: int, folder, resume: bool):
+        options = {"max_steps": steps, "save_steps": 2, "report_to": "none", "learning_rate": 1e-2, "seed": 3}
+        arguments = TrainingArguments(folder, lr_scheduler_type="constant", dataloader_pin_memory=False, **options)
+        trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.eval().to("cpu")
+
+    once = trained(4, tmp_path / "once", False)
+    trained(2, tmp_path / "twice", False)
+    twice = trained(4, tmp_path / "twice", True)
+    assert relative_error(twice(ids).logits, once(ids).logits) < 1e-5
+    assert relative_error(once(ids).logits, tiny_model()(ids).logits) > 1e-3
 
 
 def test_rotary_frequencies_survive_every_way_of_building():

@@ -22,7 +22,7 @@ from transformers import (
 
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
 
-from .support import LITE, V2, random_ids, relative_error, tiny_model
+from .support import LITE, V2, official_state_dict, random_ids, relative_error, tiny_model
 
 VARIANTS = {
     "V2": V2,
@@ -547,3 +547,20 @@ def test_saved_folder_loads_from_anywhere(checkpoint, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint")
     shutil.rmtree(tmp_path / "saved")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "moved")), logits_of(model))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_load_state_dict_takes_the_names_in_files(strict):
+    source, target = tiny_model(), tiny_model(seed=5)
+    target.load_state_dict(official_state_dict(source), strict=strict)
+    for (name, ours), theirs in zip(target.named_parameters(), source.parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_load_state_dict_takes_one_shard_after_another():
+    source, target = tiny_model(), tiny_model(seed=5)
+    tensors = list(official_state_dict(source).items())
+    for shard in (tensors[:20], tensors[20:50], tensors[50:]):
+        target.load_state_dict(dict(shard), strict=False)
+    for (name, ours), theirs in zip(target.named_parameters(), source.parameters()):
+        assert torch.equal(ours, theirs), name
