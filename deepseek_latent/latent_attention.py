@@ -162,9 +162,9 @@ class DeepseekV2Attention(nn.Module):
 def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
     """The weight [out in] by which `linear` acts, and pairs (B [out k], A [k in]) whose products add to it.
 
-    Knows a bare Linear and peft's plain LoRA on one (hooks set on every module of the process are not looked at).
-    Anything else that may stand around a projection (DoRA, 8-bit
+    Knows a bare Linear and peft's plain LoRA on one. Anything else that may stand around a projection (DoRA, 8-bit
     weights, hooks, offloading, sharding, dropout at work) is None: its effect is known only to its own forward.
+    Hooks that watch every module of the process, as profilers set them, are not looked at and not called.
     """
     if _is_bare(linear):
         return linear.weight, []

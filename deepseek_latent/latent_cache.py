@@ -67,6 +67,7 @@ class LatentCacheLayer(DynamicLayer):
         if self._in_place_is_wrong(key_states):
             new = torch.cat((key_states, value_states), dim=-1)
             self._buffer = torch.cat((self._used(), new), dim=-2)
+            self.dtype = self._buffer.dtype
         else:
             if end > self._buffer.shape[-2]:
                 self._grow(end)
@@ -190,6 +191,6 @@ class LatentCache(DynamicCache):
         allocated = sum(layer.allocated_nbytes for layer in self.layers)
         return (
             f"LatentCache(layers={len(self.layers)}, batch={batch}, tokens={tokens}, latent={latent_width}, "
-            f"rotary={first.values.shape[-1]}, dtype={str(first.keys.dtype).removeprefix('torch.')}, "
+            f"rotary={first.values.shape[-1]}, dtype={str(first.dtype).removeprefix('torch.')}, "
             f"{self.nbytes:,} bytes held, {allocated:,} allocated)"
         )
