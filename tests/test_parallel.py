@@ -1,9 +1,12 @@
 """Tensor, expert and pipeline parallelism by transformers' own plans, on two gloo processes."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from .support import random_ids, tiny_model
 
@@ -29,10 +32,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"pp_size": 2}], ids=str)
 def test_two_processes_compute_what_one_does(sizes, tmp_path):
-    import torch
-
     model, ids = tiny_model(num_attention_heads=4), random_ids(2, 9)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -42,5 +43,7 @@ def test_two_processes_compute_what_one_does(sizes, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "program.py"), str(tmp_path), str(sizes)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 300}
+    done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stdout[-3000:]
