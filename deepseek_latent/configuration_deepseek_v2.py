@@ -130,7 +130,9 @@ class DeepseekV2Config(PreTrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None):
-        self.rope_parameters = merge_rope(None, self.rope_parameters["rope_theta"], value)
+        self.rope_parameters = merge_rope(
+            {"rope_theta": self.rope_parameters["rope_theta"]} | (value or {}), None, None
+        )
 
     @property
     def qk_head_dim(self) -> int:

@@ -26,8 +26,11 @@ def merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scal
     """
     current = _with_rope_type(rope_parameters)
     legacy = _with_rope_type(rope_scaling)
-    if rope_theta is not None:
-        legacy.setdefault("rope_theta", rope_theta)
+    if rope_theta is not None and legacy.setdefault("rope_theta", rope_theta) != rope_theta:
+        raise ValueError(
+            f"rope_theta and the rope_theta inside rope_scaling must agree, got {rope_theta!r} and "
+            f"{legacy['rope_theta']!r}; leave one out."
+        )
     for name in current.keys() & legacy.keys():
         if current[name] != legacy[name]:
             raise ValueError(

@@ -1,5 +1,7 @@
 """With a cache or without, in any order of arrival, with any mask: the same logits."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -142,7 +144,9 @@ def test_reordered_sequences_continue_as_their_own_past_says(path):
 
 
 @pytest.mark.parametrize(
-    "make", [DynamicCache, lambda: StaticCache(NativeConfig(**V2), max_cache_len=40)], ids=["dynamic", "static"]
+    "make",
+    [DynamicCache, lambda: StaticCache(NativeConfig(**copy.deepcopy(V2)), max_cache_len=40)],
+    ids=["dynamic", "static"],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()

@@ -211,6 +211,24 @@ def test_rope_scaling_set_in_memory_keeps_theta(scaling):
     assert DeepseekV2ForCausalLM(config).model.rotary_emb.inv_freq.isfinite().all()
 
 
+def test_rope_scaling_set_in_memory_may_bring_its_own_theta():
+    config = DeepseekV2Config(**V2)
+    config.rope_scaling = {"type": "linear", "factor": 3.0, "rope_theta": 5.0}
+    assert config.rope_parameters == {"rope_theta": 5.0, "rope_type": "linear", "factor": 3.0}
+
+
+def test_two_thetas_that_disagree_are_refused():
+    with pytest.raises(ValueError, match=r"rope_theta and the rope_theta inside rope_scaling .* 77.0 and 5.0"):
+        DeepseekV2Config(rope_theta=77.0, rope_scaling={"type": "linear", "factor": 3.0, "rope_theta": 5.0})
+
+
+def test_what_the_user_passed_is_not_changed():
+    given = {"type": "yarn", **PUBLISHED_YARN}
+    before = dict(given)
+    DeepseekV2Config(**V2 | {"rope_scaling": given})
+    assert given == before
+
+
 IMPOSSIBLE_ROPE = {
     "theta 0": ({"rope_theta": 0.0}, "positive rope_theta in rope_scaling, got 0.0"),
     "theta in words": ({"rope_theta": "1e4"}, "positive rope_theta in rope_scaling, got '1e4'"),
