@@ -1,5 +1,6 @@
 """Checkpoints: official files in, official files out, and nothing initialised where something should have been read."""
 
+import copy
 import json
 import logging
 import shutil
@@ -222,7 +223,7 @@ def test_transformers_own_class_opens_what_we_save(fields, tmp_path):
 @pytest.mark.parametrize("fields", NATIVE_VARIANTS.values(), ids=NATIVE_VARIANTS.keys())
 def test_we_open_what_transformers_own_class_saves(fields, tmp_path):
     fields = fields | {"rope_scaling": V2["rope_scaling"] | {"rope_type": "yarn"}}
-    native = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**fields))
+    native = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**copy.deepcopy(fields)))
     native.save_pretrained(tmp_path)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model) is DeepseekV2ForCausalLM
