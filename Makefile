@@ -5,7 +5,8 @@ PYTHON ?= python3
 .PHONY: demo test test-slow test-oldest check bench clean
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@echo "making .venv from constraints.txt: a few minutes, once"
+	@$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
@@ -16,7 +17,7 @@ PYTHON ?= python3
 	touch $@
 
 demo: .venv/installed  ## a trained DeepSeek-V2 writes text from a cache of latents (MODEL=folder or hub id)
-	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)"
+	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)" --temperature 0.7 --top-p 0.9 --seed 1
 
 test: .venv/installed  ## the suite, at most 12 minutes on two cores
 	.venv/bin/python -m pytest -m "not slow"

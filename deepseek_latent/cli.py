@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Column, Table
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
@@ -56,15 +57,21 @@ def _generate(arguments: argparse.Namespace) -> int:
         config = read_config(arguments.model)
         tokenizer = _tokenizer(arguments.model)
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
-        model = AutoModelForCausalLM.from_pretrained(
-            local_or_hub(arguments.model), config=config, dtype=arguments.dtype, device_map=_device(arguments.device)
-        )
+        place = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(local_or_hub(arguments.model), config=config, **place)
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected readable weights in {arguments.model}, got: {error}; deepseek-latent inspect names the file."
+            ) from error
         if arguments.seed is not None:
             torch.manual_seed(arguments.seed)
         # top_k 0, since transformers would keep 50 tokens unasked
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
         # whatever a checkpoint brings along, the cache reported on is the latent one
         model.generation_config.cache_implementation = None
+        if not arguments.chat:
+            print(arguments.prompt, end="", flush=True)
         streamer = _TimedStreamer(tokenizer)
         started = time.perf_counter()
         output = model.generate(
@@ -164,7 +171,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     report = check_checkpoint(folder, config)
     if not report.problems:
-        print(f"The files fit config.json: {report.num_tensors:,} tensors in {report.num_files:,} files.")
+        print(f"The files fit config.json: {report.num_tensors:,} tensors, {report.num_files:,} file(s).")
         return 0
     shown = report.problems if arguments.all else report.problems[:PROBLEMS_SHOWN]
     print(*shown, sep="\n")
@@ -201,7 +208,9 @@ def _cache_table(config: DeepseekV2Config) -> Table:
 
 
 def _export_code(arguments: argparse.Namespace) -> int:
-    print(*export_code(Path(arguments.folder).expanduser()), sep="\n")
+    written = export_code(Path(arguments.folder).expanduser())
+    print(f"Wrote into {arguments.folder}: {', '.join(written)}.")
+    print("It now loads with trust_remote_code=True where only transformers is installed.")
     return 0
 
 

@@ -126,9 +126,12 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if kwargs.get("cache") is not None:
+            raise ValueError("continuous batching (generate_batch) cannot hold latents yet; use generate().")
         if isinstance(past_key_values, StaticCache) and self.config._attn_implementation == "flex_attention":
             raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        _check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
         attention_mask = create_causal_mask(
@@ -151,6 +154,19 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _check_padding_mask(mask: Tensor | None, inputs_embeds: Tensor, cached: int | Tensor) -> None:
+    """Refuses a 2-D mask that is too small; transformers would fill it up with padding."""
+    # a static cache counts in a tensor, which is not read here lest it break the graph
+    if mask is None or mask.dim() != 2 or isinstance(cached, Tensor):
+        return
+    batch, visible = inputs_embeds.shape[0], cached + inputs_embeds.shape[1]
+    if mask.shape[0] != batch or mask.shape[1] < visible:
+        raise ValueError(
+            f"a 2-D attention_mask must be [batch, visible tokens] = [{batch}, {visible}], cached ones included, "
+            f"got {list(mask.shape)}."
+        )
 
 
 class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):

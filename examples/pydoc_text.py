@@ -54,6 +54,7 @@ def train_tokenizer(documents: list[str], vocab_size: int, model_max_length: int
         eos_token=END,
         pad_token=PAD,
         model_max_length=model_max_length,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
     )
 

@@ -234,7 +234,7 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "active_parameters": model.num_parameters() - idle_parameters(model.config),
         "busiest_share": busiest_share(model, held_out_windows),
-        "command": f"python examples/train_tiny.py --steps {options.steps} --seed {options.seed}",
+        "command": f"python examples/train_tiny.py --steps {options.steps} --seed {options.seed} --out FOLDER",
         "python": platform.python_version(),
         "deepseek_latent": deepseek_latent.__version__,
         "torch": torch.__version__,

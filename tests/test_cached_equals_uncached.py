@@ -255,6 +255,16 @@ def test_a_4d_mask_that_cannot_be_meant_is_refused(mask, message):
         model(ids[:, 4:], past_key_values=cache, attention_mask=mask)
 
 
+@pytest.mark.parametrize("shape", [(2, 7), (3, 8)], ids=str)
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_2d_mask_of_another_shape_is_refused_whatever_it_holds(shape, value):
+    model, ids = tiny_model(), random_ids(2, 8)
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, 0] = value
+    with pytest.raises(ValueError, match=rf"\[batch, visible tokens\] = \[2, 8\].* got \[{shape[0]}, {shape[1]}\]"):
+        model(ids, attention_mask=mask)
+
+
 def test_flex_attention_over_a_static_cache_is_refused():
     model, ids = tiny_model(), random_ids(1, 8)
     model.set_attn_implementation("flex_attention")

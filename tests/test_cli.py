@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -80,7 +81,16 @@ def test_generate_streams_exactly_the_models_greedy_text(folder, capsys):
     capsys.readouterr()
     status, out, _ = printed(capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu")
     assert status == 0
-    assert out == expected + "\n"
+    assert out == "latent" + expected + "\n"
+
+
+def test_generate_names_unreadable_weights_in_one_sentence(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    status, _, err = printed(capsys, "generate", broken, "latent")
+    assert status == 2
+    assert f"expected readable weights in {broken}" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_generate_counts_the_cache_the_model_really_held(folder, capsys):

@@ -52,7 +52,15 @@ def read_config(source: str) -> DeepseekV2Config:
     place = local_or_hub(source)
     if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
         raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
-    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except OSError as error:
+        if isinstance(place, Path):
+            raise
+        raise ValueError(
+            f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
+            f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
+        ) from error
     if not isinstance(config, DeepseekV2Config):
         raise ValueError(
             f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
@@ -119,14 +127,18 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
     headers, problems = _read_shards(folder)
     stored = {}
     for header in headers.values():
-        for name, tensor in header.items():
+        for name, tensor in (header or {}).items():
             if name in stored:
                 problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
             stored[name] = tensor
     expected = checkpoint_tensors(config, architecture_of(config))
     optional = _tied_tensors(config)
     floats = list(_SAFETENSORS_DTYPES.values())
-    problems += [f"{name} is missing" for name in expected if name not in stored]
+    missing = [f"{name} is missing" for name in expected if name not in stored]
+    # one bad file would otherwise be buried under the names of all it held
+    if missing and None in headers.values():
+        missing = [f"{len(missing):,} tensors are missing, those of the unreadable files among them"]
+    problems += missing
     for name, tensor in stored.items():
         shape = expected.get(name, optional.get(name))
         if shape is None:
@@ -145,7 +157,7 @@ def _tied_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
     return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
+def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
     """The headers of all files that a loader would open, by file name, and what is wrong with the set of files."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
@@ -160,15 +172,17 @@ def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], list
     if (folder / WEIGHTS).is_file():
         problems.append(f"{WEIGHTS} stands beside {INDEX}, and loaders disagree which one counts; remove one")
     for name, file in placed.items():
-        if file in headers and name not in headers[file]:
+        if headers[file] is not None and name not in headers[file]:
             problems.append(f"{name} is not in {file}, where {INDEX} places it")
     for file, header in headers.items():
-        problems += [f"{name} is in {file}, but {INDEX} does not name it" for name in header if name not in placed]
+        problems += [
+            f"{name} is in {file}, but {INDEX} does not name it" for name in header or () if name not in placed
+        ]
     return headers, problems
 
 
-def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
-    headers, problems = {}, []
+def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
+    headers, problems = dict.fromkeys(files), []  # None: unreadable
     for file in files:
         if not (folder / file).is_file():
             problems.append(f"{file} is absent, but {INDEX} names it")
