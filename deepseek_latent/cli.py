@@ -1,8 +1,6 @@
 """`deepseek-latent`: generate text, inspect a checkpoint, let the code travel with it, run tools with the plugin."""
 
 import argparse
-import importlib.util
-import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from .conversion.checkpoint import (
 )
 from .conversion.remote_code import export_code
 from .conversion.size import cached_elements_per_token, expanded_width, idle_parameters, parameters_by_part
+from .tool_runner import prepare_tool, run_tool
 
 PROBLEMS_SHOWN = 40
 
@@ -43,10 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deepseek-latent {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     # out here, since what a tool raises is the tool's: traceback, exit code and all
-    if arguments.command == "run" and arguments.module:
-        runpy.run_module(arguments.module[0], run_name="__main__", alter_sys=True)
-    elif arguments.command == "run":
-        runpy.run_path(arguments.script[0], run_name="__main__")
+    if arguments.command == "run":
+        run_tool(arguments.module, arguments.script)
     return status
 
 
@@ -214,33 +211,6 @@ def _export_code(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare_tool(arguments: argparse.Namespace) -> int:
-    """Sets sys.argv and sys.path as Python does for `python -m MODULE` or `python SCRIPT`, and finds either."""
-    sys.argv = arguments.module or arguments.script
-    if not sys.argv:
-        raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
-    tool = sys.argv[0]
-    sys.path.insert(0, str(Path.cwd() if arguments.module else Path(tool).resolve().parent))
-    if arguments.module and not _is_runnable(tool):
-        raise ValueError(f"expected a module that can be run, got {tool}, which is not found; install it.")
-    if not arguments.module and not Path(tool).exists():
-        raise ValueError(f"expected a script, got {tool}, which does not exist; for a module write -m {tool}.")
-    return 0
-
-
-def _is_runnable(module: str) -> bool:
-    try:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{module}.__main__")
-    except ModuleNotFoundError as error:
-        # a package that the tool lacks is the tool's own error
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        return False
-    return spec is not None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepseek-latent", description=__doc__.partition(": ")[2])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -289,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     run.description = "Runs a module or script as python would, with DeepSeek-V2 registered; its exit code is ours."
     run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module and its arguments")
     run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
-    run.set_defaults(action=_prepare_tool)
+    run.set_defaults(action=lambda arguments: prepare_tool(arguments.module, arguments.script))
     return parser
 
 

@@ -28,9 +28,17 @@ ARROWS = {
     "expert_files": set(),
     "rope_parameters": set(),
     "conversion": {"configuration_deepseek_v2", "modeling_deepseek_v2"},
-    "cli": {"__init__", "configuration_deepseek_v2", "modeling_deepseek_v2", "latent_cache", "conversion"},
+    "cli": {
+        "__init__",
+        "configuration_deepseek_v2",
+        "modeling_deepseek_v2",
+        "latent_cache",
+        "conversion",
+        "tool_runner",
+    },
+    "tool_runner": set(),
 }
-TRAVELLING = sorted(set(ARROWS) - {"__init__", "cli", "conversion"})
+TRAVELLING = sorted(set(ARROWS) - {"__init__", "cli", "conversion", "tool_runner"})
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

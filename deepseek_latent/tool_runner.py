@@ -1,0 +1,44 @@
+"""Runs a module or a script in this process as Python itself would."""
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+
+def prepare_tool(module: list[str] | None, script: list[str]) -> int:
+    """Sets sys.argv and sys.path as Python does for `python -m MODULE` or `python SCRIPT`, each with its arguments.
+
+    Raises ValueError where there is no such module or script.
+    """
+    sys.argv = module or script
+    if not sys.argv:
+        raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
+    tool = sys.argv[0]
+    sys.path.insert(0, str(Path.cwd() if module else Path(tool).resolve().parent))
+    if module and not _is_runnable(tool):
+        raise ValueError(f"expected a module that can be run, got {tool}, which is not found; install it.")
+    if not module and not Path(tool).exists():
+        raise ValueError(f"expected a script, got {tool}, which does not exist; for a module write -m {tool}.")
+    return 0
+
+
+def run_tool(module: list[str] | None, script: list[str]) -> None:
+    """Runs what `prepare_tool` found; whatever it raises goes through."""
+    if module:
+        runpy.run_module(module[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script[0], run_name="__main__")
+
+
+def _is_runnable(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError as error:
+        # a package that the tool lacks is the tool's own error
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False
+    return spec is not None
