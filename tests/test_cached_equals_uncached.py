@@ -68,6 +68,16 @@ def test_cached_equals_uncached(variant, schedule, path):
     assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.fixture
+def _one_thread():
+    """torch 2.10 aborts in its compiled flex kernel on several CPU threads where fresh memory is filled with NaN."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @torch.no_grad()
 def test_every_attention_implementation_gives_the_same(implementation):
