@@ -9,11 +9,11 @@ import json
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
+
+from .machine import described
 
 
 def resident(field: str) -> int:
@@ -63,17 +63,8 @@ def main() -> None:
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{which:>7}: {runs[-1]['growth_bytes'] / 1e9:.2f} GB above the weights, {runs[-1]['seconds']} s")
     if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip()
-        result = {
-            "command": f"python -m benchmarks.memory --tokens {arguments.tokens}",
-            "date": date.today().isoformat(),
-            "commit": commit,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "model": "Lite-4, bf16, batch 1",
-            "runs": runs,
-        }
+        result = described(f"python -m benchmarks.memory --tokens {arguments.tokens}")
+        result |= {"model": "Lite-4, bf16, batch 1", "runs": runs}
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

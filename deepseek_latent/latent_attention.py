@@ -11,6 +11,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from .configuration_deepseek_v2 import DeepseekV2Config
+from .input_checks import check_dense_mask
+from .latent_cache import LatentCache
+from .latent_format import Latents, SeparateStretch
 from .latent_ops import (
     UpProjection,
     absorbed_attention,
@@ -66,20 +69,24 @@ class DeepseekV2Attention(nn.Module):
         q_content, q_rotary = self.project_queries(hidden_states, position_embeddings)
         latent, k_rotary = self.project_latents(hidden_states, position_embeddings)
         # the cache is written and read while keys and values are still compressed
-        if past_key_values is not None:
-            latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
-        if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.config._attn_implementation):
-            latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
-        _check_mask(attention_mask, latent.shape[2])
+        if isinstance(past_key_values, LatentCache):
+            latents = past_key_values.append(latent, k_rotary, self.layer_idx)
+        else:
+            if past_key_values is not None:
+                latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
+            if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.config._attn_implementation):
+                latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
+            latents = Latents(SeparateStretch(latent[:, 0], k_rotary[:, 0]))
+        check_dense_mask(attention_mask, latents.num_tokens)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
         # gradients and dropout belong to the modules' own forward
         may_read = not (wants_weights or dropout or torch.is_grad_enabled())
         up_projections = self.up_projections() if may_read else None
-        attend = self.choose_path(hidden_states.shape[1], latent.shape[2], attention_mask)
+        attend = self.choose_path(hidden_states.shape[1], latents.num_tokens, attention_mask)
         if up_projections is None or attend is None:
-            keys, values = self.expand_kv(latent, k_rotary)
+            keys, values = self.expand_kv(*(x[:, None] for x in latents.dense(hidden_states.shape[0])))
             queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
             context, weights = self.attention_function(wants_weights)(
                 self,
@@ -93,9 +100,8 @@ class DeepseekV2Attention(nn.Module):
             )
             return self.o_proj(context.flatten(2)), weights
 
-        mask = dense_mask(attention_mask, hidden_states.shape[1], latent.shape[2])
-        latents = (latent[:, 0], k_rotary[:, 0])
-        context = attend(q_content, q_rotary, *latents, *up_projections, mask=mask, scale=self.scaling)
+        mask = dense_mask(attention_mask, hidden_states.shape[1], latents.num_tokens)
+        context = attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling)
         return self.o_proj(context.flatten(2)), None
 
     def project_queries(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,15 +220,6 @@ def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None
     present = mask[:, None, None, :].bool()
     order = causal_mask(s, t, None, mask.device)
     return present if order is None else present & order
-
-
-def _check_mask(mask: Tensor | BlockMask | None, t: int) -> None:
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return
-    if mask.shape[-1] != t:
-        raise ValueError(f"a 4-D attention_mask must cover all {t} visible tokens, cached too, got {mask.shape[-1]}.")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
 
 
 def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:

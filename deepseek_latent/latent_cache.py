@@ -1,154 +1,38 @@
-"""The cache of compressed latents: c + r elements per token and layer, whatever the number of heads."""
+"""The cache of compressed latents: all layers, how they go to files and records and come back.
+
+Letters: b batch, t tokens held, c latent width, r rotary width.
+"""
 
 from collections.abc import Iterable
+from os import PathLike
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache_files import fingerprint, read_tensors, write_tensors
+from .latent_cache_layer import LatentCacheLayer
+from .latent_format import Float8Format, Latents, check_bits, latent_format
 
 
-class LatentCacheLayer(DynamicLayer):
-    """What one MLA layer remembers: per token, one latent and one shared rotary key.
+def check_offloading() -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("an offloaded cache moves layers between a CUDA device and the CPU; there is no CUDA device.")
 
-    latent    [b 1 t c]   KV latent after its RMSNorm, also as `keys`
-    k_rotary  [b 1 t r]   already rotated to its absolute position, also as `values`
 
-    Both are views of one buffer [b 1 capacity c+r] that grows geometrically and is written in place, so a new token
-    copies nothing. The axis of size 1 stands where DynamicLayer expects heads, so generic code finds its layout.
-    Source: paper 2.1.3, (d_c + d_h^R) l elements.
+def bits_of_cache_config(cache_config: dict | None) -> int | str | None:
+    """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
+
+    None where another backend is named: then transformers makes its own quantised cache.
     """
-
-    def __init__(self):
-        # not super().__init__: it would assign `keys` and `values`, which are views here
-        self.is_initialized = False
-        self._clear()
-
-    def _clear(self):
-        self._buffer: Tensor | None = None
-        self._length = 0
-        self._latent_width = 0
-        self._autograd_may_hold_it = False
-
-    @property
-    def keys(self) -> Tensor | None:
-        return self._buffer[:, :, : self._length, : self._latent_width] if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:
-        return self._buffer[:, :, : self._length, self._latent_width :] if self.is_initialized else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tokens held: b t (c + r) itemsize."""
-        return self._used().nbytes if self.is_initialized else 0
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """Bytes of the buffer, room to grow included."""
-        return self._buffer.nbytes if self.is_initialized else 0
-
-    def _used(self) -> Tensor:
-        return self._buffer[:, :, : self._length]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._latent_width = key_states.shape[-1]
-        width = key_states.shape[-1] + value_states.shape[-1]
-        self._buffer = key_states.new_empty(key_states.shape[0], 1, 0, width)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends latents [b 1 s c] and rotary keys [b 1 s r]; returns all of them, [b 1 t c] and [b 1 t r]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[-2]
-        if self._in_place_is_wrong(key_states):
-            new = torch.cat((key_states, value_states), dim=-1)
-            self._buffer = torch.cat((self._used(), new), dim=-2)
-            self.dtype = self._buffer.dtype
-        else:
-            if end > self._buffer.shape[-2]:
-                self._grow(end)
-            self._buffer[:, :, start:end, : self._latent_width] = key_states
-            self._buffer[:, :, start:end, self._latent_width :] = value_states
-        self._length = end
-        self._autograd_may_hold_it = torch.is_grad_enabled()
-        return self.keys, self.values
-
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        b, _, _, width = self._buffer.shape
-        came = (key_states.shape[0], key_states.shape[-1], value_states.shape[-1])
-        expected = (b, self._latent_width, width - self._latent_width)
-        if came != expected:
-            raise ValueError(
-                "this cache holds (batch, latent width, rotary width) = "
-                f"{expected}, the new tokens have {came}; use a fresh cache for another batch or another model."
-            )
-        if key_states.device != self.device:
-            raise ValueError(f"this cache is on {self.device}, the new tokens are on {key_states.device}; move one.")
-        if torch.promote_types(key_states.dtype, self._buffer.dtype) != key_states.dtype:
-            raise ValueError(
-                f"this cache holds {self._buffer.dtype}, the new tokens are {key_states.dtype}; "
-                "use a fresh cache, or a model of the cache's dtype."
-            )
-
-    def _in_place_is_wrong(self, new: Tensor) -> bool:
-        """What autograd may have saved must not change under it, nor may what inference mode made outside of it."""
-        if torch.is_grad_enabled() or self._autograd_may_hold_it or new.dtype != self._buffer.dtype:
-            return True
-        # dynamo cannot ask, and traces neither mode into the other
-        return not torch.compiler.is_compiling() and self._buffer.is_inference() and not new.is_inference()
-
-    def _grow(self, length: int) -> None:
-        # an eighth more than needed: every token is copied a bounded number of times, and little lies idle
-        capacity = length + max(length // 8, 64)
-        buffer = self._buffer.new_empty(*self._buffer.shape[:2], capacity, self._buffer.shape[-1])
-        buffer[:, :, : self._length] = self._used()
-        self._buffer = buffer
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens; 0 forgets none. The memory stays for the tokens to come."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; to keep the first "
-                f"{tokens_to_remove} of {self._length} tokens, crop({min(tokens_to_remove - self._length, 0)})."
-            )
-        if -tokens_to_remove > self._length:
-            raise ValueError(f"cannot forget {-tokens_to_remove} tokens, the cache holds {self._length}.")
-        self._length += tokens_to_remove
-
-    def reset(self) -> None:
-        """Forgets everything, the memory included."""
-        self.is_initialized = False
-        self._clear()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times, side by side."""
-        if self.is_initialized:
-            self._buffer = self._used().repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices` (integers, or one boolean per sequence), in that order."""
-        if self.is_initialized:
-            self._buffer = self._used()[indices.to(self._buffer.device)]
-
-    def offload(self) -> None:
-        """Moves the tokens held to the CPU."""
-        if self.is_initialized:
-            self._buffer = self._used().to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        """Brings offloaded tokens back to the device they came from."""
-        if self.is_initialized and self._buffer.device != self.device:
-            self._buffer = self._buffer.to(self.device, non_blocking=True)
+    if cache_config is None or cache_config.get("backend") != "latent":
+        return None
+    if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
+        raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
+    check_bits(cache_config["nbits"])
+    return cache_config["nbits"]
 
 
 class LatentCache(DynamicCache):
@@ -160,37 +44,138 @@ class LatentCache(DynamicCache):
         config: a `DeepseekV2Config`; or, as `torch.nn.DataParallel` passes it when it gathers the replicas' outputs,
             an iterable with (latents, rotary keys, ...) per layer.
         offloading: keep the layers on the CPU and fetch each one just before it is read (CUDA only).
+        bits: 8, 6, 5 or 4 bits per latent element, or "fp8", with rotary keys in bfloat16; None keeps what the model
+            computes. New tokens too are read as they were stored, so chunks of a prompt do not change what is said.
     """
 
     def __init__(
         self,
         config: PreTrainedConfig | Iterable[tuple[Tensor, ...]],
         offloading: bool = False,
+        bits: int | str | None = None,
     ):
+        check_bits(bits)
+        if offloading:
+            check_offloading()
+        gathered = []
         if isinstance(config, PreTrainedConfig):
             num_layers = config.get_text_config(decoder=True).num_hidden_layers
-            layers, gathered = [LatentCacheLayer() for _ in range(num_layers)], []
         else:
             gathered = list(config)
-            layers = [LatentCacheLayer() for _ in gathered]
-        Cache.__init__(self, layers=layers, offloading=offloading)
-        for layer, (keys, values, *_) in zip(layers, gathered):
+            num_layers = len(gathered)
+        Cache.__init__(self, layers=[LatentCacheLayer(bits) for _ in range(num_layers)], offloading=offloading)
+        self.stored_tokens: Tensor | None = None
+        for layer, (keys, values, *_) in zip(self.layers, gathered):
             if keys is not None:
                 layer.update(keys, values)
 
+    def append(self, latent: Tensor, k_rotary: Tensor, layer_idx: int) -> Latents:
+        """`update` for a reader who takes all tokens as they are stored."""
+        latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
+        return latents
+
+    @property
+    def bits(self) -> int | str | None:
+        return self.layers[0].bits
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held: b t (c + r) layers itemsize."""
+        """Bytes of the tokens held: b t layers times (c + r) itemsize, or what `bits` makes of a row."""
         return sum(layer.nbytes for layer in self.layers)
 
     def __repr__(self) -> str:
         first = self.layers[0] if self.layers else None
         if first is None or not first.is_initialized:
             return f"LatentCache(layers={len(self.layers)}, empty)"
-        batch, _, tokens, latent_width = first.keys.shape
         allocated = sum(layer.allocated_nbytes for layer in self.layers)
+        kept_as = str(first.dtype).removeprefix("torch.") if self.bits is None else f"bits={self.bits}"
         return (
-            f"LatentCache(layers={len(self.layers)}, batch={batch}, tokens={tokens}, latent={latent_width}, "
-            f"rotary={first.values.shape[-1]}, dtype={str(first.dtype).removeprefix('torch.')}, "
+            f"LatentCache(layers={len(self.layers)}, batch={first.batch_size}, tokens={first.get_seq_length()}, "
+            f"latent={first.format.latent_width}, rotary={first.format.rotary_width}, {kept_as}, "
             f"{self.nbytes:,} bytes held, {allocated:,} allocated)"
         )
+
+    def save(self, path: str | PathLike, *, tokens: Tensor, model: PreTrainedModel) -> None:
+        """Writes one safetensors file with rows, token ids and the model's fingerprint; complete, or not at all.
+
+        `tokens` [b t] or [t] are the ids the cache was made from; more may follow, as `generate` returns them.
+        """
+        length, batch = self.get_seq_length(), self.layers[0].batch_size if self.is_initialized else 0
+        tokens = torch.atleast_2d(tokens)
+        if not length or tokens.shape[0] != batch or tokens.shape[1] < length:
+            raise ValueError(
+                f"expected the ids of {batch} sequences of {length} tokens or more, and a cache that holds some, "
+                f"got ids of shape {list(tokens.shape)}."
+            )
+        tensors = {
+            f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()
+        }
+        stored = {"bits": self.bits, "tokens": tokens[:, :length].tolist(), "fingerprint": fingerprint(model)}
+        write_tensors(path, tensors, self._shape_for(model) | stored)
+
+    @classmethod
+    def load(cls, path: str | PathLike, *, model: PreTrainedModel) -> "LatentCache":
+        """Reads what `save` wrote; its ids [b t] are then in `stored_tokens`.
+
+        Rows stay in the file until they are read (memory-mapped) where the model is on the CPU. ValueError where the
+        file is cut off, altered, or of another model.
+        """
+        tensors, stored = read_tensors(path)
+        for name, own in cls._shape_for(model).items():
+            if stored[name] != own:
+                raise ValueError(f"{path} is of a model with {name} {stored[name]}, this one has {own}.")
+        if stored["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{path} is of a model with other weights, settings or adapters than this one.")
+        cache = cls(model.config, bits=stored["bits"])
+        cache.stored_tokens = torch.tensor(stored["tokens"])
+        widths = stored["latent width"], stored["rotary width"]
+        for i, layer in enumerate(cache.layers):
+            shared, own = (tensors.get(f"layers.{i}.{name}") for name in ("shared", "own"))
+            shared, own = (None if x is None else x.to(model.device) for x in (shared, own))
+            layer.restore(latent_format(cache.bits, *widths, model.dtype), shared, own)
+        return cache
+
+    @staticmethod
+    def _shape_for(model: PreTrainedModel) -> dict[str, int | str]:
+        config = model.config.get_text_config(decoder=True)
+        return {
+            "number of layers": config.num_hidden_layers,
+            "latent width": config.kv_lora_rank,
+            "rotary width": config.qk_rope_head_dim,
+            "dtype": str(model.dtype),
+        }
+
+    def flashmla_records(self) -> list[Tensor]:
+        """Per layer the tokens as FlashMLA, vLLM (`fp8_ds_mla`) and SGLang keep them: [b t 656] bytes.
+
+        With `bits="fp8"` these are the rows as they are; from any other cache, its tokens rounded to fp8.
+        """
+        return [self._records_of(layer) for layer in self.layers]
+
+    @staticmethod
+    def _records_of(layer: LatentCacheLayer) -> Tensor:
+        record = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
+        return layer.rows() if layer.bits == "fp8" else record.encode(*layer.latents.dense(layer.batch_size))
+
+    @classmethod
+    def from_flashmla_records(
+        cls, records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16
+    ) -> "LatentCache":
+        """A cache with `bits="fp8"` that holds these records, [b t 656] bytes per layer, for a model of `dtype`."""
+        cache, records = cls(config, bits="fp8"), list(records)
+        record = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+        if len(records) != len(cache.layers) or any(x.dim() != 3 or x.shape[-1] != 656 for x in records):
+            shapes = [list(x.shape) for x in records]
+            raise ValueError(f"expected {len(cache.layers)} layers of records [b t 656], got shapes {shapes}.")
+        for layer, rows in zip(cache.layers, records):
+            layer.restore(record, None, rows.view(torch.uint8))
+        return cache
+
+
+def _record_format(latent_width: int, rotary_width: int, dtype: torch.dtype) -> Float8Format:
+    if (latent_width, rotary_width) != (512, 64):
+        raise ValueError(
+            f"records of 656 bytes have latent width 512 and rotary width 64, this model has {latent_width} and "
+            f"{rotary_width}."
+        )
+    return Float8Format(latent_width, rotary_width, dtype)

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
-# bounds on what one block of work may allocate: scores in float32 and expanded keys or values
+from .latent_format import Latents
+
+# bounds on what one block of work may allocate: scores, and widened latents or expanded keys or values
 SCORES_PER_BLOCK = 1 << 24
-EXPANDED_PER_BLOCK = 1 << 25
-# tokens whose half-precision latents are widened to float32 at once; 2048 of them stay in a core's cache
-TOKENS_PER_BLOCK = 1 << 11
+ELEMENTS_PER_BLOCK = 1 << 25
+# cached tokens that a CPU reads at once; 1024 of them, widened to float32, stay in a core's cache
+TOKENS_PER_BLOCK = 1 << 10
 
 
 class UpProjection(NamedTuple):
@@ -56,8 +59,7 @@ class UpProjection(NamedTuple):
 def absorbed_attention(
     q_content: Tensor,  # [b s h n]
     q_rotary: Tensor,  # [b s h r]  rotated
-    latent: Tensor,  # [b t c]    cached, after kv_a_layernorm
-    k_rotary: Tensor,  # [b t r]    cached, rotated, one for all heads
+    latents: Latents,  # t tokens   cached, after kv_a_layernorm; keys rotated, one for all heads
     w_uk: UpProjection,
     w_uv: UpProjection,
     *,
@@ -68,53 +70,75 @@ def absorbed_attention(
 
     Moves the key up-projection onto the query and the value up-projection onto the result, because
     q . (W_UK c) = (q W_UK) . c. Equal to `expanded_attention` in exact arithmetic; cheaper for few queries, since no
-    term costs t h c (n + v). Query tokens go in blocks, so that scores stay bounded whatever t is.
+    term costs t h c (n + v). Cached tokens are read once, a block at a time, with a running softmax.
 
     Scores, softmax and the sum of latents in float32, since c terms of half precision would cost several times the
-    rounding of the expanded form; result in the dtype of `latent`.
+    rounding of the expanded form; result in the dtype of the queries.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2 and Appendix C, eqs. 37-47.
     """
-    num_tokens, num_heads = q_content.shape[1:3]
-    mask = causal_mask(num_tokens, latent.shape[1], mask, latent.device)
     queries = torch.cat((w_uk.absorb(q_content), q_rotary), dim=-1)  # [b s h c+r]
-    per_token = latent.shape[0] * num_heads * latent.shape[1]
-    # never more than there are, or torch.compile would see another bound at every t
-    tokens_per_block = min(max(SCORES_PER_BLOCK // per_token, 1), num_tokens)
-    contexts = []
-    for first in range(0, num_tokens, tokens_per_block):
-        block = slice(first, first + tokens_per_block)
-        # all heads read the same latents, so tokens and heads together are the rows of one product
-        scores = _score_latents(queries[:, block].flatten(1, 2), latent, k_rotary).unflatten(1, (-1, num_heads))
-        visible = None if mask is None else mask[:, :, block].transpose(1, 2)
-        weights = masked_softmax(scores, visible, scale)  # [b s h t]
-        contexts.append(_sum_latents(weights.flatten(1, 2), latent).unflatten(1, (-1, num_heads)))
-    latent_context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
-    return w_uv.expand(latent_context.to(latent.dtype))
+    # autocast would turn the products back into half precision
+    with maybe_autocast(queries.device.type, enabled=False):
+        accumulator = torch.promote_types(queries.dtype, torch.float32)
+        context = _attend_to_blocks(queries.to(accumulator) * scale, latents, mask, w_uv.weight.shape[-1])
+    return w_uv.expand(context.to(queries.dtype))
 
 
-def _score_latents(queries: Tensor, latent: Tensor, k_rotary: Tensor) -> Tensor:
-    """[b rows c+r] times cached tokens [b t c] and [b t r] to [b rows t], in float32 or wider."""
-    accumulator = torch.promote_types(latent.dtype, torch.float32)
-    absorbed, rotary = queries.to(accumulator).split((latent.shape[-1], k_rotary.shape[-1]), dim=-1)
-    if latent.dtype == accumulator:
-        return absorbed @ latent.mT + rotary @ k_rotary.mT
-    blocks = zip(latent.split(TOKENS_PER_BLOCK, dim=1), k_rotary.split(TOKENS_PER_BLOCK, dim=1))
-    return torch.cat([absorbed @ x.to(accumulator).mT + rotary @ y.to(accumulator).mT for x, y in blocks], dim=-1)
+def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c: int) -> Tensor:
+    """Scaled queries [b s h c+r] to weighted sums of latents [b s h c]; a query that may look nowhere gets zeros.
+
+    After each block, `context` and `total` are the sums over the tokens so far, in units of exp(largest score so far).
+    Source: Milakov and Gimelshein, arXiv:1805.02867, algorithm 3.
+    """
+    (b, s, h, width), t = queries.shape, latents.num_tokens
+    # all heads read the same latents, so tokens and heads together are the rows of one product
+    rows = queries.flatten(1, 2)
+    largest = rows.new_full((b, s * h, 1), torch.finfo(rows.dtype).min)
+    total, context = rows.new_zeros(b, s * h, 1), rows.new_zeros(b, s * h, c)
+    first = 0
+    for block in latents.blocks(_tokens_per_block(b, s * h, width, queries.device), rows.dtype):
+        last = first + block.shape[1]
+        scores = _times(rows, block.mT).unflatten(1, (s, h))
+        scores = _hide(scores, mask, first, last, t).flatten(1, 2)
+        largest_before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
+        weights, fading = (scores - largest).exp(), (largest_before - largest).exp()
+        total = total * fading + weights.sum(dim=-1, keepdim=True)
+        context = context * fading + _times(weights, block[..., :c])
+        first = last
+    return (context / total.where(total > 0, 1.0)).unflatten(1, (s, h))
 
 
-def _sum_latents(weights: Tensor, latent: Tensor) -> Tensor:
-    """Weights [b rows t] times latents [b t c] to [b rows c], in the dtype of the weights."""
-    if latent.dtype == weights.dtype:
-        return weights @ latent
-    blocks = zip(weights.split(TOKENS_PER_BLOCK, dim=-1), latent.split(TOKENS_PER_BLOCK, dim=1))
-    return sum(w @ x.to(w.dtype) for w, x in blocks)
+def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.device) -> int:
+    wanted = TOKENS_PER_BLOCK if device.type == "cpu" else max(ELEMENTS_PER_BLOCK // (batch * width), 1)
+    return min(wanted, max(SCORES_PER_BLOCK // (batch * num_rows), 1))
+
+
+def _times(rows: Tensor, block: Tensor) -> Tensor:
+    """[b m k] times [b k n], or times [1 k n] as one product for all sequences."""
+    if block.shape[0] == rows.shape[0]:
+        return rows @ block
+    return (rows.flatten(0, 1) @ block[0]).unflatten(0, rows.shape[:2])
+
+
+def _hide(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
+    """Scores [b s h last-first] with -inf where a query may not look."""
+    s = scores.shape[1]
+    if mask is None:
+        # only the last s tokens can lie in some query's future
+        if s == 1 or last <= t - s + 1:
+            return scores
+        queries, keys = torch.arange(t - s, t, device=scores.device), torch.arange(first, last, device=scores.device)
+        return scores.masked_fill((keys > queries[:, None])[:, None], -torch.inf)
+    mask = mask[..., first:last].transpose(1, 2)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
 
 def expanded_attention(
     q_content: Tensor,  # [b s h n]
     q_rotary: Tensor,  # [b s h r]  rotated
-    latent: Tensor,  # [b t c]
-    k_rotary: Tensor,  # [b t r]
+    latents: Latents,  # t tokens
     w_uk: UpProjection,
     w_uv: UpProjection,
     *,
@@ -125,11 +149,13 @@ def expanded_attention(
 
     Same arguments and, in exact arithmetic, same result as `absorbed_attention`; cheaper for many queries, since each
     score costs n + r and not c + r. Only one block of heads is ever expanded, so the memory above the result is
-    bounded by EXPANDED_PER_BLOCK elements or one head. Source: DeepSeek-V2 (arXiv:2405.04434) eqs. 9-19.
+    bounded by ELEMENTS_PER_BLOCK elements or one head, and by this layer's latents where they are stored in codes.
+    Source: DeepSeek-V2 (arXiv:2405.04434) eqs. 9-19.
     """
     batch, num_tokens, num_heads, _ = q_content.shape
+    latent, k_rotary = latents.dense(batch)
     per_head = batch * latent.shape[1] * (q_content.shape[-1] + q_rotary.shape[-1])
-    heads_per_block = min(max(EXPANDED_PER_BLOCK // per_head, 1), num_heads)
+    heads_per_block = min(max(ELEMENTS_PER_BLOCK // per_head, 1), num_heads)
     context = latent.new_empty(batch, num_tokens, num_heads, w_uv.weight.shape[1])
     for first in range(0, num_heads, heads_per_block):
         last = min(first + heads_per_block, num_heads)

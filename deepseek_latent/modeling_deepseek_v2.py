@@ -4,10 +4,12 @@ transformers decides from the text of this file whether experts can be dispatche
 @use_experts_implementation stands in moe.py.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -23,8 +25,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
+from .input_checks import check_cache, check_padding_mask
 from .latent_attention import DeepseekV2Attention
-from .latent_cache import LatentCache
+from .latent_cache import LatentCache, bits_of_cache_config, check_offloading
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
 from .rotary import DeepseekV2RotaryEmbedding
 
@@ -128,10 +131,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if kwargs.get("cache") is not None:
             raise ValueError("continuous batching (generate_batch) cannot hold latents yet; use generate().")
-        if isinstance(past_key_values, StaticCache) and self.config._attn_implementation == "flex_attention":
-            raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        _check_padding_mask(attention_mask, inputs_embeds, cached)
+        check_cache(past_key_values, self.config, cached + inputs_embeds.shape[1])
+        check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
         attention_mask = create_causal_mask(
@@ -154,19 +156,6 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-
-def _check_padding_mask(mask: Tensor | None, inputs_embeds: Tensor, cached: int | Tensor) -> None:
-    """Refuses a 2-D mask that is too small; transformers would fill it up with padding."""
-    # a static cache counts in a tensor, which is not read here lest it break the graph
-    if mask is None or mask.dim() != 2 or isinstance(cached, Tensor):
-        return
-    batch, visible = inputs_embeds.shape[0], cached + inputs_embeds.shape[1]
-    if mask.shape[0] != batch or mask.shape[1] < visible:
-        raise ValueError(
-            f"a 2-D attention_mask must be [batch, visible tokens] = [{batch}, {visible}], cached ones included, "
-            f"got {list(mask.shape)}."
-        )
 
 
 class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
@@ -225,12 +214,21 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given, bits = model_kwargs.get("past_key_values"), None
+        wanted = generation_config.cache_implementation
+        if wanted is not None and wanted.startswith("offloaded"):
+            check_offloading()
+        if wanted == "quantized" and given is None:
+            bits = bits_of_cache_config(generation_config.cache_config)
+        if bits is not None:
+            # to transformers it is the default cache, whose place ours takes
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
         # transformers has no registry of default caches, so ours takes the place of the one it just made
         if given is None and type(made) is DynamicCache:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading)
+            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading, bits=bits)
 
 
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):

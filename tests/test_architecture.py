@@ -14,16 +14,28 @@ ARROWS = {
     "modeling_deepseek_v2": {
         "configuration_deepseek_v2",
         "expert_files",
+        "input_checks",
         "latent_attention",
         "latent_cache",
         "moe",
         "rotary",
     },
-    "latent_attention": {"configuration_deepseek_v2", "rotary", "latent_ops"},
+    "latent_attention": {
+        "configuration_deepseek_v2",
+        "input_checks",
+        "latent_cache",
+        "latent_format",
+        "latent_ops",
+        "rotary",
+    },
+    "input_checks": {"configuration_deepseek_v2"},
     "moe": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},
-    "latent_ops": set(),
-    "latent_cache": set(),
+    "latent_ops": {"latent_format"},
+    "latent_cache": {"latent_cache_layer", "latent_format", "cache_files"},
+    "latent_cache_layer": {"latent_format"},
+    "latent_format": set(),
+    "cache_files": set(),
     "configuration_deepseek_v2": {"rope_parameters"},
     "expert_files": set(),
     "rope_parameters": set(),
@@ -83,10 +95,10 @@ def test_imports_follow_the_arrows(room):
 
 
 @pytest.mark.parametrize("name", TRAVELLING)
-def test_travelling_files_need_only_torch_and_transformers(name):
+def test_travelling_files_need_only_torch_transformers_and_what_these_bring(name):
     _, outside = imports_of(PACKAGE / f"{name}.py")
-    # huggingface_hub's `strict` is part of every transformers configuration
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"}
+    # transformers itself does not import without the last two
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub", "safetensors"}
 
 
 def test_nothing_in_the_package_imports_the_tests_or_benchmarks():

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_latent import latent_ops
+from deepseek_latent.latent_format import Latents, SeparateStretch, Stretch, latent_format
 from deepseek_latent.latent_ops import (
     UpProjection,
     absorbed_attention,
@@ -40,6 +41,14 @@ def attention_inputs(new: int, cached: int, dtype: torch.dtype, rank: int = 0) -
     }
 
 
+def absorbed(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
+    return absorbed_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+
+
+def expanded(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
+    return expanded_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+
+
 def exact(inputs: dict) -> torch.Tensor:
     visible = inputs["mask"][:, 0] if inputs["mask"].dtype == torch.bool else inputs["mask"][:, 0] == 0
     weights = {}
@@ -64,7 +73,7 @@ def test_reference_absorbed_is_the_same_equation():
 @pytest.mark.parametrize("rank", [0, 5], ids="rank{}".format)
 @pytest.mark.parametrize("cached", [0, 1, 7], ids="cached{}".format)
 @pytest.mark.parametrize("new", [1, 3], ids="new{}".format)
-@pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
+@pytest.mark.parametrize("attend", [absorbed, expanded])
 def test_both_paths_equal_the_paper(attend, new, cached, rank, dtype):
     inputs = attention_inputs(new, cached, dtype, rank)
     # an honest run of this precision: keys and values as tensors of this dtype, scores in the open
@@ -94,23 +103,23 @@ def test_at_deepseek_v2_widths_absorbing_rounds_no_more_than_fused_expansion(spr
     scale = (n + r) ** -0.5
     truth = reference.attention(**inputs, **weights, visible=torch.ones(1, 1, t, dtype=torch.bool), scale=scale)
     inputs |= {name: UpProjection(weight) for name, weight in weights.items()}
-    yardstick = expanded_attention(**inputs, mask=None, scale=scale)
-    assert_within_rounding(absorbed_attention(**inputs, mask=None, scale=scale), truth, yardstick)
+    yardstick = expanded(**inputs, mask=None, scale=scale)
+    assert_within_rounding(absorbed(**inputs, mask=None, scale=scale), truth, yardstick)
 
 
-@pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
+@pytest.mark.parametrize("attend", [absorbed, expanded])
 @DTYPES
 def test_blocks_change_nothing(attend, dtype, monkeypatch):
     inputs = attention_inputs(5, 6, dtype)
     whole = attend(**inputs)
-    monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", B * H * 11 * 2)  # two query tokens
-    monkeypatch.setattr(latent_ops, "EXPANDED_PER_BLOCK", 1)  # one head
+    monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", B * H * 5 * 2)  # two cached tokens
+    monkeypatch.setattr(latent_ops, "ELEMENTS_PER_BLOCK", 1)  # one head
     monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 3)
     # sums in another order, then at most one rounding of the result the other way
     assert relative_error(attend(**inputs), whole) < max(torch.finfo(dtype).eps, 1e-6)
 
 
-@pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
+@pytest.mark.parametrize("attend", [absorbed, expanded])
 def test_a_block_of_queries_gets_its_own_part_of_a_mask_per_head(attend, monkeypatch):
     inputs = attention_inputs(5, 6, torch.float32)
     inputs["mask"] = torch.rand(B, H, 5, 11) < 0.6
@@ -119,17 +128,32 @@ def test_a_block_of_queries_gets_its_own_part_of_a_mask_per_head(attend, monkeyp
     per_head = [attend(**inputs | {"mask": inputs["mask"][:, [h]]})[:, :, h] for h in range(H)]
     torch.testing.assert_close(torch.stack(per_head, 2), whole, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", 1)
-    monkeypatch.setattr(latent_ops, "EXPANDED_PER_BLOCK", 1)
+    monkeypatch.setattr(latent_ops, "ELEMENTS_PER_BLOCK", 1)
     torch.testing.assert_close(attend(**inputs), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
-def test_no_mask_means_causal(attend):
-    inputs = attention_inputs(6, 0, torch.float32)
+@pytest.mark.parametrize("attend", [absorbed, expanded])
+@pytest.mark.parametrize("cached", [0, 1, 9], ids="cached{}".format)
+@pytest.mark.parametrize("tokens_per_block", [1, 4, 99])
+def test_no_mask_means_causal(attend, cached, tokens_per_block, monkeypatch):
+    monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", tokens_per_block)
+    inputs = attention_inputs(6, cached, torch.float32)
     torch.testing.assert_close(attend(**inputs | {"mask": None}), attend(**inputs), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
+@pytest.mark.parametrize("bits", [None, 6])
+def test_tokens_in_common_are_read_as_if_every_sequence_had_them(attend, bits, monkeypatch):
+    monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 4)
+    inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(bits, C, R, torch.float32)
+    rows = rows_format.encode(inputs.pop("latent"), inputs.pop("k_rotary"))
+    rows[:, :9] = rows[:1, :9]
+    apart = Latents(Stretch(rows[:1, :9], rows_format), Stretch(rows[:, 9:], rows_format))
+    whole = Latents(Stretch(rows, rows_format))
+    torch.testing.assert_close(attend(latents=apart, **inputs), attend(latents=whole, **inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [absorbed, expanded])
 def test_additive_mask_equals_boolean_mask(attend):
     inputs = attention_inputs(4, 3, torch.float32)
     additive = torch.zeros(B, 1, 4, 7).masked_fill(~inputs["mask"], torch.finfo(torch.float32).min)
@@ -154,7 +178,7 @@ def test_a_blind_row_of_minus_infinity_gives_no_gradient_rather_than_nan():
 
 
 @DTYPES
-@pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
+@pytest.mark.parametrize("attend", [absorbed, expanded])
 def test_a_query_that_sees_nothing_gives_zeros(attend, dtype):
     inputs = attention_inputs(4, 0, dtype)
     inputs["mask"][1, :, :2] = False

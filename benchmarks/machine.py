@@ -1,0 +1,62 @@
+"""What every result file says about where it was made, and how fast that machine reads and multiplies."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def described(command: str) -> dict:
+    """Commit, versions, threads and CPU."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip()
+    models = {line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")}
+    return {
+        "command": command,
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": ", ".join(models) or platform.processor(),
+        "avx512_bf16": any("avx512_bf16" in line for line in cpu_lines()),
+    }
+
+
+def cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def alternated(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of every side, taken in turn so that a busy moment of the machine meets all of them; one round unseen."""
+    taken = {name: [] for name in sides}
+    for repetition in range(repetitions + 1):
+        for name, work in sides.items():
+            seconds = seconds_of(work)
+            if repetition:
+                taken[name].append(seconds)
+    return taken
+
+
+def read_bandwidth(repetitions: int = 5) -> float:
+    """Bytes per second of a dot product of two float32 vectors of 400 MB."""
+    x, y = (torch.full((100_000_000,), value) for value in (0.5, 0.25))
+    return (x.nbytes + y.nbytes) / statistics.median(seconds_of(lambda: torch.dot(x, y)) for _ in range(repetitions))
+
+
+def gemm_rate(dtype: torch.dtype = torch.float32, size: int = 2048, repetitions: int = 5) -> float:
+    """FLOP per second of a square product."""
+    x = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / statistics.median(seconds_of(lambda: x @ x) for _ in range(repetitions))

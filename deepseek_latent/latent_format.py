@@ -1,0 +1,261 @@
+"""How cached tokens lie in memory, one row each: as they are, in 8, 6, 5 or 4 bits per latent element, or in fp8.
+
+Letters: b batch, t tokens, c latent width, r rotary width. A plane is 128 neighbouring elements of a latent.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLANE = 128
+# tokens whose codes are turned back at a time where all of them are wanted
+DECODED_AT_ONCE = 1 << 10
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """Latent and rotary key of a token side by side, in the dtype of the model: rows [.. c+r]."""
+
+    latent_width: int
+    rotary_width: int
+    dtype: torch.dtype  # of what was given to `encode`
+
+    bits = None
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def row_width(self) -> int:
+        """Elements of `storage_dtype` per token."""
+        return self.latent_width + self.rotary_width
+
+    def encode(self, latent: Tensor, k_rotary: Tensor) -> Tensor:
+        """[.. c] and [.. r] to rows [.. row_width]."""
+        return torch.cat((latent, k_rotary), dim=-1)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows to [.. c+r] in `dtype`; a view where nothing has to be computed."""
+        return rows.to(dtype)
+
+
+@dataclass(frozen=True)
+class CodedFormat(LatentFormat):
+    """Rows of bytes: codes of the latent, one scale per plane of 128 elements, the rotary key in bfloat16.
+
+    A scale belongs to a whole plane, so a kernel may multiply scores and probabilities by it and never an element.
+    """
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def row_width(self) -> int:
+        return self._scales.stop + 2 * self.rotary_width
+
+    @property
+    def _scales(self) -> slice:
+        # a multiple of 4, so that scales can be read in place whatever the widths are
+        start = -(-self._num_code_bytes // 4) * 4
+        num_planes = -(-self.latent_width // PLANE)
+        return slice(start, start + num_planes * self._scale_dtype.itemsize)
+
+    def encode(self, latent: Tensor, k_rotary: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (latent.requires_grad or k_rotary.requires_grad):
+            raise ValueError(
+                f"latents in {self.bits} bits carry no gradient: generate or evaluate under torch.no_grad(), "
+                "or use a LatentCache without bits."
+            )
+        planes = latent.float().split(PLANE, dim=-1)
+        scales = self._scales_of(torch.stack([plane.abs().amax(dim=-1) for plane in planes], dim=-1))
+        scaled = [plane / scale for plane, scale in zip(planes, scales.float().split(1, dim=-1))]
+        rows = latent.new_zeros(*latent.shape[:-1], self.row_width, dtype=torch.uint8)
+        rows[..., : self._num_code_bytes] = self._to_code_bytes(torch.cat(scaled, dim=-1))
+        rows[..., self._scales] = scales.view(torch.uint8)
+        rows[..., self._scales.stop :] = k_rotary.bfloat16().contiguous().view(torch.uint8)
+        return rows
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        c = self.latent_width
+        # in float32 even for half precision, so that code times scale is rounded once
+        out = rows.new_empty(*rows.shape[:-1], c + self.rotary_width, dtype=torch.promote_types(dtype, torch.float32))
+        self._from_code_bytes(rows[..., : self._num_code_bytes], out[..., :c])
+        scales = rows[..., self._scales].view(self._scale_dtype).to(out.dtype)
+        for plane, scale in zip(out[..., :c].split(PLANE, dim=-1), scales.split(1, dim=-1)):
+            plane.mul_(scale)
+        out[..., c:] = rows[..., self._scales.stop :].view(torch.bfloat16)
+        return out.to(dtype)
+
+
+@dataclass(frozen=True)
+class IntegerFormat(CodedFormat):
+    """Latent elements as integers of `bits` bits: at c = 512, r = 64 a row is 648, 520, 456 or 392 bytes.
+
+    A plane's largest magnitude m is divided into 2^(bits-1) cells on either side of zero and an element becomes the
+    middle of its cell, so no element moves by more than m 2^-bits (1.008 times that, since the bfloat16 scale is
+    rounded up). Codes are unsigned. With g = gcd(bits, 8), a row of bits/g byte planes holds 8/g code planes: the low
+    bits of byte plane i are code plane i, and the bits left above them, g from each byte plane, are the other code
+    planes. So no code straddles two bytes, and a vector of bytes becomes vectors of codes by masks and shifts alone.
+    """
+
+    bits: int = 8
+
+    _scale_dtype = torch.bfloat16
+
+    @property
+    def _shared_bits(self) -> int:
+        return math.gcd(self.bits, 8)
+
+    @property
+    def _code_plane(self) -> int:
+        return -(-self.latent_width * self._shared_bits // 8)
+
+    @property
+    def _num_code_bytes(self) -> int:
+        return self._code_plane * self.bits // self._shared_bits
+
+    def _scales_of(self, largest: Tensor) -> Tensor:
+        # a little more, because rounding to bfloat16 takes away up to 2^-8 and the largest element must stay inside
+        scales = largest * (1.004 * 2.0 ** (1 - self.bits))
+        return scales.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+
+    def _to_code_bytes(self, scaled: Tensor) -> Tensor:
+        half = 1 << (self.bits - 1)
+        codes = (scaled.floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
+        g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
+        missing = 8 // g * self._code_plane - self.latent_width
+        planes = F.pad(codes, (0, missing)).unflatten(-1, (8 // g, -1))
+        byte_planes = planes[..., :num_byte_planes, :].contiguous()
+        for k, split_plane in enumerate(planes.unbind(-2)[num_byte_planes:]):
+            for i, byte_plane in enumerate(byte_planes.unbind(-2)):
+                above = self.bits + g * k
+                byte_plane |= split_plane << (above - g * i) & ((1 << g) - 1) << above
+        return byte_planes.flatten(-2)
+
+    def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
+        g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
+        byte_planes = code_bytes.unflatten(-1, (num_byte_planes, self._code_plane)).unbind(-2)
+        code_planes = out.split(self._code_plane, dim=-1)
+        for codes, x in zip(code_planes, byte_planes):
+            lowest = x & ((1 << self.bits) - 1) if self.bits < 8 else x
+            # c may end inside a plane
+            codes.copy_(lowest[..., : codes.shape[-1]])
+        for k, codes in enumerate(code_planes[num_byte_planes:]):
+            above = self.bits + g * k
+            parts = [x >> (above - g * i) & ((1 << g) - 1) << (g * i) for i, x in enumerate(byte_planes)]
+            codes.copy_(reduce(torch.bitwise_or, parts)[..., : codes.shape[-1]])
+        out.add_(0.5 - (1 << (self.bits - 1)))
+
+
+@dataclass(frozen=True)
+class Float8Format(CodedFormat):
+    """Latent elements as float8 e4m3 with float32 scales, m / 448 for a plane's largest magnitude m.
+
+    An element x moves by at most |x| / 16, or m 2^-18.8 near zero. At c = 512, r = 64 a row is the record of 656 bytes
+    that FlashMLA, vLLM ("fp8_ds_mla") and SGLang hold: 512 codes, 4 scales, 64 rotary elements with pairs interleaved.
+    """
+
+    bits = "fp8"
+    _scale_dtype = torch.float32
+
+    @property
+    def _num_code_bytes(self) -> int:
+        return self.latent_width
+
+    def _scales_of(self, largest: Tensor) -> Tensor:
+        return (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _to_code_bytes(self, scaled: Tensor) -> Tensor:
+        return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
+        # the bits of e4m3 are those of a float16 whose exponent is 8 less; torch's own conversion is five times slower
+        halves = (code_bytes.view(torch.int8).to(torch.int16) << 7 & ~0x4000).view(torch.float16)
+        torch.mul(halves.to(out.dtype), 2.0**8, out=out)
+
+
+def check_bits(bits: int | str | None) -> None:
+    if bits not in (None, 8, 6, 5, 4, "fp8"):
+        raise ValueError(f"bits must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
+
+
+def latent_format(bits: int | str | None, latent_width: int, rotary_width: int, dtype: torch.dtype) -> LatentFormat:
+    check_bits(bits)
+    if bits is None:
+        return LatentFormat(latent_width, rotary_width, dtype)
+    if bits == "fp8":
+        return Float8Format(latent_width, rotary_width, dtype)
+    return IntegerFormat(latent_width, rotary_width, dtype, bits)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens as `LatentCache` stores them: rows [b t row_width], or [1 t row_width] for all sequences."""
+
+    rows: Tensor
+    format: LatentFormat
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.shape[1]
+
+    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        # split, which torch.compile follows for any number of tokens up to the next block, as it does not a range
+        return (self.format.decode(rows, dtype) for rows in self.rows.split(num_tokens, dim=1))
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        widths, dtype = (self.format.latent_width, self.format.rotary_width), self.format.dtype
+        if self.format.bits is None:
+            return self.rows.split(widths, dim=-1)
+        both = self.rows.new_empty(*self.rows.shape[:2], sum(widths), dtype=dtype)
+        for part, block in zip(both.split(DECODED_AT_ONCE, dim=1), self.blocks(DECODED_AT_ONCE, dtype)):
+            part.copy_(block)
+        return both.split(widths, dim=-1)
+
+
+@dataclass(frozen=True)
+class SeparateStretch:
+    """Neighbouring tokens as two tensors: latent [b t c] and k_rotary [b t r], as any other cache gives them."""
+
+    latent: Tensor
+    k_rotary: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.latent.shape[1]
+
+    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        pairs = zip(self.latent.split(num_tokens, dim=1), self.k_rotary.split(num_tokens, dim=1))
+        return (torch.cat(pair, dim=-1).to(dtype) for pair in pairs)
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        return self.latent, self.k_rotary
+
+
+class Latents:
+    """All tokens that queries may see, in order, as they are stored."""
+
+    def __init__(self, *stretches: Stretch | SeparateStretch):
+        self.stretches = stretches
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(stretch.num_tokens for stretch in self.stretches)
+
+    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Latent and rotary key side by side, at most `num_tokens` tokens at a time: [b t' c+r], or [1 t' c+r]."""
+        for stretch in self.stretches:
+            yield from stretch.blocks(num_tokens, dtype)
+
+    def dense(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Everything as [b t c] and [b t r] in the dtype of the model; views where it lies so already."""
+        pairs = [[x.expand(batch, -1, -1) for x in stretch.both()] for stretch in self.stretches]
+        latent, k_rotary = zip(*pairs)
+        return (latent[0], k_rotary[0]) if len(pairs) == 1 else (torch.cat(latent, 1), torch.cat(k_rotary, 1))

@@ -1,0 +1,176 @@
+"""Caches that outlive a process, and a beginning that many sequences share: kept once, read as if each had its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_latent import LatentCache
+
+from .support import random_ids, relative_error, tiny_model
+
+BITS = pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"])
+
+
+def prefilled(model, ids, bits=None) -> LatentCache:
+    cache = LatentCache(model.config, bits=bits)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+def continued(model, ids, cache, **options):
+    return model.generate(
+        ids, past_key_values=cache, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None, **options
+    )
+
+
+@BITS
+def test_a_saved_cache_continues_as_the_one_in_memory(tmp_path, bits):
+    model, ids = tiny_model(), random_ids(1, 30)
+    cache = prefilled(model, ids[:, :24], bits)
+    cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
+    loaded = LatentCache.load(tmp_path / "prompt.safetensors", model=model)
+    assert (loaded.bits, loaded.get_seq_length(), loaded.nbytes) == (bits, 24, cache.nbytes)
+    assert torch.equal(loaded.stored_tokens, ids[:, :24])
+    mask = torch.ones_like(ids)
+    expected = continued(model, ids, cache, attention_mask=mask)
+    assert torch.equal(continued(model, ids, loaded, attention_mask=mask), expected)
+
+
+def test_another_process_continues_where_this_one_stopped(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 20)
+    model.save_pretrained(tmp_path / "model")
+    prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
+    program = f"""
+import torch, deepseek_latent
+from deepseek_latent import LatentCache
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+cache = LatentCache.load({str(tmp_path / "prompt.safetensors")!r}, model=model)
+ids = torch.cat((cache.stored_tokens, torch.tensor([[5], [6]])), dim=1)
+with torch.no_grad():
+    torch.save(model(ids[:, 20:], past_key_values=cache).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    expected = model(torch.cat((ids, torch.tensor([[5], [6]])), dim=1)).logits[:, 20:]
+    assert relative_error(torch.load(tmp_path / "logits.pt"), expected) < 1e-5
+
+
+def test_what_is_done_to_a_loaded_cache_does_not_reach_the_file(tmp_path):
+    model, ids, path = tiny_model(), random_ids(3, 20), tmp_path / "prompt.safetensors"
+    prefilled(model, ids).save(path, tokens=ids, model=model)
+    before = path.read_bytes()
+    cache = LatentCache.load(path, model=model)
+    cache.crop(-6)
+    with torch.no_grad():
+        logits = model(random_ids(3, 6, seed=8), past_key_values=cache).logits
+    assert path.read_bytes() == before
+    expected = model(torch.cat((ids[:, :14], random_ids(3, 6, seed=8)), dim=1)).logits[:, 14:]
+    assert relative_error(logits, expected) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux where memory comes from")
+def test_rows_stay_in_the_file_until_they_are_read(tmp_path):
+    model, ids, path = tiny_model(), random_ids(1, 20), tmp_path / "prompt.safetensors"
+    prefilled(model, ids).save(path, tokens=ids, model=model)
+    cache = LatentCache.load(path, model=model)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+    for layer in cache.layers:
+        assert all(any(rows.data_ptr() in part for part in mapped) for rows in layer.tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_hidden_layers": 2}, "of a model with number of layers 3, this one has 2"),
+        ({"kv_lora_rank": 48}, "of a model with latent width 40, this one has 48"),
+        ({"qk_rope_head_dim": 16}, "of a model with rotary width 8, this one has 16"),
+        ({"dtype": torch.bfloat16}, "of a model with dtype torch.float32, this one has torch.bfloat16"),
+        ({"seed": 1}, "of a model with other weights, settings or adapters"),
+        ({"routed_scaling_factor": 2.0}, "of a model with other weights, settings or adapters"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_file_of_another_model_is_refused_with_the_reason(tmp_path, other, message):
+    model, ids, path = tiny_model(), random_ids(1, 8), tmp_path / "prompt.safetensors"
+    prefilled(model, ids).save(path, tokens=ids, model=model)
+    with pytest.raises(ValueError, match=message):
+        LatentCache.load(path, model=tiny_model(**other))
+
+
+@pytest.mark.parametrize("tokens", [random_ids(1, 7), random_ids(2, 8)], ids=["too few", "other batch"])
+def test_tokens_that_cannot_be_those_of_the_cache_are_refused(tmp_path, tokens):
+    model, path = tiny_model(), tmp_path / "prompt.safetensors"
+    with pytest.raises(ValueError, match="expected the ids of 1 sequences of 8 tokens or more"):
+        prefilled(model, random_ids(1, 8)).save(path, tokens=tokens, model=model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_cache_is_not_saved(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="a cache that holds some"):
+        LatentCache(model.config).save(tmp_path / "prompt.safetensors", tokens=random_ids(1, 8), model=model)
+
+
+@BITS
+def test_a_beginning_in_common_is_stored_once_and_read_by_all(bits):
+    """Questions of unlike length after one long beginning, padded between the two."""
+    model, beginning = tiny_model(), random_ids(1, 40)
+    questions, padding = random_ids(3, 6, seed=5), (0, 2, 3)
+    alone = [
+        continued(model, torch.cat((beginning, questions[[i], count:]), dim=1), prefilled(model, beginning, bits))
+        for i, count in enumerate(padding)
+    ]
+    cache = prefilled(model, beginning, bits)
+    once = cache.nbytes
+    cache.batch_repeat_interleave(3)
+    assert cache.nbytes == once
+    ids = torch.cat((beginning.expand(3, -1), questions), dim=1)
+    mask = torch.ones_like(ids)
+    for i, count in enumerate(padding):
+        mask[i, 40 : 40 + count] = 0
+    output = continued(model, ids, cache, attention_mask=mask)
+    for i, count in enumerate(padding):
+        assert torch.equal(output[i, 46:], alone[i][0, 46 - count :])
+    assert cache.nbytes == once + 3 * 15 * once // 40
+
+
+@pytest.mark.parametrize("keep", [10, 40, 44], ids="keep{}".format)
+def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
+    model, beginning = tiny_model(), random_ids(1, 40)
+    cache = prefilled(model, beginning)
+    cache.batch_repeat_interleave(2)
+    more, other = random_ids(2, 6, seed=5), random_ids(2, 7, seed=6)
+    with torch.no_grad():
+        model(more, past_key_values=cache)
+        cache.crop(keep - 46)
+        # through a file too, with shared and own rows in it
+        held = torch.cat((beginning.expand(2, -1), more), dim=1)[:, :keep]
+        cache.save(tmp_path / "shared.safetensors", tokens=held, model=model)
+        for each in (cache, LatentCache.load(tmp_path / "shared.safetensors", model=model)):
+            each.reorder_cache(torch.tensor([1, 0]))
+            logits = model(other, past_key_values=each).logits
+            expected = model(torch.cat((held[[1, 0]], other), dim=1)).logits[:, keep:]
+            assert relative_error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cache_config", "message"),
+    [
+        ({"backend": "latent"}, r'takes \{"backend": "latent", "nbits": 6\}'),
+        ({"backend": "latent", "nbits": 6, "axis": 0}, r'takes \{"backend": "latent", "nbits": 6\}'),
+        ({"backend": "latent", "nbits": 3}, "8, 6, 5, 4 or 'fp8', got 3"),
+    ],
+)
+def test_a_cache_config_that_says_something_else_is_refused(cache_config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(random_ids(1, 4), cache_implementation="quantized", cache_config=cache_config)
+
+
+def test_a_number_of_bits_there_is_no_format_for_is_refused():
+    with pytest.raises(ValueError, match="8, 6, 5, 4 or 'fp8', got 7"):
+        LatentCache(tiny_model().config, bits=7)
