@@ -28,9 +28,11 @@ from .conversion.checkpoint import (
 )
 from .conversion.remote_code import export_code
 from .conversion.size import cached_elements_per_token, expanded_width, idle_parameters, parameters_by_part
+from .latent_format import BITS, latent_format
 from .tool_runner import prepare_tool, run_tool
 
 PROBLEMS_SHOWN = 40
+CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +75,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         output = model.generate(
             **inputs.to(model.device),
+            past_key_values=LatentCache(model.config, bits=arguments.cache_bits),
             streamer=streamer,
             max_new_tokens=arguments.max_new_tokens,
             use_cache=True,
@@ -85,8 +88,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _generation_table(config: DeepseekV2Config, cache: LatentCache, times: list[float], started: float) -> Table:
     held = cache.nbytes
-    # both hold the same tokens in the same dtype
-    expanded = held // config.cached_width * expanded_width(config)
+    per_layer = cache.layers[0].dtype.itemsize * expanded_width(config)
+    expanded = cache.get_seq_length() * config.num_hidden_layers * per_layer
     table = Table("", Column(justify="right"), show_header=False)
     table.add_row("new tokens", f"{len(times):,}")
     table.add_row("time to first token", f"{times[0] - started:.3f} s")
@@ -201,6 +204,11 @@ def _cache_table(config: DeepseekV2Config) -> Table:
     ours = config.cached_width * config.num_hidden_layers
     for attention, count in cached_elements_per_token(config).items():
         table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / ours:.2f}")
+    for bits in CACHE_BITS:
+        row = latent_format(bits, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
+        in_bytes = row * config.num_hidden_layers
+        name = f"MLA, {bits} bits" if isinstance(bits, int) else f"MLA, {bits}"
+        table.add_row(name, f"{ours:,}", f"{in_bytes:,}", f"{in_bytes / (ours * dtype.itemsize):.2f}")
     return table
 
 
@@ -233,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     generate.add_argument("--dtype", choices=dtypes, default="auto", help="default: that of the checkpoint")
     generate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda where there is one")
+    generate.add_argument(
+        "--cache-bits", type=_cache_bits, metavar="B", help="8, 6, 5, 4 or fp8 per latent element; default: as computed"
+    )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     generate.set_defaults(action=_generate)
 
@@ -261,6 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
     run.set_defaults(action=lambda arguments: prepare_tool(arguments.module, arguments.script))
     return parser
+
+
+def _cache_bits(text: str) -> int | str:
+    if text not in map(str, CACHE_BITS):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, CACHE_BITS))}, got {text}")
+    return text if text == "fp8" else int(text)
 
 
 def _between(kind: type, low: float, high: float):

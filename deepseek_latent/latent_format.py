@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# what `LatentCache(bits=)` takes; None is as the model computes
+BITS = (None, 8, 6, 5, 4, "fp8")
 PLANE = 128
 # tokens whose codes are turned back at a time where all of them are wanted
 DECODED_AT_ONCE = 1 << 10
@@ -182,7 +184,7 @@ class Float8Format(CodedFormat):
 
 
 def check_bits(bits: int | str | None) -> None:
-    if bits not in (None, 8, 6, 5, 4, "fp8"):
+    if bits not in BITS:
         raise ValueError(f"bits must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
 
 

@@ -45,6 +45,7 @@ ARROWS = {
         "configuration_deepseek_v2",
         "modeling_deepseek_v2",
         "latent_cache",
+        "latent_format",
         "conversion",
         "tool_runner",
     },
