@@ -16,6 +16,7 @@ from .modeling_deepseek_v2 import (
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
+from .prompt_cache import PromptCache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DeepseekV2ForTokenClassification",
     "DeepseekV2Model",
     "LatentCache",
+    "PromptCache",
 ]
 
 AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
