@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .input_checks import check_dense_mask
 from .latent_cache import LatentCache
-from .latent_format import Latents, SeparateStretch
+from .latent_format import LatentFormat, Latents, SeparateStretch, Stretch
 from .latent_ops import (
     UpProjection,
     absorbed_attention,
@@ -23,6 +23,7 @@ from .latent_ops import (
     explicit_attention,
     fused_attention,
 )
+from .paged_latents import PagedLatents
 from .rotary import rotate, softmax_scale
 
 
@@ -63,20 +64,37 @@ class DeepseekV2Attention(nn.Module):
         hidden_states: Tensor,  # [b s d]
         position_embeddings: tuple[Tensor, Tensor],  # cos, sin [b s r/2]
         attention_mask: Tensor | BlockMask | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | PagedLatents | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
         q_content, q_rotary = self.project_queries(hidden_states, position_embeddings)
         latent, k_rotary = self.project_latents(hidden_states, position_embeddings)
+        if isinstance(past_key_values, PagedLatents):
+            inputs = (q_content, q_rotary, latent, k_rotary)
+            context = past_key_values.attend(self.attend_to_rows, self.layer_idx, *inputs)
+            return self.o_proj(context.flatten(2)), None
         # the cache is written and read while keys and values are still compressed
         if isinstance(past_key_values, LatentCache):
             latents = past_key_values.append(latent, k_rotary, self.layer_idx)
         else:
             if past_key_values is not None:
                 latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
-            if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.config._attn_implementation):
+            if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.implementation):
                 latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
             latents = Latents(SeparateStretch(latent[:, 0], k_rotary[:, 0]))
+        context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
+        return self.o_proj(context.flatten(2)), weights
+
+    def attend(
+        self,
+        q_content: Tensor,  # [b s h n]
+        q_rotary: Tensor,  # [b s h r]
+        latents: Latents,  # t tokens
+        attention_mask: Tensor | BlockMask | None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] where they were asked for
+        """The context of every head by the cheapest route that is right here (see the class)."""
+        num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
@@ -84,11 +102,12 @@ class DeepseekV2Attention(nn.Module):
         # gradients and dropout belong to the modules' own forward
         may_read = not (wants_weights or dropout or torch.is_grad_enabled())
         up_projections = self.up_projections() if may_read else None
-        attend = self.choose_path(hidden_states.shape[1], latents.num_tokens, attention_mask)
+        attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask)
         if up_projections is None or attend is None:
-            keys, values = self.expand_kv(*(x[:, None] for x in latents.dense(hidden_states.shape[0])))
+            latent, k_rotary = (x[:, None] for x in latents.dense(q_content.shape[0]))
+            keys, values = self.expand_kv(latent, k_rotary)
             queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
-            context, weights = self.attention_function(wants_weights)(
+            return self.attention_function(wants_weights)(
                 self,
                 queries,
                 keys,
@@ -98,11 +117,14 @@ class DeepseekV2Attention(nn.Module):
                 scaling=self.scaling,
                 **kwargs,
             )
-            return self.o_proj(context.flatten(2)), weights
 
-        mask = dense_mask(attention_mask, hidden_states.shape[1], latents.num_tokens)
-        context = attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling)
-        return self.o_proj(context.flatten(2)), None
+        mask = dense_mask(attention_mask, num_tokens, latents.num_tokens)
+        return attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
+
+    def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
+        latents = Latents(Stretch(rows, LatentFormat(self.config.kv_lora_rank, self.r, rows.dtype)))
+        return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
 
     def project_queries(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[b s d] to q_content [b s h n] and q_rotary [b s h r], rotated (eqs. 12-14)."""
@@ -149,7 +171,7 @@ class DeepseekV2Attention(nn.Module):
         `attn_implementation` says how expanded attention is computed, so only "sdpa" takes ours. Decoding absorbs
         under every name, as far as the mask made for that name can be read.
         """
-        implementation = self.config._attn_implementation
+        implementation = self.implementation
         # flash's masks say nothing about order among several queries, and what other functions expect is unknown
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
         # a static cache is wider than the padding mask that comes with it
@@ -159,10 +181,15 @@ class DeepseekV2Attention(nn.Module):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 
+    @property
+    def implementation(self) -> str:
+        """`attn_implementation` without the "paged|" that continuous batching writes before some names."""
+        return self.config._attn_implementation.removeprefix("paged|")
+
     def attention_function(self, wants_weights: bool):
         if wants_weights:
             return explicit_attention_forward
-        return ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, explicit_attention_forward)
+        return ATTENTION_FUNCTIONS.get_interface(self.implementation, explicit_attention_forward)
 
 
 def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:

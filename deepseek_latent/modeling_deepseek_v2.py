@@ -29,6 +29,7 @@ from .input_checks import check_cache, check_padding_mask
 from .latent_attention import DeepseekV2Attention
 from .latent_cache import LatentCache, bits_of_cache_config, check_offloading
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from .paged_latents import PagedLatents, check_batching_config, check_unpaged, with_latent_pages
 from .rotary import DeepseekV2RotaryEmbedding
 
 
@@ -129,21 +130,24 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if kwargs.get("cache") is not None:
-            raise ValueError("continuous batching (generate_batch) cannot hold latents yet; use generate().")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         check_cache(past_key_values, self.config, cached + inputs_embeds.shape[1])
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            # transformers looks for packed sequences in position_ids only where nothing is cached
-            past_key_values=None if isinstance(past_key_values, LatentCache) and cached == 0 else past_key_values,
-            position_ids=position_ids,
-        )
+        if kwargs.get("cache") is not None:
+            # continuous batching packs requests into one row and gives their positions
+            past_key_values = PagedLatents(self.config.cached_width, kwargs)
+        else:
+            check_unpaged(self.config._attn_implementation)
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                # transformers looks for packed sequences in position_ids only where nothing is cached
+                past_key_values=None if isinstance(past_key_values, LatentCache) and cached == 0 else past_key_values,
+                position_ids=position_ids,
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -229,6 +233,12 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         # transformers has no registry of default caches, so ours takes the place of the one it just made
         if given is None and type(made) is DynamicCache:
             model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading, bits=bits)
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
+        """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
+        check_batching_config(continuous_batching_config)
+        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        return with_latent_pages(manager)
 
 
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):

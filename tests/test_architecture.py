@@ -18,6 +18,7 @@ ARROWS = {
         "latent_attention",
         "latent_cache",
         "moe",
+        "paged_latents",
         "rotary",
     },
     "latent_attention": {
@@ -26,6 +27,7 @@ ARROWS = {
         "latent_cache",
         "latent_format",
         "latent_ops",
+        "paged_latents",
         "rotary",
     },
     "input_checks": {"configuration_deepseek_v2"},
@@ -35,6 +37,7 @@ ARROWS = {
     "latent_cache": {"latent_cache_layer", "latent_format", "cache_files"},
     "latent_cache_layer": {"latent_format"},
     "latent_format": set(),
+    "paged_latents": set(),
     "cache_files": set(),
     "configuration_deepseek_v2": {"rope_parameters"},
     "expert_files": set(),

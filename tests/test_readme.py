@@ -14,8 +14,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(*command: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, cwd=cwd, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -31,6 +31,14 @@ def test_every_python_block_runs_and_prints_what_its_comments_say(block):
         if line.startswith("print") and "# " in line:
             promised = line.split("# ")[1].split("...")[0]
             assert promised in output
+
+
+def test_the_page_on_caches_runs_from_top_to_bottom(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "caches.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 5
+    # it writes files where it is run
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path)
 
 
 def test_the_demo_writes_text_and_says_what_the_cache_held():
