@@ -35,7 +35,7 @@ def test_every_python_block_runs_and_prints_what_its_comments_say(block):
 
 def test_the_page_on_caches_runs_from_top_to_bottom(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "caches.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     # it writes files where it is run
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path)
