@@ -2,34 +2,118 @@
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLayer
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 
 
-def check_cache(cache: Cache | None, config: DeepseekV2Config, num_tokens: int | Tensor) -> None:
-    """Refuses a cache of another model as far as it shows, and a static one too small for `num_tokens` in all."""
+def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor) -> None:
+    """Refuses a cache that the new tokens, embedded as `hidden` [b s d], cannot continue; nothing is written to it."""
     if cache is None:
         return
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a Cache, such as LatentCache(model.config), got {_kind(cache)}.")
     # a DynamicCache made without a config has no layers before it is used
     if len(cache.layers) not in (0, config.num_hidden_layers):
         raise ValueError(
             f"this cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}; "
             "a cache belongs to the model that filled it."
         )
-    if not isinstance(cache, StaticCache):
-        return
-    if config._attn_implementation == "flex_attention":
-        raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
-    # it counts in a tensor, which may not be read while a graph is being recorded
+    # what follows reads numbers that a graph being recorded keeps as tensors
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
+    if isinstance(cache, StaticCache):
+        if config._attn_implementation == "flex_attention":
+            raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
+        check_room(cache, int(cache.get_seq_length()) + hidden.shape[1])
+    else:
+        lengths = {layer.get_seq_length() for layer in cache.layers}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "
+                "step leaves it; fill a new one."
+            )
+    for layer in cache.layers[:1]:
+        # a layer of ours looks for itself
+        if type(layer) in (DynamicLayer, StaticLayer) and layer.is_initialized:
+            check_continues(
+                (
+                    layer.keys.shape[0],
+                    layer.keys.shape[-1],
+                    layer.values.shape[-1],
+                    layer.keys.dtype,
+                    layer.keys.device,
+                ),
+                (
+                    hidden.shape[0],
+                    config.kv_lora_rank,
+                    config.qk_rope_head_dim,
+                    _dtype_of_latents(hidden),
+                    hidden.device,
+                ),
+                may_widen=type(layer) is DynamicLayer,
+            )
+
+
+def check_continues(held: tuple, new: tuple, *, may_widen: bool = True) -> None:
+    """Refuses new tokens of another shape, device or dtype than those held.
+
+    Each side is (batch, latent width, rotary width, dtype, device); with `may_widen`, a wider dtype may follow.
+    """
+    if held[:3] != new[:3]:
+        raise ValueError(
+            f"this cache holds (batch, latent width, rotary width) = {held[:3]}, the new tokens have {new[:3]}; use a "
+            "fresh cache for another batch or model, or batch_repeat_interleave to continue one sequence as many."
+        )
+    (held_dtype, held_device), (new_dtype, new_device) = held[3:], new[3:]
+    if held_device != new_device:
+        raise ValueError(f"this cache is on {held_device}, the new tokens are on {new_device}; move one.")
+    wanted = torch.promote_types(held_dtype, new_dtype) if may_widen else held_dtype
+    if new_dtype != wanted:
+        raise ValueError(
+            f"this cache holds {held_dtype}, the new tokens are {new_dtype}; "
+            "use a fresh cache, or a model of the cache's dtype."
+        )
+
+
+def _dtype_of_latents(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+
+
+def _kind(thing: object) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+
+
+def check_room(cache: StaticCache, num_tokens: int) -> None:
+    """Refuses a static cache that `num_tokens` in all do not fit into."""
     room = cache.layers[0].max_cache_len
     if num_tokens > room:
         raise ValueError(
-            f"this StaticCache has room for {room} tokens and would have to hold {int(num_tokens)}; "
+            f"this StaticCache has room for {room} tokens and would have to hold {num_tokens}; "
             "make it with a larger max_cache_len."
         )
+
+
+def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig, mask: Tensor | None) -> None:
+    """Refuses what `generate` was given as past_key_values and would misread; `mask` [b t] covers what is held too."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a Cache, such as LatentCache(model.config), got {_kind(cache)}.")
+    held = int(cache.get_seq_length())
+    if generation_config.use_cache is False:
+        raise ValueError(f"use_cache=False goes without a cache, and past_key_values holds {held} tokens; drop one.")
+    # a mask of ones has been dropped by now, and its length noted
+    given = mask.shape[1] if mask is not None else generation_config._mask_length
+    if 0 < given <= held:
+        raise ValueError(
+            f"this cache holds {held} tokens and the prompt has {given}; give the ids of all tokens, with new "
+            "ones behind those in the cache, or the new ones alone with an attention_mask over all."
+        )
+    if isinstance(cache, StaticCache):
+        # the last token is said and not read
+        check_room(cache, generation_config.max_length - 1)
 
 
 def check_padding_mask(mask: Tensor | None, inputs_embeds: Tensor, cached: int | Tensor) -> None:

@@ -22,13 +22,17 @@ def check_offloading() -> None:
         raise ValueError("an offloaded cache moves layers between a CUDA device and the CPU; there is no CUDA device.")
 
 
-def bits_of_cache_config(cache_config: dict | None) -> int | str | None:
+def bits_of_cache_config(cache_config: dict | None, cache_implementation: str | None) -> int | str | None:
     """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
 
     None where another backend is named: then transformers makes its own quantised cache.
     """
     if cache_config is None or cache_config.get("backend") != "latent":
         return None
+    if cache_implementation != "quantized":
+        raise ValueError(
+            f'the latent backend goes with cache_implementation="quantized", got {cache_implementation!r}.'
+        )
     if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
         raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
     check_bits(cache_config["nbits"])
@@ -60,9 +64,11 @@ class LatentCache(DynamicCache):
         gathered = []
         if isinstance(config, PreTrainedConfig):
             num_layers = config.get_text_config(decoder=True).num_hidden_layers
-        else:
+        elif isinstance(config, Iterable) and not isinstance(config, (dict, str, torch.nn.Module)):
             gathered = list(config)
             num_layers = len(gathered)
+        else:
+            raise TypeError(f"LatentCache is made from a model's config, got {type(config).__name__}.")
         Cache.__init__(self, layers=[LatentCacheLayer(bits) for _ in range(num_layers)], offloading=offloading)
         self.stored_tokens: Tensor | None = None
         for layer, (keys, values, *_) in zip(self.layers, gathered):

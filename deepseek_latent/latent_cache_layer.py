@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .input_checks import check_continues
 from .latent_format import LatentFormat, Latents, Stretch, latent_format
 
 
@@ -115,20 +116,11 @@ class LatentCacheLayer(DynamicLayer):
         return (self.latents, None) if as_stored else (self.keys, self.values)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        came = (key_states.shape[0], key_states.shape[-1], value_states.shape[-1])
-        expected = (self.batch_size, self._format.latent_width, self._format.rotary_width)
-        if came != expected:
-            raise ValueError(
-                f"this cache holds (batch, latent width, rotary width) = {expected}, the new tokens have {came}; use a "
-                "fresh cache for another batch or model, or batch_repeat_interleave to continue one sequence as many."
-            )
-        if key_states.device != self.device:
-            raise ValueError(f"this cache is on {self.device}, the new tokens are on {key_states.device}; move one.")
-        if torch.promote_types(key_states.dtype, self.dtype) != key_states.dtype:
-            raise ValueError(
-                f"this cache holds {self.dtype}, the new tokens are {key_states.dtype}; "
-                "use a fresh cache, or a model of the cache's dtype."
-            )
+        widths = (self._format.latent_width, self._format.rotary_width)
+        check_continues(
+            (self.batch_size, *widths, self.dtype, self.device),
+            (key_states.shape[0], key_states.shape[-1], value_states.shape[-1], key_states.dtype, key_states.device),
+        )
 
     def _widen(self, dtype: torch.dtype) -> None:
         self.dtype, self._format = dtype, replace(self._format, dtype=dtype)

@@ -184,7 +184,8 @@ class Float8Format(CodedFormat):
 
 
 def check_bits(bits: int | str | None) -> None:
-    if bits not in BITS:
+    # 8.0 equals 8, and True would be one bit
+    if bits not in BITS or not isinstance(bits, (int, str, type(None))):
         raise ValueError(f"bits must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
 
 

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
-from .input_checks import check_cache, check_padding_mask
+from .input_checks import check_cache, check_cache_for_generation, check_padding_mask
 from .latent_attention import DeepseekV2Attention
 from .latent_cache import LatentCache, bits_of_cache_config, check_offloading
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
@@ -130,8 +130,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        check_cache(past_key_values, self.config, inputs_embeds)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        check_cache(past_key_values, self.config, cached + inputs_embeds.shape[1])
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
@@ -218,13 +218,14 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given, bits = model_kwargs.get("past_key_values"), None
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache_for_generation(given, generation_config, model_kwargs.get("attention_mask"))
         wanted = generation_config.cache_implementation
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
-        if wanted == "quantized" and given is None:
-            bits = bits_of_cache_config(generation_config.cache_config)
-        if bits is not None:
+        bits = bits_of_cache_config(generation_config.cache_config, wanted)
+        if bits is not None and given is None:
             # to transformers it is the default cache, whose place ours takes
             generation_config = copy.copy(generation_config)
             generation_config.cache_implementation = None

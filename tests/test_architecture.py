@@ -35,7 +35,7 @@ ARROWS = {
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": {"latent_format"},
     "latent_cache": {"latent_cache_layer", "latent_format", "cache_files"},
-    "latent_cache_layer": {"latent_format"},
+    "latent_cache_layer": {"input_checks", "latent_format"},
     "latent_format": set(),
     "paged_latents": set(),
     "cache_files": set(),
