@@ -22,23 +22,6 @@ def check_offloading() -> None:
         raise ValueError("an offloaded cache moves layers between a CUDA device and the CPU; there is no CUDA device.")
 
 
-def bits_of_cache_config(cache_config: dict | None, cache_implementation: str | None) -> int | str | None:
-    """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
-
-    None where another backend is named: then transformers makes its own quantised cache.
-    """
-    if cache_config is None or cache_config.get("backend") != "latent":
-        return None
-    if cache_implementation != "quantized":
-        raise ValueError(
-            f'the latent backend goes with cache_implementation="quantized", got {cache_implementation!r}.'
-        )
-    if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
-        raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
-    check_bits(cache_config["nbits"])
-    return cache_config["nbits"]
-
-
 class LatentCache(DynamicCache):
     """All layers' latents: the cache that DeepSeek-V2 uses by default in `generate()` and `forward(use_cache=True)`.
 

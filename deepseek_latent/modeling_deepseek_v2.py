@@ -4,13 +4,10 @@ transformers decides from the text of this file whether experts can be dispatche
 @use_experts_implementation stands in moe.py.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -25,11 +22,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
-from .input_checks import check_cache, check_cache_for_generation, check_padding_mask
+from .generation import LatentGenerationMixin
+from .input_checks import check_cache, check_padding_mask
 from .latent_attention import DeepseekV2Attention
-from .latent_cache import LatentCache, bits_of_cache_config, check_offloading
+from .latent_cache import LatentCache
 from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .paged_latents import PagedLatents, check_batching_config, check_unpaged, with_latent_pages
+from .paged_latents import PagedLatents, check_unpaged
 from .rotary import DeepseekV2RotaryEmbedding
 
 
@@ -162,7 +160,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
     """DeepSeek-V2 with its language-model head: token ids [b s] to logits [b s vocab] in the model's dtype."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -216,30 +214,6 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            check_cache_for_generation(given, generation_config, model_kwargs.get("attention_mask"))
-        wanted = generation_config.cache_implementation
-        if wanted is not None and wanted.startswith("offloaded"):
-            check_offloading()
-        bits = bits_of_cache_config(generation_config.cache_config, wanted)
-        if bits is not None and given is None:
-            # to transformers it is the default cache, whose place ours takes
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        # transformers has no registry of default caches, so ours takes the place of the one it just made
-        if given is None and type(made) is DynamicCache:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading, bits=bits)
-
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
-        """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
-        check_batching_config(continuous_batching_config)
-        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
-        return with_latent_pages(manager)
 
 
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):

@@ -14,6 +14,7 @@ ARROWS = {
     "modeling_deepseek_v2": {
         "configuration_deepseek_v2",
         "expert_files",
+        "generation",
         "input_checks",
         "latent_attention",
         "latent_cache",
@@ -30,6 +31,7 @@ ARROWS = {
         "paged_latents",
         "rotary",
     },
+    "generation": {"input_checks", "latent_cache", "latent_format", "paged_latents"},
     "input_checks": {"configuration_deepseek_v2"},
     "moe": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},

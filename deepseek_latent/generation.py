@@ -1,0 +1,76 @@
+"""What `generate()` has to be told: which cache to make, what to refuse, where transformers would misread a cache."""
+
+import copy
+
+from transformers.cache_utils import DynamicCache, QuantizedCache
+from transformers.generation import GenerationMixin, GenerationMode
+
+from .input_checks import check_cache_for_generation
+from .latent_cache import LatentCache, check_offloading
+from .latent_format import check_bits
+from .paged_latents import check_batching_config, with_latent_pages
+
+
+class LatentGenerationMixin(GenerationMixin):
+    """transformers' generation over latents; the cache is a `LatentCache` unless another is asked for."""
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        positions = kwargs.get("position_ids")
+        if next_sequence_length is None and past_key_values is not None and positions is not None:
+            # assisted decoding begins with the whole prompt, whatever of it is in the cache already
+            held = past_key_values.get_seq_length()
+            if positions.shape[-1] == input_ids.shape[1] > held > 0:
+                next_sequence_length = input_ids.shape[1] - int(held)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache_for_generation(given, generation_config, model_kwargs.get("attention_mask"))
+            if generation_config.is_assistant:
+                # an assistant's own cache comes back with the settings it was made by
+                generation_config = copy.copy(generation_config)
+                generation_config.cache_implementation = generation_config.cache_config = None
+        wanted = generation_config.cache_implementation
+        if wanted is not None and wanted.startswith("offloaded"):
+            check_offloading()
+        bits = _bits_of_cache_config(generation_config.cache_config, wanted)
+        if bits is not None and given is None:
+            # to transformers it is the default cache, whose place ours takes
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if isinstance(made, QuantizedCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "
+                'use cache_config={"backend": "latent", "nbits": 8}.'
+            )
+        # transformers has no registry of default caches, so ours takes the place of the one it just made
+        if given is None and type(made) is DynamicCache:
+            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading, bits=bits)
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
+        """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
+        check_batching_config(continuous_batching_config)
+        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        return with_latent_pages(manager)
+
+
+def _bits_of_cache_config(cache_config: dict | None, cache_implementation: str | None) -> int | str | None:
+    """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
+
+    None where another backend is named: then transformers makes its own quantised cache.
+    """
+    if cache_config is None or cache_config.get("backend") != "latent":
+        return None
+    if cache_implementation != "quantized":
+        raise ValueError(
+            f'the latent backend goes with cache_implementation="quantized", got {cache_implementation!r}.'
+        )
+    if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
+        raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
+    check_bits(cache_config["nbits"])
+    return cache_config["nbits"]
