@@ -87,25 +87,34 @@ def absorbed_attention(
 def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c: int) -> Tensor:
     """Scaled queries [b s h c+r] to weighted sums of latents [b s h c]; a query that may look nowhere gets zeros.
 
-    After each block, `context` and `total` are the sums over the tokens so far, in units of exp(largest score so far).
-    Source: Milakov and Gimelshein, arXiv:1805.02867, algorithm 3.
+    A block gives its largest score, and total and context in units of exp(that score); blocks are merged when many
+    have come together. Source: Milakov and Gimelshein, arXiv:1805.02867, section 3.1.
     """
     (b, s, h, width), t = queries.shape, latents.num_tokens
     # all heads read the same latents, so tokens and heads together are the rows of one product
     rows = queries.flatten(1, 2)
-    largest = rows.new_full((b, s * h, 1), torch.finfo(rows.dtype).min)
-    total, context = rows.new_zeros(b, s * h, 1), rows.new_zeros(b, s * h, c)
-    first = 0
+    first, parts, lowest = 0, [], torch.finfo(rows.dtype).min
     for block in latents.blocks(_tokens_per_block(b, s * h, width, queries.device), rows.dtype):
         last = first + block.shape[1]
-        scores = _times(rows, block.mT).unflatten(1, (s, h))
-        scores = _hide(scores, mask, first, last, t).flatten(1, 2)
-        largest_before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
-        weights, fading = (scores - largest).exp(), (largest_before - largest).exp()
-        total = total * fading + weights.sum(dim=-1, keepdim=True)
-        context = context * fading + _times(weights, block[..., :c])
+        scores = _hide(_score(rows, block).unflatten(1, (s, h)), mask, first, last, t).flatten(1, 2)
+        # finite, so that a row which sees nothing of this block gives zeros and not NaN
+        largest = scores.amax(dim=-1, keepdim=True).clamp(min=lowest)
+        weights = (scores - largest).exp_()
+        parts.append((largest, weights.sum(dim=-1, keepdim=True), _sum(weights, block[..., :c])))
+        if len(parts) * b * s * h * c > ELEMENTS_PER_BLOCK:
+            parts = [_merge(parts)]
         first = last
+    _, total, context = _merge(parts)
     return (context / total.where(total > 0, 1.0)).unflatten(1, (s, h))
+
+
+def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest score [b sh 1], total [b sh 1] and context [b sh c] of several blocks as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    largest, total, context = (torch.stack(x) for x in zip(*parts))
+    shares = (largest - largest.amax(dim=0)).exp_()
+    return largest.amax(dim=0), (total * shares).sum(dim=0), (context * shares).sum(dim=0)
 
 
 def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.device) -> int:
@@ -113,11 +122,18 @@ def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.devic
     return min(wanted, max(SCORES_PER_BLOCK // (batch * num_rows), 1))
 
 
-def _times(rows: Tensor, block: Tensor) -> Tensor:
-    """[b m k] times [b k n], or times [1 k n] as one product for all sequences."""
-    if block.shape[0] == rows.shape[0]:
-        return rows @ block
-    return (rows.flatten(0, 1) @ block[0]).unflatten(0, rows.shape[:2])
+def _score(rows: Tensor, block: Tensor) -> Tensor:
+    """Queries [b m w] times tokens [b k w] to [b m k]; tokens [1 k w] in one product for all sequences."""
+    folded = rows if block.shape[0] == rows.shape[0] else rows.flatten(0, 1)[None]
+    # a CPU multiplies many tokens by few queries faster than the other way round
+    return (block @ folded.mT).mT.contiguous().view(*rows.shape[:2], -1)
+
+
+def _sum(weights: Tensor, block: Tensor) -> Tensor:
+    """Weights [b m k] times latents [b k c] to [b m c]; latents [1 k c] in one product for all sequences."""
+    if block.shape[0] == weights.shape[0]:
+        return weights @ block
+    return (weights.flatten(0, 1) @ block[0]).unflatten(0, weights.shape[:2])
 
 
 def _hide(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
