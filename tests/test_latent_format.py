@@ -30,7 +30,7 @@ every_format = pytest.mark.parametrize("bits", FORMATS, ids=str)
 every_code = pytest.mark.parametrize("bits", CODED, ids=str)
 every_integer = pytest.mark.parametrize("bits", INTEGERS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-examples = settings(deadline=None, max_examples=60, derandomize=True)
+examples = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -88,22 +88,27 @@ KINDS = {
 WITHOUT_EMPTY_PLANES = sorted(KINDS.keys() - {"one-hot", "zeros", "zeros but the first plane"})
 
 
-@st.composite
-def float32_tokens(draw) -> Tensor:
-    """[c] of any finite size up to 2^127.5, subnormal ones too, or exactly the numbers that hypothesis likes."""
-    if draw(st.booleans()):
-        number = st.floats(-(2.0**127), 2.0**127, width=32)
-        return torch.tensor(draw(st.lists(number, min_size=1, max_size=20)))
-    kind, c, seed = draw(st.sampled_from(sorted(KINDS))), draw(st.sampled_from(WIDTHS)), draw(st.integers(0, 999))
-    x = KINDS[kind](c, seed).double()
-    largest = draw(st.sampled_from([0.0, 0.0, 0.0, 5.0, -5.0, 14.0, 127.5, -100.0, -124.0, -128.0, -140.0, -149.0]))
-    return (x / x.abs().max().clamp(min=1e-30) * 2.0**largest).float() if largest else x.float()
+# the numbers that hypothesis likes: zeros of both signs, borders, subnormal ones
+few_numbers = st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=20).map(torch.tensor)
 
 
 @every_code
-@given(latent=float32_tokens())
+@pytest.mark.parametrize("exponent", [127.5, 100, 14, 0, -14, -100, -118, -124, -128, -140, -149])
+def test_no_element_moves_further_than_stated(bits, exponent):
+    # from what a float32 can just hold with the error to what is hardly more than zero
+    for kind in KINDS:
+        for c in WIDTHS:
+            x = KINDS[kind](c, c).double()
+            latent = (x / x.abs().max().clamp(min=1e-30) * 2.0**exponent).float()
+            actual, _ = decoded(bits, latent, torch.zeros(2))
+            assert torch.isfinite(actual).all()
+            assert_within_stated_error(bits, latent, actual)
+
+
+@every_code
+@given(latent=few_numbers)
 @examples
-def test_no_element_moves_further_than_stated(bits, latent):
+def test_no_element_of_any_few_numbers_moves_further_than_stated(bits, latent):
     actual, _ = decoded(bits, latent, torch.zeros(2))
     assert torch.isfinite(actual).all()
     assert_within_stated_error(bits, latent, actual)
@@ -149,7 +154,7 @@ def test_rotary_keys_are_what_bfloat16_makes_of_them(bits, dtype, k_rotary):
 
 
 @every_integer
-@given(latent=float32_tokens())
+@given(latent=few_numbers)
 @examples
 def test_integers_keep_signs_and_order_within_a_plane(bits, latent):
     actual, _ = decoded(bits, latent, torch.zeros(2))
