@@ -14,7 +14,17 @@ from .paged_latents import check_batching_config, with_latent_pages
 class LatentGenerationMixin(GenerationMixin):
     """transformers' generation over latents; the cache is a `LatentCache` unless another is asked for."""
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+    # generate() reads from this signature which arguments a model takes
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
         positions = kwargs.get("position_ids")
         if next_sequence_length is None and past_key_values is not None and positions is not None:
             # assisted decoding begins with the whole prompt, whatever of it is in the cache already
@@ -22,7 +32,13 @@ class LatentGenerationMixin(GenerationMixin):
             if positions.shape[-1] == input_ids.shape[1] > held > 0:
                 next_sequence_length = input_ids.shape[1] - int(held)
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):

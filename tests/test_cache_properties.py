@@ -200,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.feed(self.plain.batch, 1, mode)
 
     @rule(count=st.integers(1, 3), mode=modes)
-    def replace_the_last_tokens(self, count, mode):
+    def replace_the_last(self, count, mode):
         # as candidates are that a model rejects: in memory that was written before
         count = min(count, self.plain.length)
         self.cache.crop(-count)
@@ -208,9 +208,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.feed(self.plain.batch, count, mode)
 
     @precondition(lambda self: self.bits is None and self.plain.length < LARGEST_LENGTH)
-    @rule(s=st.integers(1, 3))
-    def update_with_gradients(self, s):
+    @rule(s=st.integers(1, 3), replaced=st.integers(0, 2), mode=modes)
+    def update_with_gradients(self, s, replaced, mode):
         self.feed(self.plain.batch, s, "grad", needs_gradient=True)
+        if replaced:
+            self.replace_the_last(replaced, mode)
 
     @rule(data=st.data(), mode=modes)
     def crop(self, data, mode):
