@@ -469,11 +469,16 @@ SINCE = {
 }
 
 
+# columns that take the same path as one beside them, run by `make test-slow`
+LIKE_ANOTHER = ("DynamicCache", "StaticCache", "5 bits", "fp8 of transformers")
+
+
 def cell(way: str, cache: str):
     since = max((SINCE.get(name, "0") for name in (way, cache)), key=Version)
     is_missing = Version(transformers.__version__) < Version(since)
     skip = pytest.mark.skipif(is_missing, reason=f"transformers does it right since {since}")
-    return pytest.param(way, cache, marks=skip, id=f"{way}-{cache}")
+    marks = [skip, pytest.mark.slow] if cache in LIKE_ANOTHER else [skip]
+    return pytest.param(way, cache, marks=marks, id=f"{way}-{cache}")
 
 
 # the side of guidance that sees no prompt has a cache of its own, which rounds nothing
