@@ -25,12 +25,17 @@ class LatentGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        positions = kwargs.get("position_ids")
-        if next_sequence_length is None and past_key_values is not None and positions is not None:
-            # assisted decoding begins with the whole prompt, whatever of it is in the cache already
-            held = past_key_values.get_seq_length()
-            if positions.shape[-1] == input_ids.shape[1] > held > 0:
-                next_sequence_length = input_ids.shape[1] - int(held)
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > held > 0:
+            # assisted decoding begins with the whole prompt, whatever of it is in the cache already; a mask or, where
+            # it was all ones and dropped, the last position says how many tokens there are with those in the cache
+            positions = kwargs.get("position_ids")
+            if attention_mask is not None:
+                num_tokens = attention_mask.shape[1]
+            else:
+                num_tokens = None if positions is None else int(positions[0, -1]) + 1
+            if num_tokens == input_ids.shape[1]:
+                next_sequence_length = num_tokens - int(held)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -80,7 +85,13 @@ def _bits_of_cache_config(cache_config: dict | None, cache_implementation: str |
 
     None where another backend is named: then transformers makes its own quantised cache.
     """
-    if cache_config is None or cache_config.get("backend") != "latent":
+    backend = None if cache_config is None else cache_config.get("backend")
+    if cache_implementation == "quantized" and backend is None:
+        # transformers would take quanto, a package of its own
+        raise ValueError(
+            'cache_implementation="quantized" needs a backend, such as cache_config={"backend": "latent", "nbits": 6}.'
+        )
+    if backend != "latent":
         return None
     if cache_implementation != "quantized":
         raise ValueError(

@@ -96,6 +96,11 @@ class LatentCache(DynamicCache):
                 f"expected the ids of {batch} sequences of {length} tokens or more, and a cache that holds some, "
                 f"got ids of shape {list(tokens.shape)}."
             )
+        if self.layers[0].dtype != model.dtype:
+            raise ValueError(
+                f"this cache holds {self.layers[0].dtype} and the model is {model.dtype}; save it with the model that "
+                "filled it."
+            )
         tensors = {
             f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()
         }

@@ -290,8 +290,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.saved.append((path, self.plain.copy()))
 
     @precondition(lambda self: self.plain.length > 1)
-    @rule(s=st.integers(1, 2), tokens_per_block=st.sampled_from([1, 3, 64]), layer=st.integers(0, LAYERS - 1))
-    def attend(self, s, tokens_per_block, layer):
+    @rule(
+        s=st.integers(1, 2),
+        layer=st.integers(0, LAYERS - 1),
+        tokens_per_block=st.sampled_from([1, 3, 64]),
+        elements_per_block=st.sampled_from([1, 1 << 25]),
+    )
+    def attend(self, s, layer, tokens_per_block, elements_per_block):
         b, dtype, latents = self.plain.batch, self.plain.dtype, self.cache.layers[layer].latents
         generator = torch.Generator().manual_seed(self.steps)
         q_content, q_rotary = torch.randn(b, s, H, N + R, generator=generator).to(dtype).split((N, R), dim=-1)
@@ -299,7 +304,8 @@ class CacheMachine(RuleBasedStateMachine):
         scale = (N + R) ** -0.5
         up = (latent_ops.UpProjection(w_uk), latent_ops.UpProjection(w_uv))
         latent, k_rotary = self.plain.tensors(layer)
-        with torch.no_grad(), patch.object(latent_ops, "TOKENS_PER_BLOCK", tokens_per_block):
+        blocks = {"TOKENS_PER_BLOCK": tokens_per_block, "ELEMENTS_PER_BLOCK": elements_per_block}
+        with torch.no_grad(), patch.multiple(latent_ops, **blocks):
             actual = latent_ops.absorbed_attention(q_content, q_rotary, latents, *up, mask=None, scale=scale)
         plain = Latents(SeparateStretch(latent, k_rotary))
         with torch.no_grad():

@@ -110,6 +110,13 @@ def test_tokens_that_cannot_be_those_of_the_cache_are_refused(tmp_path, tokens):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_is_not_saved_under_a_model_of_another_dtype(tmp_path):
+    ids = random_ids(1, 8)
+    cache = prefilled(tiny_model(), ids)
+    with pytest.raises(ValueError, match=r"holds torch.float32 and the model is torch.bfloat16"):
+        cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=tiny_model(torch.bfloat16))
+
+
 def test_an_empty_cache_is_not_saved(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="a cache that holds some"):
@@ -164,6 +171,8 @@ def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
         ({"backend": "latent"}, r'takes \{"backend": "latent", "nbits": 6\}'),
         ({"backend": "latent", "nbits": 6, "axis": 0}, r'takes \{"backend": "latent", "nbits": 6\}'),
         ({"backend": "latent", "nbits": 3}, "8, 6, 5, 4 or 'fp8', got 3"),
+        ({"nbits": 6}, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
+        (None, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
     ],
 )
 def test_a_cache_config_that_says_something_else_is_refused(cache_config, message):
