@@ -145,7 +145,8 @@ class LatentCacheLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens; 0 forgets none. The memory stays for the tokens to come."""
-        length = self.get_seq_length()
+        # transformers 5.17 counts in a tensor
+        tokens_to_remove, length = int(tokens_to_remove), self.get_seq_length()
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; to keep the first "
