@@ -5,7 +5,7 @@ import copy
 from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .input_checks import check_cache_for_generation
+from .input_checks import check_begins_as_stored, check_cache_for_generation
 from .latent_cache import LatentCache, check_offloading
 from .latent_format import check_bits
 from .paged_latents import check_batching_config, with_latent_pages
@@ -36,6 +36,8 @@ class LatentGenerationMixin(GenerationMixin):
                 num_tokens = None if positions is None else int(positions[0, -1]) + 1
             if num_tokens == input_ids.shape[1]:
                 next_sequence_length = num_tokens - int(held)
+        if is_first_iteration and held and next_sequence_length == input_ids.shape[1] - held:
+            check_begins_as_stored(past_key_values, input_ids)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -99,5 +101,5 @@ def _bits_of_cache_config(cache_config: dict | None, cache_implementation: str |
         )
     if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
         raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
-    check_bits(cache_config["nbits"])
+    check_bits(cache_config["nbits"], "nbits")
     return cache_config["nbits"]

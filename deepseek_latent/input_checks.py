@@ -116,6 +116,29 @@ def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig
         check_room(cache, generation_config.max_length - 1)
 
 
+def check_begins_as_stored(cache: Cache, input_ids: Tensor) -> None:
+    """Refuses ids [b s] of all tokens that are not those which `cache` was loaded with, where it came from a file."""
+    stored = getattr(cache, "stored_tokens", None)
+    # several sequences may have been put into another order since
+    if stored is None or stored.shape[0] > 1:
+        return
+    num_tokens = min(stored.shape[1], input_ids.shape[1])
+    differs = (input_ids[:, :num_tokens] != stored[:, :num_tokens].to(input_ids.device)).any(dim=0)
+    if differs.any():
+        raise ValueError(
+            f"this cache was loaded for other ids, which differ from these from token {int(differs.int().argmax())} "
+            "on; give the ids of all tokens, cached ones (`stored_tokens`) first."
+        )
+
+
+def check_ids(ids: Tensor) -> None:
+    """Refuses what are no token ids [t] or [b t] in a tensor."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"expected token ids in a tensor [b t], got {_kind(ids)}; use torch.tensor(ids).")
+    if ids.dim() not in (1, 2) or ids.is_floating_point():
+        raise ValueError(f"expected token ids [b t] as integers, got shape {list(ids.shape)} of {ids.dtype}.")
+
+
 def check_padding_mask(mask: Tensor | None, inputs_embeds: Tensor, cached: int | Tensor) -> None:
     """Refuses a 2-D mask that is too small; transformers would fill it up with padding."""
     # a static cache counts in a tensor, which is not read here lest it break the graph

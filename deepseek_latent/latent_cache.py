@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_files import fingerprint, read_tensors, write_tensors
+from .input_checks import check_ids
 from .latent_cache_layer import LatentCacheLayer
 from .latent_format import Float8Format, Latents, check_bits, latent_format
 
@@ -63,6 +64,15 @@ class LatentCache(DynamicCache):
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
         return latents
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.stored_tokens is not None:
+            self.stored_tokens = self.stored_tokens[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        super().reset()
+        self.stored_tokens = None
+
     @property
     def bits(self) -> int | str | None:
         return self.layers[0].bits
@@ -89,17 +99,18 @@ class LatentCache(DynamicCache):
 
         `tokens` [b t] or [t] are the ids the cache was made from; more may follow, as `generate` returns them.
         """
-        length, batch = self.get_seq_length(), self.layers[0].batch_size if self.is_initialized else 0
-        tokens = torch.atleast_2d(tokens)
-        if not length or tokens.shape[0] != batch or tokens.shape[1] < length:
+        length = self._length_to_write("save")
+        check_ids(tokens)
+        tokens, batch = torch.atleast_2d(tokens), self.layers[0].batch_size
+        if tokens.shape[0] != batch or tokens.shape[1] < length:
             raise ValueError(
-                f"expected the ids of {batch} sequences of {length} tokens or more, and a cache that holds some, "
-                f"got ids of shape {list(tokens.shape)}."
+                f"expected the ids of the cache's {batch} sequences of {length} tokens, got ids of shape "
+                f"{list(tokens.shape)}; give those it was filled from, cached ones first."
             )
         if self.layers[0].dtype != model.dtype:
             raise ValueError(
                 f"this cache holds {self.layers[0].dtype} and the model is {model.dtype}; save it with the model that "
-                "filled it."
+                "filled it, and fill it outside of autocast."
             )
         tensors = {
             f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()
@@ -117,9 +128,15 @@ class LatentCache(DynamicCache):
         tensors, stored = read_tensors(path)
         for name, own in cls._shape_for(model).items():
             if stored[name] != own:
-                raise ValueError(f"{path} is of a model with {name} {stored[name]}, this one has {own}.")
+                raise ValueError(
+                    f"{path} is of a model with {name} {stored[name]}, this one has {own}; load that one, or fill a "
+                    "new cache."
+                )
         if stored["fingerprint"] != fingerprint(model):
-            raise ValueError(f"{path} is of a model with other weights, settings or adapters than this one.")
+            raise ValueError(
+                f"{path} is of a model with other weights, settings or adapters than this one; load that one, or fill "
+                "a new cache."
+            )
         cache = cls(model.config, bits=stored["bits"])
         cache.stored_tokens = torch.tensor(stored["tokens"])
         widths = stored["latent width"], stored["rotary width"]
@@ -140,29 +157,43 @@ class LatentCache(DynamicCache):
         }
 
     def flashmla_records(self) -> list[Tensor]:
-        """Per layer the tokens as FlashMLA, vLLM (`fp8_ds_mla`) and SGLang keep them: [b t 656] bytes.
+        """Per layer the tokens as FlashMLA, vLLM (`fp8_ds_mla`) and SGLang keep them: [b t 656] bytes, copied.
 
         With `bits="fp8"` these are the rows as they are; from any other cache, its tokens rounded to fp8.
         """
+        self._length_to_write("make records of")
         return [self._records_of(layer) for layer in self.layers]
+
+    def _length_to_write(self, what_for: str) -> int:
+        length = self.get_seq_length()
+        if not length:
+            raise ValueError(f"this cache is empty, there is nothing to {what_for}; run the model with it first.")
+        return length
 
     @staticmethod
     def _records_of(layer: LatentCacheLayer) -> Tensor:
         record = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
-        return layer.rows() if layer.bits == "fp8" else record.encode(*layer.latents.dense(layer.batch_size))
+        return layer.rows().clone() if layer.bits == "fp8" else record.encode(*layer.latents.dense(layer.batch_size))
 
     @classmethod
     def from_flashmla_records(
         cls, records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16
     ) -> "LatentCache":
-        """A cache with `bits="fp8"` that holds these records, [b t 656] bytes per layer, for a model of `dtype`."""
+        """A cache with `bits="fp8"` that holds these records, [b t 656] bytes per layer, for a model of `dtype`.
+
+        They are copied. ValueError where layers are unlike, or a code or scale is no finite number.
+        """
         cache, records = cls(config, bits="fp8"), list(records)
         record = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
-        if len(records) != len(cache.layers) or any(x.dim() != 3 or x.shape[-1] != 656 for x in records):
-            shapes = [list(x.shape) for x in records]
-            raise ValueError(f"expected {len(cache.layers)} layers of records [b t 656], got shapes {shapes}.")
-        for layer, rows in zip(cache.layers, records):
-            layer.restore(record, None, rows.view(torch.uint8))
+        shapes = [list(x.shape) for x in records]
+        if len(shapes) != len(cache.layers) or any(s != shapes[0] or len(s) != 3 or s[-1] != 656 for s in shapes):
+            raise ValueError(f"expected {len(cache.layers)} layers of records of one shape [b t 656], got {shapes}.")
+        if any(x.dtype.itemsize != 1 for x in records):
+            raise ValueError(f"expected records of bytes, got {records[0].dtype}; use records.view(torch.uint8).")
+        for i, (layer, rows) in enumerate(zip(cache.layers, records)):
+            rows = torch.empty_like(rows, memory_format=torch.contiguous_format).copy_(rows).view(torch.uint8)
+            record.check_finite(rows, f"the records of layer {i}")
+            layer.restore(record, None, rows)
         return cache
 
 

@@ -98,12 +98,13 @@ class LatentCacheLayer(DynamicLayer):
 
         With `as_stored`, returns (`latents`, None): what attention reads without making the pair.
         """
+        # refused before anything changes
+        wanted = self._format_for(key_states, value_states)
+        rows = wanted.encode(key_states[:, 0], value_states[:, 0])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
-        if key_states.dtype != self.dtype:
-            self._widen(key_states.dtype)
-        rows = self._format.encode(key_states[:, 0], value_states[:, 0])
+        elif wanted.dtype != self.dtype:
+            self._widen(wanted.dtype)
         start, end = self._num_own, self._num_own + rows.shape[1]
         if self._in_place_is_wrong(rows):
             self._own = torch.cat((self._own[:, :start], rows), dim=1)
@@ -115,12 +116,13 @@ class LatentCacheLayer(DynamicLayer):
         self._autograd_may_hold_it = torch.is_grad_enabled()
         return (self.latents, None) if as_stored else (self.keys, self.values)
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        widths = (self._format.latent_width, self._format.rotary_width)
-        check_continues(
-            (self.batch_size, *widths, self.dtype, self.device),
-            (key_states.shape[0], key_states.shape[-1], value_states.shape[-1], key_states.dtype, key_states.device),
-        )
+    def _format_for(self, key_states: Tensor, value_states: Tensor) -> LatentFormat:
+        widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype
+        if not self.is_initialized:
+            return latent_format(self.bits, *widths, dtype)
+        held = (self.batch_size, self._format.latent_width, self._format.rotary_width, self.dtype, self.device)
+        check_continues(held, (key_states.shape[0], *widths, dtype, key_states.device))
+        return replace(self._format, dtype=dtype)
 
     def _widen(self, dtype: torch.dtype) -> None:
         self.dtype, self._format = dtype, replace(self._format, dtype=dtype)

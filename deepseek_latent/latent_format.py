@@ -182,11 +182,17 @@ class Float8Format(CodedFormat):
         halves = (code_bytes.view(torch.int8).to(torch.int16) << 7 & ~0x4000).view(torch.float16)
         torch.mul(halves.to(out.dtype), 2.0**8, out=out)
 
+    def check_finite(self, rows: Tensor, name: str) -> None:
+        """Refuses rows of another writer with a NaN among the codes, which `decode` takes for 480, or a scale."""
+        codes, scales = rows[..., : self._num_code_bytes], rows[..., self._scales].view(self._scale_dtype)
+        if (codes & 0x7F == 0x7F).any() or not scales.isfinite().all():
+            raise ValueError(f"{name} hold NaN or infinite latents; expected finite ones, compute them again.")
 
-def check_bits(bits: int | str | None) -> None:
+
+def check_bits(bits: int | str | None, name: str = "bits") -> None:
     # 8.0 equals 8, and True would be one bit
     if bits not in BITS or not isinstance(bits, (int, str, type(None))):
-        raise ValueError(f"bits must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
+        raise ValueError(f"{name} must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
 
 
 def latent_format(bits: int | str | None, latent_width: int, rotary_width: int, dtype: torch.dtype) -> LatentFormat:

@@ -74,9 +74,9 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, DeepseekV2RotaryEmbedding):
             # not in the checkpoint, so whatever loads the model has to compute them again
-            frequencies, _ = module.initial_frequencies()
-            init.copy_(module.inv_freq, frequencies)
-            init.copy_(module.original_inv_freq, frequencies)
+            buffers, _ = module.initial_buffers()
+            for name, buffer in buffers.items():
+                init.copy_(module.get_buffer(name), buffer)
             return
         super()._init_weights(module)
         if isinstance(module, (DeepseekV2Experts, DeepseekV2MoEGate)):

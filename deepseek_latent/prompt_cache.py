@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_files import FORMAT, fingerprint, read_metadata, settings_of
+from .input_checks import check_ids
 from .latent_cache import LatentCache
 from .latent_format import check_bits
 
@@ -94,7 +95,6 @@ class PromptCache:
                 continue
             _touch(path)
             cache.crop(num_tokens - cache.get_seq_length())
-            cache.stored_tokens = cache.stored_tokens[:, :num_tokens]
             return cache
         return LatentCache(model.config, bits=self.bits)
 
@@ -110,10 +110,15 @@ class PromptCache:
         if length < BLOCK:
             return
         batch = cache.layers[0].batch_size
-        if batch != 1 or len(ids) < length or cache.bits != self.bits:
+        if cache.bits != self.bits:
             raise ValueError(
-                f"expected a cache of one sequence with bits={self.bits} and the ids of its {length} tokens, got one "
-                f"of {batch} with bits={cache.bits} and {len(ids)} ids."
+                f"this folder was opened with bits={self.bits} and the cache has bits={cache.bits}; open it with "
+                f"PromptCache(folder, max_bytes=..., bits={cache.bits!r}), or fill the cache that `load` returns."
+            )
+        if batch != 1 or len(ids) < length:
+            raise ValueError(
+                f"expected a cache of one sequence and the ids of its {length} tokens, got one of {batch} and "
+                f"{len(ids)} ids; store each sequence by itself, with the ids its cache was filled from."
             )
         self._refuse_if_too_large(cache.nbytes)
         new = _Prompt(self._key(model), ids[:length])
@@ -135,6 +140,12 @@ class PromptCache:
                 if new.starts_with(prompt):
                     beginning.unlink(missing_ok=True)
             self._evict(kept=path)
+
+    def __repr__(self) -> str:
+        return (
+            f"PromptCache({str(self.folder)!r}, bits={self.bits}: {len(self)} prompts, {self.nbytes:,} of "
+            f"{self.max_bytes:,} bytes)"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -220,6 +231,7 @@ class PromptCache:
 
 
 def _one_sequence(ids: Tensor) -> array:
+    check_ids(ids)
     if ids.shape[:-1].numel() != 1:
         raise ValueError(f"expected the ids of one sequence, [t] or [1 t], got shape {list(ids.shape)}; take one.")
     return array("q", ids.flatten().tolist())

@@ -27,7 +27,7 @@ def softmax_scale(config: DeepseekV2Config) -> float:
 
 
 def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
-    """Inverse frequencies [r/2] in float32 and the factor on cos and sin.
+    """Inverse frequencies [r/2] in float64 and the factor on cos and sin.
 
     A pair that turns more than `beta_fast` times within the original context keeps its frequency, one that turns
     less than `beta_slow` times is slowed by `factor`, a linear ramp lies between. The factor on cos and sin is the
@@ -43,7 +43,7 @@ def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    pair = torch.arange(width // 2, dtype=torch.float32)
+    pair = torch.arange(width // 2, dtype=torch.float64)
     # a ramp of no width would divide by zero
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     frequency = base ** -(2 * pair / width)
@@ -69,7 +69,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DeepseekV2RotaryEmbedding(nn.Module):
     """Holds the inverse frequencies [r/2] and turns positions [b s] into cos and sin [b s r/2], float32.
 
-    `default` and `yarn` are computed here; the other types, which only converted checkpoints use, by transformers.
+    An angle is a position times a frequency, in float64: in float32, angles at position 163,839 would be off by up to
+    0.008, and unlike for neighbours. The frequencies are two float32 each, `inv_freq` and what rounding took from it,
+    since not every device has float64. `default` and `yarn` are computed here; the other types, which only converted
+    checkpoints use, by transformers.
     """
 
     def __init__(self, config: DeepseekV2Config):
@@ -77,21 +80,44 @@ class DeepseekV2RotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        frequencies, self.attention_scaling = self.initial_frequencies()
-        self.register_buffer("inv_freq", frequencies, persistent=False)
-        # `dynamic_rope_update` returns to these when a sequence is short again
-        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+        buffers, self.attention_scaling = self.initial_buffers()
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
 
-    def initial_frequencies(self) -> tuple[Tensor, float]:
+    def initial_buffers(self) -> tuple[dict[str, Tensor], float]:
+        """The buffers by name, and the factor on cos and sin."""
         rope, width = self.config.rope_parameters, self.config.qk_rope_head_dim
         if self.rope_type == "yarn":
-            return yarn_frequencies(width, rope)
-        if self.rope_type == "default":
-            return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
-        return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+            exact, attention_scaling = yarn_frequencies(width, rope)
+        elif self.rope_type == "default":
+            exact, attention_scaling = (
+                rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width),
+                1.0,
+            )
+        else:
+            exact, attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+        rounded = exact.float()
+        buffers = {
+            "inv_freq": rounded,
+            "inv_freq_rest": (exact - rounded).float(),
+            # `dynamic_rope_update` returns to these when a sequence is short again
+            "original_inv_freq": rounded.clone(),
+        }
+        return buffers, attention_scaling
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves the frequencies, and does not round them where the model's weights are cast."""
+
+        def move(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        frequencies = self.inv_freq.to(x.device, wide) + self.inv_freq_rest.to(x.device, wide)
+        angles = position_ids[..., None].to(wide) * frequencies
+        return (angles.cos() * self.attention_scaling).float(), (angles.sin() * self.attention_scaling).float()

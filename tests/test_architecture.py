@@ -36,7 +36,7 @@ ARROWS = {
     "moe": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": {"latent_format"},
-    "latent_cache": {"latent_cache_layer", "latent_format", "cache_files"},
+    "latent_cache": {"cache_files", "input_checks", "latent_cache_layer", "latent_format"},
     "latent_cache_layer": {"input_checks", "latent_format"},
     "latent_format": set(),
     "paged_latents": set(),
@@ -55,7 +55,7 @@ ARROWS = {
         "tool_runner",
     },
     "tool_runner": set(),
-    "prompt_cache": {"cache_files", "latent_cache", "latent_format"},
+    "prompt_cache": {"cache_files", "input_checks", "latent_cache", "latent_format"},
 }
 TRAVELLING = sorted(set(ARROWS) - {"__init__", "cli", "conversion", "prompt_cache", "tool_runner"})
 

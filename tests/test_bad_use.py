@@ -253,6 +253,13 @@ def test_a_cache_config_that_cannot_be_meant_is_refused(cache_config, sentence):
         tiny_model().generate(IDS, **GREEDY, cache_implementation="quantized", cache_config=cache_config)
 
 
+def test_a_number_of_bits_is_refused_by_the_name_it_was_given():
+    with pytest.raises(ValueError, match=r"^nbits must be"):
+        tiny_model().generate(
+            IDS, **GREEDY, cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 7}
+        )
+
+
 def test_bits_asked_of_a_cache_that_is_not_quantised_are_refused():
     with refused('the latent backend goes with cache_implementation="quantized", got None'):
         tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "nbits": 8})
@@ -269,3 +276,17 @@ def test_a_gradient_through_fewer_bits_is_refused():
     cache = filled(CACHES["8 bits"], model)
     with refused("8 bits carry no gradient.*no_grad", cache):
         model(IDS, past_key_values=cache)
+
+
+def test_what_is_refused_leaves_a_fresh_cache_fresh_and_a_narrow_one_narrow():
+    model = tiny_model()
+    cache = LatentCache(model.config, bits=8)
+    with refused("8 bits carry no gradient", cache):
+        model(IDS, past_key_values=cache)
+    assert repr(cache) == "LatentCache(layers=3, empty)"
+    # another batch is therefore as good as the first
+    filled(lambda config: cache, model, random_ids(1, 4))
+    narrow = filled(CACHES["8 bits"], tiny_model(torch.bfloat16))
+    with refused("8 bits carry no gradient", narrow):
+        model(random_ids(2, 1), past_key_values=narrow)
+    assert {layer.dtype for layer in narrow.layers} == {torch.bfloat16}

@@ -447,9 +447,48 @@ def test_records_of_another_shape_are_refused_in_one_sentence():
         ([foreign_records(1, 2)] * 2, r"\[\[1, 2, 656\], \[1, 2, 656\]\]"),
         ([foreign_records(2)] * 3, r"\[\[2, 656\], \[2, 656\], \[2, 656\]\]"),
         ([foreign_records(1, 2)[..., :640]] * 3, r"\[\[1, 2, 640\], \[1, 2, 640\], \[1, 2, 640\]\]"),
+        ([foreign_records(1, t) for t in (2, 2, 1)], r"\[\[1, 2, 656\], \[1, 2, 656\], \[1, 1, 656\]\]"),
+        ([foreign_records(b, 2) for b in (1, 2, 1)], r"\[\[1, 2, 656\], \[2, 2, 656\], \[1, 2, 656\]\]"),
+        ([], r"\[\]"),
     ):
-        with pytest.raises(ValueError, match=rf"expected 3 layers of records \[b t 656\], got shapes {shapes}"):
+        with pytest.raises(ValueError, match=rf"expected 3 layers of records of one shape \[b t 656\], got {shapes}"):
             LatentCache.from_flashmla_records(records, config_of_records())
+    with pytest.raises(ValueError, match=r"expected records of bytes, got torch\.float32"):
+        LatentCache.from_flashmla_records([foreign_records(1, 2).float()] * 3, config_of_records())
+
+
+@pytest.mark.parametrize(("place", "value"), [(7, 0x7F), (511, 0xFF), (515, 0x7F), (515, 0xFF)])
+def test_records_with_a_number_that_is_none_are_refused(place, value):
+    records = [foreign_records(2, 3) for _ in range(3)]
+    records[1][1, 2, place] = value
+    if place >= 512:
+        records[1][1, 2, 514] = 0x80  # the scale's exponent is all ones
+    with pytest.raises(ValueError, match="the records of layer 1 hold NaN or infinite latents"):
+        LatentCache.from_flashmla_records(records, config_of_records())
+
+
+@torch.no_grad()
+def test_records_and_cache_share_no_memory():
+    # one byte further than a scale can be read in place, and every second of some others
+    lying = torch.empty(3 * 7 * 656 + 1, dtype=torch.uint8)[1:].view(3, 7, 656).copy_(foreign_records(3, 7))
+    sparse = torch.empty(3, 7, 1312, dtype=torch.uint8)[..., ::2].copy_(foreign_records(3, 7))
+    given = [lying, sparse, foreign_records(3, 7)]
+    before = [x.clone() for x in given]
+    cache = LatentCache.from_flashmla_records(given, config_of_records())
+    taken = cache.flashmla_records()
+    cache.crop(-2)
+    for i in range(3):
+        cache.update(noise(3, 1, 2, 512).bfloat16(), noise(3, 1, 2, 64).bfloat16(), i)
+    for old, one, other, new in zip(before, given, taken, cache.flashmla_records(), strict=True):
+        assert torch.equal(one, old)
+        assert torch.equal(other, old)
+        assert torch.equal(new[:, :5], old[:, :5])
+        assert not torch.equal(new, old)
+
+
+def test_an_empty_cache_has_no_records():
+    with pytest.raises(ValueError, match="this cache is empty, there is nothing to make records of"):
+        LatentCache(config_of_records(), bits="fp8").flashmla_records()
 
 
 # encoding what was decoded

@@ -57,6 +57,14 @@ def found(prompts: PromptCache, model, ids: torch.Tensor) -> int:
 # what is found
 
 
+def test_a_folder_says_how_full_it_is(model, folder):
+    prompts = PromptCache(folder, max_bytes=ROOM, bits=6)
+    stored(prompts, model, random_ids(1, 100))
+    assert repr(prompts) == (
+        f"PromptCache({str(folder)!r}, bits=6: 1 prompts, {prompts.nbytes:,} of 1,000,000,000 bytes)"
+    )
+
+
 @pytest.mark.parametrize("common", [64, 65, 100, 127, 128, 150])
 def test_a_prompt_finds_every_token_it_has_in_common_with_a_stored_one(common, model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 151)
@@ -291,16 +299,19 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
     read(model, ids, cache)
     with pytest.raises(ValueError, match=r"the ids of one sequence, \[t\] or \[1 t\], got shape \[2, 100\]"):
         prompts.store(cache, ids, model)
-    with pytest.raises(ValueError, match=r"one sequence with bits=None and the ids of its 100 tokens, got one of 2 "):
+    with pytest.raises(ValueError, match=r"a cache of one sequence and the ids of its 100 tokens, got one of 2 "):
         prompts.store(cache, ids[0], model)
     cache.batch_select_indices(torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"got one of 1 with bits=None and 99 ids"):
+    with pytest.raises(ValueError, match=r"got one of 1 and 99 ids"):
         prompts.store(cache, ids[1, :99], model)
-    with pytest.raises(ValueError, match="a cache of one sequence with bits=8"):
+    with pytest.raises(ValueError, match=r"opened with bits=8 and the cache has bits=None; open it with .*bits=None"):
         PromptCache(folder, max_bytes=ROOM, bits=8).store(cache, ids[1], model)
     assert len(prompts) == 0
     prompts.store(cache, ids[1], model)
     assert found(prompts, model, ids[1:]) == 99
+    for use in (lambda: prompts.store(cache, ids[1].tolist(), model), lambda: prompts.load([[2, 3]], model)):
+        with pytest.raises(TypeError, match=r"expected token ids in a tensor \[b t\], got list; use torch.tensor"):
+            use()
     with pytest.raises(ValueError, match="bits must be"):
         PromptCache(folder, max_bytes=ROOM, bits=7)
     with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):

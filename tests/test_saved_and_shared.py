@@ -105,9 +105,65 @@ def test_a_file_of_another_model_is_refused_with_the_reason(tmp_path, other, mes
 @pytest.mark.parametrize("tokens", [random_ids(1, 7), random_ids(2, 8)], ids=["too few", "other batch"])
 def test_tokens_that_cannot_be_those_of_the_cache_are_refused(tmp_path, tokens):
     model, path = tiny_model(), tmp_path / "prompt.safetensors"
-    with pytest.raises(ValueError, match="expected the ids of 1 sequences of 8 tokens or more"):
+    with pytest.raises(ValueError, match="expected the ids of the cache's 1 sequences of 8 tokens, got"):
         prefilled(model, random_ids(1, 8)).save(path, tokens=tokens, model=model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokens", [[[2, 3]], "text", None, torch.rand(1, 8), random_ids(2, 4)[None]], ids=str)
+def test_what_is_no_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
+    model = tiny_model()
+    with pytest.raises(
+        (TypeError, ValueError), match=r"expected token ids (in a tensor \[b t\]|\[b t\] as integers), got"
+    ):
+        prefilled(model, random_ids(1, 8)).save(tmp_path / "prompt.safetensors", tokens=tokens, model=model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_filled_under_autocast_is_not_saved_as_what_the_model_would_make(tmp_path):
+    model, ids = tiny_model(), random_ids(1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = prefilled(model, ids)
+    with pytest.raises(ValueError, match=r"holds torch.bfloat16 .* fill it outside of autocast"):
+        cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """A model, 24 ids, and the cache of their first 20, loaded from a file."""
+    model, ids = tiny_model(), random_ids(1, 24)
+    prefilled(model, ids[:, :20]).save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
+    return model, ids, LatentCache.load(tmp_path / "prompt.safetensors", model=model)
+
+
+@pytest.mark.parametrize("others", ["new ids alone", "one id differs"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_ids_that_a_loaded_cache_was_not_made_from_are_refused(loaded, others, options):
+    model, ids, cache = loaded
+    given = {"new ids alone": random_ids(1, 25, seed=7), "one id differs": ids.clone()}[others]
+    if others == "one id differs":
+        given[0, 13] = 2 + (given[0, 13] - 1) % 90
+    first = int((given[0, :20] != ids[0, :20]).int().argmax())
+    if options.get("num_beams"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=f"loaded for other ids, which differ from these from token {first} on"):
+        continued(model, given, cache, **options)
+    assert cache.get_seq_length() == 20
+
+
+def test_a_loaded_cache_takes_other_ids_behind_those_it_still_holds(loaded):
+    model, ids, cache = loaded
+    given = torch.cat((ids[:, :13], random_ids(1, 9, seed=7)), dim=1)
+    cache.crop(-7)
+    assert torch.equal(cache.stored_tokens, ids[:, :13])
+    answer = continued(model, given, cache)
+    assert torch.equal(answer, continued(model, given, LatentCache(model.config)))
+    # the next turn, with more than was loaded
+    longer = torch.cat((answer, random_ids(1, 3, seed=8)), dim=1)
+    assert torch.equal(continued(model, longer, cache), continued(model, longer, LatentCache(model.config)))
+    cache.reset()
+    assert cache.stored_tokens is None
+    assert torch.equal(continued(model, random_ids(1, 30, seed=9), cache)[:, :30], random_ids(1, 30, seed=9))
 
 
 def test_a_cache_is_not_saved_under_a_model_of_another_dtype(tmp_path):
@@ -119,7 +175,7 @@ def test_a_cache_is_not_saved_under_a_model_of_another_dtype(tmp_path):
 
 def test_an_empty_cache_is_not_saved(tmp_path):
     model = tiny_model()
-    with pytest.raises(ValueError, match="a cache that holds some"):
+    with pytest.raises(ValueError, match="this cache is empty, there is nothing to save"):
         LatentCache(model.config).save(tmp_path / "prompt.safetensors", tokens=random_ids(1, 8), model=model)
 
 
