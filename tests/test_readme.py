@@ -20,17 +20,20 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+def assert_prints_as_promised(code: str, output: str) -> None:
+    """What a comment says behind a print, up to the first "...", was printed."""
+    for line in code.splitlines():
+        if line.startswith("print(") and "  # " in line and "..." in line:
+            assert line.split("  # ")[1].split("...")[0] in output
+
+
 def test_there_is_code_to_run():
     assert len(BLOCKS) == 2
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_every_python_block_runs_and_prints_what_its_comments_say(block):
-    output = run(sys.executable, "-c", block)
-    for line in block.splitlines():
-        if line.startswith("print") and "# " in line:
-            promised = line.split("# ")[1].split("...")[0]
-            assert promised in output
+    assert_prints_as_promised(block, run(sys.executable, "-c", block))
 
 
 def test_the_page_on_caches_runs_from_top_to_bottom(tmp_path):
@@ -38,7 +41,8 @@ def test_the_page_on_caches_runs_from_top_to_bottom(tmp_path):
     assert len(blocks) == 6
     # it writes files where it is run
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path)
+    page = "\n".join(blocks)
+    assert_prints_as_promised(page, run(sys.executable, "-c", page, cwd=tmp_path))
 
 
 def test_the_demo_writes_text_and_says_what_the_cache_held():
