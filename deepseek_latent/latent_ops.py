@@ -33,16 +33,22 @@ class UpProjection(NamedTuple):
 
     def absorb(self, x: Tensor) -> Tensor:
         """x W: [b s h m] to [b s h c], in the dtype of x."""
-        y = torch.einsum("bshm,hmc->bshc", x, self.weight)
+        return self.with_adapters_absorbed(torch.einsum("bshm,hmc->bshc", x, self.weight), x)
+
+    def with_adapters_absorbed(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [b s h c], the weight's share of `absorb(x)`, with that of the adapters added."""
         for b, a in self.factors:
-            y = y + torch.einsum("bshm,hmk->bshk", x.to(b.dtype), b).matmul(a).to(x.dtype)
+            y = y + torch.einsum("bshm,hmk->bshk", x.to(b.dtype), b).matmul(a).to(y.dtype)
         return y
 
     def expand(self, x: Tensor) -> Tensor:
         """W x: latents or latent contexts [b s h c] to [b s h m], in the dtype of x."""
-        y = torch.einsum("bshc,hmc->bshm", x, self.weight)
+        return self.with_adapters_expanded(torch.einsum("bshc,hmc->bshm", x, self.weight), x)
+
+    def with_adapters_expanded(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [b s h m], the weight's share of `expand(x)`, with that of the adapters added."""
         for b, a in self.factors:
-            y = y + torch.einsum("bshk,hmk->bshm", x.to(a.dtype).matmul(a.T), b).to(x.dtype)
+            y = y + torch.einsum("bshk,hmk->bshm", x.to(a.dtype).matmul(a.T), b).to(y.dtype)
         return y
 
     def heads(self, first: int, last: int) -> "UpProjection":

@@ -48,10 +48,7 @@ class DeepseekV2MoEGate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
-        config = self.config
-        # autocast would turn the product back into half precision
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
+        config, logits = self.config, self.logits(hidden_states)
         scores = logits.softmax(dim=-1)
         if config.topk_method == "group_limited_greedy":
             scores = scores * self._mask_of_best_groups(scores)
@@ -62,6 +59,11 @@ class DeepseekV2MoEGate(nn.Module):
         else:
             weights = weights * config.routed_scaling_factor
         return logits, weights, experts
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        # autocast would turn the product back into half precision
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float())
 
     def _mask_of_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens e], 1 for every expert of the kept groups and 0 elsewhere."""

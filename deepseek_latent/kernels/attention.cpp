@@ -1,0 +1,232 @@
+// Attention of few queries over many cached latents, read once, where they lie.
+//
+// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r. A lane is one
+// head of one query token: all lanes read the same latents, so sixteen of them share a vector, a cached element is
+// broadcast to them, and no sum ever runs across a vector. Tokens are widened to float32 a tile at a time and pass twice,
+// for scores and for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "vectors.h"
+
+namespace latent {
+
+constexpr int64_t TILE = 64;  // cached tokens widened at once
+constexpr int64_t FEWEST = 4 * TILE;  // cached tokens worth a thread of their own
+
+// Tokens one after the other, of all sequences or, where a sequence takes no step, common to them.
+struct Stretch {
+  const void *latent, *rotary;
+  int64_t latent_step, rotary_step, latent_sequence, rotary_sequence;  // in elements, per token and per sequence
+  int64_t first, end;
+};
+
+struct Problem {
+  int64_t batch, queries, heads, lanes, padded_lanes, tokens, c, r;
+  const float* rows;  // [b s h w], scaled
+  const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps, or null: the last query sees all
+  int64_t mask_steps[4];
+  std::vector<Stretch> stretches;
+
+  int64_t width() const { return c + r; }
+};
+
+// What some tokens gave: per lane the largest score, and total and weighted sum in units of exp(that score).
+struct Part {
+  std::vector<float> largest, total, context;  // [lanes], [lanes], [lanes / 16][c][16]
+
+  explicit Part(const Problem& p)
+      : largest(p.padded_lanes, LOWEST), total(p.padded_lanes, 0.0f), context(p.padded_lanes * p.c, 0.0f) {}
+};
+
+template <class T>
+void read_tile(const Problem& p, int64_t sequence, int64_t first, int64_t count, float* tile) {
+  for (const Stretch& stretch : p.stretches) {
+    const int64_t begin = std::max(first, stretch.first), end = std::min(first + count, stretch.end);
+    for (int64_t token = begin; token < end; token++) {
+      const int64_t place = token - stretch.first;
+      float* to = tile + (token - first) * p.width();
+      const T* latent = static_cast<const T*>(stretch.latent);
+      const T* rotary = static_cast<const T*>(stretch.rotary);
+      widen_row(latent + sequence * stretch.latent_sequence + place * stretch.latent_step, p.c, to);
+      widen_row(rotary + sequence * stretch.rotary_sequence + place * stretch.rotary_step, p.r, to + p.c);
+    }
+  }
+}
+
+// asks for tokens that will be read soon, so that memory works while the CPU multiplies
+template <class T>
+void prefetch(const Problem& p, int64_t sequence, int64_t first, int64_t count) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (const Stretch& stretch : p.stretches) {
+    const int64_t begin = std::max(first, stretch.first), end = std::min(first + count, stretch.end);
+    for (int64_t place = begin - stretch.first; place < end - stretch.first; place++) {
+      const T* latent =
+          static_cast<const T*>(stretch.latent) + sequence * stretch.latent_sequence + place * stretch.latent_step;
+      const T* rotary =
+          static_cast<const T*>(stretch.rotary) + sequence * stretch.rotary_sequence + place * stretch.rotary_step;
+      for (int64_t i = 0; i < p.c; i += LINE) __builtin_prefetch(latent + i);
+      for (int64_t i = 0; i < p.r; i += LINE) __builtin_prefetch(rotary + i);
+    }
+  }
+}
+
+// queries of sixteen lanes side by side: [lanes / 16][w][16]
+std::vector<float> queries_in_lanes(const Problem& p, int64_t sequence) {
+  std::vector<float> q(p.padded_lanes * p.width(), 0.0f);
+  for (int64_t lane = 0; lane < p.lanes; lane++)
+    for (int64_t i = 0; i < p.width(); i++)
+      q[(lane / LANES * p.width() + i) * LANES + lane % LANES] = p.rows[(sequence * p.lanes + lane) * p.width() + i];
+  return q;
+}
+
+// scores [count][16] of one group of lanes with -inf where a lane may not look
+void hide(const Problem& p, int64_t sequence, int64_t group, int64_t first, int64_t count, float* scores) {
+  // only the last tokens can lie in some query's future
+  if (!p.mask && first + count <= p.tokens - p.queries + 1) return;
+  for (int64_t i = 0; i < LANES && group * LANES + i < p.lanes; i++) {
+    const int64_t query = (group * LANES + i) / p.heads, head = (group * LANES + i) % p.heads;
+    const float* mask =
+        p.mask + sequence * p.mask_steps[0] + head * p.mask_steps[1] + query * p.mask_steps[2] + first * p.mask_steps[3];
+    for (int64_t j = 0; j < count; j++) {
+      if (p.mask)
+        scores[j * LANES + i] += mask[j * p.mask_steps[3]];
+      else if (first + j > p.tokens - p.queries + query)
+        scores[j * LANES + i] = -INFINITE;
+    }
+  }
+}
+
+// tokens [first, first + count) of a tile, seen by one group of lanes
+template <class T>
+void attend_to_tile(
+    const Problem& p, int64_t sequence, int64_t group, int64_t first, int64_t count, const float* tile, const float* q,
+    Part& part) {
+  alignas(64) float scores[TILE * LANES] = {};
+  for (int64_t j = 0; j < count; j += 16)
+    // tokens behind the last are computed with and not used
+    multiply_lanes<16, 1>(
+        tile + j * p.width(), p.width(), 1, p.width(), q + group * p.width() * LANES, LANES, scores + j * LANES, LANES);
+  hide(p, sequence, group, first, count, scores);
+
+  float* const largest_before = part.largest.data() + group * LANES;
+  Floats largest = load<Floats>(largest_before);
+  for (int64_t j = 0; j < count; j++) largest = larger(load<Floats>(scores + j * LANES), largest);
+  const Floats kept = exp_of_negative(load<Floats>(largest_before) - largest);
+  store(largest_before, largest);
+
+  Floats total = load<Floats>(part.total.data() + group * LANES) * kept;
+  for (int64_t j = 0; j < count; j++) {
+    const Floats weight = exp_of_negative(load<Floats>(scores + j * LANES) - largest);
+    store(scores + j * LANES, weight);
+    total += weight;
+  }
+  store(part.total.data() + group * LANES, total);
+
+  float* context = part.context.data() + group * p.c * LANES;
+  if (sum(kept) < LANES)
+    for (int64_t i = 0; i < p.c; i++) store(context + i * LANES, load<Floats>(context + i * LANES) * kept);
+  const int64_t ahead = group ? 0 : ceil_div(TILE * 16, p.c);
+  int64_t i = 0;
+  for (; i + 16 <= p.c; i += 16) {
+    prefetch<T>(p, sequence, first + TILE + i / 16 * ahead, ahead);
+    multiply_lanes<16, 1>(tile + i, 1, p.width(), count, scores, LANES, context + i * LANES, LANES);
+  }
+  for (; i < p.c; i++) multiply_lanes<1, 1>(tile + i, 1, p.width(), count, scores, LANES, context + i * LANES, LANES);
+}
+
+// parts of one sequence as its result [s h c]
+void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
+  for (int64_t lane = 0; lane < p.lanes; lane++) {
+    float largest = LOWEST, total = 0.0f;
+    for (int64_t i = 0; i < num_parts; i++) largest = std::max(largest, parts[i].largest[lane]);
+    std::fill(to + lane * p.c, to + (lane + 1) * p.c, 0.0f);
+    for (int64_t i = 0; i < num_parts; i++) {
+      const float share = std::exp(parts[i].largest[lane] - largest);
+      const float* context = parts[i].context.data() + lane / LANES * p.c * LANES + lane % LANES;
+      total += parts[i].total[lane] * share;
+      for (int64_t j = 0; j < p.c; j++) to[lane * p.c + j] += context[j * LANES] * share;
+    }
+    // a query that may look nowhere gives zeros
+    if (total > 0.0f)
+      for (int64_t j = 0; j < p.c; j++) to[lane * p.c + j] /= total;
+  }
+}
+
+template <class T>
+void attend_to_all(const Problem& p, float* context) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t per_sequence =
+      std::max<int64_t>(1, std::min(ceil_div(threads, p.batch), p.tokens / FEWEST));
+  const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
+  std::vector<Part> parts(p.batch * per_sequence, Part(p));
+  at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile(TILE * p.width(), 0.0f);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t sequence = unit / per_sequence, last = std::min((unit % per_sequence + 1) * per_part, p.tokens);
+      const std::vector<float> q = queries_in_lanes(p, sequence);
+      for (int64_t first = unit % per_sequence * per_part; first < last; first += TILE) {
+        const int64_t count = std::min(TILE, last - first);
+        read_tile<T>(p, sequence, first, count, tile.data());
+        for (int64_t group = 0; group < p.padded_lanes / LANES; group++)
+          attend_to_tile<T>(p, sequence, group, first, count, tile.data(), q.data(), parts[unit]);
+      }
+    }
+  });
+  at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      merge(p, parts.data() + i * per_sequence, per_sequence, context + i * p.lanes * p.c);
+  });
+}
+
+// Scaled queries [b s h w] in float32 over stretches of latents [b or 1, t', c] and rotary keys [b or 1, t', r]: the
+// weighted sums of latents [b s h c]. The mask is added to scores, -inf where a query may not look; none is causal.
+at::Tensor attend(
+    const at::Tensor& queries, at::TensorList latents, at::TensorList rotary_keys,
+    const std::optional<at::Tensor>& mask) {
+  TORCH_CHECK_VALUE(queries.is_contiguous() && queries.scalar_type() == at::kFloat, "expected queries in float32");
+  TORCH_CHECK_VALUE(latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as keys");
+  Problem p{};
+  p.batch = queries.size(0), p.queries = queries.size(1), p.heads = queries.size(2);
+  p.lanes = p.queries * p.heads, p.padded_lanes = ceil_div(p.lanes, LANES) * LANES;
+  p.c = latents[0].size(2), p.r = rotary_keys[0].size(2);
+  p.rows = queries.const_data_ptr<float>();
+  for (size_t i = 0; i < latents.size(); i++) {
+    const at::Tensor &latent = latents[i], &rotary = rotary_keys[i];
+    TORCH_CHECK_VALUE(
+        latent.stride(2) == 1 && rotary.stride(2) == 1 && latent.scalar_type() == latents[0].scalar_type() &&
+            rotary.scalar_type() == latents[0].scalar_type(),
+        "expected latents and rotary keys of one dtype, whose elements follow each other.");
+    p.stretches.push_back(
+        {latent.const_data_ptr(), rotary.const_data_ptr(), latent.stride(1), rotary.stride(1),
+         latent.size(0) == 1 ? 0 : latent.stride(0), rotary.size(0) == 1 ? 0 : rotary.stride(0), p.tokens,
+         p.tokens + latent.size(1)});
+    p.tokens += latent.size(1);
+  }
+  if (mask) {
+    p.mask = mask->const_data_ptr<float>();
+    for (int i = 0; i < 4; i++) p.mask_steps[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  at::Tensor context = at::empty({p.batch, p.queries, p.heads, p.c}, queries.options());
+  if (latents[0].scalar_type() == at::kBFloat16)
+    attend_to_all<c10::BFloat16>(p, context.mutable_data_ptr<float>());
+  else if (latents[0].scalar_type() == at::kFloat)
+    attend_to_all<float>(p, context.mutable_data_ptr<float>());
+  else
+    TORCH_CHECK_VALUE(false, "expected latents of bfloat16 or float32, got ", latents[0].scalar_type(), ".");
+  return context;
+}
+
+}  // namespace latent
+
+TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
+  library.def("attend(Tensor queries, Tensor[] latents, Tensor[] rotary_keys, Tensor? mask=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) { library.impl("attend", latent::attend); }

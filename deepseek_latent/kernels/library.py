@@ -1,0 +1,103 @@
+"""Builds the C++ beside this file once per machine, and makes its operators known to torch and torch.compile.
+
+Letters: m tokens, n rows of a weight, k their width, h heads, c latent width.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SOURCES = ("products.cpp", "attention.cpp")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
+@functools.cache
+def load_operators() -> str:
+    """Registers `torch.ops.deepseek_latent`, built if need be; says which instructions it uses.
+
+    Raises:
+        RuntimeError: without a C++ compiler, or if it fails.
+    """
+    torch.ops.load_library(_built())
+    torch.library.register_fake("deepseek_latent::linear", _linear)
+    torch.library.register_fake("deepseek_latent::experts", _like_the_first)
+    torch.library.register_fake("deepseek_latent::rms_norm", _like_the_first)
+    torch.library.register_fake("deepseek_latent::absorb", _absorb)
+    torch.library.register_fake("deepseek_latent::attend", _attend)
+    torch.library.register_fake("deepseek_latent::expand", _expand)
+    return torch.ops.deepseek_latent.instructions()
+
+
+def _built() -> Path:
+    """The library for this source, torch, compiler and CPU; kept under HF_HOME, there as a whole or not at all."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("expected a C++ compiler, found neither g++ nor clang++; install one, such as Debian's g++.")
+    path = Path(constants.HF_HOME, "deepseek_latent", f"kernels-{_digest(compiler)}.so")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        # one process per file, since torch's headers take most of the time
+        steps = [
+            subprocess.Popen(
+                [compiler, *FLAGS[:-2], "-c", f"-I{torch_folder / 'include'}", HERE / name, "-o", f"{folder}/{name}.o"],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for name in SOURCES
+        ]
+        errors = [step.communicate()[1] for step in steps]
+        objects = [f"{folder}/{name}.o" for name in SOURCES]
+        if not any(step.returncode for step in steps):
+            command = [compiler, *FLAGS, *objects, *libraries, "-o", f"{folder}/done.so"]
+            linked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            if linked.returncode == 0:
+                os.replace(f"{folder}/done.so", path)
+                return path
+            errors.append(linked.stderr)
+    message = next((line for error in errors for line in error.splitlines() if "error" in line), "no reason given")
+    raise RuntimeError(f"{compiler} could not build the kernels: {message.strip()}")
+
+
+def _digest(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    sources = [path.read_text() for path in sorted(HERE.glob("*.h")) + sorted(HERE.glob("*.cpp"))]
+    return hashlib.sha256("\n".join([version, cpu, torch.__version__, *FLAGS, *sources]).encode()).hexdigest()[:16]
+
+
+# what comes out, for torch.compile
+
+
+def _linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _like_the_first(x: Tensor, *rest) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _absorb(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], w.shape[-1], dtype=torch.float32)
+
+
+def _attend(queries: Tensor, latents: list[Tensor], rotary_keys: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    return queries.new_empty(*queries.shape[:3], latents[0].shape[-1])
+
+
+def _expand(x: Tensor, w: Tensor) -> Tensor:
+    return w.new_empty(*x.shape[:2], w.shape[1])

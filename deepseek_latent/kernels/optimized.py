@@ -1,0 +1,159 @@
+"""The model's layers with our operators in them, and the way there and back."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..latent_attention import DeepseekV2Attention
+from ..latent_format import Latents, SeparateStretch, Stretch
+from ..latent_ops import UpProjection, absorbed_attention
+from ..moe import DeepseekV2Experts, DeepseekV2MoEGate
+from .library import load_operators
+
+# tokens up to which reading the weights takes longer than multiplying by them
+FEW = 8
+DTYPES = (torch.bfloat16, torch.float32)
+operators = torch.ops.deepseek_latent
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether our operators compute x [.. k] times this weight, and sooner than torch."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+        return False
+    if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in DTYPES or not weight.is_contiguous():
+        return False
+    is_slow_in_torch = x.dtype == torch.bfloat16 and not operators.has_bfloat16_products()
+    return is_slow_in_torch or x.numel() <= FEW * x.shape[-1]
+
+
+class KernelLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.weight):
+            return super().forward(x)
+        y = operators.linear(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class KernelRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.weight):
+            return super().forward(x)
+        return operators.rms_norm(x.contiguous(), self.weight, self.eps)
+
+
+class KernelGate(DeepseekV2MoEGate):
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        if not _takes(hidden_states, self.weight):
+            return super().logits(hidden_states)
+        # float32 times the weight as it is, so that neither is rounded
+        return operators.linear(hidden_states.float(), self.weight)
+
+
+class KernelExperts(DeepseekV2Experts):
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if not (_takes(hidden_states, gate_up) and down.is_contiguous()):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        return operators.experts(hidden_states, gate_up, down, top_k_index, top_k_weights.float())
+
+
+class KernelAttention(DeepseekV2Attention):
+    def choose_path(self, s: int, t: int, mask):
+        path = super().choose_path(s, t, mask)
+        return attend_in_place if path is absorbed_attention else path
+
+
+def attend_in_place(
+    q_content: Tensor,  # [b s h n]
+    q_rotary: Tensor,  # [b s h r]  rotated
+    latents: Latents,  # t tokens
+    w_uk: UpProjection,
+    w_uv: UpProjection,
+    *,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # [b s h v]
+    """`absorbed_attention` by our operators, in float32 throughout; where tokens are kept in fewer bits, itself."""
+    pairs = [_as_pair(stretch) for stretch in latents.stretches]
+    tensors = [q_content, w_uk.weight, *(x for pair in pairs if pair for x in pair)]
+    if None in pairs or any(x.device.type != "cpu" or x.dtype not in DTYPES for x in tensors):
+        return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
+    q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
+    absorbed = operators.absorb(q_content_flat, w_uk.weight).unflatten(0, (b, s))
+    absorbed = w_uk.with_adapters_absorbed(absorbed, q_content)
+    queries = torch.cat((absorbed, q_rotary.float()), dim=-1) * scale
+    context = operators.attend(queries, *map(list, zip(*pairs)), _additive(mask))
+    expanded = operators.expand(context.flatten(0, 1), w_uv.weight).unflatten(0, (b, s))
+    return w_uv.with_adapters_expanded(expanded, context)
+
+
+def _as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor] | None:
+    """Latents [b t c] and rotary keys [b t r] where they lie, or None where they are codes."""
+    if isinstance(stretch, Stretch):
+        return stretch.both() if stretch.format.bits is None else None
+    return stretch.latent, stretch.k_rotary
+
+
+def _additive(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    shown = torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
+    return shown.masked_fill(hidden, -torch.inf)
+
+
+REPLACEMENTS = {
+    nn.Linear: KernelLinear,
+    nn.RMSNorm: KernelRMSNorm,
+    DeepseekV2MoEGate: KernelGate,
+    DeepseekV2Experts: KernelExperts,
+    DeepseekV2Attention: KernelAttention,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Optimized:
+    """What `optimize_for_inference` did; `undo()` takes it back."""
+
+    instructions: str
+    modules: tuple[nn.Module, ...]
+
+    def undo(self) -> None:
+        for module in self.modules:
+            module.__class__ = type(module).__mro__[1]
+
+    def __repr__(self) -> str:
+        counts = Counter(type(module).__mro__[1].__name__ for module in self.modules)
+        changed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        return f"Optimized({self.instructions}; {changed or 'nothing'})"
+
+
+def optimize_for_inference(model: PreTrainedModel) -> Optimized:
+    """Lets the layers of a model on the CPU compute by our operators wherever no gradient is wanted.
+
+    Weights, names and files stay as they are, and the operators read the weights where they lie: saving, loading,
+    training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
+
+    Raises:
+        RuntimeError: without a C++ compiler, or if it fails.
+        ValueError: for a model on another device or in another dtype than bfloat16 or float32.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        raise ValueError(
+            f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load it so."
+        )
+    instructions = load_operators()
+    modules = []
+    for name, module in model.named_modules():
+        # absorption reads the weights of a bare kv_b_proj, and of adapters on it
+        if type(module) not in REPLACEMENTS or "kv_b_proj" in name.split("."):
+            continue
+        if isinstance(module, DeepseekV2Experts) and module.config.hidden_act != "silu":
+            continue
+        module.__class__ = REPLACEMENTS[type(module)]
+        modules.append(module)
+    return Optimized(instructions, tuple(modules))

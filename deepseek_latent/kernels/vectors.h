@@ -1,0 +1,133 @@
+// Sixteen float32 at a time. GCC and Clang turn these types into whatever the CPU has: AVX-512, AVX2, NEON or plain
+// loops. Weights are read where they lie, row by row, and widened to float32 in registers.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace latent {
+
+constexpr int64_t LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class Vector>
+inline void store(void* to, Vector x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+// 16 elements as float32
+
+inline Floats widen(const float* from) { return load<Floats>(from); }
+
+#ifdef __AVX512F__
+// one instruction, which GCC does not find
+inline Words widen_words(Halves x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Ints widen_words(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+#else
+inline Words widen_words(Halves x) { return __builtin_convertvector(x, Words); }
+inline Ints widen_words(Bytes x) { return __builtin_convertvector(x, Ints); }
+#endif
+
+inline Floats widen(const c10::BFloat16* from) { return (Floats)(widen_words(load<Halves>(from)) << 16); }
+
+inline Floats widen(const int8_t* from) { return __builtin_convertvector(widen_words(load<Bytes>(from)), Floats); }
+
+// the same for the last n < 16 elements of a row, zeros behind them
+template <class T>
+inline Floats widen_some(const T* from, int64_t n) {
+  T padded[LANES] = {};
+  std::memcpy(padded, from, n * sizeof(T));
+  return widen(padded);
+}
+
+template <class T>
+inline void widen_row(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, widen(from + i));
+  for (; i < n; i++) to[i] = static_cast<float>(from[i]);
+}
+
+inline float sum(Floats x) {
+  float parts[LANES];
+  store(parts, x);
+  for (int64_t width = LANES / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; i++) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x within 2 units in the last place for x <= 0; zero below -87, where float32 has no normal number left
+inline Floats exp_of_negative(Floats x) {
+  const Ints is_zero = x < -87.0f;
+  x = is_zero ? splat(-87.0f) : x;
+  // adding 1.5 * 2^23 leaves a whole number in the low bits
+  const Floats shifted = x * 1.44269504f + 12582912.0f;
+  const Floats whole = shifted - 12582912.0f;
+  const Floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+  Floats series = rest * 1.98412698e-4f + 1.38888889e-3f;
+  series = series * rest + 8.33333333e-3f;
+  series = series * rest + 4.16666667e-2f;
+  series = series * rest + 1.66666667e-1f;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  const Floats power = (Floats)((Ints)series + ((Ints)shifted << 23));
+  return is_zero ? Floats{} : power;
+}
+
+// Sixteen (times G) results for each of R rows: to[r][lane] += sum over i < k of a(r, i) x[i][lane].
+// a(r, i) stands at r * row_step + i * k_step; x and to have G * LANES lanes side by side.
+template <int R, int G>
+inline void multiply_lanes(
+    const float* a, int64_t row_step, int64_t k_step, int64_t k, const float* x, int64_t x_step, float* to,
+    int64_t to_step) {
+  Floats sums[R][G];
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < G; g++) sums[r][g] = load<Floats>(to + r * to_step + g * LANES);
+  // four rows share a pointer, as many as an address can reach by a register and its multiples
+  const int64_t three = 3 * row_step;
+  const float* fours[R / 4 + 1];
+  for (int r = 0; r < R; r += 4) fours[r / 4] = a + r * row_step;
+  for (int64_t i = 0; i < k; i++) {
+    Floats lanes[G];
+    for (int g = 0; g < G; g++) lanes[g] = load<Floats>(x + i * x_step + g * LANES);
+    for (int r = 0; r < R; r++) {
+      const float* row = fours[r / 4] + (r % 4 == 3 ? three : r % 4 * row_step);
+      for (int g = 0; g < G; g++) sums[r][g] += *row * lanes[g];
+    }
+    for (int r = 0; r < R; r += 4) {
+      fours[r / 4] += k_step;
+      asm("" : "+r"(fours[r / 4]));
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < G; g++) store(to + r * to_step + g * LANES, sums[r][g]);
+}
+
+}  // namespace latent

@@ -1,0 +1,328 @@
+"""The operators in C++ say what torch says, at every width; a model with them in it is the same model."""
+
+import copy
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from deepseek_latent import LatentCache
+from deepseek_latent.kernels import library, optimize_for_inference
+from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch
+from deepseek_latent.latent_ops import _attend_to_blocks
+
+from .support import LITE, assert_within_rounding, random_ids, relative_error, tiny_model
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators():
+    library.load_operators()
+    return torch.ops.deepseek_latent
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
+    """x [m k] times weight [n k], one term after the other in float32, rounded once: an honest run."""
+    total = torch.zeros(x.shape[0], weight.shape[0])
+    for column, factors in zip(x.float().T, weight.float().T):
+        total += column[:, None] * factors
+    return total.to(x.dtype)
+
+
+# operators
+
+
+# tokens: one by one, both sides of the change from dot products to lanes, more than a group of lanes
+@DTYPES
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 32, 33, 70])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (33, 16), (40, 37), (65, 300)])
+def test_products_are_those_of_torch(dtype, m, n, k, operators):
+    x, weight = noise(m, k).to(dtype), noise(n, k, seed=1).to(dtype)
+    exact = x.double() @ weight.double().T
+    assert_within_rounding(operators.linear(x, weight), exact, summed_in_order(x, weight))
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 3, 9, 40])
+@pytest.mark.parametrize(("n", "k"), [(7, 5), (33, 16), (65, 300)])
+def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m, n, k, operators):
+    x, scales = noise(m, k).to(dtype), noise(n, seed=2).abs()
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
+    exact = x.double() @ (weight.double() * scales[:, None].double()).T
+    yardstick = summed_in_order(x, weight * scales[:, None])
+    assert_within_rounding(operators.linear(x, weight, scales), exact, yardstick)
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 2, 5, 60])
+@pytest.mark.parametrize(("d", "f"), [(5, 7), (40, 33), (72, 32)])
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_experts_are_those_of_torch(dtype, m, d, f, in_int8, operators):
+    e, k = 6, 3
+    x, gate_up, down = noise(m, d).to(dtype), noise(e, 2 * f, d, seed=1).to(dtype), noise(e, d, f, seed=2).to(dtype)
+    scales = []
+    if in_int8:
+        gate_up, down = (w.mul(20).clamp(-127, 127).to(torch.int8) for w in (gate_up, down))
+        scales = [noise(e, 2 * f, seed=4).abs() / 20, noise(e, d, seed=5).abs() / 20]
+    chosen, shares = noise(m, e, seed=3).topk(k).indices, noise(m, k, seed=6).abs()
+    chosen[0, 0] = e  # another rank's
+    result = operators.experts(x, gate_up, down, chosen, shares, *scales)
+    exact, yardstick = torch.zeros(m, d, dtype=torch.float64), torch.zeros(m, d)
+    gates, downs = (
+        w.double() * s.double()[..., None] if in_int8 else w.double()
+        for w, s in zip((gate_up, down), scales or (None, None))
+    )
+    for token, slot in torch.cartesian_prod(torch.arange(m), torch.arange(k)).tolist():
+        expert, share = chosen[token, slot], shares[token, slot]
+        if expert == e:
+            continue
+        for total, kind in ((exact, torch.float64), (yardstick, dtype)):
+            gate, up = F.linear(x[token].to(kind), gates[expert].to(kind)).chunk(2)
+            total[token] += F.linear(F.silu(gate) * up, downs[expert].to(kind)) * share
+    assert result.dtype == dtype
+    assert_within_rounding(result, exact, yardstick.to(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 2, 9])
+@pytest.mark.parametrize(("n", "v", "c"), [(5, 7, 3), (16, 24, 40), (9, 6, 130)])
+def test_absorbing_and_expanding_read_the_projection_where_it_lies(dtype, m, n, v, c, operators):
+    h = 3
+    kv_b = noise(h, n + v, c).to(dtype)
+    w_uk, w_uv = kv_b.split((n, v), dim=1)
+    queries = noise(m, h, n + 2, seed=1).to(dtype)[..., :n]
+    absorbed = operators.absorb(queries, w_uk)
+    exact = torch.einsum("mhn,hnc->mhc", queries.double(), w_uk.double())
+    assert_within_rounding(absorbed, exact, torch.einsum("mhn,hnc->mhc", queries.float(), w_uk.float()))
+    context = noise(m, h, c, seed=2)
+    exact = torch.einsum("mhc,hvc->mhv", context.double(), w_uv.double())
+    yardstick = torch.einsum("mhc,hvc->mhv", context.to(dtype), w_uv)
+    assert_within_rounding(operators.expand(context, w_uv), exact, yardstick)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 80), (2, 3, 65)], ids=str)
+def test_norms_are_those_of_torch(dtype, shape, operators):
+    x, norm = (noise(*shape) * 3).to(dtype), nn.RMSNorm(shape[-1], eps=1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(noise(shape[-1], seed=1))
+        exact = copy.deepcopy(norm).double()(x.double())
+        assert_within_rounding(operators.rms_norm(x, norm.weight, 1e-6), exact, norm(x))
+
+
+MASKS = ["none", "boolean", "additive", "per head", "sees nothing"]
+
+
+def mask_of(kind: str, b: int, s: int, h: int, t: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    mask = noise(b, h if kind == "per head" else 1, s, t, seed=7) > -1
+    if kind == "sees nothing":
+        mask[0] = False
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if kind == "additive" else mask
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("lies", ["in rows", "apart", "a part shared"])
+@pytest.mark.parametrize(
+    ("b", "s", "h", "c", "r", "t"),
+    [(1, 1, 16, 40, 8, 700), (2, 3, 5, 17, 4, 20), (1, 20, 3, 16, 2, 300), (3, 1, 33, 64, 6, 130), (1, 2, 1, 3, 1, 2)],
+    ids=str,
+)
+def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c, r, t):
+    from deepseek_latent.kernels.optimized import _additive, _as_pair
+
+    queries, rows = noise(b, s, h, c + r) / c**0.5, noise(b, t, c + r, seed=1).to(dtype)
+    rows_format = LatentFormat(c, r, dtype)
+    if lies == "in rows":
+        buffer = torch.full((b, t + 5, c + r), torch.nan, dtype=dtype)
+        buffer[:, :t] = rows
+        latents = Latents(Stretch(buffer[:, :t], rows_format))
+    elif lies == "apart":
+        latents = Latents(SeparateStretch(rows[..., :c].contiguous(), rows[..., c:].contiguous()))
+    else:
+        latents = Latents(Stretch(rows[:1, : t // 2], rows_format), Stretch(rows[:, t // 2 :], rows_format))
+    mask = mask_of(kind, b, s, h, t)
+    exact = _attend_to_blocks(queries.double(), latents, mask, c)
+    pairs = zip(*map(_as_pair, latents.stretches))
+    result = torch.ops.deepseek_latent.attend(queries, *map(list, pairs), _additive(mask))
+    assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
+
+
+def test_what_operators_promise_torch_compile_is_kept(operators):
+    x, weight = noise(3, 16).bfloat16(), noise(5, 16).bfloat16()
+    shares = torch.ones(3, 1)
+    calls = [
+        (operators.linear, (x, weight)),
+        (operators.rms_norm, (x, weight[0], 1e-6)),
+        (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), torch.zeros(3, 1, dtype=torch.long), shares)),
+        (operators.absorb, (noise(3, 2, 4), noise(2, 4, 7))),
+        (operators.expand, (noise(3, 2, 7), noise(2, 5, 7).bfloat16())),
+        (operators.attend, (noise(1, 2, 3, 9), [noise(1, 6, 7)], [noise(1, 6, 2)])),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# models
+
+
+def optimized(model):
+    """A copy of the model with the operators in it."""
+    twin = copy.deepcopy(model)
+    optimize_for_inference(twin)
+    return twin
+
+
+@DTYPES
+@pytest.mark.parametrize("variant", [{}, LITE, {"attention_bias": True}, {"n_routed_experts": None}], ids=str)
+@pytest.mark.parametrize("length", [1, 6, 40])
+@torch.no_grad()
+def test_logits_are_those_of_the_model_as_it_was(dtype, variant, length):
+    model, ids = tiny_model(dtype, **variant), random_ids(2, length)
+    exact = tiny_model(torch.float32, **variant)
+    exact.load_state_dict(model.state_dict())
+    fast = optimized(model)
+    for cached in (0, 5):
+        past = random_ids(2, cached, seed=3) if cached else None
+        results = []
+        for each in (fast, exact, model):
+            cache = LatentCache(each.config)
+            if cached:
+                each(past, past_key_values=cache)
+            results.append(each(ids, past_key_values=cache).logits)
+        if dtype == torch.float32:
+            assert relative_error(results[0], results[2]) < 1e-5
+        else:
+            # a router near a tie may choose another expert, so the mean counts
+            errors = [(x.double() - results[1].double()).abs().mean() for x in (results[0], results[2])]
+            assert errors[0] < 2 * errors[1]
+
+
+CACHES = {
+    "LatentCache": LatentCache,
+    "6 bits": lambda config: LatentCache(config, bits=6),
+    "DynamicCache": lambda config: DynamicCache(config=config),
+    "StaticCache": lambda config: StaticCache(config, max_cache_len=40),
+}
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_text_is_that_of_the_model_as_it_was(make, mode):
+    batch = 1 if "prompt_lookup_num_tokens" in mode else 2
+    if "prompt_lookup_num_tokens" in mode and make is CACHES["StaticCache"]:
+        pytest.skip("transformers refuses assisted decoding over a static cache")
+    model, ids = tiny_model(), random_ids(batch, 11)
+    mask = torch.ones_like(ids)
+    mask[-1, :4] = 0 if batch == 2 else 1
+    expected = model.generate(ids, attention_mask=mask, past_key_values=make(model.config), **GREEDY, **mode)
+    fast = optimized(model)
+    actual = fast.generate(ids, attention_mask=mask, past_key_values=make(model.config), **GREEDY, **mode)
+    assert torch.equal(actual, expected)
+
+
+def test_adapters_act_and_may_come_before_or_after():
+    config = LoraConfig(r=3, target_modules=["kv_b_proj", "q_b_proj", "o_proj"], init_lora_weights=False)
+    ids = random_ids(2, 9)
+    torch.manual_seed(1)
+    plain = get_peft_model(tiny_model(), config).eval()
+    expected = plain.generate(input_ids=ids, **GREEDY)
+    assert not torch.equal(expected, tiny_model().generate(ids, **GREEDY))
+    torch.manual_seed(1)
+    before = tiny_model()
+    optimize_for_inference(before)
+    before = get_peft_model(before, config).eval()
+    assert torch.equal(before.generate(input_ids=ids, **GREEDY), expected)
+    optimize_for_inference(plain.base_model.model)
+    assert torch.equal(plain.generate(input_ids=ids, **GREEDY), expected)
+
+
+def test_undoing_leaves_the_model_as_it_was():
+    model, ids = tiny_model(torch.bfloat16), random_ids(2, 9)
+    classes = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        before = model(ids).logits
+        done = optimize_for_inference(model)
+        assert [type(module) for module in model.modules()] != classes
+        done.undo()
+        assert [type(module) for module in model.modules()] == classes
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_files_gradients_and_copies_are_those_of_the_model_as_it_was(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 9)
+    fast = optimized(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    fast.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    for each in (model, fast):
+        each(ids, labels=ids).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), fast.parameters()):
+        assert torch.equal(a.grad, b.grad), name
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(fast)(ids[:, :3]).logits, fast(ids[:, :3]).logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_step_over_a_static_cache_has_the_operators_in_it():
+    model = tiny_model()
+    fast, ids = optimized(model), random_ids(1, 9)
+    steps = {}
+    for name, each in (("plain", model), ("fast", torch.compile(fast, fullgraph=True))):
+        cache = StaticCache(model.config, max_cache_len=20)
+        model(ids, past_key_values=cache)
+        steps[name] = [each(ids[:, :1], past_key_values=cache).logits for _ in range(3)]
+    for one, other in zip(*steps.values()):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_it_says_what_it_did():
+    assert repr(optimize_for_inference(tiny_model())).startswith(f"Optimized({library.load_operators()}; ")
+    done = optimize_for_inference(nothing := tiny_model(hidden_act="gelu"))
+    assert "Experts" not in repr(done)
+    assert nothing.generate(random_ids(1, 3), **GREEDY).shape == (1, 15)
+
+
+def test_a_model_elsewhere_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"in bfloat16 or float32, got torch\.float16 on cpu; load it so\.$"):
+        optimize_for_inference(tiny_model().half())
+    with pytest.raises(ValueError, match=r"got torch\.float32 on meta"):
+        optimize_for_inference(tiny_model().to("meta"))
+
+
+def test_without_a_compiler_the_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"found neither g\+\+ nor clang\+\+; install one"):
+        library._built()
+
+
+def test_a_failed_build_gives_its_reason_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "constants", SimpleNamespace(HF_HOME=tmp_path))
+    monkeypatch.setattr(library, "HERE", tmp_path)
+    for name in library.SOURCES:
+        (tmp_path / name).write_text("#error no luck today\n")
+    with pytest.raises(RuntimeError, match=r"could not build the kernels: .*no luck today"):
+        library._built()
+    assert not list((tmp_path / "deepseek_latent").iterdir())
