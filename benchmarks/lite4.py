@@ -41,12 +41,27 @@ CLASSES = {
 }
 
 
-def build(which: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Lite-4 of `which` class ("ours" or "native") with random weights, in eval mode."""
+def build(which: str, dtype: torch.dtype = torch.bfloat16, weights: nn.Module | None = None) -> nn.Module:
+    """Lite-4 of `which` class ("ours" or "native") in eval mode, with random weights or those of another, shared."""
     config_class, model_class = CLASSES[which]
     with torch.device("meta"):
         model = model_class._from_config(config_class(**CONFIG), dtype=dtype)
-    model.to_empty(device="cpu")
+    if weights is None:
+        model.to_empty(device="cpu")
+        fill(model, dtype)
+    else:
+        model.load_state_dict(weights.state_dict(), assign=True)
+        # what is no weight has no numbers yet
+        for module in model.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            model._init_weights(module)
+    return model.eval()
+
+
+def fill(model: nn.Module, dtype: torch.dtype) -> None:
     # a tile of noise instead of 2 billion draws; never zeros, on which products are faster
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     with torch.no_grad():
@@ -57,7 +72,3 @@ def build(which: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
                 part.copy_(noise[: part.numel()])
             if "norm" in name:
                 parameter.fill_(1.0)
-    for module in model.modules():
-        if "RotaryEmbedding" in type(module).__name__:
-            model._init_weights(module)
-    return model.eval()

@@ -50,13 +50,20 @@ def alternated(sides: dict[str, Callable[[], object]], repetitions: int) -> dict
     return taken
 
 
-def read_bandwidth(repetitions: int = 5) -> float:
-    """Bytes per second of a dot product of two float32 vectors of 400 MB."""
+def yardsticks() -> dict[str, Callable[[], object]]:
+    """Two more sides to take turns with: a dot product of two vectors of 400 MB, and a square float32 product."""
     x, y = (torch.full((100_000_000,), value) for value in (0.5, 0.25))
-    return (x.nbytes + y.nbytes) / statistics.median(seconds_of(lambda: torch.dot(x, y)) for _ in range(repetitions))
+    square = torch.randn(2048, 2048)
+    return {"read 800 MB": lambda: torch.dot(x, y), "product of 2048": lambda: square @ square}
 
 
-def gemm_rate(dtype: torch.dtype = torch.float32, size: int = 2048, repetitions: int = 5) -> float:
-    """FLOP per second of a square product."""
-    x = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / statistics.median(seconds_of(lambda: x @ x) for _ in range(repetitions))
+def read_bandwidth(repetitions: int = 5) -> float:
+    """Bytes per second of that dot product."""
+    read = yardsticks()["read 800 MB"]
+    return 8e8 / statistics.median(seconds_of(read) for _ in range(repetitions))
+
+
+def gemm_rate(repetitions: int = 5) -> float:
+    """FLOP per second of that product."""
+    product = yardsticks()["product of 2048"]
+    return 2 * 2048**3 / statistics.median(seconds_of(product) for _ in range(repetitions))

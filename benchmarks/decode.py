@@ -1,0 +1,194 @@
+"""Time per token against context: python -m benchmarks.decode --out benchmarks/results/decode.json
+
+Lite-4, one token decoded over a cache filled with random latents, by three sides that share their weights: this package
+in plain torch, the same after `optimize_for_inference`, and transformers' own class; in turn, in one process, logits
+compared first. The floor is what this machine cannot beat: reading every weight that a token needs and the cache once,
+or the products over the cache at the float32 rate of a square matrix product, whichever is longer; bandwidth and rate
+are two more sides of the same turns. Also: what the process holds while 131,072 tokens are cached. The plot lies beside
+the result file.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from deepseek_latent import LatentCache
+from deepseek_latent.kernels import optimize_for_inference
+
+from .lite4 import build
+from .machine import alternated, described, yardsticks
+from .memory import resident
+from .quantised_cache import filled
+
+SIDES = {"native": "transformers' own class", "plain": "deepseek-latent", "kernels": "with its kernels"}
+
+
+def sides(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """Lite-4 as each side has it; the weights are there once."""
+    plain = build("ours", dtype)
+    kernels = copy.deepcopy(plain, {id(x): x for x in plain.parameters()})
+    print(optimize_for_inference(kernels))
+    return {"plain": plain, "kernels": kernels, "native": build("native", dtype, weights=plain)}
+
+
+def weight_bytes_per_token(model: PreTrainedModel, batch: int) -> int:
+    """Bytes of weights that one step reads: all but the embeddings and the experts that no token is sent to.
+
+    Of several tokens with random latents each picks its experts by itself.
+    """
+    config, total = model.config, 0
+    share_chosen = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            total += int(parameter.nbytes * share_chosen)
+        elif "embed_tokens" not in name:
+            total += parameter.nbytes
+    return total
+
+
+def floor_seconds(
+    model: PreTrainedModel, context: int, batch: int, bandwidth: float, rate: float
+) -> tuple[float, float]:
+    """Seconds that the weights take at any context, and seconds that reading the cache once takes."""
+    config = model.config
+    tokens = batch * config.num_hidden_layers * context
+    read = tokens * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize / bandwidth
+    products = 2 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    return weight_bytes_per_token(model, batch) / bandwidth, max(read, tokens * products / rate)
+
+
+def decode(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
+    logits = model(tokens, past_key_values=cache).logits
+    cache.crop(-1)
+    return logits
+
+
+def as_native(cache: LatentCache) -> DynamicCache:
+    native = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        native.update(layer.keys.clone(), layer.values.clone(), i)
+    return native
+
+
+def measure(models: dict[str, PreTrainedModel], context: int, batch: int, repetitions: int) -> dict:
+    """Milliseconds per step of every side, with the machine's bandwidth and rate during the same turns."""
+    plain, tokens = models["plain"], torch.arange(17, 17 + batch)[:, None]
+    cache = filled(plain, context, None)
+    cache.batch_repeat_interleave(batch)
+    caches = dict.fromkeys(models, cache)
+    if "native" in models:
+        caches["native"] = as_native(cache)
+    if batch > 1:
+        # each sequence its own, as if they had not begun alike
+        own = LatentCache(plain.config)
+        for i, layer in enumerate(cache.layers):
+            own.append(layer.keys.clone(), layer.values.clone(), i)
+        caches |= {which: own for which in models if which != "native"}
+    steps = {which: lambda w=which: decode(models[w], caches[w], tokens) for which in models}
+    logits = {which: step().float() for which, step in steps.items()}
+    row = {"context": context, "batch": batch}
+    for which, x in logits.items():
+        # a router near a tie may choose another expert
+        error = ((x - logits["plain"]).norm() / logits["plain"].norm()).item()
+        assert x.isfinite().all(), f"{which} gives numbers that are none"
+        assert error < (0.05 if plain.dtype == torch.bfloat16 else 1e-4), f"{which} differs by {error} at {context}"
+        row[f"{which}_logits_relative_difference"] = round(error, 7)
+    seconds = {name: statistics.median(x) for name, x in alternated(steps | yardsticks(), repetitions).items()}
+    bandwidth, rate = 8e8 / seconds["read 800 MB"], 2 * 2048**3 / seconds["product of 2048"]
+    row |= {f"{which}_milliseconds": round(1e3 * seconds[which], 2) for which in models}
+    weights, cached = floor_seconds(plain, context, batch, bandwidth, rate)
+    return row | {
+        "floor_milliseconds": round(1e3 * (weights + cached), 2),
+        "read_once_milliseconds": round(1e3 * cached, 3),
+        "read_bytes_per_second": round(bandwidth),
+        "float32_flop_per_second": round(rate),
+    }
+
+
+def compared(row: dict, first: dict) -> dict:
+    """What the row says as ratios; `first` is the row of the shortest context."""
+    ratios = {}
+    for side in ("plain", "kernels"):
+        own = row[f"{side}_milliseconds"]
+        if "native_milliseconds" in row:
+            ratios[f"{side}_times_faster_than_native"] = round(row["native_milliseconds"] / own, 2)
+        ratios[f"{side}_share_of_floor"] = round(row["floor_milliseconds"] / own, 3)
+        if row["context"] >= 16384:
+            growth = own - first[f"{side}_milliseconds"]
+            ratios[f"{side}_growth_over_reading_once"] = round(growth / row["read_once_milliseconds"], 2)
+    return row | ratios
+
+
+def hold(model: PreTrainedModel, tokens: int) -> dict:
+    """Decodes 16 tokens after `tokens` cached ones; how far the process grew while they were cached and decoded."""
+    one = torch.tensor([[17]])
+    decode(model, filled(model, 64, None), one)
+    before = resident("VmRSS")
+    cache = filled(model, tokens, None)
+    after_filling = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(16):
+        logits = model(one, past_key_values=cache).logits
+    assert logits.isfinite().all()
+    return {
+        "tokens": tokens,
+        "cache_bytes": cache.nbytes,
+        "growth_while_cached_bytes": after_filling - before,
+        "further_peak_while_decoding_bytes": resident("VmHWM") - after_filling,
+    }
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    rows = [row for row in result["rows"] if row["batch"] == 1]
+    for name, label in (*SIDES.items(), ("floor", "floor")):
+        points = [(row["context"], row[f"{name}_milliseconds"]) for row in rows if f"{name}_milliseconds" in row]
+        axes.plot(*zip(*points), "--" if name == "floor" else "o-", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds per decoded token")
+    axes.set_xscale("log", base=2)
+    axes.set_title(f"{result['model']}, {result['threads']} threads of a CPU", fontsize=9)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096, 16384, 65536, 131072])
+    parser.add_argument("--batched", type=int, nargs=2, default=[8, 1024], help="batch and context of one more row")
+    parser.add_argument("--native-up-to", type=int, default=16384, help="longer contexts are measured for ours only")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
+    options = parser.parse_args()
+    models = sides(getattr(torch, options.dtype))
+    result = described("python -m benchmarks.decode") | {
+        "model": f"Lite-4, {options.dtype}, one token decoded",
+        "held": hold(models["kernels"], max(options.contexts)),
+        "rows": [],
+    }
+    cases = [(context, 1) for context in options.contexts] + [tuple(options.batched[::-1])]
+    for context, batch in track(cases, "decoding"):
+        present = {name: x for name, x in models.items() if name != "native" or context <= options.native_up_to}
+        row = measure(present, context, batch, options.repetitions)
+        result["rows"].append(compared(row, result["rows"][0] if result["rows"] else row))
+        print(json.dumps(result["rows"][-1], indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
