@@ -5,7 +5,6 @@
 // broadcast to them, and no sum ever runs across a vector. Tokens are widened to float32 a tile at a time and pass twice,
 // for scores and for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,12 +12,14 @@
 #include <optional>
 #include <vector>
 
+#include "share.h"
 #include "vectors.h"
 
 namespace latent {
 
 constexpr int64_t TILE = 64;  // cached tokens widened at once
-constexpr int64_t FEWEST = 4 * TILE;  // cached tokens worth a thread of their own
+constexpr int64_t FEWEST = 8 * TILE;  // cached tokens worth a part of their own
+constexpr int64_t PARTS = 4;  // per thread, so that none waits long for another
 
 // Tokens one after the other, of all sequences or, where a sequence takes no step, common to them.
 struct Stretch {
@@ -161,12 +162,11 @@ void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
 
 template <class T>
 void attend_to_all(const Problem& p, float* context) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t per_sequence =
-      std::max<int64_t>(1, std::min(ceil_div(threads, p.batch), p.tokens / FEWEST));
+  const int64_t wanted = ceil_div(PARTS * at::get_num_threads(), p.batch);
+  const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / FEWEST));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
   std::vector<Part> parts(p.batch * per_sequence, Part(p));
-  at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+  share(parts.size(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tile(TILE * p.width(), 0.0f);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t sequence = unit / per_sequence, last = std::min((unit % per_sequence + 1) * per_part, p.tokens);
@@ -179,7 +179,7 @@ void attend_to_all(const Problem& p, float* context) {
       }
     }
   });
-  at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+  share(p.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       merge(p, parts.data() + i * per_sequence, per_sequence, context + i * p.lanes * p.c);
   });

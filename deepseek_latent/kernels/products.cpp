@@ -4,7 +4,6 @@
 // Few tokens go row by row as dot products, at the speed at which memory gives the weights; many have their tokens in
 // the lanes of vectors, so that a row is widened once for all of them.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,11 +12,13 @@
 #include <optional>
 #include <vector>
 
+#include "share.h"
 #include "vectors.h"
 
 namespace latent {
 
 constexpr int64_t ROWS = 32;       // rows of a weight that are multiplied at once
+constexpr int64_t BLOCKS = 4;      // of so many rows that a thread takes at once
 constexpr int64_t FEW = 8;         // tokens up to which rows become dot products
 constexpr int64_t GROUP = 2 * LANES;  // tokens that share the lanes of one step
 constexpr int64_t AHEAD = 1024;    // elements from what is read to what is asked for
@@ -118,7 +119,7 @@ void with_weight(const at::Tensor& weight, Body body) {
 Inputs inputs_of(const at::Tensor& x) {
   Inputs inputs(x.size(0), x.size(1));
   with_floats(x, [&](auto* data) {
-    at::parallel_for(0, inputs.m, 8, [&](int64_t begin, int64_t end) {
+    share(inputs.m, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) inputs.put(i, data + i * x.stride(0));
     });
   });
@@ -147,7 +148,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   at::Tensor y = at::empty({inputs.m, n}, x.options());
   const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
   with_weight(weight, [&](auto* rows) {
-    at::parallel_for(0, ceil_div(n, ROWS), 1, [&](int64_t begin, int64_t end) {
+    share(ceil_div(n, ROWS), BLOCKS, [&](int64_t begin, int64_t end) {
       std::vector<float> sums(ROWS * inputs.m);
       for (int64_t first = begin * ROWS; first < std::min(end * ROWS, n); first += ROWS) {
         const int64_t count = std::min(ROWS, n - first);
@@ -199,7 +200,7 @@ at::Tensor experts(
   const float* in_scales = gate_up_scales ? gate_up_scales->const_data_ptr<float>() : nullptr;
   const float* out_scales = down_scales ? down_scales->const_data_ptr<float>() : nullptr;
 
-  at::parallel_for(0, works.size(), 1, [&](int64_t begin, int64_t end) {
+  share(works.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t count = works[i].tokens.size();
       works[i].steps = {Inputs(count, d), Inputs(count, f)};
@@ -211,7 +212,7 @@ at::Tensor experts(
 
   const int64_t blocks = ceil_div(f, ROWS);
   with_weight(gate_up, [&](auto* weight) {
-    at::parallel_for(0, works.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+    share(works.size() * blocks, BLOCKS, [&](int64_t begin, int64_t end) {
       std::vector<float> gates, ups;
       for (int64_t unit = begin; unit < end; unit++) {
         Work& work = works[unit / blocks];
@@ -234,7 +235,7 @@ at::Tensor experts(
 
   at::Tensor y = at::empty({m, d}, x.options());
   with_weight(down, [&](auto* weight) {
-    at::parallel_for(0, ceil_div(d, ROWS), 1, [&](int64_t begin, int64_t end) {
+    share(ceil_div(d, ROWS), 2 * BLOCKS, [&](int64_t begin, int64_t end) {
       const int64_t first_column = begin * ROWS, columns = std::min(end * ROWS, d) - first_column;
       std::vector<float> total(m * columns), sums;
       // an expert's inputs stay at hand while all its rows pass
@@ -284,7 +285,7 @@ at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
   float* to = y.mutable_data_ptr<float>();
   with_floats(x, [&](auto* from) {
     with_floats(w, [&](auto* weight) {
-      at::parallel_for(0, h, 1, [&](int64_t begin, int64_t end) {
+      share(h, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> factors(ceil_div(n, 4) * 4), sums(ceil_div(c, LANES) * LANES);
         for (int64_t head = begin; head < end; head++)
           for (int64_t token = 0; token < m; token++) {
@@ -308,7 +309,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   const float* from = x.const_data_ptr<float>();
   with_floats(w, [&](auto* weight) {
     using T = std::remove_pointer_t<decltype(weight)>;
-    at::parallel_for(0, h, 1, [&](int64_t begin, int64_t end) {
+    share(h, 1, [&](int64_t begin, int64_t end) {
       Inputs inputs(m, c);
       std::vector<float> sums(ROWS * m);
       for (int64_t head = begin; head < end; head++) {
@@ -334,7 +335,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     using T = std::remove_pointer_t<decltype(from)>;
     const T* factors = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    at::parallel_for(0, x.numel() / d, 16, [&](int64_t begin, int64_t end) {
+    share(x.numel() / d, 16, [&](int64_t begin, int64_t end) {
       std::vector<float> row(ceil_div(d, LANES) * LANES, 0.0f);
       for (int64_t i = begin; i < end; i++) {
         widen_row(from + i * d, d, row.data());
