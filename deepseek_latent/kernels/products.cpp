@@ -17,15 +17,15 @@
 
 namespace latent {
 
-constexpr int64_t ROWS = 32;       // rows of a weight that are multiplied at once
-constexpr int64_t BLOCKS = 4;      // of so many rows that a thread takes at once
+constexpr int64_t ROWS = 64;       // rows of a weight that a thread takes at once
 constexpr int64_t FEW = 8;         // tokens up to which rows become dot products
+constexpr int64_t MANY = 256;      // tokens that are multiplied at once: their inputs stay in the second cache
 constexpr int64_t GROUP = 2 * LANES;  // tokens that share the lanes of one step
 constexpr int64_t AHEAD = 1024;    // elements from what is read to what is asked for
 constexpr int64_t DEPTH = 256;     // of a product with lanes: a group's inputs then stay in the first cache
 
-// Tokens as products read them: few one after the other, padded with zeros to whole vectors; many side by side,
-// groups of 32 of which each is [k 32].
+// At most MANY tokens as products read them: few one after the other, padded with zeros to whole vectors; many side by
+// side, in groups of 32 of which each is [k 32].
 struct Inputs {
   int64_t m, k, padded;
   std::vector<float> data;
@@ -39,9 +39,13 @@ struct Inputs {
   float& at(int64_t token, int64_t i) {
     return is_few() ? data[token * padded + i] : data[(token / GROUP * k + i) * GROUP + token % GROUP];
   }
-  template <class T>
-  void put(int64_t token, const T* x) {
-    for (int64_t i = 0; i < k; i++) at(token, i) = static_cast<float>(x[i]);
+  // where from(token) is the start of one; a few columns of all, then the next
+  template <class From>
+  void put(From from) {
+    for (int64_t start = 0; start < k; start += LANES)
+      for (int64_t token = 0; token < m; token++)
+        for (int64_t i = start; i < std::min(start + LANES, k); i++)
+          at(token, i) = static_cast<float>(from(token)[i]);
   }
 };
 
@@ -84,9 +88,9 @@ void multiply(const T* rows, int64_t n, int64_t step, const Inputs& x, float* to
     for (; first < x.m; first++) dot_block<T, 1>(rows, n, step, x, first, to);
     return;
   }
-  alignas(64) float tile[ROWS * DEPTH];
+  alignas(64) float tile[ROWS * DEPTH], sums[ROWS * MANY];
   const int64_t groups = ceil_div(x.m, GROUP), lanes = groups * GROUP;
-  std::vector<float> sums(ROWS * lanes);
+  std::fill(sums, sums + n * lanes, 0.0f);
   for (int64_t start = 0; start < x.k; start += DEPTH) {
     const int64_t depth = std::min(DEPTH, x.k - start);
     for (int64_t r = 0; r < n; r++) widen_row(rows + r * step + start, depth, tile + r * DEPTH);
@@ -94,11 +98,10 @@ void multiply(const T* rows, int64_t n, int64_t step, const Inputs& x, float* to
       const float* group = x.group(g) + start * GROUP;
       for (int64_t r = 0; r < n; r += 8)
         // rows behind the last are computed with and not used
-        multiply_lanes<8, 2>(
-            tile + r * DEPTH, DEPTH, 1, depth, group, GROUP, sums.data() + r * lanes + g * GROUP, lanes);
+        multiply_lanes<8, 2>(tile + r * DEPTH, DEPTH, 1, depth, group, GROUP, sums + r * lanes + g * GROUP, lanes);
     }
   }
-  for (int64_t r = 0; r < n; r++) std::memcpy(to + r * x.m, sums.data() + r * lanes, x.m * sizeof(float));
+  for (int64_t r = 0; r < n; r++) std::memcpy(to + r * x.m, sums + r * lanes, x.m * sizeof(float));
 }
 
 // calls body with the data of a tensor whose dtype is known when it runs
@@ -115,23 +118,28 @@ void with_weight(const at::Tensor& weight, Body body) {
   with_floats(weight, body);
 }
 
-// the tokens x [m k] of bfloat16 or float32
-Inputs inputs_of(const at::Tensor& x) {
-  Inputs inputs(x.size(0), x.size(1));
+// the tokens x [m k] of bfloat16 or float32, MANY at a time
+std::vector<Inputs> inputs_of(const at::Tensor& x) {
+  std::vector<Inputs> all;
+  for (int64_t first = 0; first < x.size(0); first += MANY)
+    all.emplace_back(std::min(MANY, x.size(0) - first), x.size(1));
   with_floats(x, [&](auto* data) {
-    share(inputs.m, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) inputs.put(i, data + i * x.stride(0));
+    share(all.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; chunk++)
+        all[chunk].put([&](int64_t i) { return data + (chunk * MANY + i) * x.stride(0); });
     });
   });
-  return inputs;
+  return all;
 }
 
 // sums [rows][tokens], times a scale per row, into y [tokens, n] from column `first` on
 template <class T>
 void write_rows(const float* sums, int64_t rows, int64_t m, const float* scales, T* y, int64_t n, int64_t first) {
-  for (int64_t i = 0; i < m; i++)
+  // a few tokens of all rows, then the next: both sides stay in the first cache
+  for (int64_t start = 0; start < m; start += LANES)
     for (int64_t r = 0; r < rows; r++)
-      y[i * n + first + r] = static_cast<T>(sums[r * m + i] * (scales ? scales[first + r] : 1.0f));
+      for (int64_t i = start; i < std::min(start + LANES, m); i++)
+        y[i * n + first + r] = static_cast<T>(sums[r * m + i] * (scales ? scales[first + r] : 1.0f));
 }
 
 void check_product(const at::Tensor& x, const at::Tensor& weight, int64_t k) {
@@ -144,23 +152,26 @@ void check_product(const at::Tensor& x, const at::Tensor& weight, int64_t k) {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
   const int64_t n = weight.size(0), k = weight.size(1);
   check_product(x, weight, k);
-  const Inputs inputs = inputs_of(x);
-  at::Tensor y = at::empty({inputs.m, n}, x.options());
+  const std::vector<Inputs> inputs = inputs_of(x);
+  at::Tensor y = at::empty({x.size(0), n}, x.options());
   const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
+  const int64_t blocks = ceil_div(n, ROWS);
   with_weight(weight, [&](auto* rows) {
-    share(ceil_div(n, ROWS), BLOCKS, [&](int64_t begin, int64_t end) {
-      std::vector<float> sums(ROWS * inputs.m);
-      for (int64_t first = begin * ROWS; first < std::min(end * ROWS, n); first += ROWS) {
-        const int64_t count = std::min(ROWS, n - first);
-        multiply(rows + first * k, count, k, inputs, sums.data());
-        with_floats(y, [&](auto* to) { write_rows(sums.data(), count, inputs.m, factors, to, n, first); });
-      }
+    with_floats(y, [&](auto* to) {
+      share(inputs.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+        alignas(64) float sums[ROWS * MANY];
+        for (int64_t unit = begin; unit < end; unit++) {
+          const int64_t chunk = unit / blocks, first = unit % blocks * ROWS, count = std::min(ROWS, n - first);
+          multiply(rows + first * k, count, k, inputs[chunk], sums);
+          write_rows(sums, count, inputs[chunk].m, factors, to + chunk * MANY * n, n, first);
+        }
+      });
     });
   });
   return y;
 }
 
-// What one expert has to do: which tokens, how much of each, and what it knows of them on the way.
+// What one expert has to do for at most MANY tokens: which, how much of each, and what it knows of them on the way.
 struct Work {
   int64_t expert;
   std::vector<int64_t> tokens;
@@ -177,7 +188,7 @@ std::vector<Work> sorted_by_expert(const at::Tensor& chosen, const at::Tensor& s
     const int64_t expert = expert_of[i];
     // expert parallelism marks the choices of other ranks by an index past the last expert
     if (expert >= num_experts) continue;
-    if (place[expert] < 0) {
+    if (place[expert] < 0 || works[place[expert]].tokens.size() == MANY) {
       place[expert] = works.size();
       works.push_back({expert, {}, {}, {}});
     }
@@ -205,24 +216,22 @@ at::Tensor experts(
       const int64_t count = works[i].tokens.size();
       works[i].steps = {Inputs(count, d), Inputs(count, f)};
       with_floats(x, [&](auto* data) {
-        for (int64_t t = 0; t < count; t++) works[i].steps[0].put(t, data + works[i].tokens[t] * x.stride(0));
+        works[i].steps[0].put([&](int64_t t) { return data + works[i].tokens[t] * x.stride(0); });
       });
     }
   });
 
   const int64_t blocks = ceil_div(f, ROWS);
   with_weight(gate_up, [&](auto* weight) {
-    share(works.size() * blocks, BLOCKS, [&](int64_t begin, int64_t end) {
-      std::vector<float> gates, ups;
+    share(works.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float gates[ROWS * MANY], ups[ROWS * MANY];
       for (int64_t unit = begin; unit < end; unit++) {
         Work& work = works[unit / blocks];
         const Inputs& inputs = work.steps[0];
         const int64_t first = unit % blocks * ROWS, count = std::min(ROWS, f - first);
         const int64_t gate_row = work.expert * 2 * f + first, up_row = gate_row + f;
-        gates.resize(ROWS * inputs.m);
-        ups.resize(ROWS * inputs.m);
-        multiply(weight + gate_row * d, count, d, inputs, gates.data());
-        multiply(weight + up_row * d, count, d, inputs, ups.data());
+        multiply(weight + gate_row * d, count, d, inputs, gates);
+        multiply(weight + up_row * d, count, d, inputs, ups);
         for (int64_t r = 0; r < count; r++)
           for (int64_t t = 0; t < inputs.m; t++) {
             const float gate = gates[r * inputs.m + t] * (in_scales ? in_scales[gate_row + r] : 1.0f);
@@ -235,16 +244,16 @@ at::Tensor experts(
 
   at::Tensor y = at::empty({m, d}, x.options());
   with_weight(down, [&](auto* weight) {
-    share(ceil_div(d, ROWS), 2 * BLOCKS, [&](int64_t begin, int64_t end) {
+    share(ceil_div(d, ROWS), 2, [&](int64_t begin, int64_t end) {
       const int64_t first_column = begin * ROWS, columns = std::min(end * ROWS, d) - first_column;
-      std::vector<float> total(m * columns), sums;
+      alignas(64) float sums[ROWS * MANY];
+      std::vector<float> total(m * columns);
       // an expert's inputs stay at hand while all its rows pass
       for (const Work& work : works) {
         const Inputs& inputs = work.steps[1];
-        sums.resize(ROWS * inputs.m);
         for (int64_t first = 0; first < columns; first += ROWS) {
           const int64_t row = work.expert * d + first_column + first, count = std::min(ROWS, columns - first);
-          multiply(weight + row * f, count, f, inputs, sums.data());
+          multiply(weight + row * f, count, f, inputs, sums);
           for (int64_t t = 0; t < inputs.m; t++)
             for (int64_t r = 0; r < count; r++)
               total[work.tokens[t] * columns + first + r] +=
@@ -308,18 +317,19 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   at::Tensor y = at::empty({m, h, v}, w.options());
   const float* from = x.const_data_ptr<float>();
   with_floats(w, [&](auto* weight) {
-    using T = std::remove_pointer_t<decltype(weight)>;
+    auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
     share(h, 1, [&](int64_t begin, int64_t end) {
-      Inputs inputs(m, c);
-      std::vector<float> sums(ROWS * m);
-      for (int64_t head = begin; head < end; head++) {
-        for (int64_t i = 0; i < m; i++) inputs.put(i, from + (i * h + head) * c);
-        for (int64_t first = 0; first < v; first += ROWS) {
-          const int64_t count = std::min(ROWS, v - first);
-          multiply(weight + head * w.stride(0) + first * w.stride(1), count, w.stride(1), inputs, sums.data());
-          write_rows(sums.data(), count, m, nullptr, (T*)y.mutable_data_ptr() + head * v, h * v, first);
+      alignas(64) float sums[ROWS * MANY];
+      for (int64_t head = begin; head < end; head++)
+        for (int64_t token = 0; token < m; token += MANY) {
+          Inputs inputs(std::min(MANY, m - token), c);
+          inputs.put([&](int64_t i) { return from + ((token + i) * h + head) * c; });
+          for (int64_t first = 0; first < v; first += ROWS) {
+            const int64_t count = std::min(ROWS, v - first);
+            multiply(weight + head * w.stride(0) + first * w.stride(1), count, w.stride(1), inputs, sums);
+            write_rows(sums, count, inputs.m, nullptr, to + (token * h + head) * v, h * v, first);
+          }
         }
-      }
     });
   });
   return y;
