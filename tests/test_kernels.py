@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from deepseek_latent import LatentCache
 from deepseek_latent.kernels import library, optimize_for_inference
+from deepseek_latent.kernels.int8 import rounded
 from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch
 from deepseek_latent.latent_ops import _attend_to_blocks
 
@@ -296,6 +297,76 @@ def test_a_compiled_step_over_a_static_cache_has_the_operators_in_it():
         steps[name] = [each(ids[:, :1], past_key_values=cache).logits for _ in range(3)]
     for one, other in zip(*steps.values()):
         assert relative_error(one, other) < 1e-5
+
+
+# int8
+
+
+# in bfloat16 without experts: a router near a tie may choose others
+@pytest.mark.parametrize(
+    ("dtype", "variant"), [(torch.float32, {}), (torch.bfloat16, {"n_routed_experts": None})], ids=str
+)
+@torch.no_grad()
+def test_int8_weights_say_what_the_rounded_weights_would(dtype, variant):
+    model, ids = tiny_model(dtype, **variant), random_ids(2, 9)
+    fast, by_hand = copy.deepcopy(model), copy.deepcopy(model).float()
+    done = optimize_for_inference(fast, weights="int8")
+    assert " Int8Linear" in repr(done)
+    assert ("2 Int8Experts" in repr(done)) == (not variant)
+    for name, parameter in by_hand.named_parameters():
+        if "norm" in name or "gate.weight" in name or "embed" in name or "kv_b_proj" in name:
+            continue
+        codes, scales = rounded(parameter)
+        assert ((codes * scales[..., None] - parameter).abs() <= 1.001 * scales[..., None] / 2).all()
+        parameter.copy_(codes * scales[..., None])
+    exact = copy.deepcopy(model).float()
+    for cached in (0, 5):
+        past, results = random_ids(2, cached, seed=3), []
+        for each in (fast, by_hand, model, exact):
+            cache = LatentCache(each.config)
+            if cached:
+                each(past, past_key_values=cache)
+            results.append(each(ids, past_key_values=cache).logits.double())
+        if dtype == torch.float32:
+            assert relative_error(*results[:2]) < 1e-5
+        else:
+            assert (results[0] - results[1]).abs().mean() < 2 * (results[2] - results[3]).abs().mean()
+
+
+def test_int8_weights_take_half_the_memory_and_adapters_act_on_them():
+    model = tiny_model(torch.bfloat16, hidden_size=256, moe_intermediate_size=128)
+    held = sum(x.nbytes for x in model.parameters())
+    untouched = sum(p.nbytes for n, p in model.named_parameters() if "embed" in n or "kv_b" in n or "norm" in n)
+    optimize_for_inference(model, weights="int8")
+    now = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.is_meta)
+    assert now < untouched + 0.53 * (held - untouched)
+    ids = random_ids(1, 9)
+    before = model.generate(ids, **GREEDY)
+    config = LoraConfig(r=3, target_modules=["q_b_proj", "o_proj"], init_lora_weights=False)
+    assert not torch.equal(get_peft_model(model, config).generate(input_ids=ids, **GREEDY), before)
+
+
+def test_what_int8_weights_cannot_do_is_refused_in_one_sentence(tmp_path):
+    model, ids = tiny_model(), random_ids(1, 4)
+    done = optimize_for_inference(model, weights="int8")
+    with pytest.raises(ValueError, match=r"int8 weights carry no gradient: .*no_grad\(\)\.$"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"held in int8 only, .*; load it again\.$"):
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"cannot be undone; load the model again\.$"):
+        done.undo()
+    with pytest.raises(ValueError, match=r"weights must be None \(as they are\) or 'int8', got 'int4'"):
+        optimize_for_inference(tiny_model(), weights="int4")
+
+
+def test_a_tied_head_is_left_to_the_embeddings():
+    model = tiny_model(tie_word_embeddings=True)
+    optimize_for_inference(model, weights="int8")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generate(random_ids(1, 3), **GREEDY).shape == (1, 15)
+
+
+# what it says
 
 
 def test_it_says_what_it_did():

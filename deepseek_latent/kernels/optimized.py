@@ -11,6 +11,7 @@ from ..latent_attention import DeepseekV2Attention
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
 from ..moe import DeepseekV2Experts, DeepseekV2MoEGate
+from .int8 import Int8Experts, Int8Linear, to_int8
 from .library import load_operators
 
 # tokens up to which reading the weights takes longer than multiplying by them
@@ -114,6 +115,14 @@ REPLACEMENTS = {
 }
 
 
+# the router stays as it is: it is small, and decides
+INT8 = (nn.Linear, DeepseekV2Experts)
+
+
+def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
+    return getattr(module, "weight", None) is model.get_input_embeddings().weight
+
+
 @dataclass(frozen=True, eq=False)
 class Optimized:
     """What `optimize_for_inference` did; `undo()` takes it back."""
@@ -122,25 +131,33 @@ class Optimized:
     modules: tuple[nn.Module, ...]
 
     def undo(self) -> None:
+        """Raises ValueError where weights are in int8: what was rounded away is gone."""
+        if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
+            raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
             module.__class__ = type(module).__mro__[1]
 
     def __repr__(self) -> str:
-        counts = Counter(type(module).__mro__[1].__name__ for module in self.modules)
+        counts = Counter(type(module).__name__.removeprefix("Kernel") for module in self.modules)
         changed = ", ".join(f"{count} {name}" for name, count in counts.items())
         return f"Optimized({self.instructions}; {changed or 'nothing'})"
 
 
-def optimize_for_inference(model: PreTrainedModel) -> Optimized:
+def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -> Optimized:
     """Lets the layers of a model on the CPU compute by our operators wherever no gradient is wanted.
 
     Weights, names and files stay as they are, and the operators read the weights where they lie: saving, loading,
     training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
 
+    With `weights="int8"`, projections (but `kv_b_proj`) and experts are rounded to int8 with a scale per row and take
+    half the memory. That cannot be undone, and such a model can be neither saved nor trained; adapters act on it.
+
     Raises:
         RuntimeError: without a C++ compiler, or if it fails.
-        ValueError: for a model on another device or in another dtype than bfloat16 or float32.
+        ValueError: for a model on another device or in another dtype than bfloat16 or float32, or other `weights`.
     """
+    if weights not in (None, "int8"):
+        raise ValueError(f"weights must be None (as they are) or 'int8', got {weights!r}.")
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         raise ValueError(
@@ -154,6 +171,9 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
             continue
         if isinstance(module, DeepseekV2Experts) and module.config.hidden_act != "silu":
             continue
-        module.__class__ = REPLACEMENTS[type(module)]
+        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model):
+            to_int8(module)
+        else:
+            module.__class__ = REPLACEMENTS[type(module)]
         modules.append(module)
     return Optimized(instructions, tuple(modules))
