@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from deepseek_latent import LatentCache
 from deepseek_latent.kernels import library, optimize_for_inference
 from deepseek_latent.kernels.int8 import rounded
-from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch
+from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
 from deepseek_latent.latent_ops import _attend_to_blocks
 
 from .support import LITE, assert_within_rounding, random_ids, relative_error, tiny_model
@@ -161,6 +161,25 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
     pairs = zip(*map(_as_pair, latents.stretches))
     result = torch.ops.deepseek_latent.attend(queries, *map(list, pairs), _additive(mask))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
+@pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
+    from deepseek_latent.kernels.optimized import _as_pair, _bits_of
+
+    b, s, h, r, t = 2, 2, 5, 6, 90
+    rows_format = latent_format(bits, c, r, torch.bfloat16)
+    latent, k_rotary = noise(b, t, c).bfloat16() * 3, noise(b, t, r, seed=1).bfloat16()
+    rows = rows_format.encode(latent * noise(b, t, 1, seed=4).exp(), k_rotary)
+    parts = (rows[:1, :40], rows[:, 40:]) if shared else (rows,)
+    latents = Latents(*(Stretch(part, rows_format) for part in parts))
+    queries = noise(b, s, h, c + r, seed=2) / c**0.5
+    exact = _attend_to_blocks(queries.double(), latents, None, c)
+    pairs = zip(*map(_as_pair, latents.stretches))
+    result = torch.ops.deepseek_latent.attend(queries, *map(list, pairs), None, _bits_of(latents))
+    assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
 
 
 def test_what_operators_promise_torch_compile_is_kept(operators):

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "cached_rows.h"
 #include "share.h"
 #include "vectors.h"
 
@@ -21,10 +22,10 @@ constexpr int64_t TILE = 64;  // cached tokens widened at once
 constexpr int64_t FEWEST = 8 * TILE;  // cached tokens worth a part of their own
 constexpr int64_t PARTS = 4;  // per thread, so that none waits long for another
 
-// Tokens one after the other, of all sequences or, where a sequence takes no step, common to them.
+// Tokens one after the other, of all sequences or, where a sequence takes no step, common to them. Steps in bytes.
 struct Stretch {
-  const void *latent, *rotary;
-  int64_t latent_step, rotary_step, latent_sequence, rotary_sequence;  // in elements, per token and per sequence
+  const char *latent, *rotary;
+  int64_t latent_step, rotary_step, latent_sequence, rotary_sequence;
   int64_t first, end;
 };
 
@@ -46,36 +47,23 @@ struct Part {
       : largest(p.padded_lanes, LOWEST), total(p.padded_lanes, 0.0f), context(p.padded_lanes * p.c, 0.0f) {}
 };
 
-template <class T>
-void read_tile(const Problem& p, int64_t sequence, int64_t first, int64_t count, float* tile) {
-  for (const Stretch& stretch : p.stretches) {
-    const int64_t begin = std::max(first, stretch.first), end = std::min(first + count, stretch.end);
-    for (int64_t token = begin; token < end; token++) {
-      const int64_t place = token - stretch.first;
-      float* to = tile + (token - first) * p.width();
-      const T* latent = static_cast<const T*>(stretch.latent);
-      const T* rotary = static_cast<const T*>(stretch.rotary);
-      widen_row(latent + sequence * stretch.latent_sequence + place * stretch.latent_step, p.c, to);
-      widen_row(rotary + sequence * stretch.rotary_sequence + place * stretch.rotary_step, p.r, to + p.c);
-    }
-  }
+// body(token, latent, rotary) for those of the tokens [first, first + count) that there are
+template <class Body>
+void for_tokens(const Problem& p, int64_t sequence, int64_t first, int64_t count, Body body) {
+  for (const Stretch& s : p.stretches)
+    for (int64_t token = std::max(first, s.first); token < std::min(first + count, s.end); token++)
+      body(
+          token, s.latent + sequence * s.latent_sequence + (token - s.first) * s.latent_step,
+          s.rotary + sequence * s.rotary_sequence + (token - s.first) * s.rotary_step);
 }
 
 // asks for tokens that will be read soon, so that memory works while the CPU multiplies
-template <class T>
-void prefetch(const Problem& p, int64_t sequence, int64_t first, int64_t count) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (const Stretch& stretch : p.stretches) {
-    const int64_t begin = std::max(first, stretch.first), end = std::min(first + count, stretch.end);
-    for (int64_t place = begin - stretch.first; place < end - stretch.first; place++) {
-      const T* latent =
-          static_cast<const T*>(stretch.latent) + sequence * stretch.latent_sequence + place * stretch.latent_step;
-      const T* rotary =
-          static_cast<const T*>(stretch.rotary) + sequence * stretch.rotary_sequence + place * stretch.rotary_step;
-      for (int64_t i = 0; i < p.c; i += LINE) __builtin_prefetch(latent + i);
-      for (int64_t i = 0; i < p.r; i += LINE) __builtin_prefetch(rotary + i);
-    }
-  }
+template <class Rows>
+void prefetch(const Problem& p, const Rows& rows, int64_t sequence, int64_t first, int64_t count) {
+  for_tokens(p, sequence, first, count, [&](int64_t, const char* latent, const char* rotary) {
+    for (int64_t i = 0; i < rows.bytes(); i += 64) __builtin_prefetch(latent + i);
+    for (int64_t i = 0; i < p.r * int64_t(sizeof(typename Rows::Rotary)); i += 64) __builtin_prefetch(rotary + i);
+  });
 }
 
 // queries of sixteen lanes side by side: [lanes / 16][w][16]
@@ -105,9 +93,9 @@ void hide(const Problem& p, int64_t sequence, int64_t group, int64_t first, int6
 }
 
 // tokens [first, first + count) of a tile, seen by one group of lanes
-template <class T>
+template <class Rows>
 void attend_to_tile(
-    const Problem& p, int64_t sequence, int64_t group, int64_t first, int64_t count, const float* tile, const float* q,
+    const Problem& p, const Rows& rows, int64_t sequence, int64_t group, int64_t first, int64_t count, const float* tile, const float* q,
     Part& part) {
   alignas(64) float scores[TILE * LANES] = {};
   for (int64_t j = 0; j < count; j += 16)
@@ -136,7 +124,7 @@ void attend_to_tile(
   const int64_t ahead = group ? 0 : ceil_div(TILE * 16, p.c);
   int64_t i = 0;
   for (; i + 16 <= p.c; i += 16) {
-    prefetch<T>(p, sequence, first + TILE + i / 16 * ahead, ahead);
+    prefetch(p, rows, sequence, first + TILE + i / 16 * ahead, ahead);
     multiply_lanes<16, 1>(tile + i, 1, p.width(), count, scores, LANES, context + i * LANES, LANES);
   }
   for (; i < p.c; i++) multiply_lanes<1, 1>(tile + i, 1, p.width(), count, scores, LANES, context + i * LANES, LANES);
@@ -160,8 +148,8 @@ void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
   }
 }
 
-template <class T>
-void attend_to_all(const Problem& p, float* context) {
+template <class Rows>
+void attend_to_all(const Problem& p, const Rows& rows, float* context) {
   const int64_t wanted = ceil_div(PARTS * at::get_num_threads(), p.batch);
   const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / FEWEST));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
@@ -173,9 +161,13 @@ void attend_to_all(const Problem& p, float* context) {
       const std::vector<float> q = queries_in_lanes(p, sequence);
       for (int64_t first = unit % per_sequence * per_part; first < last; first += TILE) {
         const int64_t count = std::min(TILE, last - first);
-        read_tile<T>(p, sequence, first, count, tile.data());
+        for_tokens(p, sequence, first, count, [&](int64_t token, const char* latent, const char* rotary) {
+          float* to = tile.data() + (token - first) * p.width();
+          rows.read(latent, to);
+          widen_row(reinterpret_cast<const typename Rows::Rotary*>(rotary), p.r, to + p.c);
+        });
         for (int64_t group = 0; group < p.padded_lanes / LANES; group++)
-          attend_to_tile<T>(p, sequence, group, first, count, tile.data(), q.data(), parts[unit]);
+          attend_to_tile(p, rows, sequence, group, first, count, tile.data(), q.data(), parts[unit]);
       }
     }
   });
@@ -186,27 +178,30 @@ void attend_to_all(const Problem& p, float* context) {
 }
 
 // Scaled queries [b s h w] in float32 over stretches of latents [b or 1, t', c] and rotary keys [b or 1, t', r]: the
-// weighted sums of latents [b s h c]. The mask is added to scores, -inf where a query may not look; none is causal.
+// weighted sums of latents [b s h c]. Of latents in `bits` ("8", "6", "5", "4" or "fp8") the bytes of codes and scales
+// are given, with rotary keys in bfloat16. The mask is added to scores, -inf where a query may not look; none is causal.
 at::Tensor attend(
     const at::Tensor& queries, at::TensorList latents, at::TensorList rotary_keys,
-    const std::optional<at::Tensor>& mask) {
-  TORCH_CHECK_VALUE(queries.is_contiguous() && queries.scalar_type() == at::kFloat, "expected queries in float32");
-  TORCH_CHECK_VALUE(latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as keys");
+    const std::optional<at::Tensor>& mask, c10::string_view bits) {
+  TORCH_CHECK_VALUE(queries.is_contiguous() && queries.scalar_type() == at::kFloat, "expected queries in float32.");
+  TORCH_CHECK_VALUE(latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as keys.");
   Problem p{};
   p.batch = queries.size(0), p.queries = queries.size(1), p.heads = queries.size(2);
   p.lanes = p.queries * p.heads, p.padded_lanes = ceil_div(p.lanes, LANES) * LANES;
-  p.c = latents[0].size(2), p.r = rotary_keys[0].size(2);
+  p.r = rotary_keys[0].size(2), p.c = queries.size(3) - p.r;
   p.rows = queries.const_data_ptr<float>();
+  const at::ScalarType kind = latents[0].scalar_type();
   for (size_t i = 0; i < latents.size(); i++) {
     const at::Tensor &latent = latents[i], &rotary = rotary_keys[i];
     TORCH_CHECK_VALUE(
-        latent.stride(2) == 1 && rotary.stride(2) == 1 && latent.scalar_type() == latents[0].scalar_type() &&
-            rotary.scalar_type() == latents[0].scalar_type(),
-        "expected latents and rotary keys of one dtype, whose elements follow each other.");
+        latent.stride(2) == 1 && rotary.stride(2) == 1 && latent.scalar_type() == kind &&
+            rotary.scalar_type() == (bits.empty() ? kind : at::kBFloat16),
+        "expected latents and rotary keys of one kind, whose elements follow each other.");
+    const int64_t a = latent.element_size(), b = rotary.element_size();
     p.stretches.push_back(
-        {latent.const_data_ptr(), rotary.const_data_ptr(), latent.stride(1), rotary.stride(1),
-         latent.size(0) == 1 ? 0 : latent.stride(0), rotary.size(0) == 1 ? 0 : rotary.stride(0), p.tokens,
-         p.tokens + latent.size(1)});
+        {static_cast<const char*>(latent.const_data_ptr()), static_cast<const char*>(rotary.const_data_ptr()),
+         latent.stride(1) * a, rotary.stride(1) * b, latent.size(0) == 1 ? 0 : latent.stride(0) * a,
+         rotary.size(0) == 1 ? 0 : rotary.stride(0) * b, p.tokens, p.tokens + latent.size(1)});
     p.tokens += latent.size(1);
   }
   if (mask) {
@@ -214,19 +209,29 @@ at::Tensor attend(
     for (int i = 0; i < 4; i++) p.mask_steps[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
   at::Tensor context = at::empty({p.batch, p.queries, p.heads, p.c}, queries.options());
-  if (latents[0].scalar_type() == at::kBFloat16)
-    attend_to_all<c10::BFloat16>(p, context.mutable_data_ptr<float>());
-  else if (latents[0].scalar_type() == at::kFloat)
-    attend_to_all<float>(p, context.mutable_data_ptr<float>());
-  else
-    TORCH_CHECK_VALUE(false, "expected latents of bfloat16 or float32, got ", latents[0].scalar_type(), ".");
+  const auto attend_to = [&](const auto& rows, int64_t width) {
+    TORCH_CHECK_VALUE(latents[0].size(2) == width, "expected latents of width ", width, ", got ", latents[0].sizes());
+    attend_to_all(p, rows, context.mutable_data_ptr<float>());
+  };
+  if (bits == "fp8") {
+    attend_to(Float8{p.c}, Float8{p.c}.bytes());
+  } else if (!bits.empty()) {
+    const Integers rows(p.c, bits[0] - '0');
+    attend_to(rows, rows.bytes());
+  } else if (kind == at::kBFloat16) {
+    attend_to(Plain<c10::BFloat16>{p.c}, p.c);
+  } else {
+    TORCH_CHECK_VALUE(kind == at::kFloat, "expected latents of bfloat16 or float32, got ", kind, ".");
+    attend_to(Plain<float>{p.c}, p.c);
+  }
   return context;
 }
 
 }  // namespace latent
 
 TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
-  library.def("attend(Tensor queries, Tensor[] latents, Tensor[] rotary_keys, Tensor? mask=None) -> Tensor");
+  library.def(
+      "attend(Tensor queries, Tensor[] latents, Tensor[] rotary_keys, Tensor? mask=None, str bits='') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) { library.impl("attend", latent::attend); }

@@ -95,8 +95,8 @@ def _absorb(x: Tensor, w: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], w.shape[-1], dtype=torch.float32)
 
 
-def _attend(queries: Tensor, latents: list[Tensor], rotary_keys: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    return queries.new_empty(*queries.shape[:3], latents[0].shape[-1])
+def _attend(queries, latents, rotary_keys, mask=None, bits="") -> Tensor:
+    return queries.new_empty(*queries.shape[:3], queries.shape[3] - rotary_keys[0].shape[2])
 
 
 def _expand(x: Tensor, w: Tensor) -> Tensor:

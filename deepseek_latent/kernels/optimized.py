@@ -77,25 +77,32 @@ def attend_in_place(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:  # [b s h v]
-    """`absorbed_attention` by our operators, in float32 throughout; where tokens are kept in fewer bits, itself."""
-    pairs = [_as_pair(stretch) for stretch in latents.stretches]
-    tensors = [q_content, w_uk.weight, *(x for pair in pairs if pair for x in pair)]
-    if None in pairs or any(x.device.type != "cpu" or x.dtype not in DTYPES for x in tensors):
+    """`absorbed_attention` by our operators, in float32 throughout."""
+    pairs, bits = [_as_pair(stretch) for stretch in latents.stretches], _bits_of(latents)
+    if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
     q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
     absorbed = operators.absorb(q_content_flat, w_uk.weight).unflatten(0, (b, s))
     absorbed = w_uk.with_adapters_absorbed(absorbed, q_content)
     queries = torch.cat((absorbed, q_rotary.float()), dim=-1) * scale
-    context = operators.attend(queries, *map(list, zip(*pairs)), _additive(mask))
+    context = operators.attend(queries, *map(list, zip(*pairs)), _additive(mask), bits)
     expanded = operators.expand(context.flatten(0, 1), w_uv.weight).unflatten(0, (b, s))
     return w_uv.with_adapters_expanded(expanded, context)
 
 
-def _as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor] | None:
-    """Latents [b t c] and rotary keys [b t r] where they lie, or None where they are codes."""
-    if isinstance(stretch, Stretch):
-        return stretch.both() if stretch.format.bits is None else None
-    return stretch.latent, stretch.k_rotary
+def _as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
+    """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
+    if isinstance(stretch, SeparateStretch):
+        return stretch.latent, stretch.k_rotary
+    if stretch.format.bits is None:
+        return stretch.both()
+    rotary_bytes = 2 * stretch.format.rotary_width
+    return stretch.rows[..., :-rotary_bytes], stretch.rows[..., -rotary_bytes:].view(torch.bfloat16)
+
+
+def _bits_of(latents: Latents) -> str:
+    first = latents.stretches[0]
+    return str(first.format.bits) if isinstance(first, Stretch) and first.format.bits is not None else ""
 
 
 def _additive(mask: Tensor | None) -> Tensor | None:

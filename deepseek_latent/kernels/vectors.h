@@ -3,10 +3,12 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -20,6 +22,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(16)));
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -48,9 +51,11 @@ inline Floats widen(const float* from) { return load<Floats>(from); }
 // one instruction, which GCC does not find
 inline Words widen_words(Halves x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
 inline Ints widen_words(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+inline Ints widen_words(UnsignedBytes x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
 #else
 inline Words widen_words(Halves x) { return __builtin_convertvector(x, Words); }
 inline Ints widen_words(Bytes x) { return __builtin_convertvector(x, Ints); }
+inline Ints widen_words(UnsignedBytes x) { return __builtin_convertvector(x, Ints); }
 #endif
 
 inline Floats widen(const c10::BFloat16* from) { return (Floats)(widen_words(load<Halves>(from)) << 16); }

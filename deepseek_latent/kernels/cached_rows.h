@@ -1,0 +1,92 @@
+// Latents as a cache stores them, to float32: as they are, in 8, 6, 5 or 4 bits, in fp8. The layout of codes is that of
+// latent_format.py; what follows the codes of a row is one scale per plane of 128 elements.
+#pragma once
+
+#include <numeric>
+
+#include "vectors.h"
+
+namespace latent {
+
+constexpr int64_t PLANE = 128;
+
+template <class T>
+struct Plain {
+  using Rotary = T;
+  int64_t c;
+  int64_t bytes() const { return c * sizeof(T); }
+  void read(const char* row, float* to) const { widen_row(reinterpret_cast<const T*>(row), c, to); }
+};
+
+struct Integers {
+  using Rotary = c10::BFloat16;
+  int64_t c, bits, shared, byte_planes, code_plane;
+
+  Integers(int64_t c, int64_t bits)
+      : c(c), bits(bits), shared(std::gcd(bits, int64_t(8))), byte_planes(bits / shared),
+        code_plane(ceil_div(c * shared, 8)) {}
+  int64_t first_scale() const { return ceil_div(code_plane * byte_planes, 4) * 4; }
+  int64_t bytes() const { return first_scale() + ceil_div(c, PLANE) * sizeof(c10::BFloat16); }
+
+  // element i of code plane p, or sixteen from there on; Byte(plane) gives what stands at i in a byte plane
+  template <class Code, class Byte>
+  Code code(int64_t p, Byte byte) const {
+    if (p < byte_planes) return byte(p) & ((1 << bits) - 1);
+    const int64_t above = bits + shared * (p - byte_planes);
+    Code whole = (byte(0) >> above) & ((1 << shared) - 1);
+    for (int64_t k = 1; k < byte_planes; k++) whole |= ((byte(k) >> above) & ((1 << shared) - 1)) << (shared * k);
+    return whole;
+  }
+
+  void read(const char* row, float* to) const {
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(row);
+    const auto* scales = reinterpret_cast<const c10::BFloat16*>(row + first_scale());
+    const float middle = 0.5f - (1 << (bits - 1));
+    for (int64_t p = 0; p * code_plane < c; p++) {
+      const int64_t start = p * code_plane, count = std::min(code_plane, c - start);
+      // sixteen that share a scale at a time, where planes are whole numbers of sixteen
+      const int64_t whole = code_plane % LANES ? 0 : count / LANES * LANES;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const auto byte = [&](int64_t k) { return widen_words(load<UnsignedBytes>(codes + k * code_plane + i)); };
+        const Floats x = __builtin_convertvector(code<Ints>(p, byte), Floats);
+        store(to + start + i, (x + middle) * static_cast<float>(scales[(start + i) / PLANE]));
+      }
+      for (int64_t i = whole; i < count; i++) {
+        const auto byte = [&](int64_t k) { return int(codes[k * code_plane + i]); };
+        to[start + i] = (code<int>(p, byte) + middle) * static_cast<float>(scales[(start + i) / PLANE]);
+      }
+    }
+  }
+};
+
+struct Float8 {
+  using Rotary = c10::BFloat16;
+  int64_t c;
+  int64_t first_scale() const { return ceil_div(c, 4) * 4; }
+  int64_t bytes() const { return first_scale() + ceil_div(c, PLANE) * sizeof(float); }
+
+  // the bits of e4m3 are those of a float32 whose exponent is 120 less
+  static Floats decode(UnsignedBytes codes) {
+    const Words words = (Words)widen_words(codes);
+    return (Floats)((words & 0x80) << 24 | (words & 0x7f) << 20) * 0x1p120f;
+  }
+
+  void read(const char* row, float* to) const {
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(row);
+    for (int64_t plane = 0; plane < c; plane += PLANE) {
+      float scale;
+      std::memcpy(&scale, row + first_scale() + plane / PLANE * sizeof scale, sizeof scale);
+      const int64_t end = std::min(plane + PLANE, c);
+      int64_t i = plane;
+      for (; i + LANES <= end; i += LANES) store(to + i, decode(load<UnsignedBytes>(codes + i)) * scale);
+      if (i < end) {
+        UnsignedBytes last{};
+        std::memcpy(&last, codes + i, end - i);
+        const Floats x = decode(last) * scale;
+        std::memcpy(to + i, &x, (end - i) * sizeof(float));
+      }
+    }
+  }
+};
+
+}  // namespace latent
