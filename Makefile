@@ -34,9 +34,9 @@ check: .venv/installed  ## lint and format
 
 bench: .venv/installed  ## every figure of the README: memory, time against context, fewer bits, stored prompts (half an hour, 16 GB)
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	.venv/bin/python -m benchmarks.memory --out benchmarks/results/memory.json
+	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 	.venv/bin/python -m benchmarks.decode --out benchmarks/results/decode.json
-	.venv/bin/python -m benchmarks.quantised_cache --out benchmarks/results/quantised_cache.json
+	.venv/bin/python -m benchmarks.fewer_bits --out benchmarks/results/fewer_bits.json
 	.venv/bin/python examples/prompt_cache.py lite4 --out benchmarks/results/first_token.json
 
 clean:

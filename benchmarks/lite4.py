@@ -3,8 +3,10 @@
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 import deepseek_latent
+from deepseek_latent import LatentCache
 
 CONFIG = {
     "vocab_size": 102400,
@@ -72,3 +74,15 @@ def fill(model: nn.Module, dtype: torch.dtype) -> None:
                 part.copy_(noise[: part.numel()])
             if "norm" in name:
                 parameter.fill_(1.0)
+
+
+def filled(model: PreTrainedModel, tokens: int, bits: int | str | None) -> LatentCache:
+    """A cache of random latents of unit variance, as after their norm."""
+    config, cache = model.config, LatentCache(model.config, bits=bits)
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, tokens, 4096):
+        shape = (1, 1, min(4096, tokens - first))
+        for layer in range(config.num_hidden_layers):
+            new = (torch.randn(*shape, width, generator=generator) for width in (config.kv_lora_rank, 64))
+            cache.append(*(x.to(model.dtype) for x in new), layer)
+    return cache

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -205,6 +206,11 @@ at::Tensor attend(
     p.tokens += latent.size(1);
   }
   if (mask) {
+    const std::array<int64_t, 4> sizes{p.batch, p.heads, p.queries, p.tokens};
+    for (int i = 0; i < 4; i++)
+      TORCH_CHECK_VALUE(
+          mask->dim() == 4 && (mask->size(i) == sizes[i] || (i < 2 && mask->size(i) == 1)), "expected a mask of [b ",
+          "or 1, 1 or h, s, t] = ", at::IntArrayRef(sizes), ", got ", mask->sizes(), ".");
     p.mask = mask->const_data_ptr<float>();
     for (int i = 0; i < 4; i++) p.mask_steps[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }

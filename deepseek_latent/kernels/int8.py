@@ -27,7 +27,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_gradient()
-        y = operators.linear(x.flatten(0, -2), self.codes, self.scales).view(*x.shape[:-1], -1)
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        y = operators.linear(tokens, self.codes, self.scales).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -35,7 +36,7 @@ class Int8Experts(DeepseekV2Experts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         _check_gradient()
         return operators.experts(
-            hidden_states,
+            hidden_states.contiguous(),
             self.gate_up_codes,
             self.down_codes,
             top_k_index,

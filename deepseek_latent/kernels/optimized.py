@@ -17,6 +17,8 @@ from .library import load_operators
 # tokens up to which reading the weights takes longer than multiplying by them
 FEW = 8
 DTYPES = (torch.bfloat16, torch.float32)
+# in which torch would emulate products on this CPU; known once the operators are loaded
+SLOW_IN_TORCH: set[torch.dtype] = set()
 operators = torch.ops.deepseek_latent
 
 
@@ -24,17 +26,19 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether our operators compute x [.. k] times this weight, and sooner than torch."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return False
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in DTYPES or not weight.is_contiguous():
+    # a quantizer's or a sharded weight is another type
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_contiguous():
         return False
-    is_slow_in_torch = x.dtype == torch.bfloat16 and not operators.has_bfloat16_products()
-    return is_slow_in_torch or x.numel() <= FEW * x.shape[-1]
+    if {x.device.type, weight.device.type} != {"cpu"} or x.dtype != weight.dtype or x.dtype not in DTYPES:
+        return False
+    return x.dtype in SLOW_IN_TORCH or x.numel() <= FEW * x.shape[-1]
 
 
 class KernelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight):
             return super().forward(x)
-        y = operators.linear(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -50,7 +54,7 @@ class KernelGate(DeepseekV2MoEGate):
         if not _takes(hidden_states, self.weight):
             return super().logits(hidden_states)
         # float32 times the weight as it is, so that neither is rounded
-        return operators.linear(hidden_states.float(), self.weight)
+        return operators.linear(hidden_states.float().contiguous(), self.weight)
 
 
 class KernelExperts(DeepseekV2Experts):
@@ -58,7 +62,7 @@ class KernelExperts(DeepseekV2Experts):
         gate_up, down = self.gate_up_proj, self.down_proj
         if not (_takes(hidden_states, gate_up) and down.is_contiguous()):
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        return operators.experts(hidden_states, gate_up, down, top_k_index, top_k_weights.float())
+        return operators.experts(hidden_states.contiguous(), gate_up, down, top_k_index, top_k_weights.float())
 
 
 class KernelAttention(DeepseekV2Attention):
@@ -171,6 +175,8 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
             f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load it so."
         )
     instructions = load_operators()
+    if not operators.has_bfloat16_products():
+        SLOW_IN_TORCH.add(torch.bfloat16)
     modules = []
     for name, module in model.named_modules():
         # absorption reads the weights of a bare kv_b_proj, and of adapters on it

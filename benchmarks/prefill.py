@@ -1,0 +1,116 @@
+"""Time and memory to read a prompt: python -m benchmarks.prefill --out benchmarks/results/prefill.json
+
+Lite-4 reads random tokens as generate() does before its first token: by transformers' own class, by this package in
+plain torch, and after `optimize_for_inference`. Each side and length runs in a process of its own, sides in turn, and
+multiplies square float32 matrices before and after, so that a busy moment of the machine shows. Memory is the peak of
+the process while it reads, less what was resident before: what is needed above the weights. Linux only.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from deepseek_latent.kernels import optimize_for_inference
+
+from .lite4 import build
+from .machine import described, gemm_rate, resident, seconds_of
+
+SIDES = {"native": "transformers' own class", "plain": "deepseek-latent", "kernels": "with its kernels"}
+# 2,048 tokens read twice are as good as 512 read four times
+TOKENS_READ = 2048
+
+
+@torch.inference_mode()
+def measure(side: str, tokens: int) -> dict:
+    """Seconds and memory of one side, in this process, with the logits behind the last token."""
+    model = build("native" if side == "native" else "ours")
+    if side == "kernels":
+        optimize_for_inference(model)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+    def read() -> Tensor:
+        return model(ids, use_cache=True, logits_to_keep=1).logits
+
+    model(ids[:, :64], use_cache=True, logits_to_keep=1)
+    before, rate = resident("VmRSS"), gemm_rate()
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds = [seconds_of(read) for _ in range(max(TOKENS_READ // tokens, 1))]
+    peak = resident("VmHWM")
+    return {
+        "side": side,
+        "tokens": tokens,
+        "seconds": round(statistics.median(seconds), 3),
+        "memory_above_weights_bytes": peak - before,
+        "float32_flop_per_second": round((rate + gemm_rate()) / 2),
+        "logits": read()[0, -1].tolist() if tokens <= TOKENS_READ else None,
+    }
+
+
+def compared(runs: list[dict]) -> list[dict]:
+    """The runs with their ratios; fails if a side says something else than the others."""
+    for run in runs:
+        native = next(other for other in runs if other["side"] == "native" and other["tokens"] == run["tokens"])
+        run["times_faster_than_native"] = round(native["seconds"] / run["seconds"], 2)
+        if run["logits"] is not None:
+            own, other = torch.tensor(run["logits"]), torch.tensor(native["logits"])
+            error = ((own - other).norm() / other.norm()).item()
+            # bfloat16, and a router near a tie may choose another expert
+            assert error < 0.1, f"{run['side']} differs by {error} at {run['tokens']} tokens"
+            run["logits_relative_difference"] = round(error, 5)
+    return [{name: value for name, value in run.items() if name != "logits"} for run in runs]
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for side, label in SIDES.items():
+        runs = [run for run in result["runs"] if run["side"] == side]
+        lengths = [run["tokens"] for run in runs]
+        left.plot(lengths, [run["tokens"] / run["seconds"] for run in runs], "o-", label=label)
+        right.plot(lengths, [run["memory_above_weights_bytes"] / 1e9 for run in runs], "o-", label=label)
+    left.set(ylabel="tokens per second")
+    right.set(ylabel="GB above the weights")
+    for axes in (left, right):
+        axes.set(xlabel="tokens read", xscale="log", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(True, alpha=0.3)
+    left.legend()
+    figure.suptitle(f"{result['model']}, {result['threads']} threads of a CPU", fontsize=9)
+    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="native among them")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
+    parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure(options.here[0], int(options.here[1]))))
+        return
+    runs = []
+    for tokens, side in track([(tokens, side) for tokens in options.tokens for side in options.sides], "reading"):
+        command = [sys.executable, "-m", "benchmarks.prefill", "--here", side, str(tokens)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    result = described("python -m benchmarks.prefill") | {"model": "Lite-4, bfloat16", "runs": compared(runs)}
+    for run in result["runs"]:
+        print(run)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
