@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096, 16384, 65536, 131072])
     parser.add_argument("--batched", type=int, nargs=2, default=[8, 1024], help="batch and context of one more row")
     parser.add_argument("--native-up-to", type=int, default=16384, help="longer contexts are measured for ours only")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
     options = parser.parse_args()

@@ -1,7 +1,9 @@
 """What many tests share: small models whose widths all differ, and budgets taken from data."""
 
+import shutil
 import tempfile
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -48,6 +50,11 @@ V2 = {
     "initializer_range": 0.1,
 }
 LITE = V2 | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"), reason="there is no C++ compiler on the PATH"
+)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> DeepseekV2ForCausalLM:

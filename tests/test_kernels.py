@@ -17,9 +17,9 @@ from deepseek_latent.kernels.int8 import rounded
 from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
 from deepseek_latent.latent_ops import _attend_to_blocks
 
-from .support import LITE, assert_within_rounding, random_ids, relative_error, tiny_model
+from .support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, tiny_model
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+pytestmark = needs_compiler
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

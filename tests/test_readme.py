@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .support import needs_compiler
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -28,17 +30,23 @@ def assert_prints_as_promised(code: str, output: str) -> None:
 
 
 def test_there_is_code_to_run():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+# the last goes on with the model of the first
+@pytest.mark.parametrize(
+    "block",
+    [*BLOCKS[:2], pytest.param("\n".join(BLOCKS[::2]), marks=needs_compiler)],
+    ids=["ten lines", "fine-tuning", "on a CPU"],
+)
 def test_every_python_block_runs_and_prints_what_its_comments_say(block):
     assert_prints_as_promised(block, run(sys.executable, "-c", block))
 
 
-def test_the_page_on_caches_runs_from_top_to_bottom(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "caches.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+@pytest.mark.parametrize(("name", "count"), [("caches.md", 6), pytest.param("speed.md", 2, marks=needs_compiler)])
+def test_a_page_of_the_docs_runs_from_top_to_bottom(name, count, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), flags=re.DOTALL)
+    assert len(blocks) == count
     # it writes files where it is run
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     page = "\n".join(blocks)
