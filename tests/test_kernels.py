@@ -389,12 +389,27 @@ def test_what_int8_weights_cannot_do_is_refused_in_one_sentence(tmp_path):
     done = optimize_for_inference(model, weights="int8")
     with pytest.raises(ValueError, match=r"int8 weights carry no gradient: .*no_grad\(\)\.$"):
         model(ids)
-    with pytest.raises(ValueError, match=r"held in int8 only, .*; load it again\.$"):
+    with pytest.raises(ValueError, match=r"held in int8 only: .*; load it again without weights='int8'\.$"):
         model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"cannot be undone; load the model again\.$"):
         done.undo()
     with pytest.raises(ValueError, match=r"weights must be None \(as they are\) or 'int8', got 'int4'"):
         optimize_for_inference(tiny_model(), weights="int4")
+
+
+def test_optimizing_twice_is_optimizing_once_and_int8_may_come_second():
+    model, ids = tiny_model(), random_ids(1, 4)
+    once = repr(optimize_for_inference(model))
+    again = optimize_for_inference(model)
+    assert repr(again) == once
+    assert repr(optimize_for_inference(model, weights="int8")) == repr(
+        optimize_for_inference(tiny_model(), weights="int8")
+    )
+    assert model.generate(ids, **GREEDY).shape == (1, 16)
+    other = tiny_model()
+    optimize_for_inference(other)
+    optimize_for_inference(other).undo()
+    assert [type(module) for module in other.modules()] == [type(module) for module in tiny_model().modules()]
 
 
 def test_a_tied_head_is_left_to_the_embeddings():

@@ -19,8 +19,8 @@
 
 namespace latent {
 
-constexpr int64_t TILE = 64;  // cached tokens widened at once
-constexpr int64_t FEWEST = 8 * TILE;  // cached tokens worth a part of their own
+constexpr int64_t TILE = 48;  // cached tokens widened at once
+constexpr int64_t FEWEST = 10 * TILE;  // cached tokens worth a part of their own
 constexpr int64_t PARTS = 4;  // per thread, so that none waits long for another
 
 // Tokens one after the other, of all sequences or, where a sequence takes no step, common to them. Steps in bytes.
@@ -62,8 +62,10 @@ void for_tokens(const Problem& p, int64_t sequence, int64_t first, int64_t count
 template <class Rows>
 void prefetch(const Problem& p, const Rows& rows, int64_t sequence, int64_t first, int64_t count) {
   for_tokens(p, sequence, first, count, [&](int64_t, const char* latent, const char* rotary) {
-    for (int64_t i = 0; i < rows.bytes(); i += 64) __builtin_prefetch(latent + i);
-    for (int64_t i = 0; i < p.r * int64_t(sizeof(typename Rows::Rotary)); i += 64) __builtin_prefetch(rotary + i);
+    // into an outer cache, since a tile's work comes first
+    for (int64_t i = 0; i < rows.bytes(); i += 64) __builtin_prefetch(latent + i, 0, 1);
+    for (int64_t i = 0; i < p.r * int64_t(sizeof(typename Rows::Rotary)); i += 64)
+      __builtin_prefetch(rotary + i, 0, 1);
   });
 }
 

@@ -69,5 +69,6 @@ def _check_gradient() -> None:
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise ValueError(
-        f"{prefix}weight is held in int8 only, so there is no checkpoint to take from this model; load it again."
+        f"{prefix}weight is held in int8 only: this model can neither be saved nor named in a file of cached tokens; "
+        "load it again without weights='int8'."
     )

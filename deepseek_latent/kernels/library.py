@@ -18,7 +18,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = ("products.cpp", "attention.cpp")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
 @functools.cache
@@ -49,27 +49,22 @@ def _built() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = {HERE / name: f"{folder}/{name}.o" for name in SOURCES}
+        include = f"-I{torch_folder / 'include'}"
+        # all files at a time, since torch's headers take most of it
+        _run([[compiler, *FLAGS, include, "-c", source, "-o", made] for source, made in objects.items()])
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-        # one process per file, since torch's headers take most of the time
-        steps = [
-            subprocess.Popen(
-                [compiler, *FLAGS[:-2], "-c", f"-I{torch_folder / 'include'}", HERE / name, "-o", f"{folder}/{name}.o"],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for name in SOURCES
-        ]
-        errors = [step.communicate()[1] for step in steps]
-        objects = [f"{folder}/{name}.o" for name in SOURCES]
-        if not any(step.returncode for step in steps):
-            command = [compiler, *FLAGS, *objects, *libraries, "-o", f"{folder}/done.so"]
-            linked = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-            if linked.returncode == 0:
-                os.replace(f"{folder}/done.so", path)
-                return path
-            errors.append(linked.stderr)
-    message = next((line for error in errors for line in error.splitlines() if "error" in line), "no reason given")
-    raise RuntimeError(f"{compiler} could not build the kernels: {message.strip()}")
+        _run([[compiler, *FLAGS, "-shared", *objects.values(), *libraries, "-o", f"{folder}/done.so"]])
+        os.replace(f"{folder}/done.so", path)
+    return path
+
+
+def _run(commands: list[list]) -> None:
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = "".join(process.communicate()[1] for process in running)
+    if any(process.returncode for process in running):
+        reason = next((line for line in errors.splitlines() if "error" in line), errors).strip()
+        raise RuntimeError(f"{commands[0][0]} could not build the kernels: {reason}")
 
 
 def _digest(compiler: str) -> str:

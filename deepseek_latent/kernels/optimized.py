@@ -178,15 +178,17 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     if not operators.has_bfloat16_products():
         SLOW_IN_TORCH.add(torch.bfloat16)
     modules = []
+    originals = {ours: original for original, ours in REPLACEMENTS.items()}
     for name, module in model.named_modules():
+        kind = originals.get(type(module), type(module))
         # absorption reads the weights of a bare kv_b_proj, and of adapters on it
-        if type(module) not in REPLACEMENTS or "kv_b_proj" in name.split("."):
+        if kind not in REPLACEMENTS or "kv_b_proj" in name.split("."):
             continue
-        if isinstance(module, DeepseekV2Experts) and module.config.hidden_act != "silu":
+        if kind is DeepseekV2Experts and module.config.hidden_act != "silu":
             continue
-        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model):
+        if weights == "int8" and kind in INT8 and not _is_tied(module, model):
             to_int8(module)
         else:
-            module.__class__ = REPLACEMENTS[type(module)]
+            module.__class__ = REPLACEMENTS[kind]
         modules.append(module)
     return Optimized(instructions, tuple(modules))

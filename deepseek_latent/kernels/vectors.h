@@ -108,8 +108,9 @@ inline Floats exp_of_negative(Floats x) {
 
 // Sixteen (times G) results for each of R rows: to[r][lane] += sum over i < k of a(r, i) x[i][lane].
 // a(r, i) stands at r * row_step + i * k_step; x and to have G * LANES lanes side by side.
+// Always inlined, since out of line GCC keeps the sums in memory.
 template <int R, int G>
-inline void multiply_lanes(
+__attribute__((always_inline)) inline void multiply_lanes(
     const float* a, int64_t row_step, int64_t k_step, int64_t k, const float* x, int64_t x_step, float* to,
     int64_t to_step) {
   Floats sums[R][G];
