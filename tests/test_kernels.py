@@ -302,6 +302,7 @@ def test_undoing_leaves_the_model_as_it_was():
         done = optimize_for_inference(model)
         assert [type(module) for module in model.modules()] != classes
         done.undo()
+        done.undo()
         assert [type(module) for module in model.modules()] == classes
         assert torch.equal(model(ids).logits, before)
 

@@ -126,6 +126,7 @@ REPLACEMENTS = {
 }
 
 
+ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
 # the router stays as it is: it is small, and decides
 INT8 = (nn.Linear, DeepseekV2Experts)
 
@@ -146,7 +147,7 @@ class Optimized:
         if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            module.__class__ = type(module).__mro__[1]
+            module.__class__ = ORIGINALS.get(type(module), type(module))
 
     def __repr__(self) -> str:
         counts = Counter(type(module).__name__.removeprefix("Kernel") for module in self.modules)
@@ -178,9 +179,8 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     if not operators.has_bfloat16_products():
         SLOW_IN_TORCH.add(torch.bfloat16)
     modules = []
-    originals = {ours: original for original, ours in REPLACEMENTS.items()}
     for name, module in model.named_modules():
-        kind = originals.get(type(module), type(module))
+        kind = ORIGINALS.get(type(module), type(module))
         # absorption reads the weights of a bare kv_b_proj, and of adapters on it
         if kind not in REPLACEMENTS or "kv_b_proj" in name.split("."):
             continue
