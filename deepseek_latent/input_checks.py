@@ -1,5 +1,8 @@
 """What a forward pass refuses, in one sentence each, before anything is computed or cached."""
 
+from collections.abc import Sequence
+from itertools import compress
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -8,8 +11,11 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLay
 from .configuration_deepseek_v2 import DeepseekV2Config
 
 
-def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor) -> None:
-    """Refuses a cache that the new tokens, embedded as `hidden` [b s d], cannot continue; nothing is written to it."""
+def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, is_here: Sequence[bool]) -> None:
+    """Refuses a cache that the new tokens, embedded as `hidden` [b s d], cannot continue; nothing is written to it.
+
+    `is_here` says of each layer whether this process has it: a stage of a pipeline fills its own only.
+    """
     if cache is None:
         return
     if not isinstance(cache, Cache):
@@ -28,7 +34,7 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor) -
             raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
         check_room(cache, int(cache.get_seq_length()) + hidden.shape[1])
     else:
-        lengths = {layer.get_seq_length() for layer in cache.layers}
+        lengths = {layer.get_seq_length() for layer in compress(cache.layers, is_here)}
         if len(lengths) > 1:
             raise ValueError(
                 f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "

@@ -128,7 +128,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        check_cache(past_key_values, self.config, inputs_embeds)
+        # a pipeline leaves stand-ins for the layers of other stages
+        is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
+        check_cache(past_key_values, self.config, inputs_embeds, is_here)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
