@@ -119,7 +119,7 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut off, altered or no safetensors file ({error}); remove it.") from error
+        raise ValueError(f"{path} is cut off, altered or no safetensors file ({error}); write it anew.") from error
 
 
 def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str, Any]:

@@ -107,6 +107,11 @@ class LatentCache(DynamicCache):
                 f"expected the ids of the cache's {batch} sequences of {length} tokens, got ids of shape "
                 f"{list(tokens.shape)}; give those it was filled from, cached ones first."
             )
+        if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+            raise ValueError(
+                f"expected ids from 0 to {model.config.vocab_size - 1}, got {int(tokens.min())} to "
+                f"{int(tokens.max())}; give those the cache was filled from."
+            )
         if self.layers[0].dtype != model.dtype:
             raise ValueError(
                 f"this cache holds {self.layers[0].dtype} and the model is {model.dtype}; save it with the model that "

@@ -106,15 +106,19 @@ class PromptCache:
         Raises:
             ValueError: for several sequences, other bits than this folder's, too few ids, or more than `max_bytes`.
         """
+        if not isinstance(cache, LatentCache):
+            raise TypeError(
+                f"expected a LatentCache, got {type(cache).__name__}; generate with the one `load` returns."
+            )
         ids, length = _one_sequence(tokens), cache.get_seq_length()
-        if length < BLOCK:
-            return
-        batch = cache.layers[0].batch_size
         if cache.bits != self.bits:
             raise ValueError(
                 f"this folder was opened with bits={self.bits} and the cache has bits={cache.bits}; open it with "
                 f"PromptCache(folder, max_bytes=..., bits={cache.bits!r}), or fill the cache that `load` returns."
             )
+        if length < BLOCK:
+            return
+        batch = cache.layers[0].batch_size
         if batch != 1 or len(ids) < length:
             raise ValueError(
                 f"expected a cache of one sequence and the ids of its {length} tokens, got one of {batch} and "

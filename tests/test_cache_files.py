@@ -506,7 +506,7 @@ def test_files_of_others_are_refused(tmp_path):
     (tmp_path / "text").write_text("What is written here is no safetensors file. " * 9)
     (tmp_path / "nothing").touch()
     for name in ("text", "nothing"):
-        with pytest.raises(ValueError, match=f"{name} is cut off, altered or no safetensors file .*; remove it"):
+        with pytest.raises(ValueError, match=f"{name} is cut off, altered or no safetensors file .*; write it anew"):
             read_tensors(tmp_path / name)
 
 

@@ -40,7 +40,7 @@ beginnings = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), 
 
 @functools.cache
 def model_of(dtype: torch.dtype):
-    widths = {"hidden_size": 8, "vocab_size": 16, "q_lora_rank": None, "intermediate_size": 8}
+    widths = {"hidden_size": 8, "vocab_size": 96, "q_lora_rank": None, "intermediate_size": 8}
     dense = {"n_routed_experts": None, "n_shared_experts": None, "num_hidden_layers": LAYERS}
     return tiny_model(dtype, kv_lora_rank=C, qk_rope_head_dim=R, num_attention_heads=1, **widths, **dense)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -305,6 +305,7 @@ def test_undoing_leaves_the_model_as_it_was():
         done.undo()
         assert [type(module) for module in model.modules()] == classes
         assert torch.equal(model(ids).logits, before)
+        assert repr(done).endswith("; nothing)")
 
 
 def test_files_gradients_and_copies_are_those_of_the_model_as_it_was(tmp_path):
@@ -377,7 +378,7 @@ def test_int8_weights_take_half_the_memory_and_adapters_act_on_them():
     held = sum(x.nbytes for x in model.parameters())
     untouched = sum(p.nbytes for n, p in model.named_parameters() if "embed" in n or "kv_b" in n or "norm" in n)
     optimize_for_inference(model, weights="int8")
-    now = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.is_meta)
+    now = sum(x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers()))
     assert now < untouched + 0.53 * (held - untouched)
     ids = random_ids(1, 9)
     before = model.generate(ids, **GREEDY)
@@ -385,17 +386,78 @@ def test_int8_weights_take_half_the_memory_and_adapters_act_on_them():
     assert not torch.equal(get_peft_model(model, config).generate(input_ids=ids, **GREEDY), before)
 
 
-def test_what_int8_weights_cannot_do_is_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize("int8_first", [True, False])
+def test_adapters_act_on_int8_weights_whichever_comes_first(int8_first, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_b_proj", "kv_b_proj", "o_proj"], init_lora_weights=False)
+    ids = random_ids(2, 9)
+
+    def adapted(model):
+        torch.manual_seed(1)
+        return get_peft_model(model, config).eval()
+
+    with torch.no_grad():
+        by_hand = tiny_model()
+        optimize_for_inference(by_hand, weights="int8")
+        rounded_model = tiny_model()
+        rounded_model.load_state_dict(by_hand.state_dict())
+        expected = adapted(rounded_model)(input_ids=ids).logits
+        model = tiny_model()
+        if int8_first:
+            optimize_for_inference(model, weights="int8")
+        peft_model = adapted(model)
+        if not int8_first:
+            optimize_for_inference(peft_model, weights="int8")
+        assert relative_error(peft_model(input_ids=ids).logits, expected) < 1e-4
+        peft_model.save_pretrained(tmp_path)
+        bare = tiny_model()
+        optimize_for_inference(bare, weights="int8")
+        loaded = PeftModel.from_pretrained(bare, tmp_path)
+        assert relative_error(loaded(input_ids=ids).logits, expected) < 1e-4
+
+
+def test_an_int8_model_is_saved_as_what_it_was_rounded_to(tmp_path):
+    model, ids = tiny_model(torch.bfloat16), random_ids(1, 80)
+    optimize_for_inference(model, weights="int8")
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+        assert weight.isfinite().all()
+    # and its caches have its name
+    cache = LatentCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors", tokens=ids, model=model)
+    LatentCache.load(tmp_path / "cache.safetensors", model=model)
+    with pytest.raises(ValueError, match="other weights"):
+        LatentCache.load(tmp_path / "cache.safetensors", model=tiny_model(torch.bfloat16))
+
+
+def test_what_int8_weights_cannot_do_is_refused():
     model, ids = tiny_model(), random_ids(1, 4)
     done = optimize_for_inference(model, weights="int8")
     with pytest.raises(ValueError, match=r"int8 weights carry no gradient: .*no_grad\(\)\.$"):
         model(ids)
-    with pytest.raises(ValueError, match=r"held in int8 only: .*; load it again without weights='int8'\.$"):
-        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(RuntimeError, match="single memory location"):
+        model.load_state_dict(tiny_model().state_dict())
     with pytest.raises(ValueError, match=r"cannot be undone; load the model again\.$"):
         done.undo()
     with pytest.raises(ValueError, match=r"weights must be None \(as they are\) or 'int8', got 'int4'"):
         optimize_for_inference(tiny_model(), weights="int4")
+    merged = get_peft_model(model, LoraConfig(r=3, target_modules=["o_proj"], init_lora_weights=False)).eval()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        merged.merge_adapter()
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    with torch.no_grad(), pytest.raises(ValueError, match="changed since it was rounded to int8"):
+        model(ids)
+
+
+def test_lora_on_routed_experts_in_int8_is_refused():
+    model = tiny_model()
+    optimize_for_inference(model, weights="int8")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    with torch.no_grad(), pytest.raises(ValueError, match="changed since it was rounded to int8"):
+        get_peft_model(model, config).eval()(input_ids=random_ids(1, 4))
 
 
 def test_optimizing_twice_is_optimizing_once_and_int8_may_come_second():
@@ -431,10 +493,16 @@ def test_it_says_what_it_did():
 
 
 def test_a_model_elsewhere_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"in bfloat16 or float32, got torch\.float16 on cpu; load it so\.$"):
+    with pytest.raises(ValueError, match=r"got torch\.float16 on cpu; load it with dtype=torch\.bfloat16\.$"):
         optimize_for_inference(tiny_model().half())
     with pytest.raises(ValueError, match=r"got torch\.float32 on meta"):
         optimize_for_inference(tiny_model().to("meta"))
+
+
+@pytest.mark.parametrize("thing", [None, "folder", nn.Linear(2, 2)], ids=str)
+def test_what_is_no_model_is_refused_by_name(thing):
+    with pytest.raises(TypeError, match=f"expected a model of transformers or peft, got {type(thing).__name__}"):
+        optimize_for_inference(thing)
 
 
 def test_without_a_compiler_the_sentence_says_what_to_install(monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from deepseek_latent import LatentCache
 from deepseek_latent.prompt_cache import PromptCache
@@ -312,6 +313,8 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
     for use in (lambda: prompts.store(cache, ids[1].tolist(), model), lambda: prompts.load([[2, 3]], model)):
         with pytest.raises(TypeError, match=r"expected token ids in a tensor \[b t\], got list; use torch.tensor"):
             use()
+    with pytest.raises(TypeError, match="expected a LatentCache, got DynamicCache; generate with the one `load` ret"):
+        prompts.store(DynamicCache(), ids[1], model)
     with pytest.raises(ValueError, match="bits must be"):
         PromptCache(folder, max_bytes=ROOM, bits=7)
     with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):

@@ -120,6 +120,13 @@ def test_what_is_no_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("change", [10**6, -100])
+def test_ids_outside_of_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
+    model, ids = tiny_model(), random_ids(1, 8)
+    with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; give those"):
+        prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids + change, model=model)
+
+
 def test_a_cache_filled_under_autocast_is_not_saved_as_what_the_model_would_make(tmp_path):
     model, ids = tiny_model(), random_ids(1, 8)
     with torch.autocast("cpu", torch.bfloat16):

@@ -23,52 +23,58 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Linear):
-    """`codes` [n k] and `scales` [n] stand for the weight, of which the shape is left."""
+    """`codes` [n k] and `scales` [n] stand for the weight; in its place is one NaN that looks like all of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_gradient()
+        _check(self.weight)
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        y = operators.linear(tokens, self.codes, self.scales).view(*x.shape[:-1], -1)
+        y = operators.linear(tokens, self.weight_codes, self.weight_scales.float()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 class Int8Experts(DeepseekV2Experts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        _check_gradient()
+        _check(self.gate_up_proj)
+        _check(self.down_proj)
         return operators.experts(
             hidden_states.contiguous(),
-            self.gate_up_codes,
-            self.down_codes,
+            self.gate_up_proj_codes,
+            self.down_proj_codes,
             top_k_index,
             top_k_weights.float(),
-            self.gate_up_scales,
-            self.down_scales,
+            self.gate_up_proj_scales.float(),
+            self.down_proj_scales.float(),
         )
 
 
+WEIGHTS = {Int8Linear: ("weight",), Int8Experts: ("gate_up_proj", "down_proj")}
+
+
 def to_int8(module: nn.Linear | DeepseekV2Experts) -> None:
-    """Replaces the weights of a layer for good; what would need them, saving above all, is refused from then on."""
-    if isinstance(module, nn.Linear):
-        weights = {"weight": ("codes", "scales")}
-        module.__class__ = Int8Linear
-    else:
-        weights = {name: (f"{name[:-5]}_codes", f"{name[:-5]}_scales") for name in ("gate_up_proj", "down_proj")}
-        module.__class__ = Int8Experts
-    for name, names in weights.items():
-        weight = getattr(module, name)
-        for buffer_name, buffer in zip(names, rounded(weight.detach())):
-            module.register_buffer(buffer_name, buffer, persistent=False)
-        setattr(module, name, nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
-    module.register_state_dict_pre_hook(_refuse_state_dict)
+    """Replaces the weights of a layer for good; a `state_dict` gives what they were rounded to."""
+    module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Experts
+    for name in WEIGHTS[type(module)]:
+        weight = getattr(module, name).detach()
+        codes, scales = rounded(weight)
+        module.register_buffer(f"{name}_codes", codes, persistent=False)
+        module.register_buffer(f"{name}_scales", scales, persistent=False)
+        # of the device, dtype and shape that others ask for, without the memory; writing to it is an error of torch's
+        stand_in = weight.new_full((), torch.nan).expand(weight.shape)
+        setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
+    module.register_state_dict_post_hook(_give_rounded)
 
 
-def _check_gradient() -> None:
+def _check(weight: Tensor) -> None:
     if torch.is_grad_enabled():
         raise ValueError("int8 weights carry no gradient: generate or evaluate under torch.no_grad().")
+    if weight.stride(-1) != 0:
+        raise ValueError(
+            "a weight was changed since it was rounded to int8, as merging an adapter or LoRA on routed experts does; "
+            "do that first, or load the model without weights='int8'."
+        )
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise ValueError(
-        f"{prefix}weight is held in int8 only: this model can neither be saved nor named in a file of cached tokens; "
-        "load it again without weights='int8'."
-    )
+def _give_rounded(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    for name in WEIGHTS[type(module)]:
+        codes, scales = getattr(module, f"{name}_codes"), getattr(module, f"{name}_scales")
+        state_dict[prefix + name] = (codes * scales[..., None]).to(getattr(module, name).dtype)

@@ -150,7 +150,8 @@ class Optimized:
             module.__class__ = ORIGINALS.get(type(module), type(module))
 
     def __repr__(self) -> str:
-        counts = Counter(type(module).__name__.removeprefix("Kernel") for module in self.modules)
+        active = [type(module) for module in self.modules if type(module) in (*ORIGINALS, Int8Linear, Int8Experts)]
+        counts = Counter(kind.__name__.removeprefix("Kernel") for kind in active)
         changed = ", ".join(f"{count} {name}" for name, count in counts.items())
         return f"Optimized({self.instructions}; {changed or 'nothing'})"
 
@@ -162,27 +163,35 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
 
     With `weights="int8"`, projections (but `kv_b_proj`) and experts are rounded to int8 with a scale per row and take
-    half the memory. That cannot be undone, and such a model can be neither saved nor trained; adapters act on it.
+    half the memory of bfloat16. That cannot be undone; such a model gives the rounded weights when it is saved, cannot
+    be trained, and adapters act on it but cannot be merged into it.
 
     Raises:
         RuntimeError: without a C++ compiler, or if it fails.
+        TypeError: for what is no model.
         ValueError: for a model on another device or in another dtype than bfloat16 or float32, or other `weights`.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
     if weights not in (None, "int8"):
         raise ValueError(f"weights must be None (as they are) or 'int8', got {weights!r}.")
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         raise ValueError(
-            f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load it so."
+            f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load "
+            "it with dtype=torch.bfloat16."
         )
     instructions = load_operators()
     if not operators.has_bfloat16_products():
         SLOW_IN_TORCH.add(torch.bfloat16)
     modules = []
     for name, module in model.named_modules():
+        if isinstance(module, (Int8Linear, Int8Experts)):
+            modules.append(module)
+            continue
         kind = ORIGINALS.get(type(module), type(module))
-        # absorption reads the weights of a bare kv_b_proj, and of adapters on it
-        if kind not in REPLACEMENTS or "kv_b_proj" in name.split("."):
+        # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
+        if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
             continue
         if kind is DeepseekV2Experts and module.config.hidden_act != "silu":
             continue
