@@ -288,6 +288,13 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
     assert relative_error(linear(x[0]), expected[0]) < 0.01
     assert relative_error(linear(noise(16, 3).bfloat16().T), linear(noise(16, 3).bfloat16().T.contiguous())) == 0
     assert linear(x[:0]).shape == (0, 8)
+    model.norms = nn.ModuleList(
+        [nn.RMSNorm(16), nn.RMSNorm((2, 16), eps=1e-6), nn.RMSNorm(16, elementwise_affine=False)]
+    )
+    model.norms.bfloat16()
+    expected = [norm(x[:2]) for norm in model.norms]
+    optimize_for_inference(model)
+    assert all(torch.equal(norm(x[:2]), y) for norm, y in zip(model.norms, expected))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x.float()).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="dtype"):

@@ -44,7 +44,7 @@ class KernelLinear(nn.Linear):
 
 class KernelRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if not _takes(x, self.weight):
+        if len(self.normalized_shape) > 1 or self.eps is None or not _takes(x, self.weight):
             return super().forward(x)
         return operators.rms_norm(x.contiguous(), self.weight, self.eps)
 
@@ -124,8 +124,6 @@ REPLACEMENTS = {
     DeepseekV2Experts: KernelExperts,
     DeepseekV2Attention: KernelAttention,
 }
-
-
 ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
 # the router stays as it is: it is small, and decides
 INT8 = (nn.Linear, DeepseekV2Experts)
