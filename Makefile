@@ -32,7 +32,7 @@ check: .venv/installed  ## lint and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: .venv/installed  ## every figure of the README: memory, time against context, fewer bits, stored prompts (half an hour, 16 GB)
+bench: .venv/installed  ## every figure of the README: memory, time against context, fewer bits, prompts, stored prompts (20 minutes, 16 GB)
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 	.venv/bin/python -m benchmarks.decode --out benchmarks/results/decode.json

@@ -9,7 +9,6 @@ The plot lies beside the result file.
 """
 
 import argparse
-import copy
 import json
 import re
 import statistics
@@ -28,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from deepseek_latent import LatentCache
 from deepseek_latent.kernels import optimize_for_inference
 
-from .lite4 import build, filled
+from .lite4 import build, filled, twin
 from .machine import alternated, described, resident, seconds_of, yardsticks
 
 SIDES = {
@@ -46,7 +45,7 @@ SHORTEST = 128  # tokens
 def sides(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """Lite-4 as each side has it; the weights are there once."""
     plain = build("ours", dtype)
-    kernels, in_int8 = (copy.deepcopy(plain, {id(x): x for x in plain.parameters()}) for _ in range(2))
+    kernels, in_int8 = twin(plain), twin(plain)
     print(optimize_for_inference(kernels))
     print(optimize_for_inference(in_int8, weights="int8"))
     return {"plain": plain, "kernels": kernels, "int8": in_int8, "native": build("native", dtype, weights=plain)}

@@ -7,7 +7,6 @@ process.
 """
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ from deepseek_latent.latent_ops import UpProjection, absorbed_attention
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 
 from .decode import decode
-from .lite4 import build, filled
+from .lite4 import build, filled, twin
 from .machine import alternated, described, gemm_rate, read_bandwidth
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
@@ -97,7 +96,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def decoding(contexts: list[int], repetitions: int) -> list[dict]:
     """Milliseconds per token of Lite-4, and the ratio to the cache without bits, per kind and context."""
     plain, token, rows = build("ours"), torch.tensor([[17]]), []
-    kernels = copy.deepcopy(plain, {id(x): x for x in plain.parameters()})
+    kernels = twin(plain)
     optimize_for_inference(kernels)
     models = {"plain": plain, "kernels": kernels}
     attention = {"plain": absorbed_attention, "kernels": attend_in_place}

@@ -1,5 +1,7 @@
 """The benchmark model: DeepSeek-V2-Lite's exact widths with 4 layers (1 dense, 3 MoE), 2.25 B parameters, bf16."""
 
+import copy
+
 import torch
 import transformers
 from torch import nn
@@ -61,6 +63,11 @@ def build(which: str, dtype: torch.dtype = torch.bfloat16, weights: nn.Module | 
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module)
     return model.eval()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with the same weights, there once."""
+    return copy.deepcopy(model, {id(x): x for x in model.parameters()})
 
 
 def fill(model: nn.Module, dtype: torch.dtype) -> None:

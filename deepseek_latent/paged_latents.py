@@ -74,6 +74,8 @@ class PagedLatents:
     def __init__(self, cached_width: int, arguments: dict[str, Any]):
         self.pages, self.cached_width, self.arguments = arguments["cache"], cached_width, arguments
         _check_pages(self.pages, cached_width, arguments["block_table"])
+        # transformers 5.17 and 5.18 take two arguments to `update`, later ones all of them in a dict that they change
+        self.takes_all = "kwargs" in inspect.signature(self.pages.update).parameters
         ends_q, ends_k = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
         ends_k = ends_k["full_attention"] if isinstance(ends_k, dict) else ends_k
         # the one place where the host waits for the device; all layers share the result
@@ -116,9 +118,7 @@ class PagedLatents:
         return first.reshape(-1, p), second.reshape(-1, p)
 
     def _where(self) -> dict[str, Any]:
-        # transformers 5.17 and 5.18 take two arguments, later ones all of them in a dict that they change
-        # TODO: drop the two when 5.19 is the oldest version supported
-        if "kwargs" in inspect.signature(self.pages.update).parameters:
+        if self.takes_all:
             return {"kwargs": dict(self.arguments)}
         return {name: self.arguments[name] for name in ("read_index", "write_index")}
 

@@ -98,8 +98,8 @@ void hide(const Problem& p, int64_t sequence, int64_t group, int64_t first, int6
 // tokens [first, first + count) of a tile, seen by one group of lanes
 template <class Rows>
 void attend_to_tile(
-    const Problem& p, const Rows& rows, int64_t sequence, int64_t group, int64_t first, int64_t count, const float* tile, const float* q,
-    Part& part) {
+    const Problem& p, const Rows& rows, int64_t sequence, int64_t group, int64_t first, int64_t count,
+    const float* tile, const float* q, Part& part) {
   alignas(64) float scores[TILE * LANES] = {};
   for (int64_t j = 0; j < count; j += 16)
     // tokens behind the last are computed with and not used
@@ -157,11 +157,14 @@ void attend_to_all(const Problem& p, const Rows& rows, float* context) {
   const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / FEWEST));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
   std::vector<Part> parts(p.batch * per_sequence, Part(p));
+  std::vector<std::vector<float>> queries(p.batch);
+  share(p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) queries[i] = queries_in_lanes(p, i);
+  });
   share(parts.size(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tile(TILE * p.width(), 0.0f);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t sequence = unit / per_sequence, last = std::min((unit % per_sequence + 1) * per_part, p.tokens);
-      const std::vector<float> q = queries_in_lanes(p, sequence);
       for (int64_t first = unit % per_sequence * per_part; first < last; first += TILE) {
         const int64_t count = std::min(TILE, last - first);
         for_tokens(p, sequence, first, count, [&](int64_t token, const char* latent, const char* rotary) {
@@ -170,7 +173,7 @@ void attend_to_all(const Problem& p, const Rows& rows, float* context) {
           widen_row(reinterpret_cast<const typename Rows::Rotary*>(rotary), p.r, to + p.c);
         });
         for (int64_t group = 0; group < p.padded_lanes / LANES; group++)
-          attend_to_tile(p, rows, sequence, group, first, count, tile.data(), q.data(), parts[unit]);
+          attend_to_tile(p, rows, sequence, group, first, count, tile.data(), queries[sequence].data(), parts[unit]);
       }
     }
   });
@@ -217,20 +220,20 @@ at::Tensor attend(
     for (int i = 0; i < 4; i++) p.mask_steps[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
   at::Tensor context = at::empty({p.batch, p.queries, p.heads, p.c}, queries.options());
-  const auto attend_to = [&](const auto& rows, int64_t width) {
+  const auto attend_to = [&](const auto& rows) {
+    const int64_t width = rows.bytes() / latents[0].element_size();
     TORCH_CHECK_VALUE(latents[0].size(2) == width, "expected latents of width ", width, ", got ", latents[0].sizes());
     attend_to_all(p, rows, context.mutable_data_ptr<float>());
   };
   if (bits == "fp8") {
-    attend_to(Float8{p.c}, Float8{p.c}.bytes());
+    attend_to(Float8{p.c});
   } else if (!bits.empty()) {
-    const Integers rows(p.c, bits[0] - '0');
-    attend_to(rows, rows.bytes());
+    attend_to(Integers(p.c, bits[0] - '0'));
   } else if (kind == at::kBFloat16) {
-    attend_to(Plain<c10::BFloat16>{p.c}, p.c);
+    attend_to(Plain<c10::BFloat16>{p.c});
   } else {
     TORCH_CHECK_VALUE(kind == at::kFloat, "expected latents of bfloat16 or float32, got ", kind, ".");
-    attend_to(Plain<float>{p.c}, p.c);
+    attend_to(Plain<float>{p.c});
   }
   return context;
 }

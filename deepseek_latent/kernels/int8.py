@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import DeepseekV2Experts
-
-operators = torch.ops.deepseek_latent
+from .library import multiply, operators
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +26,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(self.weight)
-        tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        y = operators.linear(tokens, self.weight_codes, self.weight_scales.float()).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return multiply(x, self.weight_codes, self.bias, self.weight_scales.float())
 
 
 class Int8Experts(DeepseekV2Experts):

@@ -21,6 +21,15 @@ SOURCES = ("products.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
+operators = torch.ops.deepseek_latent
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+    """x [.. k] times weight [n k], int8 ones times scales [n], as `F.linear`: [.. n] in the dtype of x."""
+    y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 @functools.cache
 def load_operators() -> str:
     """Registers `torch.ops.deepseek_latent`, built if need be; says which instructions it uses.
@@ -35,7 +44,7 @@ def load_operators() -> str:
     torch.library.register_fake("deepseek_latent::absorb", _absorb)
     torch.library.register_fake("deepseek_latent::attend", _attend)
     torch.library.register_fake("deepseek_latent::expand", _expand)
-    return torch.ops.deepseek_latent.instructions()
+    return operators.instructions()
 
 
 def _built() -> Path:

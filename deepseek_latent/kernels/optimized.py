@@ -12,14 +12,13 @@ from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
 from ..moe import DeepseekV2Experts, DeepseekV2MoEGate
 from .int8 import Int8Experts, Int8Linear, to_int8
-from .library import load_operators
+from .library import load_operators, multiply, operators
 
-# tokens up to which reading the weights takes longer than multiplying by them
+# tokens up to which reading the weights takes longer than multiplying by them; dot products, in products.cpp
 FEW = 8
 DTYPES = (torch.bfloat16, torch.float32)
 # in which torch would emulate products on this CPU; known once the operators are loaded
 SLOW_IN_TORCH: set[torch.dtype] = set()
-operators = torch.ops.deepseek_latent
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -38,8 +37,7 @@ class KernelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight):
             return super().forward(x)
-        y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return multiply(x, self.weight, self.bias)
 
 
 class KernelRMSNorm(nn.RMSNorm):
@@ -54,7 +52,7 @@ class KernelGate(DeepseekV2MoEGate):
         if not _takes(hidden_states, self.weight):
             return super().logits(hidden_states)
         # float32 times the weight as it is, so that neither is rounded
-        return operators.linear(hidden_states.float().contiguous(), self.weight)
+        return multiply(hidden_states.float(), self.weight, None)
 
 
 class KernelExperts(DeepseekV2Experts):

@@ -132,6 +132,13 @@ std::vector<Inputs> inputs_of(const at::Tensor& x) {
   return all;
 }
 
+// the scales of int8 weights, one per row; other weights have none, and no row is scaled
+const float* scales_of(const std::optional<at::Tensor>& scales) {
+  return scales ? scales->const_data_ptr<float>() : nullptr;
+}
+
+inline float scale(const float* scales, int64_t row) { return scales ? scales[row] : 1.0f; }
+
 // sums [rows][tokens], times a scale per row, into y [tokens, n] from column `first` on
 template <class T>
 void write_rows(const float* sums, int64_t rows, int64_t m, const float* scales, T* y, int64_t n, int64_t first) {
@@ -139,7 +146,7 @@ void write_rows(const float* sums, int64_t rows, int64_t m, const float* scales,
   for (int64_t start = 0; start < m; start += LANES)
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = start; i < std::min(start + LANES, m); i++)
-        y[i * n + first + r] = static_cast<T>(sums[r * m + i] * (scales ? scales[first + r] : 1.0f));
+        y[i * n + first + r] = static_cast<T>(sums[r * m + i] * scale(scales, first + r));
 }
 
 void check_product(const at::Tensor& x, const at::Tensor& weight, int64_t k) {
@@ -154,7 +161,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   check_product(x, weight, k);
   const std::vector<Inputs> inputs = inputs_of(x);
   at::Tensor y = at::empty({x.size(0), n}, x.options());
-  const float* factors = scales ? scales->const_data_ptr<float>() : nullptr;
+  const float* factors = scales_of(scales);
   const int64_t blocks = ceil_div(n, ROWS);
   with_weight(weight, [&](auto* rows) {
     with_floats(y, [&](auto* to) {
@@ -208,8 +215,7 @@ at::Tensor experts(
   check_product(x, gate_up, gate_up.size(2));
   check_product(x, down, down.size(1));
   std::vector<Work> works = sorted_by_expert(chosen.contiguous(), shares.contiguous(), gate_up.size(0));
-  const float* in_scales = gate_up_scales ? gate_up_scales->const_data_ptr<float>() : nullptr;
-  const float* out_scales = down_scales ? down_scales->const_data_ptr<float>() : nullptr;
+  const float *in_scales = scales_of(gate_up_scales), *out_scales = scales_of(down_scales);
 
   share(works.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -234,8 +240,8 @@ at::Tensor experts(
         multiply(weight + up_row * d, count, d, inputs, ups);
         for (int64_t r = 0; r < count; r++)
           for (int64_t t = 0; t < inputs.m; t++) {
-            const float gate = gates[r * inputs.m + t] * (in_scales ? in_scales[gate_row + r] : 1.0f);
-            const float up = ups[r * inputs.m + t] * (in_scales ? in_scales[up_row + r] : 1.0f);
+            const float gate = gates[r * inputs.m + t] * scale(in_scales, gate_row + r);
+            const float up = ups[r * inputs.m + t] * scale(in_scales, up_row + r);
             work.steps[1].at(t, first + r) = gate / (1.0f + std::exp(-gate)) * up;
           }
       }
@@ -257,7 +263,7 @@ at::Tensor experts(
           for (int64_t t = 0; t < inputs.m; t++)
             for (int64_t r = 0; r < count; r++)
               total[work.tokens[t] * columns + first + r] +=
-                  work.shares[t] * sums[r * inputs.m + t] * (out_scales ? out_scales[row + r] : 1.0f);
+                  work.shares[t] * sums[r * inputs.m + t] * scale(out_scales, row + r);
         }
       }
       with_floats(y, [&](auto* to) {
