@@ -159,7 +159,8 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
     mask = mask_of(kind, b, s, h, t)
     exact = _attend_to_blocks(queries.double(), latents, mask, c)
     pairs = zip(*map(_as_pair, latents.stretches))
-    result = torch.ops.deepseek_latent.attend(queries, *map(list, pairs), _additive(mask))
+    absorbed, q_rotary = (2 * queries).split((c, r), dim=-1)
+    result = torch.ops.deepseek_latent.attend(absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, _additive(mask))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
 
 
@@ -178,7 +179,8 @@ def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
     queries = noise(b, s, h, c + r, seed=2) / c**0.5
     exact = _attend_to_blocks(queries.double(), latents, None, c)
     pairs = zip(*map(_as_pair, latents.stretches))
-    result = torch.ops.deepseek_latent.attend(queries, *map(list, pairs), None, _bits_of(latents))
+    absorbed, q_rotary = queries[..., :c].contiguous(), queries[..., c:]
+    result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, _bits_of(latents))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
 
 
@@ -191,7 +193,7 @@ def test_what_operators_promise_torch_compile_is_kept(operators):
         (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), torch.zeros(3, 1, dtype=torch.long), shares)),
         (operators.absorb, (noise(3, 2, 4), noise(2, 4, 7))),
         (operators.expand, (noise(3, 2, 7), noise(2, 5, 7).bfloat16())),
-        (operators.attend, (noise(1, 2, 3, 9), [noise(1, 6, 7)], [noise(1, 6, 2)])),
+        (operators.attend, (noise(1, 2, 3, 7), noise(1, 2, 3, 2), [noise(1, 6, 7)], [noise(1, 6, 2)], 0.5)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -86,8 +86,7 @@ def attend_in_place(
     q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
     absorbed = operators.absorb(q_content_flat, w_uk.weight).unflatten(0, (b, s))
     absorbed = w_uk.with_adapters_absorbed(absorbed, q_content)
-    queries = torch.cat((absorbed, q_rotary.float()), dim=-1) * scale
-    context = operators.attend(queries, *map(list, zip(*pairs)), _additive(mask), bits)
+    context = operators.attend(absorbed, q_rotary, *map(list, zip(*pairs)), scale, _additive(mask), bits)
     expanded = operators.expand(context.flatten(0, 1), w_uv.weight).unflatten(0, (b, s))
     return w_uv.with_adapters_expanded(expanded, context)
 

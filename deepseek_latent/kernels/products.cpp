@@ -28,16 +28,16 @@ constexpr int64_t DEPTH = 256;     // of a product with lanes: a group's inputs 
 // side, in groups of 32 of which each is [k 32].
 struct Inputs {
   int64_t m, k, padded;
-  std::vector<float> data;
+  Aligned data;
 
-  Inputs(int64_t m, int64_t k) : m(m), k(k), padded(ceil_div(k, LANES) * LANES) {
-    data.resize(is_few() ? m * padded : ceil_div(m, GROUP) * GROUP * k);
-  }
+  Inputs(int64_t m, int64_t k)
+      : m(m), k(k), padded(ceil_div(k, LANES) * LANES),
+        data(is_few() ? m * padded : ceil_div(m, GROUP) * GROUP * k) {}
   bool is_few() const { return m <= FEW; }
   const float* token(int64_t i) const { return data.data() + i * padded; }
   const float* group(int64_t g) const { return data.data() + g * k * GROUP; }
   float& at(int64_t token, int64_t i) {
-    return is_few() ? data[token * padded + i] : data[(token / GROUP * k + i) * GROUP + token % GROUP];
+    return data.data()[is_few() ? token * padded + i : (token / GROUP * k + i) * GROUP + token % GROUP];
   }
   // where from(token) is the start of one; a few columns of all, then the next
   template <class From>
@@ -301,11 +301,11 @@ at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
   with_floats(x, [&](auto* from) {
     with_floats(w, [&](auto* weight) {
       share(h, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> factors(ceil_div(n, 4) * 4), sums(ceil_div(c, LANES) * LANES);
+        Aligned factors(ceil_div(n, 4) * 4), sums(c);
         for (int64_t head = begin; head < end; head++)
           for (int64_t token = 0; token < m; token++) {
             widen_row(from + token * x.stride(0) + head * x.stride(1), n, factors.data());
-            std::fill(sums.begin(), sums.end(), 0.0f);
+            std::fill_n(sums.data(), c, 0.0f);
             for (int64_t i = 0; i < n; i += 4)
               add_rows(weight + head * w.stride(0), w.stride(1), i, n, c, factors.data() + i, sums.data());
             std::memcpy(to + (token * h + head) * c, sums.data(), c * sizeof(float));
@@ -352,11 +352,12 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     const T* factors = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
     share(x.numel() / d, 16, [&](int64_t begin, int64_t end) {
-      std::vector<float> row(ceil_div(d, LANES) * LANES, 0.0f);
+      Aligned aligned(d);
+      float* const row = aligned.data();
       for (int64_t i = begin; i < end; i++) {
-        widen_row(from + i * d, d, row.data());
+        widen_row(from + i * d, d, row);
         Floats squares{};
-        for (int64_t j = 0; j < d; j += LANES) squares += load<Floats>(row.data() + j) * load<Floats>(row.data() + j);
+        for (int64_t j = 0; j < d; j += LANES) squares += load<Floats>(row + j) * load<Floats>(row + j);
         const float factor = 1.0f / std::sqrt(sum(squares) / d + static_cast<float>(eps));
         for (int64_t j = 0; j < d; j++)
           to[i * d + j] = static_cast<T>(row[j] * factor * static_cast<float>(factors[j]));

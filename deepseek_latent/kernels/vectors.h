@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 namespace latent {
 
@@ -40,6 +41,16 @@ template <class Vector>
 inline void store(void* to, Vector x) {
   std::memcpy(to, &x, sizeof x);
 }
+
+// n numbers, zero at first, where whole vectors begin with a line of the cache: a load across two lines takes twice as long
+class Aligned {
+  std::vector<Floats> vectors_;
+
+ public:
+  explicit Aligned(int64_t n = 0) : vectors_(ceil_div(n, LANES)) {}
+  float* data() { return reinterpret_cast<float*>(vectors_.data()); }
+  const float* data() const { return reinterpret_cast<const float*>(vectors_.data()); }
+};
 
 inline Floats splat(float x) { return x - Floats{}; }
 
@@ -83,6 +94,37 @@ inline float sum(Floats x) {
   for (int64_t width = LANES / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; i++) parts[i] += parts[i + width];
   return parts[0];
+}
+
+// lanes of a (0 to 15) and b (16 to 31) in the order named
+#ifdef __clang__
+#define LATENT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LATENT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
+inline Floats halves_added(Floats a, Floats b) {
+  return LATENT_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         LATENT_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+inline Floats quarters_added(Floats a, Floats b) {
+  return LATENT_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         LATENT_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+inline Floats pairs_added(Floats a, Floats b) {
+  return LATENT_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+         LATENT_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+
+// the sums over all lanes of eight vectors, in the first eight lanes
+inline Floats sums_of_eight(const Floats* x) {
+  const Floats first = quarters_added(halves_added(x[0], x[1]), halves_added(x[2], x[3]));
+  const Floats second = quarters_added(halves_added(x[4], x[5]), halves_added(x[6], x[7]));
+  const Floats pairs = pairs_added(first, second);
+  return LATENT_SHUFFLE(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14) +
+         LATENT_SHUFFLE(pairs, pairs, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -1,0 +1,182 @@
+// Some rows look at some cached tokens: the inner part of attention over a cache.
+//
+// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r. A row is one
+// head of one query token: all rows read the same latents. Tokens are widened to float32 a few at a time and pass twice,
+// for scores and for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cached_rows.h"
+#include "vectors.h"
+
+namespace latent {
+
+constexpr int64_t TILE = 48;  // cached tokens that pass together, a multiple of SCORED
+// What a product keeps in registers: 24 sums, so that ten loads serve 24 products. Scores have few rows, whose queries
+// come from the second cache; sums of latents many, since there it is the tokens that do.
+constexpr int64_t SCORED = 6, SCORED_ROWS = 4;  // tokens, rows
+constexpr int64_t WEIGHTED = 3, WEIGHTED_ROWS = 8;  // vectors of a token, rows
+
+// Tokens one after the other, of all sequences or, where a sequence takes no step, common to them. Steps in bytes.
+struct Stretch {
+  const char *latent, *rotary;
+  int64_t latent_step, rotary_step, latent_sequence, rotary_sequence;
+  int64_t first, end;
+};
+
+struct Problem {
+  int64_t batch, queries, heads, rows, padded_rows, tokens, c, r;
+  const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps, or null: the last query sees all
+  int64_t mask_steps[4];
+  std::vector<Stretch> stretches;
+
+  // in whole vectors
+  int64_t width() const { return ceil_div(c + r, LANES) * LANES; }
+  int64_t latent_width() const { return ceil_div(c, LANES) * LANES; }
+};
+
+// What some tokens gave: per row the largest score, and total and weighted sum in units of exp(that score).
+struct Part {
+  Aligned largest, total, context;  // [rows], [rows], [rows][latent_width]
+
+  explicit Part(const Problem& p)
+      : largest(p.padded_rows), total(p.padded_rows), context(p.padded_rows * p.latent_width()) {
+    std::fill_n(largest.data(), p.padded_rows, LOWEST);
+  }
+};
+
+// At most TILE tokens, where they lie.
+struct Tokens {
+  int64_t count = 0;
+  const char *latent[TILE], *rotary[TILE];
+
+  Tokens(const Problem& p, int64_t sequence, int64_t first, int64_t last) {
+    for (const Stretch& s : p.stretches)
+      for (int64_t token = std::max(first, s.first); token < std::min({first + TILE, last, s.end}); token++) {
+        latent[count] = s.latent + sequence * s.latent_sequence + (token - s.first) * s.latent_step;
+        rotary[count++] = s.rotary + sequence * s.rotary_sequence + (token - s.first) * s.rotary_step;
+      }
+  }
+};
+
+// Asks for tokens that will be read next, a little in every step, so that memory works while the CPU multiplies.
+struct Demand {
+  const Tokens& tokens;
+  int64_t bytes, per_step, asked = 0;
+
+  Demand(const Tokens& tokens, int64_t bytes, int64_t steps)
+      : tokens(tokens), bytes(bytes), per_step(ceil_div(ceil_div(bytes, 64), steps) * 64) {}
+  void step(int64_t token) const {
+    // into the second cache, since the first has what is worked with
+    if (token < tokens.count)
+      for (int64_t i = asked; i < std::min(asked + per_step, bytes); i += 64)
+        __builtin_prefetch(tokens.latent[token] + i, 0, 2);
+  }
+};
+
+// scores [count][16] of sixteen rows with -inf where a row may not look
+void hide(const Problem& p, int64_t sequence, int64_t first_row, int64_t first, int64_t count, float* scores) {
+  // only the last tokens can lie in some query's future
+  if (!p.mask && first + count <= p.tokens - p.queries + 1) return;
+  for (int64_t i = 0; i < LANES && first_row + i < p.rows; i++) {
+    const int64_t query = (first_row + i) / p.heads, head = (first_row + i) % p.heads;
+    const float* mask =
+        p.mask + sequence * p.mask_steps[0] + head * p.mask_steps[1] + query * p.mask_steps[2] + first * p.mask_steps[3];
+    for (int64_t j = 0; j < count; j++) {
+      if (p.mask)
+        scores[j * LANES + i] += mask[j * p.mask_steps[3]];
+      else if (first + j > p.tokens - p.queries + query)
+        scores[j * LANES + i] = -INFINITE;
+    }
+  }
+}
+
+// scores [SCORED][16] of SCORED_ROWS queries and SCORED tokens, all of `width`
+inline void score(const float* queries, const float* tokens, int64_t width, float* scores) {
+  Floats sums[SCORED][SCORED_ROWS] = {};
+  for (int64_t i = 0; i < width; i += LANES) {
+    Floats query[SCORED_ROWS];
+    for (int row = 0; row < SCORED_ROWS; row++) query[row] = load<Floats>(queries + row * width + i);
+    for (int t = 0; t < SCORED; t++) {
+      const Floats token = load<Floats>(tokens + t * width + i);
+      for (int row = 0; row < SCORED_ROWS; row++) sums[t][row] += query[row] * token;
+    }
+  }
+  for (int t = 0; t < SCORED; t += 2) {
+    float totals[LANES];
+    store(totals, sums_of_eight(sums[t]));
+    for (int k = 0; k < 2; k++)
+      std::memcpy(scores + (t + k) * LANES, totals + k * SCORED_ROWS, SCORED_ROWS * sizeof(float));
+  }
+}
+
+// context [WEIGHTED_ROWS][context_width] += weights [count][16] times V vectors of each token
+template <int V>
+inline void add_weighted(
+    const float* weights, const float* tokens, int64_t width, int64_t count, float* context, int64_t context_width,
+    const Demand& next) {
+  Floats sums[WEIGHTED_ROWS][V];
+  for (int row = 0; row < WEIGHTED_ROWS; row++)
+    for (int v = 0; v < V; v++) sums[row][v] = load<Floats>(context + row * context_width + v * LANES);
+  for (int64_t t = 0; t < count; t++) {
+    next.step(t);
+    Floats token[V];
+    for (int v = 0; v < V; v++) token[v] = load<Floats>(tokens + t * width + v * LANES);
+    for (int row = 0; row < WEIGHTED_ROWS; row++)
+      for (int v = 0; v < V; v++) sums[row][v] += weights[t * LANES + row] * token[v];
+  }
+  for (int row = 0; row < WEIGHTED_ROWS; row++)
+    for (int v = 0; v < V; v++) store(context + row * context_width + v * LANES, sums[row][v]);
+}
+
+// Sixteen rows look at the tokens of a tile, which are widened to `tile` where these rows are the first.
+template <class Rows>
+void attend_to_tile(
+    const Problem& p, const Rows& rows, int64_t sequence, int64_t first_row, int64_t first, const Tokens& tokens,
+    const Tokens& next, const float* queries, float* tile, Part& part) {
+  alignas(64) float scores[TILE * LANES] = {};
+  const int64_t width = p.width(), context_width = p.latent_width(), present = std::min(LANES, p.rows - first_row);
+  // tokens and rows behind the last are computed with and not used
+  for (int64_t t = 0; t < tokens.count; t += SCORED) {
+    for (int64_t k = t; first_row == 0 && k < std::min(t + SCORED, tokens.count); k++) {
+      rows.read(tokens.latent[k], tile + k * width);
+      widen_row(reinterpret_cast<const typename Rows::Rotary*>(tokens.rotary[k]), p.r, tile + k * width + p.c);
+    }
+    for (int64_t row = 0; row < present; row += SCORED_ROWS)
+      score(queries + (first_row + row) * width, tile + t * width, width, scores + t * LANES + row);
+  }
+  hide(p, sequence, first_row, first, tokens.count, scores);
+
+  float* const largest_before = part.largest.data() + first_row;
+  Floats largest = load<Floats>(largest_before);
+  for (int64_t t = 0; t < tokens.count; t++) largest = larger(load<Floats>(scores + t * LANES), largest);
+  const Floats kept = exp_of_negative(load<Floats>(largest_before) - largest);
+  store(largest_before, largest);
+
+  Floats total = load<Floats>(part.total.data() + first_row) * kept;
+  for (int64_t t = 0; t < tokens.count; t++) {
+    const Floats weight = exp_of_negative(load<Floats>(scores + t * LANES) - largest);
+    store(scores + t * LANES, weight);
+    total += weight;
+  }
+  store(part.total.data() + first_row, total);
+
+  float* const context = part.context.data() + first_row * context_width;
+  if (sum(kept) < LANES)
+    for (int64_t row = 0; row < LANES; row++)
+      for (int64_t i = 0; i < context_width; i++) context[row * context_width + i] *= kept[row];
+  const int64_t steps = ceil_div(context_width, WEIGHTED * LANES) * ceil_div(present, WEIGHTED_ROWS);
+  Demand demand(next, first_row == 0 ? rows.bytes() + p.r * sizeof(typename Rows::Rotary) : 0, steps);
+  for (int64_t i = 0; i < context_width; i += WEIGHTED * LANES)
+    for (int64_t row = 0; row < present; row += WEIGHTED_ROWS) {
+      float* to = context + row * context_width + i;
+      const int64_t vectors = (context_width - i) / LANES;
+      const auto add = vectors >= WEIGHTED ? add_weighted<WEIGHTED> : vectors == 2 ? add_weighted<2> : add_weighted<1>;
+      add(scores + row, tile + i, width, tokens.count, to, context_width, demand);
+      demand.asked += demand.per_step;
+    }
+}
+
+}  // namespace latent
