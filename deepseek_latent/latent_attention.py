@@ -36,6 +36,8 @@ class DeepseekV2Attention(nn.Module):
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1, eqs. 9-19 and 37-47.
     """
 
+    rotate = staticmethod(rotate)
+
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
         self.config = config
@@ -135,13 +137,13 @@ class DeepseekV2Attention(nn.Module):
         # -1, since a tensor-parallel rank has only its share of the heads
         queries = queries.view(*hidden_states.shape[:2], -1, self.n + self.r)
         q_content, q_rotary = queries.split((self.n, self.r), dim=-1)
-        return q_content, rotate(q_rotary, *rotation)
+        return q_content, self.rotate(q_rotary, *rotation)
 
     def project_latents(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[b s d] to what is cached: latents [b 1 s c] after their norm, rotated keys [b 1 s r] (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_rotary = compressed.split((self.config.kv_lora_rank, self.r), dim=-1)
-        return self.kv_a_layernorm(latent)[:, None], rotate(k_rotary, *rotation)[:, None]
+        return self.kv_a_layernorm(latent)[:, None], self.rotate(k_rotary, *rotation)[:, None]
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
         """[b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v], by calling `kv_b_proj` (eqs. 10-11, 17).
@@ -204,7 +206,7 @@ def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tens
     # .weight of a LoRA-wrapped layer is the base weight; the adapters' share must be added.
     if (type(linear).__module__, type(linear).__name__) != ("peft.tuners.lora.layer", "Linear"):
         return None
-    if not _is_bare(linear.base_layer) or linear.fan_in_fan_out or _has_hooks(linear):
+    if not _is_bare(linear.base_layer) or linear.fan_in_fan_out or has_hooks(linear):
         return None
     weight = linear.base_layer.weight
     if linear.merged:
@@ -225,13 +227,13 @@ def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tens
 
 
 def _is_bare(linear: nn.Module) -> bool:
-    if type(linear) is not nn.Linear or linear.bias is not None or _has_hooks(linear):
+    if type(linear) is not nn.Linear or linear.bias is not None or has_hooks(linear):
         return False
     weight = linear.weight
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     # accelerate replaces `forward` on the instance
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 

@@ -25,8 +25,13 @@ class Int8Linear(nn.Linear):
     """`codes` [n k] and `scales` [n] stand for the weight; in its place is one NaN that looks like all of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        _check(self.weight)
-        return multiply(x, self.weight_codes, self.bias, self.weight_scales.float())
+        codes, scales = codes_and_scales(self)
+        return multiply(x, codes, self.bias, scales)
+
+
+def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
+    _check(linear.weight)
+    return linear.weight_codes, linear.weight_scales.float()
 
 
 class Int8Experts(DeepseekV2Experts):

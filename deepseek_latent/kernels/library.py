@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 HERE = Path(__file__).parent
-SOURCES = ("products.cpp", "attention.cpp")
+SOURCES = ("products.cpp", "experts.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
@@ -39,10 +39,9 @@ def load_operators() -> str:
     """
     torch.ops.load_library(_built())
     torch.library.register_fake("deepseek_latent::linear", _linear)
-    torch.library.register_fake("deepseek_latent::experts", _like_the_first)
-    torch.library.register_fake("deepseek_latent::rms_norm", _like_the_first)
+    for name in ("experts", "mlp", "rms_norm", "rotate", "attend"):
+        torch.library.register_fake(f"deepseek_latent::{name}", _like_the_first)
     torch.library.register_fake("deepseek_latent::absorb", _absorb)
-    torch.library.register_fake("deepseek_latent::attend", _like_the_first)
     torch.library.register_fake("deepseek_latent::expand", _expand)
     return operators.instructions()
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
-from ..latent_attention import DeepseekV2Attention
+from ..latent_attention import DeepseekV2Attention, has_hooks
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
-from ..moe import DeepseekV2Experts, DeepseekV2MoEGate
-from .int8 import Int8Experts, Int8Linear, to_int8
+from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
+from ..rotary import rotate
+from .int8 import Int8Experts, Int8Linear, codes_and_scales, to_int8
 from .library import load_operators, multiply, operators
 
 # tokens up to which reading the weights takes longer than multiplying by them; dot products, in products.cpp
@@ -63,7 +65,31 @@ class KernelExperts(DeepseekV2Experts):
         return operators.experts(hidden_states.contiguous(), gate_up, down, top_k_index, top_k_weights.float())
 
 
+class KernelMLP(DeepseekV2MLP):
+    """In one call, where its projections do nothing but multiply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        kinds = {type(projection) for projection in projections}
+        if any(projection.bias is not None or has_hooks(projection) for projection in projections) or len(kinds) > 1:
+            return super().forward(x)
+        if kinds == {Int8Linear}:
+            stored = [codes_and_scales(projection) for projection in projections]
+        elif kinds == {KernelLinear} and all(_takes(x, projection.weight) for projection in projections):
+            stored = [(projection.weight, None) for projection in projections]
+        else:
+            return super().forward(x)
+        weights, scales = zip(*stored)
+        return operators.mlp(x.reshape(-1, x.shape[-1]).contiguous(), *weights, *scales).view(x.shape)
+
+
 class KernelAttention(DeepseekV2Attention):
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
+            return rotate(x, cos, sin)
+        return operators.rotate(x, cos, sin)
+
     def choose_path(self, s: int, t: int, mask):
         path = super().choose_path(s, t, mask)
         return attend_in_place if path is absorbed_attention else path
@@ -117,6 +143,7 @@ def _additive(mask: Tensor | None) -> Tensor | None:
 REPLACEMENTS = {
     nn.Linear: KernelLinear,
     nn.RMSNorm: KernelRMSNorm,
+    DeepseekV2MLP: KernelMLP,
     DeepseekV2MoEGate: KernelGate,
     DeepseekV2Experts: KernelExperts,
     DeepseekV2Attention: KernelAttention,
@@ -188,7 +215,7 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
         # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
         if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
             continue
-        if kind is DeepseekV2Experts and module.config.hidden_act != "silu":
+        if kind in (DeepseekV2Experts, DeepseekV2MLP) and type(module.act_fn) is not type(ACT2FN["silu"]):
             continue
         if weights == "int8" and kind in INT8 and not _is_tied(module, model):
             to_int8(module)

@@ -8,7 +8,8 @@
 
 namespace latent {
 
-// body(begin, end) for ranges of at most `at_once` units, until all are done
+// body(begin, end) for ranges of at most `at_once` units, until all are done; small ones at the end, where threads wait
+// for each other
 template <class Body>
 void share(int64_t units, int64_t at_once, Body body) {
   std::atomic<int64_t> next{0};
@@ -16,8 +17,12 @@ void share(int64_t units, int64_t at_once, Body body) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     // where torch gives one thread all of it, the first turn leaves nothing to the others
     for (int64_t thread = begin; thread < end; thread++)
-      for (int64_t first = next.fetch_add(at_once); first < units; first = next.fetch_add(at_once))
-        body(first, std::min(first + at_once, units));
+      for (int64_t first = next.load(); first < units;) {
+        const int64_t last = first + std::clamp<int64_t>((units - first) / (2 * threads), 1, at_once);
+        if (!next.compare_exchange_weak(first, last)) continue;
+        body(first, last);
+        first = next.load();
+      }
   });
 }
 
