@@ -41,7 +41,7 @@ void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, f
   const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / FEWEST));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
   std::vector<Part> parts(p.batch * per_sequence, Part(p));
-  share(parts.size(), 1, [&](int64_t begin, int64_t end) {
+  share(parts.size(), 1, 1, [&](int64_t begin, int64_t end) {
     Aligned tile(TILE * p.width());
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t sequence = unit / per_sequence, last = std::min((unit % per_sequence + 1) * per_part, p.tokens);
@@ -53,7 +53,7 @@ void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, f
       }
     }
   });
-  share(p.batch, 1, [&](int64_t begin, int64_t end) {
+  share(p.batch, 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       merge(p, parts.data() + i * per_sequence, per_sequence, context + i * p.rows * p.c);
   });
@@ -64,7 +64,7 @@ Aligned side_by_side(const Problem& p, const at::Tensor& absorbed, const at::Ten
   const at::Tensor rotary = q_rotary.to(at::kFloat).contiguous();
   const float *from = absorbed.const_data_ptr<float>(), *from_rotary = rotary.const_data_ptr<float>();
   Aligned queries(p.batch * p.padded_rows * p.width());
-  share(p.batch * p.rows, 64, [&](int64_t begin, int64_t end) {
+  share(p.batch * p.rows, 64, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       float* to = queries.data() + (i / p.rows * p.padded_rows + i % p.rows) * p.width();
       for (int64_t j = 0; j < p.c; j++) to[j] = from[i * p.c + j] * static_cast<float>(scale);

@@ -29,7 +29,7 @@ inline const float* from_row(const float* scales, int64_t row) { return scales ?
 template <class T>
 at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
   const int64_t m = x.size(0), d = x.size(1);
-  share(works.size(), 1, [&](int64_t begin, int64_t end) {
+  share(works.size(), 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t count = works[i].tokens.size();
       works[i].steps = {Inputs(count, d), Inputs(count, f)};
@@ -40,7 +40,7 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
   });
 
   const int64_t blocks = ceil_div(f, SOME_ROWS);
-  share(works.size() * blocks, ROWS / SOME_ROWS, [&](int64_t begin, int64_t end) {
+  share(works.size() * blocks, 1, rows_at_once(m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
     alignas(64) float gates[ROWS * MANY], ups[ROWS * MANY];
     // what was handed out may end in the next work
     for (int64_t block = begin, until; block < end; block = until) {
@@ -60,15 +60,16 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
   });
 
   at::Tensor y = at::empty({m, d}, x.options());
-  share(ceil_div(d, SOME_ROWS), 2 * ROWS / SOME_ROWS, [&](int64_t begin, int64_t end) {
+  share(ceil_div(d, SOME_ROWS), 1, 2 * rows_at_once(m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
     const int64_t first_column = begin * SOME_ROWS, columns = std::min(end * SOME_ROWS, d) - first_column;
     alignas(64) float sums[ROWS * MANY];
     std::vector<float> total(m * columns);
     // a work's inputs stay at hand while all its rows pass
     for (const Work<T>& work : works) {
       const Inputs& tokens = work.steps[1];
-      for (int64_t first = 0; first < columns; first += ROWS) {
-        const int64_t row = first_column + first, count = std::min(ROWS, columns - first);
+      const int64_t at_once = rows_at_once(tokens.m);
+      for (int64_t first = 0; first < columns; first += at_once) {
+        const int64_t row = first_column + first, count = std::min(at_once, columns - first);
         multiply(work.down + row * f, count, f, tokens, sums);
         for (int64_t t = 0; t < tokens.m; t++)
           for (int64_t r = 0; r < count; r++)

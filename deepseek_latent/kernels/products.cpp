@@ -15,7 +15,7 @@ std::vector<Inputs> inputs_of(const at::Tensor& x) {
   for (int64_t first = 0; first < x.size(0); first += MANY)
     all.emplace_back(std::min(MANY, x.size(0) - first), x.size(1));
   with_floats(x, [&](auto* data) {
-    share(all.size(), 1, [&](int64_t begin, int64_t end) {
+    share(all.size(), 1, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; chunk++)
         all[chunk].put([&](int64_t i) { return data + (chunk * MANY + i) * x.stride(0); });
     });
@@ -33,7 +33,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   with_weight(weight, [&](auto* rows) {
     with_floats(y, [&](auto* to) {
       for (const Inputs& tokens : inputs) {
-        share(ceil_div(n, SOME_ROWS), ROWS / SOME_ROWS, [&](int64_t begin, int64_t end) {
+        share(ceil_div(n, SOME_ROWS), 1, rows_at_once(tokens.m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
           alignas(64) float sums[ROWS * MANY];
           const int64_t first = begin * SOME_ROWS, count = std::min(end * SOME_ROWS, n) - first;
           multiply(rows + first * k, count, k, tokens, sums);
@@ -69,7 +69,7 @@ at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
   float* to = y.mutable_data_ptr<float>();
   with_floats(x, [&](auto* from) {
     with_floats(w, [&](auto* weight) {
-      share(h, 1, [&](int64_t begin, int64_t end) {
+      share(h, 1, 1, [&](int64_t begin, int64_t end) {
         Aligned factors(ceil_div(n, 4) * 4), sums(c);
         for (int64_t head = begin; head < end; head++)
           for (int64_t token = 0; token < m; token++) {
@@ -93,7 +93,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   const float* from = x.const_data_ptr<float>();
   with_floats(w, [&](auto* weight) {
     auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
-    share(h, 1, [&](int64_t begin, int64_t end) {
+    share(h, 1, 1, [&](int64_t begin, int64_t end) {
       alignas(64) float sums[ROWS * MANY];
       for (int64_t head = begin; head < end; head++)
         for (int64_t token = 0; token < m; token += MANY) {
@@ -120,7 +120,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     using T = std::remove_pointer_t<decltype(from)>;
     const T* factors = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    share(x.numel() / d, 16, [&](int64_t begin, int64_t end) {
+    share(x.numel() / d, 16, 16, [&](int64_t begin, int64_t end) {
       Aligned aligned(d);
       float* const row = aligned.data();
       for (int64_t i = begin; i < end; i++) {
@@ -148,7 +148,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   with_floats(x, [&](auto* from) {
     using T = std::remove_pointer_t<decltype(from)>;
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    share(x.size(0) * s, 16, [&](int64_t begin, int64_t end) {
+    share(x.size(0) * s, 16, 16, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++)
         for (int64_t head = 0; head < h; head++) {
           const T* pairs = from + token / s * x.stride(0) + token % s * x.stride(1) + head * step;

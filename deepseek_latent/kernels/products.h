@@ -14,13 +14,17 @@
 
 namespace latent {
 
-constexpr int64_t ROWS = 64;       // rows of a weight that a thread takes at most
-constexpr int64_t SOME_ROWS = 16;  // and at least
+constexpr int64_t ROWS = 64;       // rows of a weight that meet many tokens
+constexpr int64_t SOME_ROWS = 16;  // that a thread takes at least
 constexpr int64_t FEW = 8;         // tokens up to which rows become dot products
 constexpr int64_t MANY = 256;      // tokens that are multiplied at once: their inputs stay in the second cache
 constexpr int64_t GROUP = 2 * LANES;  // tokens that share the lanes of one step
 constexpr int64_t AHEAD = 1024;    // elements from what is read to what is asked for
 constexpr int64_t DEPTH = 256;     // of a product with lanes: a group's inputs then stay in the first cache
+
+// Rows that meet m tokens at once, in a buffer of ROWS * MANY sums: many if tokens are few, since every stream of memory
+// starts slowly.
+inline int64_t rows_at_once(int64_t m) { return m <= FEW ? ROWS * MANY / FEW / 2 : ROWS; }
 
 // At most MANY tokens as products read them: few one after the other, padded with zeros to whole vectors; many side by
 // side, in groups of 32 of which each is [k 32].
@@ -81,7 +85,7 @@ inline void dot_block(const T* rows, int64_t n, int64_t step, const Inputs& x, i
   for (int64_t r = 4 * quarter; r < n; r++) dot_rows<T, 1, M>(rows + r * step, step, x, first, to + r * x.m, x.m);
 }
 
-// n <= ROWS rows of width x.k, `step` apart, times all tokens: to[row][token]
+// n <= rows_at_once(x.m) rows of width x.k, `step` apart, times all tokens: to[row][token]
 template <class T>
 void multiply(const T* rows, int64_t n, int64_t step, const Inputs& x, float* to) {
   if (x.is_few()) {

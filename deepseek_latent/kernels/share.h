@@ -8,17 +8,17 @@
 
 namespace latent {
 
-// body(begin, end) for ranges of at most `at_once` units, until all are done; small ones at the end, where threads wait
+// body(begin, end) for ranges of `least` to `most` units, until all are done; short ones at the end, where threads wait
 // for each other
 template <class Body>
-void share(int64_t units, int64_t at_once, Body body) {
+void share(int64_t units, int64_t least, int64_t most, Body body) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + at_once - 1) / at_once);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + least - 1) / least);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     // where torch gives one thread all of it, the first turn leaves nothing to the others
     for (int64_t thread = begin; thread < end; thread++)
       for (int64_t first = next.load(); first < units;) {
-        const int64_t last = first + std::clamp<int64_t>((units - first) / (2 * threads), 1, at_once);
+        const int64_t last = std::min(first + std::clamp((units - first) / (2 * threads), least, most), units);
         if (!next.compare_exchange_weak(first, last)) continue;
         body(first, last);
         first = next.load();
