@@ -12,7 +12,6 @@ from ..latent_attention import DeepseekV2Attention, has_hooks
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
 from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
-from ..rotary import rotate
 from .int8 import Int8Experts, Int8Linear, codes_and_scales, to_int8
 from .library import load_operators, multiply, operators
 
@@ -87,7 +86,7 @@ class KernelAttention(DeepseekV2Attention):
     @staticmethod
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
-            return rotate(x, cos, sin)
+            return DeepseekV2Attention.rotate(x, cos, sin)
         return operators.rotate(x, cos, sin)
 
     def choose_path(self, s: int, t: int, mask):
