@@ -16,6 +16,7 @@ from deepseek_latent.kernels import library, optimize_for_inference
 from deepseek_latent.kernels.int8 import rounded
 from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
 from deepseek_latent.latent_ops import _attend_to_blocks
+from deepseek_latent.rotary import rotate
 
 from .support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, tiny_model
 
@@ -48,7 +49,7 @@ def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
 # tokens: one by one, both sides of the change from dot products to lanes, more than a group of lanes
 @DTYPES
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 32, 33, 70])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (33, 16), (40, 37), (65, 300)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (33, 16), (40, 37), (65, 300), (2500, 3)])
 def test_products_are_those_of_torch(dtype, m, n, k, operators):
     x, weight = noise(m, k).to(dtype), noise(n, k, seed=1).to(dtype)
     exact = x.double() @ weight.double().T
@@ -68,7 +69,7 @@ def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m,
 
 @DTYPES
 @pytest.mark.parametrize("m", [1, 2, 5, 60])
-@pytest.mark.parametrize(("d", "f"), [(5, 7), (40, 33), (72, 32)])
+@pytest.mark.parametrize(("d", "f"), [(5, 7), (40, 33), (72, 32), (9, 1100)])
 @pytest.mark.parametrize("in_int8", [False, True])
 def test_experts_are_those_of_torch(dtype, m, d, f, in_int8, operators):
     e, k = 6, 3
@@ -89,11 +90,46 @@ def test_experts_are_those_of_torch(dtype, m, d, f, in_int8, operators):
         expert, share = chosen[token, slot], shares[token, slot]
         if expert == e:
             continue
-        for total, kind in ((exact, torch.float64), (yardstick, dtype)):
-            gate, up = F.linear(x[token].to(kind), gates[expert].to(kind)).chunk(2)
-            total[token] += F.linear(F.silu(gate) * up, downs[expert].to(kind)) * share
+        sides = ((exact, torch.float64, F.linear), (yardstick, dtype, summed_in_order))
+        for total, kind, multiplied in sides:
+            gate, up = multiplied(x[token][None].to(kind), gates[expert].to(kind)).chunk(2, dim=1)
+            total[token] += multiplied(F.silu(gate) * up, downs[expert].to(kind))[0] * share
     assert result.dtype == dtype
     assert_within_rounding(result, exact, yardstick.to(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 9, 300])
+@pytest.mark.parametrize(("d", "f"), [(5, 7), (40, 33), (1100, 20)])
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_the_mlp_of_a_layer_is_that_of_torch(dtype, m, d, f, in_int8, operators):
+    x = noise(m, d).to(dtype)
+    weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(((f, d), (f, d), (d, f)))]
+    scales, exact_weights = [], [w.double() for w in weights]
+    if in_int8:
+        weights, scales = zip(*map(rounded, weights))
+        exact_weights = [w.double() * scale[:, None] for w, scale in zip(weights, scales)]
+    gate, up, down = exact_weights
+    exact = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
+    gate, up, down = (w.to(dtype) for w in exact_weights)
+    yardstick = summed_in_order(F.silu(summed_in_order(x, gate)) * summed_in_order(x, up), down)
+    result = operators.mlp(x, *weights, *scales)
+    assert result.dtype == dtype
+    assert_within_rounding(result, exact, yardstick)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 40, 1, 8), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("angles_of", ["each", "all"])
+def test_rotation_is_that_of_torch(dtype, shape, angles_of, operators):
+    angles = noise(shape[0] if angles_of == "each" else 1, shape[1], shape[-1] // 2, seed=1) * 100
+    # a part of something wider, as queries are
+    x = noise(*shape[:-1], shape[-1] + 3).to(dtype)[..., 3:]
+    cos, sin = angles.cos(), angles.sin()
+    turns = torch.complex(cos.double(), sin.double()).view(*cos.shape[:2], *[1] * (len(shape) - 3), -1)
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    exact = torch.view_as_real(pairs * turns).flatten(-2)
+    assert_within_rounding(operators.rotate(x, cos, sin), exact, rotate(x, cos, sin))
 
 
 @DTYPES
@@ -191,6 +227,8 @@ def test_what_operators_promise_torch_compile_is_kept(operators):
         (operators.linear, (x, weight)),
         (operators.rms_norm, (x, weight[0], 1e-6)),
         (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), torch.zeros(3, 1, dtype=torch.long), shares)),
+        (operators.mlp, (x, weight, weight, weight.T.contiguous())),
+        (operators.rotate, (noise(1, 3, 2, 4), noise(1, 3, 2), noise(1, 3, 2))),
         (operators.absorb, (noise(3, 2, 4), noise(2, 4, 7))),
         (operators.expand, (noise(3, 2, 7), noise(2, 5, 7).bfloat16())),
         (operators.attend, (noise(1, 2, 3, 7), noise(1, 2, 3, 2), [noise(1, 6, 7)], [noise(1, 6, 2)], 0.5)),
@@ -301,6 +339,16 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
         assert linear(x.float()).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x.float())
+
+
+@torch.no_grad()
+def test_what_watches_a_projection_still_sees_it():
+    model, ids, seen = tiny_model(), random_ids(1, 1), []
+    optimize_for_inference(model)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    expected = tiny_model()(ids).logits
+    assert relative_error(model(ids).logits, expected) < 1e-5
+    assert len(seen) == 1
 
 
 def test_undoing_leaves_the_model_as_it_was():

@@ -1,0 +1,108 @@
+"""Memory against context while decoding: python -m benchmarks.memory --out benchmarks/results/memory.json
+
+Lite-4 in bfloat16 holds a cache of random latents and decodes 16 tokens, by this package after `optimize_for_inference`,
+with the cache as it is and in fewer bits, and by transformers' own class, each in a process of its own. Told are the
+bytes of the cache, how far the process grew while it was filled, and how much further while tokens were decoded, where
+transformers' class expands all that is cached. Linux only. The plot lies beside the result file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.progress import track
+
+from deepseek_latent.kernels import optimize_for_inference
+
+from .decode import as_native, decode
+from .lite4 import build, filled
+from .machine import described, resident
+
+SIDES = {
+    "native": "transformers' own class",
+    "bfloat16": "deepseek-latent",
+    "8": "8 bits",
+    "4": "4 bits",
+}
+
+
+@torch.inference_mode()
+def measure(side: str, contexts: list[int]) -> list[dict]:
+    """One row per context, in this process."""
+    model, one, rows = build("native" if side == "native" else "ours"), torch.tensor([[17]]), []
+    if side != "native":
+        optimize_for_inference(model)
+
+    def fill(tokens: int):
+        cache = filled(model, tokens, int(side) if side.isdigit() else None)
+        return as_native(cache) if side == "native" else cache
+
+    decode(model, fill(64), one)
+    for tokens in contexts:
+        before = resident("VmRSS")
+        cache = fill(tokens)
+        after = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(2 if side == "native" else 16):
+            logits = model(one, past_key_values=cache).logits
+        assert logits.isfinite().all()
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if side == "native" else cache.nbytes
+        rows.append(
+            {
+                "side": side,
+                "tokens": tokens,
+                "cache_bytes": held,
+                "growth_while_cached_bytes": after - before,
+                "further_peak_while_decoding_bytes": resident("VmHWM") - after,
+            }
+        )
+        del cache
+    return rows
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for side, label in SIDES.items():
+        rows = [row for row in result["rows"] if row["side"] == side]
+        peaks = [row["growth_while_cached_bytes"] + row["further_peak_while_decoding_bytes"] for row in rows]
+        axes.plot([row["tokens"] for row in rows], [peak / 1e9 for peak in peaks], "o-", label=label)
+    axes.set(xlabel="tokens in the cache", ylabel="GB above the weights, decoding", xscale="log", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.set_title(result["model"], fontsize=9)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
+    parser.add_argument("--native-up-to", type=int, default=16384, help="longer contexts are measured for ours only")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure(options.here, options.contexts)))
+        return
+    rows = []
+    for side in track(SIDES, "decoding"):
+        contexts = [n for n in options.contexts if side != "native" or n <= options.native_up_to]
+        command = [sys.executable, "-m", "benchmarks.memory", "--here", side, "--contexts", *map(str, contexts)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows += json.loads(done.stdout.splitlines()[-1])
+    result = described("python -m benchmarks.memory") | {"model": "Lite-4, bfloat16", "rows": rows}
+    print(json.dumps(result, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
