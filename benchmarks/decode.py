@@ -4,8 +4,7 @@ Lite-4, one token decoded over a cache filled with random latents, by four sides
 in plain torch, the same after `optimize_for_inference`, with int8 weights too, and transformers' own class; in turn, in
 one process, logits compared first. The floor is what this machine cannot beat: reading every weight that a token needs
 and the cache once, or the products over the cache at the float32 rate of a square matrix product, whichever is longer;
-bandwidth and rate are two more sides of the same turns. Also: what the process holds while 131,072 tokens are cached.
-The plot lies beside the result file.
+bandwidth and rate are two more sides of the same turns. The plot lies beside the result file.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from deepseek_latent import LatentCache
 from deepseek_latent.kernels import optimize_for_inference
 
 from .lite4 import build, filled, twin
-from .machine import alternated, described, resident, seconds_of, yardsticks
+from .machine import alternated, described, seconds_of, yardsticks
 
 SIDES = {
     "native": "transformers' own class",
@@ -147,25 +146,6 @@ def compared(row: dict) -> dict:
     return row | ratios
 
 
-def hold(model: PreTrainedModel, tokens: int) -> dict:
-    """Decodes 16 tokens after `tokens` cached ones; how far the process grew while they were cached and decoded."""
-    one = torch.tensor([[17]])
-    decode(model, filled(model, 64, None), one)
-    before = resident("VmRSS")
-    cache = filled(model, tokens, None)
-    after_filling = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(16):
-        logits = model(one, past_key_values=cache).logits
-    assert logits.isfinite().all()
-    return {
-        "tokens": tokens,
-        "cache_bytes": cache.nbytes,
-        "growth_while_cached_bytes": after_filling - before,
-        "further_peak_while_decoding_bytes": resident("VmHWM") - after_filling,
-    }
-
-
 PARTS = {
     "lm_head": r"lm_head",
     "routed experts": r".*mlp\.experts",
@@ -234,7 +214,6 @@ def main() -> None:
     models = sides(getattr(torch, options.dtype))
     result = described("python -m benchmarks.decode") | {
         "model": f"Lite-4, {options.dtype}, one token decoded",
-        "held": hold(models["kernels"], max(options.contexts)),
         "profile_of_kernels": profiled(models["kernels"], SHORTEST),
         "rows": [],
     }

@@ -53,7 +53,9 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
         for _ in range(2 if side == "native" else 16):
             logits = model(one, past_key_values=cache).logits
         assert logits.isfinite().all()
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if side == "native" else cache.nbytes
+        held = (
+            sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if side == "native" else cache.nbytes
+        )
         rows.append(
             {
                 "side": side,

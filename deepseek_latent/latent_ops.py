@@ -33,7 +33,7 @@ class UpProjection(NamedTuple):
 
     def absorb(self, x: Tensor) -> Tensor:
         """x W: [b s h m] to [b s h c], in the dtype of x."""
-        return self.with_adapters_absorbed(torch.einsum("bshm,hmc->bshc", x, self.weight), x)
+        return self.with_adapters_absorbed(_per_head("bshm,hmc->bshc", x, self.weight), x)
 
     def with_adapters_absorbed(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b s h c], the weight's share of `absorb(x)`, with that of the adapters added."""
@@ -43,7 +43,7 @@ class UpProjection(NamedTuple):
 
     def expand(self, x: Tensor) -> Tensor:
         """W x: latents or latent contexts [b s h c] to [b s h m], in the dtype of x."""
-        return self.with_adapters_expanded(torch.einsum("bshc,hmc->bshm", x, self.weight), x)
+        return self.with_adapters_expanded(_per_head("bshc,hmc->bshm", x, self.weight), x)
 
     def with_adapters_expanded(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b s h m], the weight's share of `expand(x)`, with that of the adapters added."""
@@ -60,6 +60,14 @@ class UpProjection(NamedTuple):
         for b, a in self.factors:
             weight = (weight + torch.einsum("hmk,kc->hmc", b, a)).to(self.weight.dtype)
         return weight
+
+
+def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    """In the dtype of x; on a CPU computed in float32, since few rows of half precision take up to three times as long."""
+    if x.device.type != "cpu":
+        return torch.einsum(equation, x, weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.einsum(equation, x.to(wide), weight.to(wide)).to(x.dtype)
 
 
 def absorbed_attention(
