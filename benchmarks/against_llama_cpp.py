@@ -1,9 +1,9 @@
 """One decoded token against llama.cpp: python -m benchmarks.against_llama_cpp --out benchmarks/results/llama_cpp.json
 
 Needs `pip install llama-cpp-python gguf`; the first is built for this machine's CPU on the way (6 minutes). Lite-4 is
-written as a GGUF file in bfloat16, of the layout that llama.cpp's own converter writes. Both sides read the same prompt,
-their logits are compared, then they decode one token in turn: this package after `optimize_for_inference` here, llama.cpp
-in a process of its own, since two pools of threads in one would be in each other's way.
+written as a GGUF file in bfloat16, in the layout that llama.cpp's own converter writes. Both sides read the same
+prompt, their logits are compared, then they decode one token in turn: this package after `optimize_for_inference` here,
+llama.cpp in a process of its own, since two pools of threads in one would be in each other's way.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def _tensors(model: PreTrainedModel):
 
 
 def serve(path: str, room: int, threads: int) -> None:
-    """llama.cpp by lines on stdin: ids to read and a file for their last logits, or nothing: the seconds of one token."""
+    """llama.cpp by lines on stdin: ids to read and a file for their last logits, or nothing: seconds of a token."""
     import llama_cpp
     import numpy as np
 
@@ -190,7 +190,7 @@ def measure(model: PreTrainedModel, peer: LlamaCpp, cache: LatentCache, context:
     theirs: list[float] = []
     turns = {"ours": lambda: decode(model, cache, token), "peer": lambda: theirs.append(peer.seconds())} | yardsticks()
     seconds = {name: statistics.median(x) for name, x in alternated(turns, repetitions).items()}
-    seconds["peer"] = statistics.median(theirs[1:])
+    seconds["peer"] = statistics.median(theirs)
     floor = weight_bytes_per_token(model, 1) * seconds["read 800 MB"] / 8e8
     return {
         "context": context,

@@ -47,14 +47,20 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternated(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every side, taken in turn so that a busy moment of the machine meets all of them; one round unseen."""
+def alternated(sides: dict[str, Callable[[], object]], repetitions: int, turn: float = 0.3) -> dict[str, list[float]]:
+    """Seconds of every side, taken in turn so that a busy moment of the machine meets all of them; one round unseen.
+
+    A side goes on for `turn` seconds, and at least once: tokens follow tokens in use too, and the first of them finds
+    the caches full of another side's code and data.
+    """
     taken = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
         for name, work in sides.items():
-            seconds = seconds_of(work)
+            end, seconds = time.perf_counter() + turn, [seconds_of(work)]
+            while time.perf_counter() < end:
+                seconds.append(seconds_of(work))
             if repetition:
-                taken[name].append(seconds)
+                taken[name] += seconds
     return taken
 
 

@@ -1,8 +1,9 @@
 """Time and memory of a training step: python -m benchmarks.train --out benchmarks/results/train.json
 
 Lite-4 in bfloat16 with LoRA (r = 16) on the projections of attention, one sequence of random tokens forwards and
-backwards, by this package and by transformers' own class, whose weights and adapters are the same; losses compared first,
-then steps in turn. Memory is the peak of each side in a process of its own, less what was resident before the step.
+backwards, by this package and by transformers' own class, whose weights and adapters are the same; losses and gradients
+are compared first, then steps taken in turn. Memory is the peak of each side in a process of its own, less what was
+resident before the step.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def adapted(model: nn.Module) -> nn.Module:
     """The model with adapters whose effect is not zero, the same on both sides."""
     model = get_peft_model(model, LoraConfig(r=16, target_modules=PROJECTIONS))
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.01))
     return model.train()

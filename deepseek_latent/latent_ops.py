@@ -63,7 +63,7 @@ class UpProjection(NamedTuple):
 
 
 def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-    """In the dtype of x; on a CPU computed in float32, since few rows of half precision take up to three times as long."""
+    """In the dtype of x; on a CPU by way of float32, since half precision takes up to three times as long."""
     if x.device.type != "cpu":
         return torch.einsum(equation, x, weight)
     wide = torch.promote_types(x.dtype, torch.float32)

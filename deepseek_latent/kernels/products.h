@@ -19,7 +19,7 @@ constexpr int64_t SOME_ROWS = 16;  // that a thread takes at least
 constexpr int64_t FEW = 8;         // tokens up to which rows become dot products
 constexpr int64_t MANY = 256;      // tokens that are multiplied at once: their inputs stay in the second cache
 constexpr int64_t GROUP = 2 * LANES;  // tokens that share the lanes of one step
-constexpr int64_t AHEAD = 1024;    // elements from what is read to what is asked for
+constexpr int64_t AHEAD = 2048;    // bytes from what is read to what is asked for
 constexpr int64_t DEPTH = 256;     // of a product with lanes: a group's inputs then stay in the first cache
 
 // Rows that meet m tokens at once, in a buffer of ROWS * MANY sums: many if tokens are few, since every stream of memory
@@ -59,19 +59,21 @@ struct Inputs {
 // R rows, `step` apart, times M tokens: to[r * to_step + token]
 template <class T, int R, int M>
 inline void dot_rows(const T* rows, int64_t step, const Inputs& x, int64_t first, float* to, int64_t to_step) {
+  constexpr int64_t LINE = 64 / sizeof(T);
   Floats sums[R][M] = {};
-  const int64_t whole = x.k / LANES * LANES;
-  for (int64_t i = 0; i < whole; i += LANES)
+  const auto add = [&](int r, int64_t i, Floats row) {
+    for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
+  };
+  int64_t i = 0;
+  for (; i + LINE <= x.k; i += LINE)
     for (int r = 0; r < R; r++) {
-      __builtin_prefetch(rows + r * step + i + AHEAD);
-      const Floats row = widen(rows + r * step + i);
-      for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
+      __builtin_prefetch(reinterpret_cast<const char*>(rows + r * step + i) + AHEAD);
+      for (int64_t j = i; j < i + LINE; j += LANES) add(r, j, widen(rows + r * step + j));
     }
-  if (whole < x.k)
-    for (int r = 0; r < R; r++) {
-      const Floats row = widen_some(rows + r * step + whole, x.k - whole);
-      for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + whole);
-    }
+  for (; i + LANES <= x.k; i += LANES)
+    for (int r = 0; r < R; r++) add(r, i, widen(rows + r * step + i));
+  if (i < x.k)
+    for (int r = 0; r < R; r++) add(r, i, widen_some(rows + r * step + i, x.k - i));
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) to[r * to_step + first + m] = sum(sums[r][m]);
 }
