@@ -65,9 +65,11 @@ class KernelExperts(DeepseekV2Experts):
 
 
 class KernelMLP(DeepseekV2MLP):
-    """In one call, where its projections do nothing but multiply."""
+    """In one call for few tokens, where its projections do nothing but multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > FEW * x.shape[-1]:
+            return super().forward(x)
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         kinds = {type(projection) for projection in projections}
         if any(projection.bias is not None or has_hooks(projection) for projection in projections) or len(kinds) > 1:

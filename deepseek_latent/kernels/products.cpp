@@ -32,15 +32,23 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const float* factors = scales_of(scales);
   with_weight(weight, [&](auto* rows) {
     with_floats(y, [&](auto* to) {
-      for (const Inputs& tokens : inputs) {
-        share(ceil_div(n, SOME_ROWS), 1, rows_at_once(tokens.m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
-          alignas(64) float sums[ROWS * MANY];
-          const int64_t first = begin * SOME_ROWS, count = std::min(end * SOME_ROWS, n) - first;
-          multiply(rows + first * k, count, k, tokens, sums);
-          write_rows(sums, count, tokens.m, factors, to, n, first);
+      const auto multiply_rows = [&](int64_t chunk, int64_t first, int64_t last) {
+        alignas(64) float sums[ROWS * MANY];
+        const Inputs& tokens = inputs[chunk];
+        multiply(rows + first * k, last - first, k, tokens, sums);
+        write_rows(sums, last - first, tokens.m, factors, to + chunk * MANY * n, n, first);
+      };
+      if (x.size(0) <= FEW) {
+        share(ceil_div(n, SOME_ROWS), 1, rows_at_once(x.size(0)) / SOME_ROWS, [&](int64_t begin, int64_t end) {
+          multiply_rows(0, begin * SOME_ROWS, std::min(end * SOME_ROWS, n));
         });
-        to += tokens.m * n;
+        return;
       }
+      const int64_t blocks = ceil_div(n, ROWS);
+      share(inputs.size() * blocks, 1, 1, [&](int64_t unit, int64_t) {
+        const int64_t first = unit % blocks * ROWS;
+        multiply_rows(unit / blocks, first, std::min(first + ROWS, n));
+      });
     });
   });
   return y;
