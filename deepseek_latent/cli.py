@@ -26,6 +26,7 @@ from .conversion.checkpoint import (
     local_or_hub,
     read_config,
 )
+from .conversion.command import add_commands
 from .conversion.remote_code import export_code
 from .conversion.size import cached_elements_per_token, expanded_width, idle_parameters, parameters_by_part
 from .latent_format import BITS, latent_format
@@ -38,6 +39,7 @@ CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 1: the checkpoint does not fit its config; 2: unusable input, said in one sentence."""
     arguments = _parser().parse_args(argv)
+    arguments.given = sys.argv[1:] if argv is None else argv
     try:
         status = arguments.action(arguments)
     except (ValueError, OSError, StrictDataclassError) as error:
@@ -263,6 +265,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("folder", metavar="FOLDER")
     export.set_defaults(action=_export_code)
+
+    add_commands(commands)
 
     run = commands.add_parser(
         "run", usage="%(prog)s [-h] (-m MODULE | SCRIPT.py) ...", help="run another tool with DeepSeek-V2 registered"

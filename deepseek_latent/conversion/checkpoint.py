@@ -124,7 +124,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
     """Compares names, shapes and dtypes in the headers of `folder`'s files with what `config` calls for."""
     if "quantization_config" in config.to_dict():
         raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; check its source.")
-    headers, problems = _read_shards(folder)
+    headers, problems = read_shards(folder)
     stored = {}
     for header in headers.values():
         for name, tensor in (header or {}).items():
@@ -157,7 +157,7 @@ def _tied_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
     return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
 
 
-def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
+def read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
     """The headers of all files that a loader would open, by file name, and what is wrong with the set of files."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
@@ -168,6 +168,9 @@ def _read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None
         placed = {name: str(file) for name, file in index["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}, [f"{INDEX} is not JSON with a weight_map from tensor to file"]
+    outside = [file for file in placed.values() if Path(file).name != file]
+    if outside:
+        return {}, [f"{INDEX} names {outside[0]!r}, expected files beside it"]
     headers, problems = _read_headers(folder, sorted(set(placed.values())))
     if (folder / WEIGHTS).is_file():
         problems.append(f"{WEIGHTS} stands beside {INDEX}, and loaders disagree which one counts; remove one")

@@ -1,0 +1,39 @@
+"""The same checkpoint in another dtype."""
+
+import torch
+from torch import Tensor
+
+from ..configuration_deepseek_v2 import DeepseekV2Config
+from .checkpoint import architecture_of, check_checkpoint
+from .source import Source
+from .target import Piece
+
+
+class Cast:
+    """A DeepSeek-V2 checkpoint with every tensor in `dtype`: `config` and `pieces`.
+
+    Raises ValueError where the source does not fit its config, and on a number that `dtype` does not hold.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype | None):
+        self.source, self.dtype = source, dtype
+        self.config = DeepseekV2Config.from_dict(source.config)
+        problems = check_checkpoint(source.folder, self.config).problems
+        if problems:
+            raise ValueError(f"{source.folder} does not fit its config.json: {problems[0]} (inspect names all).")
+        self.config.architectures = [architecture_of(self.config)]
+        self.config.dtype = dtype or self.config.dtype
+
+    def pieces(self) -> list[Piece]:
+        return [self._piece(name) for name in self.source.tensors]
+
+    def _piece(self, name: str) -> Piece:
+        dtype = self.dtype or self.source.dtype(name)
+
+        def make() -> Tensor:
+            tensor = self.source[name].to(dtype)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds numbers beyond {dtype}; choose bfloat16 or float32.")
+            return tensor
+
+        return Piece(name, self.source.shape(name), dtype, make)

@@ -1,0 +1,99 @@
+"""What a Llama, Mistral or Qwen2 checkpoint is made of, or why it cannot become DeepSeek-V2.
+
+Letters: d model width, h query heads, g key heads, w width of a head, f MLP width.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from .source import Source
+
+SOURCES = ("llama", "mistral", "qwen2")
+
+
+class LlamaSource:
+    """The files of such a checkpoint by layer and projection, in float32.
+
+    Raises:
+        ValueError: for another architecture, a feature that DeepSeek-V2 has no place for, and a tensor that is missing,
+            misshapen or one too many.
+    """
+
+    def __init__(self, files: Source):
+        self.files = files
+        self.config = config = _supported_config(files)
+        self.d, self.f = config.hidden_size, config.intermediate_size
+        self.h, self.g = config.num_attention_heads, config.num_key_value_heads
+        self.w = getattr(config, "head_dim", None) or self.d // self.h
+        self._check_tensors()
+
+    def weight(self, layer: int, projection: str) -> Tensor:
+        return self.files[f"model.layers.{layer}.self_attn.{projection}.weight"].float()
+
+    def bias(self, layer: int, projection: str) -> Tensor:
+        """Zeros where there is none."""
+        name = f"model.layers.{layer}.self_attn.{projection}.bias"
+        return self.files[name].float() if name in self.files else torch.zeros(self._shapes()[projection][0])
+
+    def has_bias(self, *projections: str) -> bool:
+        layers = range(self.config.num_hidden_layers)
+        return any(f"model.layers.{i}.self_attn.{name}.bias" in self.files for i in layers for name in projections)
+
+    def input_norm(self, layer: int) -> Tensor:
+        return self.files[f"model.layers.{layer}.input_layernorm.weight"].float()
+
+    def dtype(self) -> torch.dtype:
+        return self.files.dtype("model.layers.0.self_attn.q_proj.weight")
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        heads, keys = self.h * self.w, self.g * self.w
+        return {
+            "q_proj": (heads, self.d),
+            "k_proj": (keys, self.d),
+            "v_proj": (keys, self.d),
+            "o_proj": (self.d, heads),
+        }
+
+    def _check_tensors(self) -> None:
+        d, f, vocab = self.d, self.f, self.config.vocab_size
+        layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
+        layer |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+        layer |= {f"self_attn.{name}": shape for name, shape in self._shapes().items()}
+        expected = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
+        optional = {}
+        (optional if self.config.tie_word_embeddings else expected)["lm_head.weight"] = (vocab, d)
+        for i in range(self.config.num_hidden_layers):
+            expected |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+            optional |= {f"model.layers.{i}.self_attn.{name}.bias": (n,) for name, (n, _) in self._shapes().items()}
+        for name, shape in expected.items():
+            if name not in self.files:
+                raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")
+        for name, stored in self.files.tensors.items():
+            # old files carry what every loader computes
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            shape = expected.get(name, optional.get(name))
+            if shape != stored.shape:
+                wanted = f"expected {list(shape)}" if shape else "for which DeepSeek-V2 has no place"
+                raise ValueError(f"{name} has shape {list(stored.shape)}, {wanted}; it cannot be converted.")
+
+
+def _supported_config(files: Source) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    if config.model_type not in SOURCES:
+        reason = " (its queries and keys are normalised, which no latent holds)" if "qwen3" in config.model_type else ""
+        raise ValueError(f"expected one of {', '.join(SOURCES)}, got model_type {config.model_type!r}{reason}.")
+    rope = config.rope_parameters
+    slides = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    refused = {
+        "sliding_window": getattr(config, "sliding_window", None) if slides else None,
+        "mlp_bias": getattr(config, "mlp_bias", None),
+        "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
+        "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],
+        "rope_type": rope["rope_type"] if rope["rope_type"] in ("dynamic", "longrope") else None,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ValueError(f"{name} {value!r} in {files.folder} has no equal in DeepSeek-V2; it cannot be converted.")
+    return config

@@ -1,0 +1,105 @@
+"""A checkpoint to convert: read tensor by tensor, and refused before any work where it is not what it says."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoint import StoredTensor, read_shards
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# what a model is used with beside its weights and config, and what says who may use it
+BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model", "LICENSE*")
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+
+
+class Source:
+    """A folder of safetensors files and its config.json; `source[name]` reads one tensor as it is stored.
+
+    Raises ValueError, naming what is wrong, for a folder whose files are absent, unreadable, outside of it, quantized
+    or pickles, or hold a tensor twice or other layers than the config says; and on reading a tensor with NaN.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
+        self.config = _read_json(self.folder / "config.json")
+        if self.config.get("quantization_config"):
+            raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
+        self.tensors = self._headers()
+        layers = self.config.get("num_hidden_layers")
+        stored = {int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
+        if layers is not None and layers != len(stored):
+            raise ValueError(f"config.json says num_hidden_layers {layers}, the files hold {len(stored)}; correct one.")
+        self._open: tuple[str, object] | None = None
+
+    def _headers(self) -> dict[str, StoredTensor]:
+        if not any(self.folder.glob("*.safetensors")):
+            pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+            found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
+            raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
+        headers, problems = read_shards(self.folder)
+        tensors = {}
+        for header in headers.values():
+            for name, tensor in (header or {}).items():
+                if name in tensors:
+                    problems.append(f"{name} is in two files, {tensors[name].file} and {tensor.file}")
+                if tensor.dtype not in DTYPES:
+                    problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+                tensors[name] = tensor
+        if problems:
+            more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+            raise ValueError(f"cannot convert {self.folder}: {problems[0]}{more}.")
+        return tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.tensors[name].dtype]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.tensors[name].file
+        # one file at a time is mapped, since what was read of it counts as memory of the process
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            self._open = (file, safe_open(self.folder / file, framework="pt"))
+        try:
+            tensor = self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} changed while it was read ({error}); start again.") from error
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} in {self.folder / file} holds NaN or infinity; take another copy.")
+        return tensor
+
+    def beside(self) -> list[Path]:
+        """Files that go along unchanged."""
+        return sorted({path for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()})
+
+    def fingerprint(self) -> str:
+        """Changes with the config and with any weight file; weights themselves are not read."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted({tensor.file for tensor in self.tensors.values()}):
+            state = (self.folder / file).stat()
+            digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"expected a checkpoint folder with a config.json, got {file.parent}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
+    return content

@@ -1,0 +1,172 @@
+"""A checkpoint to be written: shard by shard, beside its place, and under its name only when it is whole."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import INDEX
+
+SHARD_BYTES = 2 * 10**9
+_PLAN = "plan.json"
+
+
+class Piece(NamedTuple):
+    """A tensor of the new checkpoint: what is known of it beforehand, and how it is made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Written(NamedTuple):
+    num_tensors: int
+    num_bytes: int
+    files: list[str]
+
+
+class Target:
+    """The folder `out`, made of pieces and texts.
+
+    Everything is written into a hidden folder beside it and takes its name at the end, so that a process that dies
+    leaves nothing or all of it under that name; a second run of the same conversion goes on where the first one ended.
+    """
+
+    def __init__(self, out: str | Path, *, shard_bytes: int = SHARD_BYTES, force: bool = False):
+        self.out = Path(out).expanduser().absolute()
+        if shard_bytes < 1:
+            raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
+        if self.out.exists() and not force:
+            raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
+        if self.out.exists() and not (self.out / "config.json").is_file():
+            raise ValueError(f"{out} is no checkpoint, so --force does not replace it; choose another folder.")
+        self.shard_bytes = shard_bytes
+        self.partial = self.out.with_name(f".{self.out.name}.partial")
+
+    def plan(self, pieces: list[Piece]) -> dict[str, list[Piece]]:
+        """File names and what they will hold; a shard is as large as allowed, or one tensor."""
+        by_name = {piece.name: piece for piece in pieces}
+        assert len(by_name) == len(pieces), "two pieces of one name"
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda piece: piece.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=self.shard_bytes,
+        )
+        return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
+
+    def write(self, pieces: list[Piece], texts: dict[str, str], copies: list[Path], origin: str) -> Written:
+        """Writes pieces, texts by file name, and copies of files; `origin` changes with all that pieces are made of.
+
+        Raises ValueError where the disk has no room or another process is writing there, and whatever a piece raises.
+        """
+        shards = self.plan(pieces)
+        total = sum(piece.nbytes for piece in pieces)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with _alone(lock):
+            self._begin(pieces, texts, origin)
+            done = {file for file, held in shards.items() if _is_whole(self.partial / file, held)}
+            missing = sum(piece.nbytes for file, held in shards.items() if file not in done for piece in held)
+            free = shutil.disk_usage(self.out.parent).free
+            if missing > free:
+                raise ValueError(f"{missing:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
+            with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - missing) as progress:
+                for file, held in shards.items():
+                    if file not in done:
+                        _write_shard(self.partial / file, held, progress)
+            for path in copies:
+                # the hub's cache holds links
+                shutil.copyfile(path.resolve(), self.partial / path.name)
+            for name, text in texts.items():
+                (self.partial / name).write_text(text, encoding="utf-8")
+            if list(shards) != ["model.safetensors"]:
+                placed = {piece.name: file for file, held in shards.items() for piece in held}
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+                (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            self._take_place()
+            (self.out / _PLAN).unlink()
+            lock.unlink()
+        return Written(len(pieces), total, [*shards, *texts])
+
+    def _begin(self, pieces: list[Piece], texts: dict[str, str], origin: str) -> None:
+        """Leaves what an earlier run of this conversion has written, and nothing else."""
+        described = [[piece.name, list(piece.shape), str(piece.dtype)] for piece in pieces]
+        plan = json.dumps([origin, self.shard_bytes, described, texts.get("config.json")])
+        plan = hashlib.sha256(plan.encode()).hexdigest()
+        if self.partial.exists() and _text(self.partial / _PLAN) != plan:
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(exist_ok=True)
+        (self.partial / _PLAN).write_text(plan)
+
+    def _take_place(self) -> None:
+        for path in self.partial.iterdir():
+            _flush(path)
+        old = self.out.with_name(f".{self.out.name}.old")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.out, old)
+        os.rename(self.partial, self.out)
+        _flush(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
+    tensors = {}
+    for piece in pieces:
+        tensor = piece.make().contiguous()
+        assert (tensor.shape, tensor.dtype) == (piece.shape, piece.dtype), f"{piece.name} is not as planned"
+        # what was cut from a larger tensor would be kept whole
+        tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        progress.update(tensor.nbytes)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    # safetensors lets nobody else read what it writes
+    shutil.copymode(path.with_name(_PLAN), unfinished)
+    _flush(unfinished)
+    os.replace(unfinished, path)
+
+
+def _is_whole(path: Path, pieces: list[Piece]) -> bool:
+    """Whether an earlier run has written this shard; it took its name when all of it was on the disk."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return set(stored.keys()) == {piece.name for piece in pieces}
+    except (OSError, SafetensorError):
+        return False
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _alone(path: Path):
+    """Held while one process writes; goes with the process, however it ends."""
+    try:
+        return FileLock(path).acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"another process is writing there ({path}); wait for it.") from error

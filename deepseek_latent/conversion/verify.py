@@ -1,0 +1,73 @@
+"""Whether a converted checkpoint says what its source says, here and in transformers' own class."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .checkpoint import check_checkpoint, read_config
+from .source import Source
+
+TOKENS = 64  # of random ids, where no text is given
+NEW_TOKENS = 32
+
+
+def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dtype | None) -> dict:
+    """Reads every tensor back and compares logits; what was found, with `problems` that are empty where all is well.
+
+    Errors are relative: the largest difference of a logit over the largest logit. Greedy continuations are counted as
+    equal tokens from the start.
+    """
+    config = read_config(str(folder))
+    found = check_checkpoint(folder, config)
+    report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}
+    if report["problems"]:
+        return report
+    source = Source(folder)
+    for name in source.tensors:
+        source[name]  # raises where a number is none
+    ids = _ids(folder, text, config.vocab_size)
+    ours = _load(AutoModelForCausalLM, folder, dtype)
+    logits, continuation = _answers(ours, ids)
+    stock, _ = _answers(_load(transformers.DeepseekV2ForCausalLM, folder, dtype), ids, continued=False)
+    report["tokens"] = ids.shape[1]
+    report["logits_error_in_transformers"] = _error(stock, logits)
+    if against is not None:
+        expected, expected_continuation = _answers(_load(AutoModelForCausalLM, against, dtype), ids)
+        report["logits_error_against_source"] = _error(logits, expected)
+        same = (continuation == expected_continuation).long().cumprod(dim=0).sum()
+        report["equal_greedy_tokens"] = f"{same} of {len(expected_continuation)}"
+    return report
+
+
+def _load(model_class, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    return model_class.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).eval()
+
+
+@torch.no_grad()
+def _answers(model: PreTrainedModel, ids: Tensor, continued: bool = True) -> tuple[Tensor, Tensor]:
+    """Logits [s vocab] of all tokens, and the ids of a greedy continuation."""
+    logits = model(ids).logits[0]
+    if not logits.isfinite().all():
+        raise ValueError(f"{type(model).__name__} gives logits that are no numbers; take a wider dtype.")
+    if not continued:
+        return logits, ids[0, :0]
+    plain = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **plain)
+    return logits, new[0, ids.shape[1] :]
+
+
+def _ids(folder: Path, text: str | None, vocab_size: int) -> Tensor:
+    if text is None:
+        return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise ValueError("expected a text of at least one token, got none.")
+    return ids
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
