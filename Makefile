@@ -32,12 +32,10 @@ check: .venv/installed  ## lint and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: .venv/installed  ## every figure of the README: memory, time against context, fewer bits, prompts, stored prompts (20 minutes, 16 GB)
+bench: .venv/installed  ## time and memory against context and prompts, against transformers' own class (15 minutes, 16 GB)
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 	.venv/bin/python -m benchmarks.decode --out benchmarks/results/decode.json
-	.venv/bin/python -m benchmarks.fewer_bits --out benchmarks/results/fewer_bits.json
-	.venv/bin/python examples/prompt_cache.py lite4 --out benchmarks/results/first_token.json
+	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 
 clean:
 	rm -rf .venv .venv-oldest

@@ -7,6 +7,8 @@ transformers' class expands all that is cached. Linux only. The plot lies beside
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -46,9 +48,9 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
 
     decode(model, fill(64), one)
     for tokens in contexts:
-        before = resident("VmRSS")
+        before = settled()
         cache = fill(tokens)
-        after = resident("VmRSS")
+        after = settled()
         Path("/proc/self/clear_refs").write_text("5")
         for _ in range(2 if side == "native" else 16):
             logits = model(one, past_key_values=cache).logits
@@ -66,6 +68,13 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
         )
         del cache
     return rows
+
+
+def settled() -> int:
+    """Resident bytes, without what the allocator keeps of memory that was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
 
 
 def plot(result: dict, path: Path) -> None:

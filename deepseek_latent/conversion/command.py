@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import set_verbosity_error
 
+from ..configuration_deepseek_v2 import DeepseekV2Config
 from .cast import Cast
 from .gqa_to_mla import GqaToMla
 from .source import Source
 from .target import SHARD_BYTES, Target
+from .upcycle import SCHEMES, Upcycle
 from .verify import verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +35,15 @@ def add_commands(commands) -> None:
     cast = kinds.add_parser("cast", help="another dtype or size of shards")
     cast.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     cast.set_defaults(conversion=lambda source, arguments: Cast(source, DTYPES.get(arguments.dtype)))
-    for parser in (gqa, cast):
+    upcycle = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
+    upcycle.add_argument("--scheme", choices=SCHEMES, required=True, help="how they are cut; see docs/conversion.md")
+    upcycle.add_argument("--routed-experts", type=int, required=True, metavar="N", help="per layer")
+    upcycle.add_argument("--shared-experts", type=int, default=0, metavar="S", help="per layer; default: none")
+    upcycle.add_argument("--top-k", type=int, required=True, metavar="K", help="routed experts per token")
+    upcycle.add_argument("--groups", type=int, default=1, metavar="G", help="of routed experts; default: 1")
+    upcycle.add_argument("--dense-layers", type=int, default=1, metavar="L", help="first layers that stay; default: 1")
+    upcycle.set_defaults(conversion=_upcycle)
+    for parser in (gqa, cast, upcycle):
         parser.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files")
         parser.add_argument("out", metavar="OUT", help="the folder to be made")
         parser.add_argument("--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="default: 2GB")
@@ -49,6 +59,19 @@ def add_commands(commands) -> None:
     check.add_argument("--dtype", choices=DTYPES, help="to compute in; default: as stored")
     check.add_argument("--json", action="store_true", help="report as JSON")
     check.set_defaults(action=_verify)
+
+
+def _upcycle(source: Source, arguments: argparse.Namespace) -> Upcycle:
+    """Of a dense DeepSeek-V2, or of what `gqa-to-mla` makes of another source."""
+    is_deepseek = source.config.get("model_type") == DeepseekV2Config.model_type
+    numbers = {"e": arguments.routed_experts, "s": arguments.shared_experts, "k": arguments.top_k}
+    return Upcycle(
+        Cast(source, None) if is_deepseek else GqaToMla(source),
+        arguments.scheme,
+        **numbers,
+        g=arguments.groups,
+        first_dense=arguments.dense_layers,
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -35,12 +35,6 @@ class Piece(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Written(NamedTuple):
-    num_tensors: int
-    num_bytes: int
-    files: list[str]
-
-
 class Target:
     """The folder `out`, made of pieces and texts.
 
@@ -71,39 +65,48 @@ class Target:
         )
         return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
-    def write(self, pieces: list[Piece], texts: dict[str, str], copies: list[Path], origin: str) -> Written:
-        """Writes pieces, texts by file name, and copies of files; `origin` changes with all that pieces are made of.
+    def write(self, pieces: list[Piece], texts: dict[str, str], copies: list[Path], origin: str) -> list[str]:
+        """Writes pieces, texts by file name, and copies of files; the names of all files.
+
+        `origin` changes with all that pieces are made of.
 
         Raises ValueError where the disk has no room or another process is writing there, and whatever a piece raises.
         """
-        shards = self.plan(pieces)
-        total = sum(piece.nbytes for piece in pieces)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lock = self.out.with_name(f".{self.out.name}.lock")
         with _alone(lock):
             self._begin(pieces, texts, origin)
-            done = {file for file, held in shards.items() if _is_whole(self.partial / file, held)}
-            missing = sum(piece.nbytes for file, held in shards.items() if file not in done for piece in held)
-            free = shutil.disk_usage(self.out.parent).free
-            if missing > free:
-                raise ValueError(f"{missing:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
-            with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - missing) as progress:
-                for file, held in shards.items():
-                    if file not in done:
-                        _write_shard(self.partial / file, held, progress)
-            for path in copies:
-                # the hub's cache holds links
-                shutil.copyfile(path.resolve(), self.partial / path.name)
-            for name, text in texts.items():
-                (self.partial / name).write_text(text, encoding="utf-8")
-            if list(shards) != ["model.safetensors"]:
-                placed = {piece.name: file for file, held in shards.items() for piece in held}
-                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-                (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            self._take_place()
-            (self.out / _PLAN).unlink()
+            try:
+                files = self._fill(pieces)
+                for path in copies:
+                    # the hub's cache holds links
+                    shutil.copyfile(path.resolve(), self.partial / path.name)
+                for name, text in texts.items():
+                    (self.partial / name).write_text(text, encoding="utf-8")
+                self._take_place()
+            except (ValueError, OSError):
+                # another run would meet the same; what an interrupted process leaves is kept
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise
             lock.unlink()
-        return Written(len(pieces), total, [*shards, *texts])
+        return [*files, *texts, *(path.name for path in copies)]
+
+    def _fill(self, pieces: list[Piece]) -> list[str]:
+        """Writes the shards that are not there yet and, where there are several, their index."""
+        shards, total = self.plan(pieces), sum(piece.nbytes for piece in pieces)
+        missing = {file: held for file, held in shards.items() if not _is_whole(self.partial / file, held)}
+        left = sum(piece.nbytes for held in missing.values() for piece in held)
+        free = shutil.disk_usage(self.partial).free
+        if left > free:
+            raise ValueError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
+        with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
+            for file, held in missing.items():
+                _write_shard(self.partial / file, held, progress)
+        if len(shards) > 1:
+            placed = {piece.name: file for file, held in shards.items() for piece in held}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+            (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return list(shards)
 
     def _begin(self, pieces: list[Piece], texts: dict[str, str], origin: str) -> None:
         """Leaves what an earlier run of this conversion has written, and nothing else."""
@@ -116,6 +119,7 @@ class Target:
         (self.partial / _PLAN).write_text(plan)
 
     def _take_place(self) -> None:
+        (self.partial / _PLAN).unlink()
         for path in self.partial.iterdir():
             _flush(path)
         old = self.out.with_name(f".{self.out.name}.old")

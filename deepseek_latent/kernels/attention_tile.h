@@ -77,7 +77,7 @@ struct Demand {
 };
 
 // scores [count][16] of sixteen rows with -inf where a row may not look
-void hide(const Problem& p, int64_t sequence, int64_t first_row, int64_t first, int64_t count, float* scores) {
+inline void hide(const Problem& p, int64_t sequence, int64_t first_row, int64_t first, int64_t count, float* scores) {
   // only the last tokens can lie in some query's future
   if (!p.mask && first + count <= p.tokens - p.queries + 1) return;
   for (int64_t i = 0; i < LANES && first_row + i < p.rows; i++) {

@@ -28,11 +28,12 @@ inline const float* from_row(const float* scales, int64_t row) { return scales ?
 // x [m d] in bfloat16 or float32: the sum over all works [m d] in the same dtype
 template <class T>
 at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
+  constexpr bool is_paired = std::is_same_v<T, c10::BFloat16>;
   const int64_t m = x.size(0), d = x.size(1);
   share(works.size(), 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t count = works[i].tokens.size();
-      works[i].steps = {Inputs(count, d), Inputs(count, f)};
+      works[i].steps = {Inputs(count, d, is_paired), Inputs(count, f, is_paired)};
       with_floats(x, [&](auto* data) {
         works[i].steps[0].put([&](int64_t t) { return data + works[i].tokens[t] * x.stride(0); });
       });

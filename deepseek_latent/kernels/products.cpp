@@ -9,11 +9,11 @@
 
 namespace latent {
 
-// the tokens x [m k] of bfloat16 or float32, MANY at a time
-std::vector<Inputs> inputs_of(const at::Tensor& x) {
+// the tokens x [m k] of bfloat16 or float32, MANY at a time, for products with a weight
+std::vector<Inputs> inputs_of(const at::Tensor& x, const at::Tensor& weight) {
   std::vector<Inputs> all;
   for (int64_t first = 0; first < x.size(0); first += MANY)
-    all.emplace_back(std::min(MANY, x.size(0) - first), x.size(1));
+    all.emplace_back(std::min(MANY, x.size(0) - first), x.size(1), is_bfloat16(weight));
   with_floats(x, [&](auto* data) {
     share(all.size(), 1, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; chunk++)
@@ -27,7 +27,7 @@ std::vector<Inputs> inputs_of(const at::Tensor& x) {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
   const int64_t n = weight.size(0), k = weight.size(1);
   check_product(x, weight, k);
-  const std::vector<Inputs> inputs = inputs_of(x);
+  const std::vector<Inputs> inputs = inputs_of(x, weight);
   at::Tensor y = at::empty({x.size(0), n}, x.options());
   const float* factors = scales_of(scales);
   with_weight(weight, [&](auto* rows) {
@@ -105,7 +105,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
       alignas(64) float sums[ROWS * MANY];
       for (int64_t head = begin; head < end; head++)
         for (int64_t token = 0; token < m; token += MANY) {
-          Inputs inputs(std::min(MANY, m - token), c);
+          Inputs inputs(std::min(MANY, m - token), c, is_bfloat16(w));
           inputs.put([&](int64_t i) { return from + ((token + i) * h + head) * c; });
           for (int64_t first = 0; first < v; first += ROWS) {
             const int64_t count = std::min(ROWS, v - first);

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "share.h"
@@ -27,25 +28,29 @@ constexpr int64_t DEPTH = 256;     // of a product with lanes: a group's inputs 
 inline int64_t rows_at_once(int64_t m) { return m <= FEW ? ROWS * MANY / FEW / 2 : ROWS; }
 
 // At most MANY tokens as products read them: few one after the other, padded with zeros to whole vectors; many side by
-// side, in groups of 32 of which each is [k 32].
+// side, in groups of 32 of which each is [k 32]. For weights in bfloat16, 32 elements of few tokens are the 16 even ones,
+// then the 16 odd ones, since a weight's upper and lower halves of words are widened by one instruction each.
 struct Inputs {
-  int64_t m, k, padded;
+  int64_t m, k, padded, whole_pairs;
   Aligned data;
 
-  Inputs(int64_t m, int64_t k)
+  Inputs(int64_t m, int64_t k, bool for_bfloat16)
       : m(m), k(k), padded(ceil_div(k, LANES) * LANES),
+        whole_pairs(for_bfloat16 && is_few() ? k / (2 * LANES) * (2 * LANES) : 0),
         data(is_few() ? m * padded : ceil_div(m, GROUP) * GROUP * k) {}
   bool is_few() const { return m <= FEW; }
   const float* token(int64_t i) const { return data.data() + i * padded; }
   const float* group(int64_t g) const { return data.data() + g * k * GROUP; }
   float& at(int64_t token, int64_t i) {
-    return data.data()[is_few() ? token * padded + i : (token / GROUP * k + i) * GROUP + token % GROUP];
+    if (!is_few()) return data.data()[(token / GROUP * k + i) * GROUP + token % GROUP];
+    const int64_t within = i % (2 * LANES);
+    return data.data()[token * padded + (i < whole_pairs ? i - within + within % 2 * LANES + within / 2 : i)];
   }
   // where from(token) is the start of one
   template <class From>
   void put(From from) {
     if (is_few()) {
-      for (int64_t token = 0; token < m; token++) widen_row(from(token), k, data.data() + token * padded);
+      for (int64_t token = 0; token < m; token++) put_one(from(token), token);
       return;
     }
     // a few columns of all, then the next
@@ -54,12 +59,26 @@ struct Inputs {
         for (int64_t i = start; i < std::min(start + LANES, k); i++)
           at(token, i) = static_cast<float>(from(token)[i]);
   }
+  template <class T>
+  void put_one(const T* x, int64_t token) {
+    float* const to = data.data() + token * padded;
+    if (!whole_pairs) return widen_row(x, k, to);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, c10::BFloat16>)
+      for (; i < whole_pairs; i += 2 * LANES) {
+        const Pairs pairs = widen_pairs(x + i);
+        store(to + i, pairs.even);
+        store(to + i + LANES, pairs.odd);
+      }
+    for (; i < k; i++) at(token, i) = static_cast<float>(x[i]);
+  }
 };
 
 // R rows, `step` apart, times M tokens: to[r * to_step + token]
 template <class T, int R, int M>
 inline void dot_rows(const T* rows, int64_t step, const Inputs& x, int64_t first, float* to, int64_t to_step) {
   constexpr int64_t LINE = 64 / sizeof(T);
+  constexpr bool PAIRS = std::is_same_v<T, c10::BFloat16>;
   Floats sums[R][M] = {};
   const auto add = [&](int r, int64_t i, Floats row) {
     for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
@@ -68,7 +87,13 @@ inline void dot_rows(const T* rows, int64_t step, const Inputs& x, int64_t first
   for (; i + LINE <= x.k; i += LINE)
     for (int r = 0; r < R; r++) {
       __builtin_prefetch(reinterpret_cast<const char*>(rows + r * step + i) + AHEAD);
-      for (int64_t j = i; j < i + LINE; j += LANES) add(r, j, widen(rows + r * step + j));
+      if constexpr (PAIRS) {
+        const Pairs pairs = widen_pairs(rows + r * step + i);
+        add(r, i, pairs.even);
+        add(r, i + LANES, pairs.odd);
+      } else {
+        for (int64_t j = i; j < i + LINE; j += LANES) add(r, j, widen(rows + r * step + j));
+      }
     }
   for (; i + LANES <= x.k; i += LANES)
     for (int r = 0; r < R; r++) add(r, i, widen(rows + r * step + i));
@@ -113,10 +138,12 @@ void multiply(const T* rows, int64_t n, int64_t step, const Inputs& x, float* to
   for (int64_t r = 0; r < n; r++) std::memcpy(to + r * x.m, sums + r * lanes, x.m * sizeof(float));
 }
 
+inline bool is_bfloat16(const at::Tensor& x) { return x.scalar_type() == at::kBFloat16; }
+
 // calls body with the data of a tensor whose dtype is known when it runs
 template <class Body>
 void with_floats(const at::Tensor& x, Body body) {
-  if (x.scalar_type() == at::kBFloat16) return body(static_cast<c10::BFloat16*>(x.data_ptr()));
+  if (is_bfloat16(x)) return body(static_cast<c10::BFloat16*>(x.data_ptr()));
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "expected bfloat16 or float32, got ", x.scalar_type(), ".");
   body(static_cast<float*>(x.data_ptr()));
 }

@@ -71,6 +71,16 @@ inline Ints widen_words(UnsignedBytes x) { return __builtin_convertvector(x, Int
 
 inline Floats widen(const c10::BFloat16* from) { return (Floats)(widen_words(load<Halves>(from)) << 16); }
 
+// 32 elements, the even ones and the odd ones: the lower and the upper halves of words
+struct Pairs {
+  Floats even, odd;
+};
+
+inline Pairs widen_pairs(const c10::BFloat16* from) {
+  const Words words = load<Words>(from);
+  return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
+}
+
 inline Floats widen(const int8_t* from) { return __builtin_convertvector(widen_words(load<Bytes>(from)), Floats); }
 
 // the same for the last n < 16 elements of a row, zeros behind them
