@@ -40,8 +40,10 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
     }
   });
 
-  const int64_t blocks = ceil_div(f, SOME_ROWS);
-  share(works.size() * blocks, 1, rows_at_once(m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(f, SOME_ROWS), most = rows_at_once(m) / SOME_ROWS;
+  // with many tokens a short piece would read all their inputs for a few rows
+  const int64_t least = m <= FEW ? 1 : most;
+  share(works.size() * blocks, least, most, [&](int64_t begin, int64_t end) {
     alignas(64) float gates[ROWS * MANY], ups[ROWS * MANY];
     // what was handed out may end in the next work
     for (int64_t block = begin, until; block < end; block = until) {
@@ -61,7 +63,7 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x, int64_t f) {
   });
 
   at::Tensor y = at::empty({m, d}, x.options());
-  share(ceil_div(d, SOME_ROWS), 1, 2 * rows_at_once(m) / SOME_ROWS, [&](int64_t begin, int64_t end) {
+  share(ceil_div(d, SOME_ROWS), 2 * least, 2 * most, [&](int64_t begin, int64_t end) {
     const int64_t first_column = begin * SOME_ROWS, columns = std::min(end * SOME_ROWS, d) - first_column;
     alignas(64) float sums[ROWS * MANY];
     std::vector<float> total(m * columns);
