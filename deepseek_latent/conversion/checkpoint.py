@@ -68,6 +68,18 @@ def read_config(source: str) -> DeepseekV2Config:
     return config
 
 
+def read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"expected a checkpoint folder with a config.json, got {file.parent}; save the model there.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
+    return content
+
+
 def local_or_hub(source: str) -> Path | str:
     """A path where something is there, else the hub id as it came; ValueError for what can only be a path."""
     path = Path(source).expanduser()

@@ -64,13 +64,13 @@ def add_commands(commands) -> None:
 def _upcycle(source: Source, arguments: argparse.Namespace) -> Upcycle:
     """Of a dense DeepSeek-V2, or of what `gqa-to-mla` makes of another source."""
     is_deepseek = source.config.get("model_type") == DeepseekV2Config.model_type
-    numbers = {"e": arguments.routed_experts, "s": arguments.shared_experts, "k": arguments.top_k}
+    numbers = {"e": arguments.routed_experts, "shared": arguments.shared_experts, "k": arguments.top_k}
     return Upcycle(
         Cast(source, None) if is_deepseek else GqaToMla(source),
         arguments.scheme,
         **numbers,
-        g=arguments.groups,
-        first_dense=arguments.dense_layers,
+        groups=arguments.groups,
+        dense_layers=arguments.dense_layers,
     )
 
 

@@ -1,6 +1,6 @@
 """What a Llama, Mistral or Qwen2 checkpoint is made of, or why it cannot become DeepSeek-V2.
 
-Letters: d model width, h query heads, g key heads, w width of a head, f MLP width.
+Letters: d model width, h query heads, g key heads, w width of a head.
 """
 
 import torch
@@ -23,7 +23,7 @@ class LlamaSource:
     def __init__(self, files: Source):
         self.files = files
         self.config = config = _supported_config(files)
-        self.d, self.f = config.hidden_size, config.intermediate_size
+        self.d = config.hidden_size
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
         self.w = getattr(config, "head_dim", None) or self.d // self.h
         self._check_tensors()
@@ -56,9 +56,9 @@ class LlamaSource:
         }
 
     def _check_tensors(self) -> None:
-        d, f, vocab = self.d, self.f, self.config.vocab_size
+        d, vocab, inner = self.d, self.config.vocab_size, self.config.intermediate_size
         layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
-        layer |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+        layer |= {"mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d), "mlp.down_proj": (d, inner)}
         layer |= {f"self_attn.{name}": shape for name, shape in self._shapes().items()}
         expected = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
         optional = {}

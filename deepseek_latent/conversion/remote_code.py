@@ -15,6 +15,7 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
+from .checkpoint import read_json
 
 _CLASSES = {
     "AutoConfig": DeepseekV2Config,
@@ -40,7 +41,7 @@ def export_code(folder: Path) -> list[str]:
     config.json comes last, so that it never names a file that is not there.
     """
     config_file = folder / "config.json"
-    config = _read_json(config_file)
+    config = read_json(config_file)
     if config.get("model_type") != DeepseekV2Config.model_type:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # what the copied code would refuse is refused here
@@ -52,18 +53,6 @@ def export_code(folder: Path) -> list[str]:
     config["auto_map"] = (config.get("auto_map") or {}) | AUTO_MAP
     _replace(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return [*(file.name for file in files), config_file.name]
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise ValueError(f"expected a checkpoint folder with a config.json, got {file.parent}; save the model there.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
-    return content
 
 
 def _replace(target: Path, text: str) -> None:

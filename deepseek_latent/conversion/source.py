@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import StoredTensor, read_shards
+from .checkpoint import StoredTensor, read_json, read_shards
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what a model is used with beside its weights and config, and what says who may use it
@@ -28,7 +28,7 @@ class Source:
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
-        self.config = _read_json(self.folder / "config.json")
+        self.config = read_json(self.folder / "config.json")
         if self.config.get("quantization_config"):
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
         self.tensors = self._headers()
@@ -91,15 +91,3 @@ class Source:
             state = (self.folder / file).stat()
             digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
         return digest.hexdigest()
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise ValueError(f"expected a checkpoint folder with a config.json, got {file.parent}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
-    return content

@@ -1,9 +1,8 @@
 """A dense DeepSeek-V2 as DeepSeekMoE: its SwiGLUs cut into experts, exactly.
 
-Letters: d model width, f width of the dense MLP and w of an expert, e routed experts, g expert groups, k experts per
-token, s shared experts.
+Letters: d model width, e routed experts, f width of one expert, k experts per token.
 
-A SwiGLU is a sum over its f neurons, so any way of cutting it into parts is exact, and neurons of zeros may be added.
+A SwiGLU is a sum over its neurons, so any way of cutting it into parts is exact, and neurons of zeros may be added.
 Routed experts count with their share of a softmax: 1/e each where the router is zero, which `routed_scaling_factor`
 makes up for. Which k of equal shares are taken is anybody's guess, unless whole groups are, each of them complete.
 """
@@ -25,14 +24,14 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class Layout(NamedTuple):
     """How the neurons of a dense MLP lie in experts, and what the config says so that their sum is that MLP."""
 
-    width: int  # of an expert
+    f: int
     shards: list[int | None]  # per routed expert, the part of the dense MLP behind the shared ones; None: all parts
     down_scale: float
     config: dict
 
 
-def layout(scheme: str, f: int, *, e: int, s: int, k: int, g: int) -> Layout:
-    """The scheme for a dense width, with e routed and s shared experts, k per token, in g groups.
+def layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int, groups: int) -> Layout:
+    """The scheme for an MLP of `dense_width` neurons, with e routed and some shared experts, k per token, in groups.
 
     M0  the shared experts are the MLP; routed ones add nothing yet
     M1  every expert a part, all of them taken
@@ -45,30 +44,34 @@ def layout(scheme: str, f: int, *, e: int, s: int, k: int, g: int) -> Layout:
     """
     shares = {"norm_topk_prob": scheme == "M4"}
     grouped = scheme in ("M3", "M4", "M5")
-    if (s > 0) != (scheme in ("M0", "M5")):
-        raise ValueError(f"scheme {scheme} has {'at least one' if s == 0 else 'no'} shared expert, got {s}.")
-    if grouped and (g < 1 or e % g or k % (e // g) or k > e):
+    if (shared > 0) != (scheme in ("M0", "M5")):
+        raise ValueError(f"scheme {scheme} has {'at least one' if shared == 0 else 'no'} shared expert, got {shared}.")
+    if grouped and (groups < 1 or e % groups or k % (e // groups) or k > e):
         raise ValueError(
             f"scheme {scheme} takes whole groups: expected {e} routed experts in equal groups and a top-k of some of "
-            f"these, got {g} groups and a top-k of {k}."
+            f"these, got {groups} groups and a top-k of {k}."
         )
-    if not grouped and g != 1:
-        raise ValueError(f"scheme {scheme} has no groups, got {g}.")
+    if not grouped and groups != 1:
+        raise ValueError(f"scheme {scheme} has no groups, got {groups}.")
     if not 1 <= k <= e or (scheme == "M1" and k != e):
         raise ValueError(f"expected a top-k of {e if scheme == 'M1' else f'1 to {e}'}, got {k}.")
     if scheme == "M0":
-        return Layout(_width(f / s), [i % s for i in range(e)], 0.0, shares | {"routed_scaling_factor": 1.0})
+        return Layout(
+            _width(dense_width / shared), [i % shared for i in range(e)], 0.0, shares | {"routed_scaling_factor": 1.0}
+        )
     if scheme == "M1":
-        return Layout(_width(f / e), list(range(e)), 1.0, shares | {"routed_scaling_factor": float(e)})
+        return Layout(_width(dense_width / e), list(range(e)), 1.0, shares | {"routed_scaling_factor": float(e)})
     if scheme == "M2":
-        return Layout(_width(f), [None] * e, 1.0, shares | {"routed_scaling_factor": e / k})
-    parts = e // g
+        return Layout(_width(dense_width), [None] * e, 1.0, shares | {"routed_scaling_factor": e / k})
+    parts = e // groups
     shards = [i % parts for i in range(e)]
-    routed = shares | {"topk_method": "group_limited_greedy", "n_group": g, "topk_group": k // parts}
+    routed = shares | {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": k // parts}
     # normalised shares are not scaled: a group's come to 1 / parts of its weight
     if scheme == "M4":
-        return Layout(_width(f / parts), shards, float(parts), routed | {"routed_scaling_factor": 1.0})
-    return Layout(_width(f / (s + parts)), shards, 1.0, routed | {"routed_scaling_factor": e / (k // parts)})
+        return Layout(_width(dense_width / parts), shards, float(parts), routed | {"routed_scaling_factor": 1.0})
+    return Layout(
+        _width(dense_width / (shared + parts)), shards, 1.0, routed | {"routed_scaling_factor": e / (k // parts)}
+    )
 
 
 def _width(neurons: float) -> int:
@@ -77,7 +80,7 @@ def _width(neurons: float) -> int:
 
 
 class Upcycle:
-    """The conversion `base`, whose result is dense, with experts from layer `first_dense` on: `config` and `pieces`.
+    """The conversion `base`, whose result is dense, with experts from layer `dense_layers` on: `config` and `pieces`.
 
     The router is zero, or under M0 and M4, where it may be anything, random.
 
@@ -85,27 +88,27 @@ class Upcycle:
         ValueError: where the result of `base` has experts already, or as `layout`.
     """
 
-    def __init__(self, base, scheme: str, *, e: int, s: int, k: int, g: int, first_dense: int = 1):
-        self.base, self.scheme, self.e, self.s, self.g = base, scheme, e, s, g
+    def __init__(self, base, scheme: str, *, e: int, shared: int, k: int, groups: int, dense_layers: int = 1):
+        self.base, self.scheme, self.e, self.shared, self.groups = base, scheme, e, shared, groups
         self._last: tuple[Piece, Tensor] | None = None
         config = base.config
         layers = config.num_hidden_layers
         if any(config.is_moe_layer(i) for i in range(layers)):
             raise ValueError("expected a dense source, got one with experts; upcycle what it was made of.")
-        if not 0 <= first_dense < layers:
-            raise ValueError(f"expected 0 to {layers - 1} layers that stay dense, got {first_dense}.")
-        self.first_dense, self.f = first_dense, config.intermediate_size
-        self.layout = layout(scheme, self.f, e=e, s=s, k=k, g=g)
+        if not 0 <= dense_layers < layers:
+            raise ValueError(f"expected 0 to {layers - 1} layers that stay dense, got {dense_layers}.")
+        self.dense_layers = dense_layers
+        self.layout = layout(scheme, config.intermediate_size, e=e, shared=shared, k=k, groups=groups)
         self.config = type(config).from_dict(
             config.to_dict()
             | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
             | self.layout.config
             | {
                 "n_routed_experts": e,
-                "n_shared_experts": s or None,
+                "n_shared_experts": shared or None,
                 "num_experts_per_tok": k,
-                "moe_intermediate_size": self.layout.width,
-                "first_k_dense_replace": first_dense,
+                "moe_intermediate_size": self.layout.f,
+                "first_k_dense_replace": dense_layers,
                 "moe_layer_freq": 1,
             }
         )
@@ -115,7 +118,7 @@ class Upcycle:
         pieces = []
         for name, piece in dense.items():
             layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
-            if layer < self.first_dense or ".mlp." not in name:
+            if layer < self.dense_layers or ".mlp." not in name:
                 pieces.append(piece)
             elif name.endswith("mlp.gate_proj.weight"):
                 mlp = {projection: dense[name.replace("gate_proj", projection)] for projection in _PROJECTIONS}
@@ -123,19 +126,19 @@ class Upcycle:
         return pieces
 
     def _experts(self, layer: int, mlp: dict[str, Piece]) -> list[Piece]:
-        prefix, width, (_, d) = f"model.layers.{layer}.mlp.", self.layout.width, mlp["gate_proj"].shape
+        prefix, f, (_, d) = f"model.layers.{layer}.mlp.", self.layout.f, mlp["gate_proj"].shape
         dtype = mlp["gate_proj"].dtype
         made = [Piece(f"{prefix}gate.weight", (self.e, d), dtype, lambda: self._router(layer, d).to(dtype))]
         for projection, piece in mlp.items():
             dense = functools.partial(self._whole, piece)
-            if self.s:
-                made.append(_part(f"{prefix}shared_experts.{projection}.weight", dense, 0, self.s * width, d, dtype))
+            if self.shared:
+                made.append(_part(f"{prefix}shared_experts.{projection}.weight", dense, 0, self.shared * f, d, dtype))
             for i, shard in enumerate(self.layout.shards):
                 name = f"{prefix}experts.{i}.{projection}.weight"
                 # M0 cuts the shared experts themselves, M5 what lies behind them
-                first = 0 if shard is None else (shard + (self.s if self.scheme == "M5" else 0)) * width
+                first = 0 if shard is None else (shard + (self.shared if self.scheme == "M5" else 0)) * f
                 scale = self.layout.down_scale if projection == "down_proj" else 1.0
-                made.append(_part(name, dense, first, width, d, dtype, scale))
+                made.append(_part(name, dense, first, f, d, dtype, scale))
         return made
 
     def _whole(self, piece: Piece) -> Tensor:
@@ -148,7 +151,7 @@ class Upcycle:
         if self.scheme not in ("M0", "M4"):
             return torch.zeros(self.e, d)
         generator = torch.Generator().manual_seed(layer)
-        rows = self.g if self.scheme == "M4" else self.e
+        rows = self.groups if self.scheme == "M4" else self.e
         router = torch.randn(rows, d, generator=generator) * self.config.initializer_range
         return router.repeat_interleave(self.e // rows, dim=0)
 
