@@ -77,8 +77,9 @@ def _upcycle(source: Source, arguments: argparse.Namespace) -> Upcycle:
 def _convert(arguments: argparse.Namespace) -> int:
     source = Source(arguments.source)
     target = Target(arguments.out, shard_bytes=arguments.max_shard_size, force=arguments.force)
-    if target.out == source.folder.resolve() or source.folder.resolve() in target.out.parents:
-        raise ValueError(f"{arguments.out} lies in the source; choose another folder.")
+    origin = source.folder.resolve()
+    if target.out == origin or origin in target.out.parents or target.out in origin.parents:
+        raise ValueError(f"{arguments.out} and the source lie in each other; choose another folder.")
     conversion = arguments.conversion(source, arguments)
     pieces, config = conversion.pieces(), conversion.config
     report = {
@@ -92,7 +93,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         command = f"deepseek-latent {shlex.join(arguments.given)}"
         texts = {"config.json": config.to_json_string(), "README.md": _card(source, command)}
         copies = [*source.beside(), *filter(Path.is_file, [source.folder / "generation_config.json"])]
-        target.write(pieces, texts, copies, origin=f"{source.fingerprint()} {command}")
+        try:
+            target.write(pieces, texts, copies, origin=f"{source.fingerprint()} {command}")
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from {target.partial}", file=sys.stderr)
+            return 130
     _tell(report, arguments.json)
     return 0
 
@@ -112,7 +117,10 @@ def _card(source: Source, command: str) -> str:
 
 def _verify(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else None
+    try:
+        text = arguments.text.read_text(encoding="utf-8") if arguments.text else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8, got {arguments.text}.") from error
     report = verify(Path(arguments.out), arguments.against, text, DTYPES.get(arguments.dtype))
     _tell(report, arguments.json)
     return 1 if report["problems"] else 0
@@ -139,7 +147,7 @@ def _bytes(text: str) -> int:
         number = text.upper().removesuffix(unit)
         if number != text.upper() and number.isdigit() and int(number):
             return int(number) * size
-    raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text}")
+    raise argparse.ArgumentTypeError(f"expected a whole number of KB, MB, GB or TB, such as 500MB, got {text}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ Letters: d model width, h query heads, g key heads, w width of a head.
 """
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -55,17 +56,24 @@ class LlamaSource:
             "o_proj": (self.d, heads),
         }
 
+    def _biased(self) -> list[str]:
+        """The projections to which transformers gives a bias."""
+        if self.config.model_type == "qwen2":
+            return ["q_proj", "k_proj", "v_proj"]
+        return list(self._shapes()) if getattr(self.config, "attention_bias", False) else []
+
     def _check_tensors(self) -> None:
         d, vocab, inner = self.d, self.config.vocab_size, self.config.intermediate_size
         layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
         layer |= {"mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d), "mlp.down_proj": (d, inner)}
-        layer |= {f"self_attn.{name}": shape for name, shape in self._shapes().items()}
+        shapes = self._shapes()
+        layer |= {f"self_attn.{name}": shape for name, shape in shapes.items()}
         expected = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
         optional = {}
         (optional if self.config.tie_word_embeddings else expected)["lm_head.weight"] = (vocab, d)
         for i in range(self.config.num_hidden_layers):
             expected |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-            optional |= {f"model.layers.{i}.self_attn.{name}.bias": (n,) for name, (n, _) in self._shapes().items()}
+            expected |= {f"model.layers.{i}.self_attn.{name}.bias": (shapes[name][0],) for name in self._biased()}
         for name, shape in expected.items():
             if name not in self.files:
                 raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")
@@ -80,7 +88,10 @@ class LlamaSource:
 
 
 def _supported_config(files: Source) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"expected a config.json that transformers reads in {files.folder}, got: {error}") from error
     if config.model_type not in SOURCES:
         reason = " (its queries and keys are normalised, which no latent holds)" if "qwen3" in config.model_type else ""
         raise ValueError(f"expected one of {', '.join(SOURCES)}, got model_type {config.model_type!r}{reason}.")
@@ -91,7 +102,7 @@ def _supported_config(files: Source) -> PreTrainedConfig:
         "mlp_bias": getattr(config, "mlp_bias", None),
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],
-        "rope_type": rope["rope_type"] if rope["rope_type"] in ("dynamic", "longrope") else None,
+        "rope_type": None if rope["rope_type"] in ("default", "linear", "llama3", "yarn") else rope["rope_type"],
     }
     for name, value in refused.items():
         if value:

@@ -43,13 +43,15 @@ class Target:
     """
 
     def __init__(self, out: str | Path, *, shard_bytes: int = SHARD_BYTES, force: bool = False):
-        self.out = Path(out).expanduser().absolute()
+        # what a link or .. leads to: it is that folder which would be replaced
+        self.out = Path(out).expanduser().resolve()
         if shard_bytes < 1:
             raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
-        if self.out.exists() and not force:
-            raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
-        if self.out.exists() and not (self.out / "config.json").is_file():
-            raise ValueError(f"{out} is no checkpoint, so --force does not replace it; choose another folder.")
+        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            if not (self.out / "config.json").is_file():
+                raise ValueError(f"{out} exists and is no checkpoint that could be replaced; choose another folder.")
+            if not force:
+                raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
         self.shard_bytes = shard_bytes
         self.partial = self.out.with_name(f".{self.out.name}.partial")
 
@@ -88,7 +90,8 @@ class Target:
                 # another run would meet the same; what an interrupted process leaves is kept
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise
-            lock.unlink()
+            finally:
+                lock.unlink()
         return [*files, *texts, *(path.name for path in copies)]
 
     def _fill(self, pieces: list[Piece]) -> list[str]:

@@ -42,6 +42,8 @@ def layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int, groups
 
     Raises ValueError for numbers that the scheme cannot be made of.
     """
+    if e < 1:
+        raise ValueError(f"expected at least one routed expert, got {e}.")
     shares = {"norm_topk_prob": scheme == "M4"}
     grouped = scheme in ("M3", "M4", "M5")
     if (shared > 0) != (scheme in ("M0", "M5")):
