@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from .conversion.checkpoint import (
     local_or_hub,
     read_config,
 )
-from .conversion.command import add_commands
+from .conversion.command import act, add_commands
 from .conversion.remote_code import export_code
 from .conversion.size import cached_elements_per_token, expanded_width, idle_parameters, parameters_by_part
 from .latent_format import BITS, latent_format
@@ -38,15 +37,9 @@ CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 1: the checkpoint does not fit its config; 2: unusable input, said in one sentence."""
-    arguments = _parser().parse_args(argv)
-    arguments.given = sys.argv[1:] if argv is None else argv
-    try:
-        status = arguments.action(arguments)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"deepseek-latent {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    arguments, status = act(_parser(), argv)
     # out here, since what a tool raises is the tool's: traceback, exit code and all
-    if arguments.command == "run":
+    if arguments.command == "run" and status == 0:
         run_tool(arguments.module, arguments.script)
     return status
 

@@ -28,12 +28,14 @@ class Cast:
         return [self._piece(name) for name in self.source.tensors]
 
     def _piece(self, name: str) -> Piece:
-        dtype = self.dtype or self.source.dtype(name)
+        unchanged, dtype = self.source.piece(name), self.dtype
+        if dtype is None or dtype == unchanged.dtype:
+            return unchanged
 
         def make() -> Tensor:
-            tensor = self.source[name].to(dtype)
+            tensor = unchanged.make().to(dtype)
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds numbers beyond {dtype}; choose bfloat16 or float32.")
             return tensor
 
-        return Piece(name, self.source.shape(name), dtype, make)
+        return unchanged._replace(dtype=dtype, make=make)

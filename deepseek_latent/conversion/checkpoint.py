@@ -27,7 +27,7 @@ MODELS = (
 )
 # the release's first upload named its class so
 _ARCHITECTURES = {model.__name__: model for model in MODELS} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
-_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -137,15 +137,10 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
     if "quantization_config" in config.to_dict():
         raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; check its source.")
     headers, problems = read_shards(folder)
-    stored = {}
-    for header in headers.values():
-        for name, tensor in (header or {}).items():
-            if name in stored:
-                problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
-            stored[name] = tensor
+    stored = all_tensors(headers, problems)
     expected = checkpoint_tensors(config, architecture_of(config))
     optional = _tied_tensors(config)
-    floats = list(_SAFETENSORS_DTYPES.values())
+    floats = list(SAFETENSORS_DTYPES.values())
     missing = [f"{name} is missing" for name in expected if name not in stored]
     # one bad file would otherwise be buried under the names of all it held
     if missing and None in headers.values():
@@ -158,7 +153,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             continue
         if tensor.shape != shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
-        wanted = [_SAFETENSORS_DTYPES[config.dtype]] if config.dtype in _SAFETENSORS_DTYPES else floats
+        wanted = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
         if tensor.dtype not in wanted:
             problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}, in {tensor.file}")
     return CheckpointReport(len(stored), len(headers), problems)
@@ -194,6 +189,17 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None]
             f"{name} is in {file}, but {INDEX} does not name it" for name in header or () if name not in placed
         ]
     return headers, problems
+
+
+def all_tensors(headers: dict[str, dict[str, StoredTensor] | None], problems: list[str]) -> dict[str, StoredTensor]:
+    """What all files hold, by name; a tensor that is in two of them is added to `problems`."""
+    stored = {}
+    for header in headers.values():
+        for name, tensor in (header or {}).items():
+            if name in stored:
+                problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
+            stored[name] = tensor
+    return stored
 
 
 def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:

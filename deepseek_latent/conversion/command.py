@@ -150,14 +150,19 @@ def _bytes(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number of KB, MB, GB or TB, such as 500MB, got {text}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_latent.conversion", description=__doc__)
-    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+def act(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, int]:
+    """Does what the command line says; its arguments and exit code: 2 for unusable input, said in one sentence."""
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     arguments.given = given
     try:
-        return arguments.action(arguments)
+        return arguments, arguments.action(arguments)
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"{parser.prog} {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return arguments, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deepseek_latent.conversion", description=__doc__)
+    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    return act(parser, argv)[1]

@@ -9,7 +9,6 @@ stand in the way. RoPE turns the pairs of g heads at the same w/2 frequencies, w
 the latent is normalised, which is undone by a constant channel, so large that the norm is that of the channel.
 """
 
-import functools
 import math
 
 import torch
@@ -44,12 +43,12 @@ class GqaToMla:
     def __init__(self, files: Source, *, bias_free: bool = False):
         self.source = source = LlamaSource(files)
         self.bias_free = bias_free
-        if bias_free and source.has_bias("q_proj", "k_proj", "v_proj", "o_proj"):
+        if bias_free and source.biased:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
         self.c = self.d if bias_free else _room_for_constant(self.g * self.w)
-        self.a = _room_for_constant(self.d) if source.has_bias("q_proj") else None
+        self.a = _room_for_constant(self.d) if "q_proj" in source.biased else None
         # scores are divided by the root of n + r here, by that of w there
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.config = self._config()
@@ -78,16 +77,17 @@ class GqaToMla:
 
     def pieces(self) -> list[Piece]:
         """Every tensor of the new checkpoint, in the order of the layers."""
-        pieces = [self._copy("model.embed_tokens.weight")]
+        files = self.source.files
+        pieces = [files.piece("model.embed_tokens.weight")]
         for layer in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             pieces += self._attention(layer)
             rest = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"]
             rest += [] if self.bias_free else ["input_layernorm"]
-            pieces += [self._copy(f"{prefix}{name}.weight") for name in rest]
-        pieces.append(self._copy("model.norm.weight"))
-        if "lm_head.weight" in self.source.files:
-            pieces.append(self._copy("lm_head.weight"))
+            pieces += [files.piece(f"{prefix}{name}.weight") for name in rest]
+        pieces.append(files.piece("model.norm.weight"))
+        if "lm_head.weight" in files:
+            pieces.append(files.piece("lm_head.weight"))
         return pieces
 
     def _attention(self, layer: int) -> list[Piece]:
@@ -191,10 +191,6 @@ class GqaToMla:
         """A projection's weight, with the norm before it where the new one is to be without weights."""
         weight = self.source.weight(layer, projection)
         return weight * self.source.input_norm(layer) if self.bias_free else weight
-
-    def _copy(self, name: str) -> Piece:
-        files = self.source.files
-        return Piece(name, files.shape(name), files.dtype(name), functools.partial(files.__getitem__, name))
 
 
 def repeated_rope(origin: PreTrainedConfig, width: int, times: int) -> dict:

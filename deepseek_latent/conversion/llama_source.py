@@ -27,6 +27,9 @@ class LlamaSource:
         self.d = config.hidden_size
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
         self.w = getattr(config, "head_dim", None) or self.d // self.h
+        # the projections to which transformers gives a bias
+        attention_bias = tuple(self._shapes()) if getattr(config, "attention_bias", False) else ()
+        self.biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
         self._check_tensors()
 
     def weight(self, layer: int, projection: str) -> Tensor:
@@ -34,12 +37,9 @@ class LlamaSource:
 
     def bias(self, layer: int, projection: str) -> Tensor:
         """Zeros where there is none."""
-        name = f"model.layers.{layer}.self_attn.{projection}.bias"
-        return self.files[name].float() if name in self.files else torch.zeros(self._shapes()[projection][0])
-
-    def has_bias(self, *projections: str) -> bool:
-        layers = range(self.config.num_hidden_layers)
-        return any(f"model.layers.{i}.self_attn.{name}.bias" in self.files for i in layers for name in projections)
+        if projection not in self.biased:
+            return torch.zeros(self._shapes()[projection][0])
+        return self.files[f"model.layers.{layer}.self_attn.{projection}.bias"].float()
 
     def input_norm(self, layer: int) -> Tensor:
         return self.files[f"model.layers.{layer}.input_layernorm.weight"].float()
@@ -56,12 +56,6 @@ class LlamaSource:
             "o_proj": (self.d, heads),
         }
 
-    def _biased(self) -> list[str]:
-        """The projections to which transformers gives a bias."""
-        if self.config.model_type == "qwen2":
-            return ["q_proj", "k_proj", "v_proj"]
-        return list(self._shapes()) if getattr(self.config, "attention_bias", False) else []
-
     def _check_tensors(self) -> None:
         d, vocab, inner = self.d, self.config.vocab_size, self.config.intermediate_size
         layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
@@ -73,7 +67,7 @@ class LlamaSource:
         (optional if self.config.tie_word_embeddings else expected)["lm_head.weight"] = (vocab, d)
         for i in range(self.config.num_hidden_layers):
             expected |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-            expected |= {f"model.layers.{i}.self_attn.{name}.bias": (shapes[name][0],) for name in self._biased()}
+            expected |= {f"model.layers.{i}.self_attn.{name}.bias": (shapes[name][0],) for name in self.biased}
         for name, shape in expected.items():
             if name not in self.files:
                 raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")

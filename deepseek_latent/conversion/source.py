@@ -1,5 +1,6 @@
 """A checkpoint to convert: read tensor by tensor, and refused before any work where it is not what it says."""
 
+import functools
 import hashlib
 import json
 import re
@@ -9,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import StoredTensor, read_json, read_shards
+from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, all_tensors, read_json, read_shards
+from .target import Piece
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 # what a model is used with beside its weights and config, and what says who may use it
 BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model", "LICENSE*")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
@@ -44,14 +46,10 @@ class Source:
             found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
             raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
         headers, problems = read_shards(self.folder)
-        tensors = {}
-        for header in headers.values():
-            for name, tensor in (header or {}).items():
-                if name in tensors:
-                    problems.append(f"{name} is in two files, {tensors[name].file} and {tensor.file}")
-                if tensor.dtype not in DTYPES:
-                    problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-                tensors[name] = tensor
+        tensors = all_tensors(headers, problems)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
         if problems:
             more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
             raise ValueError(f"cannot convert {self.folder}: {problems[0]}{more}.")
@@ -79,6 +77,10 @@ class Source:
         if not tensor.isfinite().all():
             raise ValueError(f"{name} in {self.folder / file} holds NaN or infinity; take another copy.")
         return tensor
+
+    def piece(self, name: str) -> Piece:
+        """A tensor that goes along unchanged."""
+        return Piece(name, self.shape(name), self.dtype(name), functools.partial(self.__getitem__, name))
 
     def beside(self) -> list[Path]:
         """Files that go along unchanged."""

@@ -35,9 +35,9 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     for name in source.tensors:
         source[name]  # raises where a number is none
     ids = _ids(folder, text, config.vocab_size)
-    ours = _load(AutoModelForCausalLM, folder, dtype)
-    logits, continuation = _answers(ours, ids)
-    allowed = ALLOWED.get(ours.dtype, ALLOWED_IN_HALF)
+    # one model at a time is in memory
+    logits, continuation = _answers(_load(AutoModelForCausalLM, folder, dtype), ids)
+    allowed = ALLOWED.get(logits.dtype, ALLOWED_IN_HALF)
     report["tokens"] = ids.shape[1]
     if config.n_shared_experts is None or config.norm_topk_prob:
         report["logits_error_in_transformers"] = "its class has shared experts always and does not normalise shares"
