@@ -49,7 +49,8 @@ class DeepseekV2Attention(nn.Module):
 
         d, h, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        if config.q_lora_rank is None:
+        self.c, self.q_lora_rank = c, config.q_lora_rank
+        if self.q_lora_rank is None:
             self.q_proj = nn.Linear(d, h * (self.n + self.r), bias=False)
         else:
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=config.attention_bias)
@@ -69,8 +70,7 @@ class DeepseekV2Attention(nn.Module):
         past_key_values: Cache | PagedLatents | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
-        q_content, q_rotary = self.project_queries(hidden_states, position_embeddings)
-        latent, k_rotary = self.project_latents(hidden_states, position_embeddings)
+        q_content, q_rotary, latent, k_rotary = self.project(hidden_states, position_embeddings)
         if isinstance(past_key_values, PagedLatents):
             inputs = (q_content, q_rotary, latent, k_rotary)
             context = past_key_values.attend(self.attend_to_rows, self.layer_idx, *inputs)
@@ -125,24 +125,29 @@ class DeepseekV2Attention(nn.Module):
 
     def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
-        latents = Latents(Stretch(rows, LatentFormat(self.config.kv_lora_rank, self.r, rows.dtype)))
+        latents = Latents(Stretch(rows, LatentFormat(self.c, self.r, rows.dtype)))
         return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
+
+    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *self.project_queries(hidden_states, rotation), *self.project_latents(hidden_states, rotation)
 
     def project_queries(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[b s d] to q_content [b s h n] and q_rotary [b s h r], rotated (eqs. 12-14)."""
-        if self.config.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
-        else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        project = self.q_proj if self.q_lora_rank is None else self.q_b_proj
+        queries = project(self.query_input(hidden_states))
         # -1, since a tensor-parallel rank has only its share of the heads
         queries = queries.view(*hidden_states.shape[:2], -1, self.n + self.r)
         q_content, q_rotary = queries.split((self.n, self.r), dim=-1)
         return q_content, self.rotate(q_rotary, *rotation)
 
+    def query_input(self, hidden_states: Tensor) -> Tensor:
+        """What the last projection of queries is applied to: [b s d] as it is, or the query latent [b s a] (eq. 12)."""
+        return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+
     def project_latents(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[b s d] to what is cached: latents [b 1 s c] after their norm, rotated keys [b 1 s r] (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
-        latent, k_rotary = compressed.split((self.config.kv_lora_rank, self.r), dim=-1)
+        latent, k_rotary = compressed.split((self.c, self.r), dim=-1)
         return self.kv_a_layernorm(latent)[:, None], self.rotate(k_rotary, *rotation)[:, None]
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +184,7 @@ class DeepseekV2Attention(nn.Module):
         # a static cache is wider than the padding mask that comes with it
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
-        if readable and absorbing_is_cheaper(s, t, c=self.config.kv_lora_rank, n=self.n, v=self.v):
+        if readable and absorbing_is_cheaper(s, t, c=self.c, n=self.n, v=self.v):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 

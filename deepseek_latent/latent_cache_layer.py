@@ -122,7 +122,7 @@ class LatentCacheLayer(DynamicLayer):
             return latent_format(self.bits, *widths, dtype)
         held = (self.batch_size, self._format.latent_width, self._format.rotary_width, self.dtype, self.device)
         check_continues(held, (key_states.shape[0], *widths, dtype, key_states.device))
-        return replace(self._format, dtype=dtype)
+        return self._format if dtype == self.dtype else replace(self._format, dtype=dtype)
 
     def _widen(self, dtype: torch.dtype) -> None:
         self.dtype, self._format = dtype, replace(self._format, dtype=dtype)

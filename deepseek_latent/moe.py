@@ -43,21 +43,25 @@ class DeepseekV2MoEGate(nn.Module):
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
-        self.config = config
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.is_grouped = config.topk_method == "group_limited_greedy"
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        # DeepSeek's V2 code does one or the other: normalised weights are not scaled
+        self.is_normalised = config.norm_topk_prob and config.num_experts_per_tok > 1
+        self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
-        config, logits = self.config, self.logits(hidden_states)
+        logits = self.logits(hidden_states)
         scores = logits.softmax(dim=-1)
-        if config.topk_method == "group_limited_greedy":
+        if self.is_grouped:
             scores = scores * self._mask_of_best_groups(scores)
-        weights, experts = scores.topk(config.num_experts_per_tok, dim=-1, sorted=False)
-        # DeepSeek's V2 code does one or the other: normalised weights are not scaled
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        weights, experts = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        if self.is_normalised:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         else:
-            weights = weights * config.routed_scaling_factor
+            weights = weights * self.routed_scaling_factor
         return logits, weights, experts
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -67,10 +71,10 @@ class DeepseekV2MoEGate(nn.Module):
 
     def _mask_of_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens e], 1 for every expert of the kept groups and 0 elsewhere."""
-        best_in_group = scores.unflatten(-1, (self.config.n_group, -1)).amax(dim=-1)
-        kept = best_in_group.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        best_in_group = scores.unflatten(-1, (self.n_group, -1)).amax(dim=-1)
+        kept = best_in_group.topk(self.topk_group, dim=-1, sorted=False).indices
         mask = torch.zeros_like(best_in_group).scatter_(-1, kept, 1.0)
-        return mask.repeat_interleave(self.config.n_routed_experts // self.config.n_group, dim=-1)
+        return mask.repeat_interleave(scores.shape[-1] // self.n_group, dim=-1)
 
 
 @use_experts_implementation

@@ -80,7 +80,7 @@ def test_experts_are_those_of_torch(dtype, m, d, f, in_int8, operators):
         scales = [noise(e, 2 * f, seed=4).abs() / 20, noise(e, d, seed=5).abs() / 20]
     chosen, shares = noise(m, e, seed=3).topk(k).indices, noise(m, k, seed=6).abs()
     chosen[0, 0] = e  # another rank's
-    result = operators.experts(x, gate_up, down, chosen, shares, *scales)
+    result = operators.experts(x, gate_up, down, chosen, shares, scales, [], [])
     exact, yardstick = torch.zeros(m, d, dtype=torch.float64), torch.zeros(m, d)
     gates, downs = (
         w.double() * s.double()[..., None] if in_int8 else w.double()
@@ -113,9 +113,49 @@ def test_the_mlp_of_a_layer_is_that_of_torch(dtype, m, d, f, in_int8, operators)
     exact = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
     gate, up, down = (w.to(dtype) for w in exact_weights)
     yardstick = summed_in_order(F.silu(summed_in_order(x, gate)) * summed_in_order(x, up), down)
-    result = operators.mlp(x, *weights, *scales)
+    result = operators.mlp(x, list(weights), list(scales))
     assert result.dtype == dtype
     assert_within_rounding(result, exact, yardstick)
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 2, 5, 8])
+@pytest.mark.parametrize(("d", "f", "shared_f"), [(5, 7, 3), (40, 33, 66), (72, 32, 500)])
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_routed_and_shared_experts_in_one_pass_are_their_sum(dtype, m, d, f, shared_f, in_int8, operators):
+    x, chosen, shares = noise(m, d).to(dtype), noise(m, 6, seed=3).topk(3).indices, noise(m, 3, seed=6).abs()
+    shapes = [(6, 2 * f, d), (6, d, f), (shared_f, d), (shared_f, d), (d, shared_f)]
+    weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    scales = []
+    if in_int8:
+        weights, scales = zip(*map(rounded, weights))
+    (gate_up, down, *shared), (routed_scales, shared_scales) = weights, (list(scales[:2]), list(scales[2:]))
+    result = operators.experts(x, gate_up, down, chosen, shares, routed_scales, shared, shared_scales)
+    wide = x.float()
+    routed = operators.experts(x.float(), gate_up, down, chosen, shares, routed_scales, [], [])
+    exact = routed.double() + operators.mlp(wide, shared, shared_scales).double()
+    assert_within_rounding(result, exact, exact.to(dtype), slack=4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("b", "s"), [(1, 1), (2, 1), (1, 5), (2, 4)])
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_projecting_in_one_pass_is_projecting_norming_and_rotating(dtype, b, s, in_int8, operators):
+    d, a, h, n, r, c, eps = 37, 20, 3, 5, 6, 18, 1e-3
+    x, q_x = noise(b, s, d).to(dtype), noise(b, s, a, seed=1).to(dtype)
+    q, kv_a = noise(h * (n + r), a, seed=2).to(dtype), noise(c + r, d, seed=3).to(dtype)
+    norm, angles = noise(c, seed=4).to(dtype), noise(b, s, r // 2, seed=5)
+    q_scales = kv_a_scales = None
+    if in_int8:
+        (q, q_scales), (kv_a, kv_a_scales) = rounded(q), rounded(kv_a)
+    rotation = (angles.cos(), angles.sin())
+    queries, rows = operators.project(q_x, q, q_scales, x, kv_a, kv_a_scales, norm, eps, *rotation, n + r)
+    q_content, q_rotary = operators.linear(q_x.flatten(0, 1), q, q_scales).view(b, s, h, n + r).split((n, r), dim=-1)
+    latent, k_rotary = operators.linear(x.flatten(0, 1), kv_a, kv_a_scales).view(b, s, c + r).split((c, r), dim=-1)
+    expected = torch.cat((q_content, operators.rotate(q_rotary, *rotation)), dim=-1)
+    assert torch.equal(queries.view_as(expected), expected)
+    assert torch.equal(rows[..., :c], operators.rms_norm(latent.contiguous(), norm, eps))
+    assert torch.equal(rows[..., c:], operators.rotate(k_rotary, *rotation))
 
 
 @DTYPES
@@ -220,18 +260,57 @@ def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
 
 
+def test_attention_between_projections_is_absorbing_attending_and_expanding(operators):
+    b, s, h, n, v, c, r, t = 2, 3, 5, 7, 4, 18, 6, 90
+    kv_b, rows = noise(h, n + v, c).bfloat16(), noise(b, t, c + r, seed=1).bfloat16()
+    queries, mask = noise(b, s, h, n + r, seed=2).bfloat16(), mask_of("additive", b, s, h, t)
+    (w_uk, w_uv), (q_content, q_rotary) = kv_b.split((n, v), dim=1), queries.split((n, r), dim=-1)
+    past = ([rows[..., :c]], [rows[..., c:]], 0.3, mask)
+    absorbed = operators.absorb(q_content.flatten(0, 1), w_uk).unflatten(0, (b, s))
+    expected = operators.expand(operators.attend(absorbed, q_rotary, *past).flatten(0, 1), w_uv).view(b, s, h, v)
+    assert torch.equal(operators.attention(q_content, q_rotary, w_uk, w_uv, *past), expected)
+
+
 def test_what_operators_promise_torch_compile_is_kept(operators):
     x, weight = noise(3, 16).bfloat16(), noise(5, 16).bfloat16()
-    shares = torch.ones(3, 1)
+    shares, chosen = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long)
     calls = [
         (operators.linear, (x, weight)),
         (operators.rms_norm, (x, weight[0], 1e-6)),
-        (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), torch.zeros(3, 1, dtype=torch.long), shares)),
-        (operators.mlp, (x, weight, weight, weight.T.contiguous())),
+        (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), chosen, shares, [], [], [])),
+        (operators.mlp, (x, [weight, weight, weight.T.contiguous()], [])),
         (operators.rotate, (noise(1, 3, 2, 4), noise(1, 3, 2), noise(1, 3, 2))),
         (operators.absorb, (noise(3, 2, 4), noise(2, 4, 7))),
         (operators.expand, (noise(3, 2, 7), noise(2, 5, 7).bfloat16())),
         (operators.attend, (noise(1, 2, 3, 7), noise(1, 2, 3, 2), [noise(1, 6, 7)], [noise(1, 6, 2)], 0.5)),
+        (
+            operators.attention,
+            (
+                noise(1, 2, 3, 4),
+                noise(1, 2, 3, 2),
+                noise(3, 4, 7),
+                noise(3, 5, 7),
+                [noise(1, 6, 7)],
+                [noise(1, 6, 2)],
+                0.5,
+            ),
+        ),
+        (
+            operators.project,
+            (
+                x[None],
+                weight,
+                None,
+                x[None],
+                weight,
+                None,
+                noise(3).bfloat16(),
+                1e-6,
+                noise(1, 3, 1),
+                noise(1, 3, 1),
+                5,
+            ),
+        ),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -341,11 +420,23 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
         linear(x.float())
 
 
+@pytest.mark.parametrize(
+    "watched",
+    [
+        "layers.0.mlp.up_proj",
+        "layers.0.self_attn.q_b_proj",
+        "layers.0.self_attn.kv_a_proj_with_mqa",
+        "layers.0.self_attn.kv_a_layernorm",
+        "layers.1.mlp.experts",
+        "layers.1.mlp.shared_experts",
+        "layers.1.mlp.shared_experts.down_proj",
+    ],
+)
 @torch.no_grad()
-def test_what_watches_a_projection_still_sees_it():
+def test_what_watches_a_module_still_sees_it(watched):
     model, ids, seen = tiny_model(), random_ids(1, 1), []
     optimize_for_inference(model)
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.model.get_submodule(watched).register_forward_hook(lambda module, inputs, output: seen.append(output))
     expected = tiny_model()(ids).logits
     assert relative_error(model(ids).logits, expected) < 1e-5
     assert len(seen) == 1

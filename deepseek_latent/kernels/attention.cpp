@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attention_tile.h"
-#include "share.h"
+#include "projections.h"
 
 namespace latent {
 
@@ -136,12 +136,29 @@ at::Tensor attend(
   return context;
 }
 
+// The same between projections: q_content [b s h n] absorbed by w_uk [h n c] before, and w_uv [h v c] applied to what comes:
+// [b s h v] in the dtype of the weights
+at::Tensor attention(
+    const at::Tensor& q_content, const at::Tensor& q_rotary, const at::Tensor& w_uk, const at::Tensor& w_uv,
+    at::TensorList latents, at::TensorList rotary_keys, double scale, const std::optional<at::Tensor>& mask,
+    c10::string_view bits) {
+  const at::Tensor absorbed = absorb(q_content.flatten(0, 1), w_uk).unflatten(0, q_content.sizes().slice(0, 2));
+  const at::Tensor context = attend(absorbed, q_rotary, latents, rotary_keys, scale, mask, bits);
+  return expand(context.flatten(0, 1), w_uv).unflatten(0, q_content.sizes().slice(0, 2));
+}
+
 }  // namespace latent
 
 TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
   library.def(
       "attend(Tensor absorbed, Tensor q_rotary, Tensor[] latents, Tensor[] rotary_keys, float scale, Tensor? mask=None, "
       "str bits='') -> Tensor");
+  library.def(
+      "attention(Tensor q_content, Tensor q_rotary, Tensor w_uk, Tensor w_uv, Tensor[] latents, Tensor[] rotary_keys, "
+      "float scale, Tensor? mask=None, str bits='') -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) { library.impl("attend", latent::attend); }
+TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) {
+  library.impl("attend", latent::attend);
+  library.impl("attention", latent::attention);
+}

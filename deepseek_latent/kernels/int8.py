@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import DeepseekV2Experts
-from .library import multiply, operators
+from .library import multiply, multiply_by_experts
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,18 +35,15 @@ def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
 
 
 class Int8Experts(DeepseekV2Experts):
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def stored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of both weights, by which our operators multiply any tokens x."""
         _check(self.gate_up_proj)
         _check(self.down_proj)
-        return operators.experts(
-            hidden_states.contiguous(),
-            self.gate_up_proj_codes,
-            self.down_proj_codes,
-            top_k_index,
-            top_k_weights.float(),
-            self.gate_up_proj_scales.float(),
-            self.down_proj_scales.float(),
-        )
+        scales = self.gate_up_proj_scales.float(), self.down_proj_scales.float()
+        return self.gate_up_proj_codes, self.down_proj_codes, *scales
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return multiply_by_experts(hidden_states, self.stored(hidden_states), top_k_index, top_k_weights)
 
 
 WEIGHTS = {Int8Linear: ("weight",), Int8Experts: ("gate_up_proj", "down_proj")}

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 HERE = Path(__file__).parent
-SOURCES = ("products.cpp", "experts.cpp", "attention.cpp")
+SOURCES = ("products.cpp", "projections.cpp", "experts.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
@@ -28,6 +29,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | No
     """x [.. k] times weight [n k], int8 ones times scales [n], as `F.linear`: [.. n] in the dtype of x."""
     y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+
+def multiply_by_experts(
+    x: Tensor,  # [m d]
+    stored: Sequence[Tensor],  # gate_up [e 2f d], down [e d f], and for int8 weights their scales [e 2f], [e d]
+    chosen: Tensor,  # [m k]
+    weights: Tensor,  # [m k]
+    shared: tuple[list[Tensor], list[Tensor]] = ([], []),  # gate, up and down of shared experts, and their scales
+) -> Tensor:  # [m d]
+    gate_up, down, *scales = stored
+    return operators.experts(x.contiguous(), gate_up, down, chosen, weights.float(), scales, *shared)
 
 
 @functools.cache
@@ -43,6 +55,8 @@ def load_operators() -> str:
         torch.library.register_fake(f"deepseek_latent::{name}", _like_the_first)
     torch.library.register_fake("deepseek_latent::absorb", _absorb)
     torch.library.register_fake("deepseek_latent::expand", _expand)
+    torch.library.register_fake("deepseek_latent::project", _project)
+    torch.library.register_fake("deepseek_latent::attention", _attention)
     return operators.instructions()
 
 
@@ -100,3 +114,11 @@ def _absorb(x: Tensor, w: Tensor) -> Tensor:
 
 def _expand(x: Tensor, w: Tensor) -> Tensor:
     return w.new_empty(*x.shape[:2], w.shape[1])
+
+
+def _project(q_x, q, q_scales, x, kv_a, *rest) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:2], q.shape[0]), x.new_empty(*x.shape[:2], kv_a.shape[0])
+
+
+def _attention(q_content: Tensor, q_rotary: Tensor, w_uk: Tensor, w_uv: Tensor, *rest) -> Tensor:
+    return w_uv.new_empty(*q_content.shape[:3], w_uv.shape[1])

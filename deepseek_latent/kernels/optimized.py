@@ -11,9 +11,9 @@ from transformers.modeling_utils import PreTrainedModel
 from ..latent_attention import DeepseekV2Attention, has_hooks
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
-from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
+from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
 from .int8 import Int8Experts, Int8Linear, codes_and_scales, to_int8
-from .library import load_operators, multiply, operators
+from .library import load_operators, multiply, multiply_by_experts, operators
 
 # tokens up to which reading the weights takes longer than multiplying by them; dot products, in products.cpp
 FEW = 8
@@ -57,31 +57,62 @@ class KernelGate(DeepseekV2MoEGate):
 
 
 class KernelExperts(DeepseekV2Experts):
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Both weights, if our operators are to multiply tokens x by them."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        if not (_takes(hidden_states, gate_up) and down.is_contiguous()):
+        return (gate_up, down) if _takes(x, gate_up) and down.is_contiguous() else None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        stored = self.stored(hidden_states)
+        if stored is None:
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        return operators.experts(hidden_states.contiguous(), gate_up, down, top_k_index, top_k_weights.float())
+        return multiply_by_experts(hidden_states, stored, top_k_index, top_k_weights)
+
+
+def _stored(x: Tensor, *projections: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Weights, and the scales of int8 ones, of projections of few tokens x that do nothing but multiply, all alike."""
+    if x.numel() > FEW * x.shape[-1]:
+        return None
+    for projection in projections:
+        if type(projection) is not type(projections[0]) or projection.bias is not None or has_hooks(projection):
+            return None
+    if type(projections[0]) is Int8Linear:
+        weights, scales = zip(*map(codes_and_scales, projections))
+        return list(weights), list(scales)
+    if type(projections[0]) is not KernelLinear:
+        return None
+    weights = [projection.weight for projection in projections]
+    return (weights, []) if all(_takes(x, weight) for weight in weights) else None
 
 
 class KernelMLP(DeepseekV2MLP):
     """In one call for few tokens, where its projections do nothing but multiply."""
 
+    def stored(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+        return _stored(x, self.gate_proj, self.up_proj, self.down_proj)
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > FEW * x.shape[-1]:
+        stored = self.stored(x)
+        if stored is None:
             return super().forward(x)
-        projections = (self.gate_proj, self.up_proj, self.down_proj)
-        kinds = {type(projection) for projection in projections}
-        if any(projection.bias is not None or has_hooks(projection) for projection in projections) or len(kinds) > 1:
-            return super().forward(x)
-        if kinds == {Int8Linear}:
-            stored = [codes_and_scales(projection) for projection in projections]
-        elif kinds == {KernelLinear} and all(_takes(x, projection.weight) for projection in projections):
-            stored = [(projection.weight, None) for projection in projections]
-        else:
-            return super().forward(x)
-        weights, scales = zip(*stored)
-        return operators.mlp(x.reshape(-1, x.shape[-1]).contiguous(), *weights, *scales).view(x.shape)
+        return operators.mlp(x.reshape(-1, x.shape[-1]).contiguous(), *stored).view(x.shape)
+
+
+class KernelMoE(DeepseekV2MoE):
+    """Routed and shared experts in one call for few tokens, where neither is wrapped or watched."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        kinds = {type(self.experts), type(self.shared_experts)}
+        if kinds not in ({KernelExperts, KernelMLP}, {Int8Experts, KernelMLP}):
+            return super().forward(hidden_states)
+        watched = has_hooks(self.experts) or has_hooks(self.shared_experts)
+        shared = None if watched else self.shared_experts.stored(hidden_states)
+        routed = None if shared is None else self.experts.stored(hidden_states)
+        if routed is None or routed[0].dtype != shared[0][0].dtype:
+            return super().forward(hidden_states)
+        tokens = hidden_states.flatten(0, 1)
+        _, weights, experts = self.gate(tokens)
+        return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
 
 
 class KernelAttention(DeepseekV2Attention):
@@ -90,6 +121,29 @@ class KernelAttention(DeepseekV2Attention):
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
             return DeepseekV2Attention.rotate(x, cos, sin)
         return operators.rotate(x, cos, sin)
+
+    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In one call for few tokens, where the projections do nothing but multiply."""
+        last, norm = self.q_proj if self.q_lora_rank is None else self.q_b_proj, self.kv_a_layernorm
+        is_plain = type(norm) is KernelRMSNorm and not has_hooks(norm) and _takes(hidden_states, norm.weight)
+        stored = _stored(hidden_states, last, self.kv_a_proj_with_mqa) if is_plain else None
+        if stored is None:
+            return super().project(hidden_states, rotation)
+        (q, kv_a), (q_scales, kv_a_scales) = stored[0], stored[1] or (None, None)
+        queries, rows = operators.project(
+            self.query_input(hidden_states),
+            q,
+            q_scales,
+            hidden_states,
+            kv_a,
+            kv_a_scales,
+            norm.weight,
+            norm.eps,
+            *rotation,
+            self.n + self.r,
+        )
+        queries = queries.unflatten(-1, (-1, self.n + self.r))
+        return *queries.split((self.n, self.r), dim=-1), *rows[:, None].split((self.c, self.r), dim=-1)
 
     def choose_path(self, s: int, t: int, mask):
         path = super().choose_path(s, t, mask)
@@ -110,10 +164,12 @@ def attend_in_place(
     pairs, bits = [_as_pair(stretch) for stretch in latents.stretches], _bits_of(latents)
     if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
+    past = (*map(list, zip(*pairs)), scale, _additive(mask), bits)
+    if not w_uk.factors:
+        return operators.attention(q_content, q_rotary, w_uk.weight, w_uv.weight, *past)
     q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
     absorbed = operators.absorb(q_content_flat, w_uk.weight).unflatten(0, (b, s))
-    absorbed = w_uk.with_adapters_absorbed(absorbed, q_content)
-    context = operators.attend(absorbed, q_rotary, *map(list, zip(*pairs)), scale, _additive(mask), bits)
+    context = operators.attend(w_uk.with_adapters_absorbed(absorbed, q_content), q_rotary, *past)
     expanded = operators.expand(context.flatten(0, 1), w_uv.weight).unflatten(0, (b, s))
     return w_uv.with_adapters_expanded(expanded, context)
 
@@ -145,6 +201,7 @@ REPLACEMENTS = {
     nn.Linear: KernelLinear,
     nn.RMSNorm: KernelRMSNorm,
     DeepseekV2MLP: KernelMLP,
+    DeepseekV2MoE: KernelMoE,
     DeepseekV2MoEGate: KernelGate,
     DeepseekV2Experts: KernelExperts,
     DeepseekV2Attention: KernelAttention,

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -169,6 +170,38 @@ void write_rows(const float* sums, int64_t rows, int64_t m, const float* scales,
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = start; i < std::min(start + LANES, m); i++)
         y[i * n + first + r] = static_cast<T>(sums[r * m + i] * scale(scales, first + r));
+}
+
+// a weight [n k] with the scales of int8 rows or null, the tokens it meets, and where [m n] goes
+template <class T, class Y>
+struct Product {
+  const T* weight;
+  const float* scales;
+  int64_t n;
+  const Inputs* x;
+  Y* to;
+};
+
+// few tokens times one weight after the other, in one pass
+template <class T, class Y>
+void multiply_few(std::initializer_list<Product<T, Y>> products) {
+  int64_t units = 0, most = 1;
+  for (const auto& product : products) {
+    units += ceil_div(product.n, SOME_ROWS);
+    most = rows_at_once(product.x->m) / SOME_ROWS;
+  }
+  share(units, 1, most, [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[ROWS * MANY];
+    for (const auto& [weight, scales, n, x, to] : products) {
+      const int64_t first = begin * SOME_ROWS, last = std::min(end * SOME_ROWS, n);
+      if (first < last) {
+        multiply(weight + first * x->k, last - first, x->k, *x, sums);
+        write_rows(sums, last - first, x->m, scales, to, n, first);
+      }
+      // counted from the start of the next
+      begin = std::max<int64_t>(begin - ceil_div(n, SOME_ROWS), 0), end -= ceil_div(n, SOME_ROWS);
+    }
+  });
 }
 
 inline void check_product(const at::Tensor& x, const at::Tensor& weight, int64_t k) {

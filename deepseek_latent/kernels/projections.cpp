@@ -1,0 +1,202 @@
+// What stands around attention: norms, rotations, projections into queries and latents, absorption on both sides.
+//
+// Letters: b batch, s tokens, m all of them, h heads, d model width, a width that queries come from, n/r/v content, rotary
+// and value width per head, c latent width.
+
+#include "projections.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+namespace latent {
+
+// sums [c] += factors times the rows i to i + 3 of n; one that is not there is read as the last, its factor being zero
+template <class T>
+void add_rows(const T* rows, int64_t step, int64_t i, int64_t n, int64_t c, const float* factors, float* sums) {
+  const T* four[4];
+  for (int64_t r = 0; r < 4; r++) four[r] = rows + std::min(i + r, n - 1) * step;
+  const int64_t whole = c / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) {
+    Floats total = load<Floats>(sums + j);
+    for (int r = 0; r < 4; r++) total += factors[r] * widen(four[r] + j);
+    store(sums + j, total);
+  }
+  for (int64_t j = whole; j < c; j++)
+    for (int r = 0; r < 4; r++) sums[j] += factors[r] * static_cast<float>(four[r][j]);
+}
+
+// x [m h n] times w [h n c] per head: [m h c] in float32
+at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
+  const int64_t m = x.size(0), h = w.size(0), n = w.size(1), c = w.size(2);
+  TORCH_CHECK_VALUE(w.stride(2) == 1 && x.stride(2) == 1 && x.size(1) == h && x.size(2) == n, "expected x [m h n]");
+  at::Tensor y = at::empty({m, h, c}, x.options().dtype(at::kFloat));
+  float* to = y.mutable_data_ptr<float>();
+  with_floats(x, [&](auto* from) {
+    with_floats(w, [&](auto* weight) {
+      share(h, 1, 1, [&](int64_t begin, int64_t end) {
+        Aligned factors(ceil_div(n, 4) * 4), sums(c);
+        for (int64_t head = begin; head < end; head++)
+          for (int64_t token = 0; token < m; token++) {
+            widen_row(from + token * x.stride(0) + head * x.stride(1), n, factors.data());
+            std::fill_n(sums.data(), c, 0.0f);
+            for (int64_t i = 0; i < n; i += 4)
+              add_rows(weight + head * w.stride(0), w.stride(1), i, n, c, factors.data() + i, sums.data());
+            std::memcpy(to + (token * h + head) * c, sums.data(), c * sizeof(float));
+          }
+      });
+    });
+  });
+  return y;
+}
+
+// x [m h c] in float32 times w [h v c] per head: [m h v] in the dtype of w
+at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
+  const int64_t m = x.size(0), h = w.size(0), v = w.size(1), c = w.size(2);
+  TORCH_CHECK_VALUE(w.stride(2) == 1 && x.is_contiguous() && x.size(1) == h && x.size(2) == c, "expected x [m h c]");
+  at::Tensor y = at::empty({m, h, v}, w.options());
+  const float* from = x.const_data_ptr<float>();
+  with_floats(w, [&](auto* weight) {
+    auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
+    share(h, 1, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float sums[ROWS * MANY];
+      for (int64_t head = begin; head < end; head++)
+        for (int64_t token = 0; token < m; token += MANY) {
+          Inputs inputs(std::min(MANY, m - token), c, is_bfloat16(w));
+          inputs.put([&](int64_t i) { return from + ((token + i) * h + head) * c; });
+          for (int64_t first = 0; first < v; first += ROWS) {
+            const int64_t count = std::min(ROWS, v - first);
+            multiply(weight + head * w.stride(0) + first * w.stride(1), count, w.stride(1), inputs, sums);
+            write_rows(sums, count, inputs.m, nullptr, to + (token * h + head) * v, h * v, first);
+          }
+        }
+    });
+  });
+  return y;
+}
+
+// x [d] over the root of its mean square, times weight [d]; y may be x
+template <class T>
+void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
+  Aligned aligned(d);
+  float* const row = aligned.data();
+  widen_row(x, d, row);
+  Floats squares{};
+  for (int64_t j = 0; j < d; j += LANES) squares += load<Floats>(row + j) * load<Floats>(row + j);
+  const float factor = 1.0f / std::sqrt(sum(squares) / d + eps);
+  for (int64_t j = 0; j < d; j++) y[j] = static_cast<T>(row[j] * factor * static_cast<float>(weight[j]));
+}
+
+// x [.. d] over the root of its mean square, times weight [d]; in float32, rounded once
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const int64_t d = x.size(-1);
+  TORCH_CHECK_VALUE(
+      x.is_contiguous() && weight.numel() == d && weight.scalar_type() == x.scalar_type(), "expected rows of ", d);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  with_floats(x, [&](auto* from) {
+    using T = std::remove_pointer_t<decltype(from)>;
+    const T* factors = static_cast<const T*>(weight.const_data_ptr());
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    share(x.numel() / d, 16, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) norm_row(from + i * d, factors, d, static_cast<float>(eps), to + i * d);
+    });
+  });
+  return y;
+}
+
+// the pairs (2i, 2i + 1) of x [r] by angles [r / 2]; y may be x
+template <class T>
+void turn_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
+  for (int64_t i = 0; i < r / 2; i++) {
+    const float even = x[2 * i], odd = x[2 * i + 1];
+    y[2 * i] = static_cast<T>(even * cos[i] - odd * sin[i]);
+    y[2 * i + 1] = static_cast<T>(even * sin[i] + odd * cos[i]);
+  }
+}
+
+// turns the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+  const int64_t s = x.size(1), h = x.dim() == 4 ? x.size(2) : 1, r = x.size(-1), step = x.dim() == 4 ? x.stride(2) : 0;
+  TORCH_CHECK_VALUE(
+      x.stride(-1) == 1 && cos.sizes() == sin.sizes() && (cos.size(0) == x.size(0) || cos.size(0) == 1) &&
+          cos.size(1) == s && 2 * cos.size(2) == r,
+      "expected x [b s (h) r] and angles [b or 1, s, r / 2], got ", x.sizes(), " and ", cos.sizes(), ".");
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  with_floats(x, [&](auto* from) {
+    using T = std::remove_pointer_t<decltype(from)>;
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    share(x.size(0) * s, 16, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; token++)
+        for (int64_t head = 0; head < h; head++) {
+          const T* pairs = from + token / s * x.stride(0) + token % s * x.stride(1) + head * step;
+          T* turned = to + (token * h + head) * r;
+          const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
+          const float *c = cosines.const_data_ptr<float>() + angle, *w = sines.const_data_ptr<float>() + angle;
+          turn_row(pairs, c, w, r, turned);
+        }
+    });
+  });
+  return y;
+}
+
+// Few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], the last r of each head rotated, and x [b s d]
+// times kv_a [c+r d], the first c normed and the last r rotated; for int8 weights a scale per row
+std::tuple<at::Tensor, at::Tensor> project(
+    const at::Tensor& q_x, const at::Tensor& q, const std::optional<at::Tensor>& q_scales, const at::Tensor& x,
+    const at::Tensor& kv_a, const std::optional<at::Tensor>& kv_a_scales, const at::Tensor& norm, double eps,
+    const at::Tensor& cos, const at::Tensor& sin, int64_t head_width) {
+  const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+  const int64_t s = x.size(1), m = x.size(0) * s, c = norm.size(0), r = 2 * cos.size(2);
+  const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
+  check_product(flat_q_x, q, q.size(1));
+  check_product(flat_x, kv_a, kv_a.size(1));
+  TORCH_CHECK_VALUE(
+      m <= FEW && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
+          q.scalar_type() == kv_a.scalar_type() && norm.scalar_type() == x.scalar_type() &&
+          q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes(),
+      "expected few tokens, weights of one dtype and a row of ", c, " + ", r, ".");
+  at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
+  at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
+  const std::vector<Inputs> for_q = inputs_of(flat_q_x, q), for_kv = inputs_of(flat_x, kv_a);
+  with_weight(q, [&](auto* weight) {
+    using T = std::remove_pointer_t<decltype(weight)>;
+    with_floats(queries, [&](auto* query) {
+      using Result = std::remove_pointer_t<decltype(query)>;
+      Result* row = static_cast<Result*>(rows.mutable_data_ptr());
+      multiply_few<T, Result>(
+          {{weight, scales_of(q_scales), q.size(0), &for_q[0], query},
+           {static_cast<const T*>(kv_a.const_data_ptr()), scales_of(kv_a_scales), c + r, &for_kv[0], row}});
+      for (int64_t token = 0; token < m; token++, row += c + r) {
+        const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
+        const float *turn = cosines.const_data_ptr<float>() + angle, *half = sines.const_data_ptr<float>() + angle;
+        norm_row(row, static_cast<const Result*>(norm.const_data_ptr()), c, static_cast<float>(eps), row);
+        turn_row(row + c, turn, half, r, row + c);
+        for (int64_t head = 0; head < q.size(0) / head_width; head++, query += head_width)
+          turn_row(query + head_width - r, turn, half, r, query + head_width - r);
+      }
+    });
+  });
+  return {queries, rows};
+}
+
+}  // namespace latent
+
+TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
+  library.def("absorb(Tensor x, Tensor w) -> Tensor");
+  library.def("expand(Tensor x, Tensor w) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  library.def(
+      "project(Tensor q_x, Tensor q, Tensor? q_scales, Tensor x, Tensor kv_a, Tensor? kv_a_scales, Tensor norm, "
+      "float eps, Tensor cos, Tensor sin, int head_width) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) {
+  library.impl("absorb", latent::absorb);
+  library.impl("expand", latent::expand);
+  library.impl("rms_norm", latent::rms_norm);
+  library.impl("rotate", latent::rotate);
+  library.impl("project", latent::project);
+}
