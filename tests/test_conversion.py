@@ -94,6 +94,10 @@ def saved(folder: Path, config_class, dtype=torch.float32, **options):
     return model
 
 
+def write(target: Target, pieces: list[Piece], *rest) -> list[str]:
+    return target.write(target.plan(pieces), *rest)
+
+
 def converted(source: Path, out: Path, *options: str) -> Path:
     assert main(["convert", "gqa-to-mla", str(source), str(out), *options]) == 0
     return out
@@ -365,12 +369,12 @@ def test_a_run_that_was_ended_anywhere_leaves_nothing_under_the_name_and_goes_on
         patched.setattr(target.os, "rename", dying(os.rename))
         patched.setattr(target, "_flush", dying(target._flush))
         try:
-            Target(tmp_path / "out", shard_bytes=80).write(pieces_of(4, made), texts, [], "one")
+            write(Target(tmp_path / "out", shard_bytes=80), pieces_of(4, made), texts, [], "one")
         except Killed:
             assert not (tmp_path / "out").exists() or at > 5
     before = list(made)
     if not (tmp_path / "out").exists():
-        Target(tmp_path / "out", shard_bytes=80).write(pieces_of(4, made), texts, [], "one")
+        write(Target(tmp_path / "out", shard_bytes=80), pieces_of(4, made), texts, [], "one")
     assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "config.json"
     stored = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
@@ -385,9 +389,9 @@ def test_another_conversion_does_not_go_on_where_the_first_one_ended(tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(Target, "_take_place", lambda self: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            Target(tmp_path / "out").write(pieces_of(2), {}, [], "one")
+            write(Target(tmp_path / "out"), pieces_of(2), {}, [], "one")
     made = []
-    Target(tmp_path / "out").write(pieces_of(2, made), {}, [], "two")
+    write(Target(tmp_path / "out"), pieces_of(2, made), {}, [], "two")
     assert made == ["t0", "t1"]
 
 
@@ -425,10 +429,10 @@ def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(target.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 79})())
         with pytest.raises(ValueError, match=r"80 bytes are to be written .* 79 left"):
-            Target(tmp_path / "out").write(pieces_of(2), {}, [], "one")
+            write(Target(tmp_path / "out"), pieces_of(2), {}, [], "one")
     monkeypatch.setattr(target, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
-        Target(tmp_path / "out").write(pieces_of(2), {}, [], "one")
+        write(Target(tmp_path / "out"), pieces_of(2), {}, [], "one")
     assert not list(tmp_path.iterdir())
 
 
@@ -497,7 +501,8 @@ def test_whole_groups_may_trade_places(tmp_path):
     for layer in model.model.layers[1:]:
         layer.mlp.gate.weight.copy_(torch.tensor([0.0, 0.0, 1e-6]).repeat_interleave(4)[:, None].expand(12, 72))
     assert relative_error(model(ids).logits, dense(ids).logits) < 1e-4
-    model.config.routed_scaling_factor *= 2
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.routed_scaling_factor *= 2
     assert relative_error(model(ids).logits, dense(ids).logits) > 1e-2
 
 

@@ -2,22 +2,24 @@
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import set_verbosity_error
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from .calibration import text_of
 from .cast import Cast
+from .convert import convert, target_for
+from .deepseek_layout import ExportDeepseek, ImportDeepseek
 from .gqa_to_mla import GqaToMla
-from .source import Source
-from .target import SHARD_BYTES, Target
+from .judge import compressed, measured_noise
+from .source import Source, source_folder
+from .target import SHARD_BYTES
 from .upcycle import SCHEMES, Upcycle
 from .verify import verify
 
@@ -27,30 +29,18 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def add_commands(commands) -> None:
     """Adds `convert` and `verify` to a parser's commands."""
-    convert = commands.add_parser("convert", help="make a DeepSeek-V2 checkpoint of another one")
-    kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
-    gqa = kinds.add_parser("gqa-to-mla", help="Llama, Mistral, Qwen2: attention becomes latent, exactly")
-    gqa.add_argument("--bias-free", action="store_true", help="without biases: a wider cache, an error of about 1e-4")
-    gqa.set_defaults(conversion=lambda source, arguments: GqaToMla(source, bias_free=arguments.bias_free))
-    cast = kinds.add_parser("cast", help="another dtype or size of shards")
-    cast.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    cast.set_defaults(conversion=lambda source, arguments: Cast(source, DTYPES.get(arguments.dtype)))
-    upcycle = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
-    upcycle.add_argument("--scheme", choices=SCHEMES, required=True, help="how they are cut; see docs/conversion.md")
-    upcycle.add_argument("--routed-experts", type=int, required=True, metavar="N", help="per layer")
-    upcycle.add_argument("--shared-experts", type=int, default=0, metavar="S", help="per layer; default: none")
-    upcycle.add_argument("--top-k", type=int, required=True, metavar="K", help="routed experts per token")
-    upcycle.add_argument("--groups", type=int, default=1, metavar="G", help="of routed experts; default: 1")
-    upcycle.add_argument("--dense-layers", type=int, default=1, metavar="L", help="first layers that stay; default: 1")
-    upcycle.set_defaults(conversion=_upcycle)
-    for parser in (gqa, cast, upcycle):
-        parser.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files")
-        parser.add_argument("out", metavar="OUT", help="the folder to be made")
-        parser.add_argument("--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="default: 2GB")
-        parser.add_argument("--force", action="store_true", help="replace OUT where it is a checkpoint")
-        parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
-        parser.add_argument("--json", action="store_true", help="report as JSON")
-        parser.set_defaults(action=_convert)
+    parser = commands.add_parser("convert", help="make a DeepSeek-V2 checkpoint of another one")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for add in (_add_gqa_to_mla, _add_upcycle, _add_cast, _add_import, _add_export):
+        kind = add(kinds)
+        kind.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files, or a hub id")
+        kind.add_argument("out", metavar="OUT", help="the folder to be made")
+        kind.add_argument("--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="default: 2GB")
+        kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is done")
+        kind.add_argument("--force", action="store_true", help="replace OUT where it is a checkpoint")
+        kind.add_argument("--dry-run", action="store_true", help="only say what would be written")
+        kind.add_argument("--json", action="store_true", help="report as JSON")
+        kind.set_defaults(action=_convert)
 
     check = commands.add_parser("verify", help="compare a converted checkpoint with its source")
     check.add_argument("out", metavar="OUT")
@@ -61,66 +51,125 @@ def add_commands(commands) -> None:
     check.set_defaults(action=_verify)
 
 
-def _upcycle(source: Source, arguments: argparse.Namespace) -> Upcycle:
+def _add_gqa_to_mla(kinds) -> argparse.ArgumentParser:
+    gqa = kinds.add_parser("gqa-to-mla", help="Llama, Mistral, Qwen2: attention becomes latent, exactly or compressed")
+    gqa.add_argument("--bias-free", action="store_true", help="without biases: a wider cache, an error of about 1e-4")
+    gqa.add_argument("--kv-lora-rank", type=int, metavar="C", help="compress: width of the latent, with what follows")
+    gqa.add_argument("--qk-rope-head-dim", type=int, metavar="R", help="compress: width of what keeps its rotation")
+    gqa.add_argument("--calibrate", type=Path, metavar="TEXT", help="compress: a file with text like that to be read")
+    gqa.set_defaults(make=_gqa_to_mla)
+    return gqa
+
+
+# each `make` gives the files that are read, what they become, and what was measured of it
+
+
+def _gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> tuple[Source, GqaToMla, dict]:
+    files = Source(folder)
+    widths = (arguments.kv_lora_rank, arguments.qk_rope_head_dim, arguments.calibrate)
+    if all(given is None for given in widths):
+        return files, GqaToMla(files, bias_free=arguments.bias_free), {}
+    if None in widths or arguments.bias_free:
+        raise ValueError("compression takes --kv-lora-rank, --qk-rope-head-dim and --calibrate, and no --bias-free.")
+    text = text_of(arguments.calibrate)
+    return files, *compressed(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, text=text)
+
+
+def _add_upcycle(kinds) -> argparse.ArgumentParser:
+    upcycle = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
+    upcycle.add_argument("--scheme", choices=SCHEMES, required=True, help="how they are cut; see docs/conversion.md")
+    upcycle.add_argument("--routed-experts", type=int, required=True, metavar="N", help="per layer")
+    upcycle.add_argument("--shared-experts", type=int, default=0, metavar="S", help="per layer; default: none")
+    upcycle.add_argument("--top-k", type=int, required=True, metavar="K", help="routed experts per token")
+    upcycle.add_argument("--groups", type=int, default=1, metavar="G", help="of routed experts; default: 1")
+    upcycle.add_argument("--dense-layers", type=int, default=1, metavar="L", help="first layers that stay; default: 1")
+    upcycle.add_argument(
+        "--router-noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="added to the router, so that experts part; inexact",
+    )
+    upcycle.add_argument(
+        "--reinitialise", type=float, default=0.0, metavar="SHARE", help="of each routed expert's neurons; inexact"
+    )
+    upcycle.set_defaults(make=_upcycle)
+    return upcycle
+
+
+def _upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Upcycle, dict]:
     """Of a dense DeepSeek-V2, or of what `gqa-to-mla` makes of another source."""
-    is_deepseek = source.config.get("model_type") == DeepseekV2Config.model_type
-    numbers = {"e": arguments.routed_experts, "shared": arguments.shared_experts, "k": arguments.top_k}
-    return Upcycle(
-        Cast(source, None) if is_deepseek else GqaToMla(source),
+    files = Source(folder)
+    is_deepseek = files.config.get("model_type") == DeepseekV2Config.model_type
+    conversion = Upcycle(
+        Cast(files, None) if is_deepseek else GqaToMla(files),
         arguments.scheme,
-        **numbers,
+        e=arguments.routed_experts,
+        shared=arguments.shared_experts,
+        k=arguments.top_k,
         groups=arguments.groups,
         dense_layers=arguments.dense_layers,
+        router_noise=arguments.router_noise,
+        reinitialised=arguments.reinitialise,
     )
+    return files, conversion, {} if conversion.is_exact else measured_noise(conversion)
+
+
+def _add_cast(kinds) -> argparse.ArgumentParser:
+    cast = kinds.add_parser("cast", help="another dtype or size of shards")
+    cast.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    cast.set_defaults(make=_cast)
+    return cast
+
+
+def _cast(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Cast, dict]:
+    files = Source(folder)
+    return files, Cast(files, DTYPES.get(arguments.dtype)), {}
+
+
+def _add_import(kinds) -> argparse.ArgumentParser:
+    theirs = kinds.add_parser("import-deepseek", help="from the layout of DeepSeek's own inference code")
+    theirs.add_argument("--config", type=Path, metavar="FILE", help="its config; default: config.json in SRC")
+    theirs.set_defaults(make=_import)
+    return theirs
+
+
+def _import(folder: Path, arguments: argparse.Namespace) -> tuple[ImportDeepseek, ImportDeepseek, dict]:
+    files = ImportDeepseek(folder, arguments.config or folder / "config.json")
+    return files, files, {}
+
+
+def _add_export(kinds) -> argparse.ArgumentParser:
+    ours = kinds.add_parser("export-deepseek", help="to the layout of DeepSeek's own inference code")
+    ours.add_argument("--model-parallel", type=int, default=1, metavar="N", help="processes, a file each; default: 1")
+    ours.set_defaults(make=_export)
+    return ours
+
+
+def _export(folder: Path, arguments: argparse.Namespace) -> tuple[Source, ExportDeepseek, dict]:
+    files = Source(folder)
+    return files, ExportDeepseek(files, arguments.model_parallel), {}
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    source = Source(arguments.source)
-    target = Target(arguments.out, shard_bytes=arguments.max_shard_size, force=arguments.force)
-    origin = source.folder.resolve()
-    if target.out == origin or origin in target.out.parents or target.out in origin.parents:
-        raise ValueError(f"{arguments.out} and the source lie in each other; choose another folder.")
-    conversion = arguments.conversion(source, arguments)
-    pieces, config = conversion.pieces(), conversion.config
-    report = {
-        "out": str(arguments.out),
-        "tensors": len(pieces),
-        "bytes": sum(piece.nbytes for piece in pieces),
-        "files": list(target.plan(pieces)),
-        "cached elements per token": config.cached_width * config.num_hidden_layers,
-    }
-    if not arguments.dry_run:
-        command = f"deepseek-latent {shlex.join(arguments.given)}"
-        texts = {"config.json": config.to_json_string(), "README.md": _card(source, command)}
-        copies = [*source.beside(), *filter(Path.is_file, [source.folder / "generation_config.json"])]
-        try:
-            target.write(pieces, texts, copies, origin=f"{source.fingerprint()} {command}")
-        except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from {target.partial}", file=sys.stderr)
-            return 130
+    set_verbosity_error()
+    disable_progress_bar()
+    folder = source_folder(arguments.source)
+    target = target_for(folder, arguments)
+    files, conversion, measured = arguments.make(folder, arguments)
+    try:
+        report = convert(files, conversion, measured, target, arguments)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {target.partial}", file=sys.stderr)
+        return 130
     _tell(report, arguments.json)
     return 0
 
 
-def _card(source: Source, command: str) -> str:
-    """What the new folder says of itself: where it comes from, under which licence, and how it was made."""
-    name, card = source.config.get("_name_or_path") or source.folder.resolve().name, source.folder / "README.md"
-    given = ModelCard.load(card).data if card.is_file() else ModelCardData()
-    data = ModelCardData(library_name="transformers", license=given.license, language=given.language)
-    text = (
-        f"# {name} as DeepSeek-V2\n\nMade of `{name}` by\n\n```bash\n{command}\n```\n\n"
-        "which leaves a checkpoint in DeepSeek's official layout. `deepseek-latent verify OUT --against SRC` compares "
-        "it with its source.\n"
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
 def _verify(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
-    try:
-        text = arguments.text.read_text(encoding="utf-8") if arguments.text else None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected text in UTF-8, got {arguments.text}.") from error
+    disable_progress_bar()
+    text = text_of(arguments.text) if arguments.text else None
     report = verify(Path(arguments.out), arguments.against, text, DTYPES.get(arguments.dtype))
     _tell(report, arguments.json)
     return 1 if report["problems"] else 0
@@ -139,7 +188,9 @@ def _tell(report: dict, as_json: bool) -> None:
 def _said(value: list | float | int | str) -> str:
     if isinstance(value, list):
         return "\n".join(map(str, value)) or "none"
-    return f"{value:.2e}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    if isinstance(value, float):
+        return f"{value:.4g}" if 0.01 < abs(value) < 1e6 else f"{value:.2e}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def _bytes(text: str) -> int:

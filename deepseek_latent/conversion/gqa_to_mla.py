@@ -9,6 +9,7 @@ stand in the way. RoPE turns the pairs of g heads at the same w/2 frequencies, w
 the latent is normalised, which is undone by a constant channel, so large that the norm is that of the channel.
 """
 
+import functools
 import math
 
 import torch
@@ -51,9 +52,9 @@ class GqaToMla:
         self.a = _room_for_constant(self.d) if "q_proj" in source.biased else None
         # scores are divided by the root of n + r here, by that of w there
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
-        self.config = self._config()
 
-    def _config(self) -> DeepseekV2Config:
+    @functools.cached_property
+    def config(self) -> DeepseekV2Config:
         origin = self.source.config
         kept = {name: getattr(origin, name) for name in _KEPT}
         return DeepseekV2Config(
@@ -66,7 +67,7 @@ class GqaToMla:
             qk_rope_head_dim=self.r,
             v_head_dim=self.w,
             attention_bias=not self.bias_free,
-            rope_parameters=repeated_rope(origin, self.w, self.g),
+            rope_parameters=self.rope(),
             # all layers are dense; transformers' own class wants numbers for the experts that there are not
             first_k_dense_replace=origin.num_hidden_layers,
             n_routed_experts=1,
@@ -74,6 +75,10 @@ class GqaToMla:
             num_experts_per_tok=1,
             moe_intermediate_size=origin.intermediate_size,
         )
+
+    def rope(self) -> dict:
+        frequencies, factor = frequencies_of(self.source.config, self.w)
+        return rope_table(self.source.config, frequencies.repeat(self.g), factor)
 
     def pieces(self) -> list[Piece]:
         """Every tensor of the new checkpoint, in the order of the layers."""
@@ -126,16 +131,16 @@ class GqaToMla:
     def _queries(self, layer: int) -> Tensor:
         """[h(n+r) d]: no content; the rotary part is zero but where the head's key lies."""
         queries = self._folded(layer, "q_proj").unflatten(0, (self.h, self.w))
-        return self._placed(queries * self.query_scale)
+        return self._placed(layer, queries * self.query_scale)
 
     def _queries_with_bias(self, layer: int) -> Tensor:
         """[h(n+r) a] over a latent that is the input and a constant, which carries the bias."""
         constant, bias = self._input_constant(layer), self.source.bias(layer, "q_proj")
         weight = torch.cat((self.source.weight(layer, "q_proj"), bias[:, None] / constant), dim=1)
         weight = torch.nn.functional.pad(weight, (0, self.a - self.d - 1))
-        return self._placed(weight.unflatten(0, (self.h, self.w)) * self.query_scale)
+        return self._placed(layer, weight.unflatten(0, (self.h, self.w)) * self.query_scale)
 
-    def _placed(self, queries: Tensor) -> Tensor:
+    def _placed(self, layer: int, queries: Tensor) -> Tensor:
         """[h w k] to [h(n+r) k], each head behind n zeros in the place of its key head."""
         wide = queries.new_zeros(self.h, self.n + self.r, queries.shape[-1])
         for head, query in enumerate(queries):
@@ -193,26 +198,33 @@ class GqaToMla:
         return weight * self.source.input_norm(layer) if self.bias_free else weight
 
 
-def repeated_rope(origin: PreTrainedConfig, width: int, times: int) -> dict:
-    """RoPE whose frequencies are those of a source's head of `width`, as they act, one head after the other.
-
-    One head that is not stretched needs nothing new. Otherwise the table is written as longrope's factors, by which a
-    frequency is divided, the same for every length.
-    """
+def frequencies_of(origin: PreTrainedConfig, width: int) -> tuple[Tensor, float]:
+    """The frequencies [width/2] of a source's head in float64, as they act, and the factor on cos and sin."""
     theta, kind = origin.rope_parameters["rope_theta"], origin.rope_parameters["rope_type"]
-    if kind == "default" and times == 1:
+    if kind == "default":
+        return theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](origin, "cpu")
+    return frequencies.double(), float(factor)
+
+
+def rope_table(origin: PreTrainedConfig, frequencies: Tensor, factor: float) -> dict:
+    """RoPE with any frequencies [r/2] and a factor on cos and sin, as a config says it.
+
+    Those of plain RoPE need nothing new. Others are written as longrope's factors, by which a frequency is divided, the
+    same for every length.
+    """
+    theta, num_pairs = origin.rope_parameters["rope_theta"], len(frequencies)
+    plain = theta ** -(torch.arange(num_pairs, dtype=torch.float64) / num_pairs)
+    if factor == 1 and torch.equal(frequencies, plain):
         return {"rope_type": "default", "rope_theta": theta}
-    own = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    frequencies, factor = (own, 1.0) if kind == "default" else ROPE_INIT_FUNCTIONS[kind](origin, "cpu")
-    plain = theta ** -(torch.arange(0, times * width, 2, dtype=torch.float64) / (times * width))
-    factors = (plain / frequencies.double().repeat(times)).tolist()
+    factors = (plain / frequencies).tolist()
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,
-        "attention_factor": float(factor),
+        "attention_factor": factor,
         "original_max_position_embeddings": origin.max_position_embeddings,
     }
 

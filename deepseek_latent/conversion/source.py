@@ -4,13 +4,16 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, all_tensors, read_json, read_shards
+from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, all_tensors, local_or_hub, read_json, read_shards
 from .target import Piece
 
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -83,13 +86,47 @@ class Source:
         return Piece(name, self.shape(name), self.dtype(name), functools.partial(self.__getitem__, name))
 
     def beside(self) -> list[Path]:
-        """Files that go along unchanged."""
-        return sorted({path for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()})
+        return files_beside(self.folder)
+
+    @property
+    def name(self) -> str:
+        return self.config.get("_name_or_path") or self.folder.resolve().name
 
     def fingerprint(self) -> str:
-        """Changes with the config and with any weight file; weights themselves are not read."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
-            state = (self.folder / file).stat()
-            digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
+
+
+def fingerprint_of(config: dict, files: Iterable[Path]) -> str:
+    """Changes with the config and with any weight file; weights themselves are not read."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(files):
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """Files of a checkpoint that go along unchanged."""
+    return sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
+
+
+def source_folder(given: str) -> Path:
+    """The folder of a path, or of what a hub id names, downloaded; ValueError if it is neither."""
+    place = local_or_hub(given)
+    if isinstance(place, Path):
+        return place
+    wanted = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        *BESIDE,
+    ]
+    try:
+        return Path(snapshot_download(given, allow_patterns=wanted))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"expected a folder or a hub id, got {given}: there is no such folder in {Path.cwd()}, and the hub does "
+            f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
+        ) from error

@@ -67,8 +67,10 @@ class Target:
         )
         return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
-    def write(self, pieces: list[Piece], texts: dict[str, str], copies: list[Path], origin: str) -> list[str]:
-        """Writes pieces, texts by file name, and copies of files; the names of all files.
+    def write(
+        self, shards: dict[str, list[Piece]], texts: dict[str, str], copies: list[Path], origin: str
+    ) -> list[str]:
+        """Writes shards as `plan` gives them, texts by file name, and copies of files; the names of all files.
 
         `origin` changes with all that pieces are made of.
 
@@ -77,9 +79,9 @@ class Target:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lock = self.out.with_name(f".{self.out.name}.lock")
         with _alone(lock):
-            self._begin(pieces, texts, origin)
+            self._begin(shards, texts, origin)
             try:
-                files = self._fill(pieces)
+                self._fill(shards)
                 for path in copies:
                     # the hub's cache holds links
                     shutil.copyfile(path.resolve(), self.partial / path.name)
@@ -92,11 +94,12 @@ class Target:
                 raise
             finally:
                 lock.unlink()
-        return [*files, *texts, *(path.name for path in copies)]
+        return [*shards, *texts, *(path.name for path in copies)]
 
-    def _fill(self, pieces: list[Piece]) -> list[str]:
-        """Writes the shards that are not there yet and, where there are several, their index."""
-        shards, total = self.plan(pieces), sum(piece.nbytes for piece in pieces)
+    def _fill(self, shards: dict[str, list[Piece]]) -> None:
+        """Writes the shards that are not there yet and, where each tensor is in one of several, their index."""
+        pieces = [piece for held in shards.values() for piece in held]
+        total = sum(piece.nbytes for piece in pieces)
         missing = {file: held for file, held in shards.items() if not _is_whole(self.partial / file, held)}
         left = sum(piece.nbytes for held in missing.values() for piece in held)
         free = shutil.disk_usage(self.partial).free
@@ -105,15 +108,14 @@ class Target:
         with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
             for file, held in missing.items():
                 _write_shard(self.partial / file, held, progress)
-        if len(shards) > 1:
-            placed = {piece.name: file for file, held in shards.items() for piece in held}
+        placed = {piece.name: file for file, held in shards.items() for piece in held}
+        if len(shards) > 1 and len(placed) == len(pieces):
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        return list(shards)
 
-    def _begin(self, pieces: list[Piece], texts: dict[str, str], origin: str) -> None:
+    def _begin(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
         """Leaves what an earlier run of this conversion has written, and nothing else."""
-        described = [[piece.name, list(piece.shape), str(piece.dtype)] for piece in pieces]
+        described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in held] for file, held in shards.items()}
         plan = json.dumps([origin, self.shard_bytes, described, texts.get("config.json")])
         plan = hashlib.sha256(plan.encode()).hexdigest()
         if self.partial.exists() and _text(self.partial / _PLAN) != plan:

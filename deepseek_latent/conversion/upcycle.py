@@ -84,14 +84,34 @@ def _width(neurons: float) -> int:
 class Upcycle:
     """The conversion `base`, whose result is dense, with experts from layer `dense_layers` on: `config` and `pieces`.
 
-    The router is zero, or under M0 and M4, where it may be anything, random.
+    The router is zero, or under M0 and M4, where it may be anything, random. `router_noise`, a standard deviation, and
+    `reinitialised`, the share of a routed expert's neurons that are drawn anew with the mean and spread of the dense
+    ones (Drop-Upcycling, arXiv:2502.19261), part experts that would be alike; but for M0 they change what is said.
 
     Raises:
         ValueError: where the result of `base` has experts already, or as `layout`.
     """
 
-    def __init__(self, base, scheme: str, *, e: int, shared: int, k: int, groups: int, dense_layers: int = 1):
+    def __init__(
+        self,
+        base,
+        scheme: str,
+        *,
+        e: int,
+        shared: int,
+        k: int,
+        groups: int,
+        dense_layers: int = 1,
+        router_noise: float = 0.0,
+        reinitialised: float = 0.0,
+    ):
+        if not (0 <= router_noise < math.inf and 0 <= reinitialised <= 1):
+            raise ValueError(
+                f"expected router noise of 0 or more and a share of neurons from 0 to 1, got {router_noise} and "
+                f"{reinitialised}."
+            )
         self.base, self.scheme, self.e, self.shared, self.groups = base, scheme, e, shared, groups
+        self.router_noise, self.reinitialised = router_noise, reinitialised
         self._last: tuple[Piece, Tensor] | None = None
         config = base.config
         layers = config.num_hidden_layers
@@ -114,6 +134,10 @@ class Upcycle:
                 "moe_layer_freq": 1,
             }
         )
+
+    @property
+    def is_exact(self) -> bool:
+        return self.scheme == "M0" or not (self.router_noise or self.reinitialised)
 
     def pieces(self) -> list[Piece]:
         dense = {piece.name: piece for piece in self.base.pieces()}
@@ -140,7 +164,8 @@ class Upcycle:
                 # M0 cuts the shared experts themselves, M5 what lies behind them
                 first = 0 if shard is None else (shard + (self.shared if self.scheme == "M5" else 0)) * f
                 scale = self.layout.down_scale if projection == "down_proj" else 1.0
-                made.append(_part(name, dense, first, f, d, dtype, scale))
+                redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialised else None
+                made.append(_part(name, dense, first, f, d, dtype, scale, redraw))
         return made
 
     def _whole(self, piece: Piece) -> Tensor:
@@ -150,23 +175,37 @@ class Upcycle:
         return self._last[1]
 
     def _router(self, layer: int, d: int) -> Tensor:
-        if self.scheme not in ("M0", "M4"):
-            return torch.zeros(self.e, d)
         generator = torch.Generator().manual_seed(layer)
-        rows = self.groups if self.scheme == "M4" else self.e
-        router = torch.randn(rows, d, generator=generator) * self.config.initializer_range
-        return router.repeat_interleave(self.e // rows, dim=0)
+        router = torch.zeros(self.e, d)
+        if self.scheme in ("M0", "M4"):
+            rows = self.groups if self.scheme == "M4" else self.e
+            router = torch.randn(rows, d, generator=generator) * self.config.initializer_range
+            router = router.repeat_interleave(self.e // rows, dim=0)
+        return router + torch.randn(self.e, d, generator=generator) * self.router_noise
+
+    def _redraw(self, layer: int, expert: int, projection: str, part: Tensor, dense: Tensor) -> None:
+        """Draws a share of an expert's neurons [f d] anew, the same ones in all three projections."""
+        generator = torch.Generator().manual_seed(layer * self.e + expert)
+        chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialised * len(part))]
+        generator.manual_seed((layer * self.e + expert) * len(_PROJECTIONS) + _PROJECTIONS.index(projection))
+        fresh = torch.randn(len(chosen), part.shape[1], generator=generator)
+        part[chosen] = (fresh * dense.float().std() + dense.float().mean()).to(part.dtype)
 
 
-def _part(name: str, dense, first: int, width: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> Piece:
-    """Neurons first to first + width of a dense projection, zeros where there are none."""
+def _part(
+    name: str, dense, first: int, width: int, d: int, dtype: torch.dtype, scale: float = 1.0, redraw=None
+) -> Piece:
+    """Neurons first to first + width of a dense projection, zeros where there are none, some of them drawn anew."""
     is_down = name.endswith("down_proj.weight")
 
     def make() -> Tensor:
         neurons = dense().T if is_down else dense()
         part = torch.zeros(width, d, dtype=dtype)
         some = neurons[first : first + width]
-        part[: len(some)] = some * scale
+        part[: len(some)] = some
+        if redraw is not None:
+            redraw(part, neurons)
+        part *= scale
         return part.T.contiguous() if is_down else part
 
     return Piece(name, (d, width) if is_down else (width, d), dtype, make)

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .calibration import tokenized
 from .checkpoint import check_checkpoint, read_config
+from .clients import objections
 from .source import Source
 
 TOKENS = 64  # of random ids, where no text is given
@@ -34,6 +36,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     source = Source(folder)
     for name in source.tensors:
         source[name]  # raises where a number is none
+    report["what other programs would object to"] = objections(config, source.config, source.tensors)
     ids = _ids(folder, text, config.vocab_size)
     # one model at a time is in memory
     logits, continuation = _answers(_load(AutoModelForCausalLM, folder, dtype), ids)
@@ -78,9 +81,7 @@ def _answers(model: PreTrainedModel, ids: Tensor, continued: bool = True) -> tup
 def _ids(folder: Path, text: str | None, vocab_size: int) -> Tensor:
     if text is None:
         return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    if not any(folder.glob("tokenizer*")):
-        raise ValueError(f"--text needs a tokenizer, and there is none in {folder}; leave --text out.")
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    ids = tokenized(folder, text)
     if ids.shape[1] == 0:
         raise ValueError("expected a text of at least one token, got none.")
     return ids

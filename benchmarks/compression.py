@@ -1,0 +1,151 @@
+"""Perplexity against the size of the cache: python -m benchmarks.compression FOLDER
+
+FOLDER is a Llama made by `python -m benchmarks.llama FOLDER`, or any other with a `held_out.txt`. Its attention is
+compressed to latents of several sizes without any training after it, by this package and by the recipe of TransMLA
+(arXiv:2502.07864, as its code has it): real rotations of neighbouring frequencies, an even choice of what keeps
+rotating, keys and values balanced by their norms, no means. Both get the same calibration tokens, the same widths and
+the same constant channel. `--out benchmarks/results/compression.json` keeps the result, with a plot beside it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from deepseek_latent.conversion.calibration import perplexity, statistics_of, windows_of
+from deepseek_latent.conversion.compress import CompressedMla, Layer, Parts
+from deepseek_latent.conversion.judge import model_of
+from deepseek_latent.conversion.source import Source
+
+from .machine import described
+
+# rotary width and latent width, as shares of what keys and values are together
+WIDTHS = [(1 / 4, 1 / 2), (1 / 8, 3 / 8), (1 / 8, 1 / 4), (1 / 8, 1 / 8), (1 / 16, 3 / 16), (1 / 16, 1 / 16)]
+
+
+class TransMla(CompressedMla):
+    """The recipe of the paper's code: blocks of `fold` neighbouring frequencies share a real rotation."""
+
+    fold = 1
+
+    def chosen(self) -> Tensor:
+        self.collapse = self.w // self.r
+        kept = torch.zeros(self.w // 2, dtype=torch.long)
+        kept[:: self.collapse] = 1
+        return kept
+
+    def _compressed(self, parts: Parts) -> Layer:
+        p, fold = self.w // 2, self.fold
+        rotary, left = [], []
+        query_mix = torch.zeros(self.g, p, self.r // 2, dtype=torch.complex128)
+        per_block = fold // self.collapse
+        for block in range(p // fold):
+            of_block = slice(block * fold, (block + 1) * fold)
+            keys = parts.keys[of_block].flatten(0, 1)  # [fold g, d+1]
+            second = (keys @ parts.moments.to(keys.dtype) @ keys.mH).real
+            kept = torch.linalg.eigh(damped(second))[1].flip(1)[:, :per_block].to(keys.dtype)
+            rotary.append(kept.mT @ keys)
+            left.append((keys - kept @ rotary[-1]).unflatten(0, (fold, self.g)))
+            slots = slice(block * per_block, (block + 1) * per_block)
+            query_mix[:, of_block, slots] = kept.unflatten(0, (fold, self.g)).transpose(0, 1)
+        latent, keys, values = self.latent(parts, torch.cat(left))
+        return Layer(torch.cat(rotary), query_mix, latent, keys, values, torch.ones_like(parts.means))
+
+    def latent(self, parts: Parts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        real = torch.cat((keys.real.flatten(0, 1), keys.imag.flatten(0, 1)))
+        values = parts.values.flatten(0, 1)
+
+        def norm(x: Tensor) -> Tensor:
+            return (x @ parts.moments * x).sum(dim=1).sqrt().mean()
+
+        y = torch.cat((real * (norm(values) / norm(real)), values))
+        directions = torch.linalg.eigh(damped(y @ parts.moments @ y.T))[1].flip(1)[:, : self.c - 1]
+        latent = directions.T @ y
+        if len(latent) < self.c - 1:
+            latent = torch.nn.functional.pad(latent, (0, 0, 0, self.c - 1 - len(latent)))
+            directions = torch.nn.functional.pad(directions, (0, self.c - 1 - directions.shape[1]))
+        back = directions.clone()
+        back[: len(real)] *= norm(real) / norm(values)
+        back = torch.nn.functional.pad(back, (0, 1))
+        real, imaginary, values = back.split((len(real) // 2, len(real) // 2, len(values)))
+        return latent, torch.complex(real, imaginary).unflatten(0, (-1, self.g)), values.unflatten(0, (self.g, -1))
+
+
+def damped(second: Tensor) -> Tensor:
+    return second + 0.01 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+
+
+def of_transmla(files: Source, statistics: list, judging: Tensor, r: int, c: int) -> dict:
+    """Its perplexities, with as many frequencies folded as serve it best, tried in doubling steps as its code does."""
+    width = files.config["hidden_size"] // files.config["num_attention_heads"]
+    # it keeps one mixture per frequency at most; the latent gets the rest
+    r, c = min(r, width), c + max(r - width, 0)
+
+    def judged(fold: int, c: int | None) -> float:
+        conversion = type("Folded", (TransMla,), {"fold": fold})(files, statistics, r=r, c=c)
+        return perplexity(model_of(conversion), judging)
+
+    folds = [fold for fold in (1, 2, 4, 8) if fold >= width // r and width // 2 % fold == 0]
+    rotary = {fold: judged(fold, None) for fold in folds}
+    fold = min(rotary, key=rotary.get)
+    return {"fold": fold, "rotary": rotary[fold], "perplexity": judged(fold, c)}
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    share = [row["cached_share"] for row in result["rows"]]
+    for name, label in (("ours", "deepseek-latent"), ("transmla", "recipe of TransMLA")):
+        axes.plot(share, [row[name]["perplexity"] for row in result["rows"]], "o", label=label)
+    axes.axhline(result["perplexity_of_source"], linestyle="--", color="grey", label="source")
+    axes.set(yscale="log", xlabel="share of the source's cache", ylabel="perplexity, nothing trained after it")
+    axes.set_title(f"{result['model']}, {result['judging_tokens']:,} held-out tokens", fontsize=9)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    files = Source(options.folder)
+    calibration, judging = windows_of(options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(options.folder, attn_implementation="eager").eval()
+    statistics = statistics_of(model, calibration)
+    result = described("python -m benchmarks.compression") | {
+        "model": f"Llama of {model.num_parameters():,} parameters on Python's standard library",
+        "calibration_tokens": calibration.numel(),
+        "judging_tokens": judging.numel(),
+        "perplexity_of_source": round(perplexity(model, judging), 3),
+        "rows": [],
+    }
+    whole = 2 * model.config.num_key_value_heads * model.config.head_dim
+    for r, c in track([(round(a * whole), round(b * whole)) for a, b in WIDTHS], "compressing"):
+        row = {"rotary_width": r, "latent_width": c, "cached_share": (r + c) / whole}
+        row["ours"] = {
+            name: perplexity(model_of(CompressedMla(files, statistics, r=r, c=width)), judging)
+            for name, width in (("rotary", None), ("perplexity", c))
+        }
+        # its even choice keeps one mixture per frequency at most
+        row["transmla"] = of_transmla(files, statistics, judging, r, c)
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Trains the source of the conversion benchmarks: python -m benchmarks.llama FOLDER
+
+A Llama with grouped queries, of 4 million parameters, on the source of Python's standard library: real text of which
+there is enough that nothing is learnt by heart. Files are held out by their names, whole; about five minutes.
+"""
+
+import argparse
+import sysconfig
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+TOKENIZER = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
+CONFIG = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+WINDOW, BATCH = 256, 8
+
+
+def texts() -> tuple[str, str]:
+    """The modules of the standard library in one piece: those to learn from, and a tenth of the files to judge by."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    sides: tuple[list[str], list[str]] = [], []
+    for path in sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py")):
+        if path.parent.name in ("test", "tests", "idlelib", "site-packages", "lib2to3", "pydoc_data"):
+            continue
+        is_held_out = zlib.crc32(path.relative_to(folder).as_posix().encode()) % 10 == 1
+        sides[is_held_out].append(path.read_text(encoding="utf-8", errors="replace"))
+    return "\n\n".join(sides[0]), "\n\n".join(sides[1])
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Windows [b WINDOW] of a text, one behind the other."""
+    ids = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+class Rows(Dataset):
+    def __init__(self, windows: Tensor):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def trained(
+    model: PreTrainedModel, windows: Tensor, *, steps: int, learning_rate: float, folder: Path, seed: int = 0
+) -> float:
+    """Minutes it took to train the model in place, on windows in an order that the seed decides."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=max(steps // 10, 1),
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        report_to="none",
+        seed=seed,
+    )
+    start = time.perf_counter()
+    Trainer(model=model, args=arguments, train_dataset=Rows(windows)).train()
+    model.config.use_cache = True
+    model.eval()
+    return (time.perf_counter() - start) / 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=800)
+    options = parser.parse_args()
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **special))
+    learnt, held_out = texts()
+    trained(model, encoded(tokenizer, learnt), steps=options.steps, learning_rate=3e-3, folder=options.out)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    (options.out / "held_out.txt").write_text(held_out, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
