@@ -28,6 +28,7 @@ from .conversion.checkpoint import (
 from .conversion.command import act, add_commands
 from .conversion.remote_code import export_code
 from .conversion.size import cached_elements_per_token, expanded_width, idle_parameters, parameters_by_part
+from .expert_activity import add_command as add_experts
 from .latent_format import BITS, latent_format
 from .tool_runner import prepare_tool, run_tool
 
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(action=_export_code)
 
     add_commands(commands)
+    add_experts(commands)
 
     run = commands.add_parser(
         "run", usage="%(prog)s [-h] (-m MODULE | SCRIPT.py) ...", help="run another tool with DeepSeek-V2 registered"

@@ -52,13 +52,17 @@ ARROWS = {
         "latent_cache",
         "latent_format",
         "conversion",
+        "expert_activity",
         "tool_runner",
     },
+    "expert_activity": {"conversion", "moe"},
     "kernels": {"latent_attention", "latent_format", "latent_ops", "moe"},
     "tool_runner": set(),
     "prompt_cache": {"cache_files", "input_checks", "latent_cache", "latent_format"},
 }
-TRAVELLING = sorted(set(ARROWS) - {"__init__", "cli", "conversion", "kernels", "prompt_cache", "tool_runner"})
+TRAVELLING = sorted(
+    set(ARROWS) - {"__init__", "cli", "conversion", "expert_activity", "kernels", "prompt_cache", "tool_runner"}
+)
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

@@ -506,6 +506,28 @@ def test_whole_groups_may_trade_places(tmp_path):
     assert relative_error(model(ids).logits, dense(ids).logits) > 1e-2
 
 
+def losses_while_learning(model, steps: int = 6) -> list[float]:
+    optimizer, ids, losses = torch.optim.AdamW(model.train().parameters(), lr=1e-3), random_ids(4, 40), []
+    for _ in range(steps):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("name", ["GQA", "Qwen2"])
+def test_a_converted_model_learns_as_its_source_does(tmp_path, name):
+    """The constant that undoes the latent's norm is large; what reads it must not be moved by it."""
+    config_class, options = SOURCES[name]
+    source = saved(tmp_path / "source", config_class, **options)
+    model = AutoModelForCausalLM.from_pretrained(converted(tmp_path / "source", tmp_path / "out"))
+    ours, theirs = losses_while_learning(model), losses_while_learning(source)
+    assert theirs[-1] < theirs[0] - 0.5
+    assert ours[-1] < ours[0] - 0.8 * (theirs[0] - theirs[-1])
+
+
 @torch.no_grad()
 def test_a_llama_becomes_latent_attention_and_experts_in_one_go_and_learns(tmp_path):
     source, ids = saved(tmp_path / "source", LlamaConfig, num_key_value_heads=1), random_ids(4, 40)
@@ -542,3 +564,100 @@ def test_what_has_experts_already_is_not_upcycled(tmp_path, capsys):
     command = ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "M2"]
     assert main([*command, "--routed-experts", "4", "--top-k", "2"]) == 2
     assert "dense" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_noise_and_neurons_drawn_anew_part_experts_at_an_error_that_is_said(tmp_path, capsys):
+    ids, dense = random_ids(2, 50), tiny_model(n_routed_experts=None)
+    dense.save_pretrained(tmp_path / "source")
+    for name, options in {"noise": ["--router-noise", "0.01"], "redrawn": ["--reinitialise", "0.5"]}.items():
+        out = tmp_path / name
+        command = ["convert", "upcycle", str(tmp_path / "source"), str(out), "--scheme", "M3", *UPCYCLED["M3"]]
+        capsys.readouterr()
+        assert main([*command, *options, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        model = AutoModelForCausalLM.from_pretrained(out)
+        error = (model(ids).logits - dense(ids).logits).abs().max() / dense(ids).logits.abs().max()
+        # other random tokens, the same order
+        assert 0.3 < report["not exact: error of logits by noise"] / error < 3
+        experts = model.model.layers[1].mlp.experts.gate_up_proj
+        twins = experts[: len(experts) // 3], experts[len(experts) // 3 : 2 * len(experts) // 3]
+        assert torch.equal(*twins) == (name == "noise")
+        assert "not exact" in (out / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_experts_that_add_nothing_yet_may_be_drawn_anew_exactly(tmp_path, capsys):
+    ids, dense = random_ids(2, 50), tiny_model(n_routed_experts=None)
+    dense.save_pretrained(tmp_path / "source")
+    command = ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "M0"]
+    assert main([*command, *UPCYCLED["M0"], "--reinitialise", "1", "--router-noise", "0.1", "--json"]) == 0
+    assert not any("not exact" in name for name in json.loads(capsys.readouterr().out))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(model(ids).logits, dense(ids).logits) < 2e-6
+    redrawn = model.model.layers[1].mlp.experts.gate_up_proj
+    assert len({tuple(expert[0, :4].tolist()) for expert in redrawn}) == len(redrawn)
+
+
+@pytest.mark.parametrize("options", [["--router-noise", "-1"], ["--router-noise", "nan"], ["--reinitialise", "1.5"]])
+def test_noise_that_is_none_is_refused(tmp_path, capsys, options):
+    saved(tmp_path / "source", LlamaConfig)
+    command = ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "M2"]
+    assert main([*command, "--routed-experts", "4", "--top-k", "2", *options]) == 2
+    assert "expected router noise of 0 or more" in capsys.readouterr().err
+
+
+# the hub
+
+
+def test_a_source_on_the_hub_is_downloaded_without_what_is_not_read(tmp_path, monkeypatch):
+    saved(tmp_path / "snapshot", LlamaConfig)
+    asked = {}
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked[repo] = allow_patterns
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "gqa-to-mla", "somebody/llama", "out"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    (patterns,) = asked.values()
+    assert "*.safetensors" in patterns
+    assert not any(Path(name).match(pattern) for pattern in patterns for name in ("pytorch_model.bin", "code.py"))
+
+
+def test_what_neither_disk_nor_hub_has_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", download)
+    assert main(["convert", "gqa-to-mla", "somebody/llama", str(tmp_path / "out")]) == 2
+    assert "expected a folder or a hub id, got somebody/llama" in capsys.readouterr().err
+
+
+def test_a_result_is_uploaded_when_it_is_whole_to_a_place_known_before(tmp_path, monkeypatch, capsys):
+    events = []
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            events.append(("made", repo, (tmp_path / "out").exists()))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            events.append(("sent", repo_id, (Path(folder_path) / "README.md").is_file()))
+
+    monkeypatch.setattr("deepseek_latent.conversion.convert.HfApi", Hub)
+    saved(tmp_path / "source", LlamaConfig)
+    command = ["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), "--push-to-hub", "me/mla"]
+    assert main([*command, "--dry-run"]) == 0
+    assert events == []
+    assert main(command) == 0
+    assert events == [("made", "me/mla", False), ("sent", "me/mla", True)]
+
+    def refuse(self, repo, exist_ok):
+        raise OSError("no token")
+
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
+    assert "no token" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

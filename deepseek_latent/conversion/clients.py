@@ -4,6 +4,7 @@ As of vLLM 0.33, SGLang 0.5.23, llama.cpp 0c1e57098, mlx-lm d78bf58 and transfor
 llama.cpp and transformers were also run.
 """
 
+import json
 from collections.abc import Collection
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -18,9 +19,10 @@ def objections(config: DeepseekV2Config, written: dict, tensors: Collection[str]
     found = []
 
     def object_(clients: str, field: str, reason: str) -> None:
-        found.append(
-            f"{clients}: {field} {written.get(field, 'is absent')!r}, {reason}".replace("'is absent'", "absent")
-        )
+        value = written.get(field)
+        # of a table, the reason says what matters
+        said = "" if isinstance(value, dict) else f" {json.dumps(value)}" if field in written else " absent"
+        found.append(f"{clients}: {field}{said}, {reason}")
 
     if "auto_map" in written:
         object_("vLLM, SGLang", "auto_map", "so they would ask for trust_remote_code")

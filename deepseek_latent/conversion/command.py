@@ -112,7 +112,8 @@ def _upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Upcyc
         router_noise=arguments.router_noise,
         reinitialised=arguments.reinitialise,
     )
-    return files, conversion, {} if conversion.is_exact else measured_noise(conversion)
+    measured = {"share of neurons that are zeros": conversion.filled} if conversion.filled else {}
+    return files, conversion, measured | ({} if conversion.is_exact else measured_noise(conversion))
 
 
 def _add_cast(kinds) -> argparse.ArgumentParser:

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from .calibration import LayerStatistics
-from .gqa_to_mla import LATENT_EPS, GqaToMla, frequencies_of, interleaved, rope_table
+from .gqa_to_mla import (
+    LATENT_EPS,
+    GqaToMla,
+    carried,
+    carrying_weight,
+    frequencies_of,
+    interleaved,
+    rope_table,
+    undoing_norm,
+)
 from .source import Source
 
 # of the largest: directions that carry less are noise
@@ -213,11 +222,16 @@ class CompressedMla(GqaToMla):
         of_head = torch.arange(self.h) // (self.h // self.g)
         keys = _as_real(made.keys[:, of_head] * made.means.T[..., None])
         expand = torch.cat((keys.transpose(0, 1), made.values[of_head]), dim=1)  # [h n+v c]
-        expand[..., -1] /= constant
+        expand[..., -1] /= carried(self.c)
         # the constant is any number here, so the norm around it is the identity but for what the dtype rounds
         rounded = self._latent_norm(layer).to(self.source.dtype())[0].double()
-        norm = math.sqrt(constant**2 / self.c + LATENT_EPS) / rounded
-        return (expand * norm).flatten(0, 1).float()
+        expand[..., :-1] *= math.sqrt(constant**2 / self.c + LATENT_EPS) / rounded
+        return expand.flatten(0, 1).float()
+
+    def _latent_norm(self, layer: int) -> Tensor:
+        norm = undoing_norm(self.c, self._value_constant(layer))
+        norm[-1] = carrying_weight(self.c)
+        return norm
 
     def _value_constant(self, layer: int) -> float:
         weight, bias = self.compressed(layer).latent.split((self.d, 1), dim=1)

@@ -6,7 +6,9 @@ head, c KV latent width, a query latent width.
 Keys keep their rotation, so all of them lie side by side in the rotary key, r = g w, and every query head is zero but
 where its key head lies. Values lie side by side in the latent, from which `kv_b_proj` takes those of a head. Two things
 stand in the way. RoPE turns the pairs of g heads at the same w/2 frequencies, which is a table with repetitions; and
-the latent is normalised, which is undone by a constant channel, so large that the norm is that of the channel.
+the latent is normalised, which is undone by a constant channel, so large that the norm is that of the channel. Behind
+the norm that channel is 0, or about 1 where it carries a bias: as large as before it, it would drown the first step of
+training.
 """
 
 import functools
@@ -109,7 +111,7 @@ class GqaToMla:
             made |= {
                 "q_a_proj.weight": ((a, d), lambda layer: torch.eye(a, d)),
                 "q_a_proj.bias": ((a,), lambda layer: _one_hot(a, d, self._input_constant(layer))),
-                "q_a_layernorm.weight": ((a,), lambda layer: _undoing_norm(a, self._input_constant(layer))),
+                "q_a_layernorm.weight": ((a,), self._input_norm),
                 "q_b_proj.weight": ((h * (n + r), a), self._queries_with_bias),
             }
         if not self.bias_free:
@@ -135,8 +137,8 @@ class GqaToMla:
 
     def _queries_with_bias(self, layer: int) -> Tensor:
         """[h(n+r) a] over a latent that is the input and a constant, which carries the bias."""
-        constant, bias = self._input_constant(layer), self.source.bias(layer, "q_proj")
-        weight = torch.cat((self.source.weight(layer, "q_proj"), bias[:, None] / constant), dim=1)
+        bias = self.source.bias(layer, "q_proj") / carried(self.a)
+        weight = torch.cat((self.source.weight(layer, "q_proj"), bias[:, None]), dim=1)
         weight = torch.nn.functional.pad(weight, (0, self.a - self.d - 1))
         return self._placed(layer, weight.unflatten(0, (self.h, self.w)) * self.query_scale)
 
@@ -164,7 +166,16 @@ class GqaToMla:
         return torch.cat((latent, *(interleaved(key) for key in keys.unflatten(0, (self.g, self.w)))))
 
     def _latent_norm(self, layer: int) -> Tensor:
-        return torch.ones(self.c) if self.bias_free else _undoing_norm(self.c, self._value_constant(layer))
+        if self.bias_free:
+            return torch.ones(self.c)
+        norm = undoing_norm(self.c, self._value_constant(layer))
+        norm[self.g * self.w] = 0  # nothing behind it reads the constant
+        return norm
+
+    def _input_norm(self, layer: int) -> Tensor:
+        norm = undoing_norm(self.a, self._input_constant(layer))
+        norm[self.d] = carrying_weight(self.a)
+        return norm
 
     def _expand(self, layer: int) -> Tensor:
         """[h(n+v) c]: keys have no content; values are picked from the latent, or computed from the input."""
@@ -246,6 +257,16 @@ def _one_hot(width: int, place: int, value: float) -> Tensor:
     return x
 
 
-def _undoing_norm(width: int, constant: float) -> Tensor:
-    """The weight under which a norm over `width` channels, one of them the constant, changes nothing."""
+def carrying_weight(width: int) -> float:
+    """The norm's weight of a constant that carries a bias: a power of two, under which it comes out as about 1."""
+    return 2.0 ** -round(math.log2(math.sqrt(width)))
+
+
+def carried(width: int) -> float:
+    """What such a constant is behind a norm over `width` channels, which it dominates."""
+    return math.sqrt(width) * carrying_weight(width)
+
+
+def undoing_norm(width: int, constant: float) -> Tensor:
+    """The weight under which a norm over `width` channels, one of them the constant, changes none of the others."""
     return torch.full((width,), math.sqrt(constant**2 / width + LATENT_EPS))

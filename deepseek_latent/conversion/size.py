@@ -5,8 +5,12 @@ f expert width, k experts per token.
 """
 
 import math
+from typing import NamedTuple
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+
+# Table 3 of arXiv:2202.01169 for S-BASE routing, the best of its three: a, b, c and the bounds of E
+_ROUTED_LAW = {"a": -0.082, "b": -0.108, "c": 0.009, "start": 1.847, "max": 314.478}
 
 # the first substring found in a tensor's name says which part it is
 _PARTS = {
@@ -62,3 +66,34 @@ def cached_elements_per_token(config: DeepseekV2Config) -> dict[str, int]:
     if heads % GQA_GROUPS == 0:
         elements[f"GQA, {GQA_GROUPS} groups"] = GQA_GROUPS * pair * layers
     return elements | {"MQA": pair * layers}
+
+
+class RoutedSize(NamedTuple):
+    """A model with experts on the scale of dense ones.
+
+    base       N, parameters that a token uses, without embeddings and lm_head
+    expansion  E, experts as wide as all that a token visits: e / k where they are fine-grained
+    effective  parameters, without embeddings, of the dense model that the law expects to be as good
+    """
+
+    base: int
+    expansion: float
+    effective: float
+
+
+def routed_size(config: DeepseekV2Config, tensors: dict[str, tuple[int, ...]]) -> RoutedSize:
+    """N, E and the effective parameter count of a model with experts; `tensors` as of `checkpoint_tensors`.
+
+    log L = a log N + b log E' + c log N log E' + d with 1/E' = 1/(E - 1 + 1/(1/start - 1/max)) + 1/max, in decimal
+    logarithms; a dense model is E = 1. Fitted on models of up to 200 B parameters, 512 experts and 130 B tokens, one
+    expert per token; fine-grained and shared experts are not in it.
+    Source: Unified Scaling Laws for Routed Language Models (arXiv:2202.01169), eqs. 1 and 11, Table 3.
+    """
+    parts = parameters_by_part(tensors)
+    outside = sum(parts.get(part, 0) for part in ("embeddings", "lm_head", "classifier"))
+    base = sum(parts.values()) - idle_parameters(config) - outside
+    expansion = config.n_routed_experts / config.num_experts_per_tok if config.n_routed_experts else 1.0
+    a, b, c, start, most = _ROUTED_LAW.values()
+    saturated = 1 / (1 / (expansion - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
+    n, e, one = (math.log10(x) for x in (base, saturated, start))
+    return RoutedSize(base, expansion, 10 ** (((a + c * e) * n + b * (e - one)) / (a + c * one)))

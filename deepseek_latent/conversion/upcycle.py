@@ -136,6 +136,13 @@ class Upcycle:
         )
 
     @property
+    def filled(self) -> float:
+        """Share of an MLP's neurons that are zeros, because parts have to be alike and a multiple of MULTIPLE wide."""
+        routed = 0 if self.scheme == "M0" else len(set(self.layout.shards))
+        parts = routed + (self.shared if self.scheme in ("M0", "M5") else 0)
+        return 1 - self.base.config.intermediate_size / (parts * self.layout.f)
+
+    @property
     def is_exact(self) -> bool:
         return self.scheme == "M0" or not (self.router_noise or self.reinitialised)
 

@@ -1,0 +1,185 @@
+"""`deepseek-latent experts`: which experts a model uses on a text, how evenly, and how unlike on another text.
+
+Letters: e routed experts, k experts per token, l layers with experts.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from .conversion.calibration import text_of, tokenized
+from .conversion.checkpoint import checkpoint_tensors, local_or_hub, read_config
+from .conversion.size import RoutedSize, routed_size
+from .moe import DeepseekV2MoEGate
+
+WINDOW = 1024  # tokens that are read at a time
+
+
+class Activity(NamedTuple):
+    """What the gates of all layers with experts do with a text; rows are layers.
+
+    layers   [l]    their numbers
+    shares   [l e]  of all choices, those that fell on an expert; evenly chosen 1/e
+    weights  [l e]  mean weight where an expert was chosen, 0 where it never was
+    """
+
+    layers: list[int]
+    shares: Tensor
+    weights: Tensor
+
+    def load(self) -> Tensor:
+        """[l]: choices of the busiest expert over those of an even one; 1 is even."""
+        return self.shares.amax(dim=1) * self.shares.shape[1]
+
+    def entropy(self) -> Tensor:
+        """[l]: of the shares, over that of even ones; 1 is even, 0 one expert for all."""
+        return torch.special.entr(self.shares).sum(dim=1) / max(math.log(self.shares.shape[1]), 1e-12)
+
+    def unused(self) -> Tensor:
+        """[l]: experts that were never chosen."""
+        return (self.shares == 0).sum(dim=1)
+
+    def distance(self, other: "Activity") -> Tensor:
+        """[l]: share of choices that fall on other experts there, total variation; 0 alike, 1 disjoint."""
+        return (self.shares - other.shares).abs().sum(dim=1) / 2
+
+
+@torch.no_grad()
+def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
+    """Over ids [b s], without gradients; ValueError for a model without experts."""
+    gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, DeepseekV2MoEGate)}
+    if not gates:
+        raise ValueError("expected a model with experts, and no layer of this one has any.")
+    e = model.config.n_routed_experts
+    counts, weights = torch.zeros(2, len(gates), e, dtype=torch.float64).unbind()
+
+    def look(row: int):
+        def hook(gate, inputs, output):
+            _, shares, experts = output
+            counts[row] += torch.bincount(experts.flatten().cpu(), minlength=e)
+            weights[row].index_add_(0, experts.flatten().cpu(), shares.flatten().double().cpu())
+
+        return hook
+
+    handles = [gate.register_forward_hook(look(row)) for row, gate in enumerate(gates.values())]
+    try:
+        for window in ids.split(WINDOW, dim=1):
+            model(window.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [int(name.split(".layers.")[-1].split(".")[0]) for name in gates]
+    return Activity(layers, counts / counts.sum(dim=1, keepdim=True), weights / counts.clamp(min=1))
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser("experts", help="see which experts a model uses on a text, and how evenly")
+    parser.description = (
+        "Per layer and expert, the share of choices and the mean gate weight on a text; per layer, load, entropy and "
+        "experts never chosen, and how unlike another text is. Also where the model stands on the scaling law of "
+        "routed models."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder or a hub id")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="another text to compare with")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
+    parser.add_argument("--json", action="store_true", help="all figures as JSON")
+    parser.set_defaults(action=_experts)
+
+
+def _experts(arguments: argparse.Namespace) -> int:
+    set_verbosity_error()
+    disable_progress_bar()
+    place, config = local_or_hub(arguments.model), read_config(arguments.model)
+    if arguments.plot:
+        # a missing package or folder is said before any work
+        plot = _plotter(arguments.plot)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+    texts = [file for file in (arguments.text, arguments.against) if file is not None]
+    first, *others = [activity_of(model, tokenized(place, text_of(file))) for file in texts]
+    size = routed_size(config, checkpoint_tensors(config))
+    if arguments.plot:
+        plot(first, *others, names=[file.name for file in texts])
+    if arguments.json:
+        print(json.dumps(_report(first, others, size), indent=2))
+    else:
+        Console().print(_table(first, others), _size_table(size), sep="\n\n")
+    return 0
+
+
+def _report(first: Activity, others: list[Activity], size: RoutedSize) -> dict:
+    layers = [
+        {"layer": layer, "load": load, "entropy": entropy, "unused": unused, "shares": shares, "mean_weights": weights}
+        for layer, load, entropy, unused, shares, weights in zip(
+            first.layers, *(x.tolist() for x in (first.load(), first.entropy(), first.unused(), *first[1:]))
+        )
+    ]
+    for other in others:
+        for row, distance in zip(layers, first.distance(other).tolist()):
+            row["distance"] = distance
+    return {"layers": layers, "scaling_law": size._asdict()}
+
+
+def _table(first: Activity, others: list[Activity]) -> Table:
+    headings = ["busiest x even", "entropy", "never chosen", "busiest expert"] + ["unlike the other text"] * len(others)
+    title = f"{first.shares.shape[1]} experts, {len(first.layers)} layers"
+    table = Table("layer", *(Column(heading, justify="right") for heading in headings), title=title)
+    distances = [first.distance(other).tolist() for other in others]
+    for row, layer in enumerate(first.layers):
+        busiest = int(first.shares[row].argmax())
+        table.add_row(
+            str(layer),
+            f"{first.load()[row]:.2f}",
+            f"{first.entropy()[row]:.3f}",
+            f"{int(first.unused()[row])}",
+            f"{busiest} ({first.shares[row, busiest]:.1%}, mean weight {first.weights[row, busiest]:.3f})",
+            *(f"{distance[row]:.2f}" for distance in distances),
+        )
+    return table
+
+
+def _size_table(size: RoutedSize) -> Table:
+    table = Table(
+        "", Column(justify="right"), show_header=False, title="scaling law of routed models, arXiv:2202.01169"
+    )
+    table.add_row("N, parameters a token uses, without embeddings", f"{size.base:,}")
+    table.add_row("E, experts as wide as all that a token visits", f"{size.expansion:.1f}")
+    table.add_row("parameters of the dense model expected to be as good", f"{size.effective:,.0f}")
+    table.caption = "log L = a log N + b log E' + c log N log E' + d, E' saturating E; eqs. 1 and 11, S-BASE of Table 3"
+    return table
+
+
+def _plotter(path: Path):
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError("--plot draws with matplotlib, which is not installed; pip install matplotlib.") from error
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a folder to draw into, got {path.parent}, which is not there.")
+
+    def plot(*activities: Activity, names: list[str]) -> None:
+        num_layers, e = activities[0].shares.shape
+        size = (max(5.0, 0.16 * e + 2), (0.22 * num_layers + 1.2) * len(activities) + 0.4)
+        figure, axes = plt.subplots(len(activities), 1, figsize=size, squeeze=False, layout="constrained")
+        most = max((activity.shares * e).max().item() for activity in activities)
+        for activity, name, ax in zip(activities, names, axes[:, 0]):
+            image = ax.imshow((activity.shares * e).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=most)
+            ax.set(xlabel="expert", ylabel="layer", title=name)
+            ax.set_yticks(range(num_layers), activity.layers)
+        figure.colorbar(image, ax=axes[:, 0], label="choices, 1 where all experts are chosen evenly")
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+
+    return plot
