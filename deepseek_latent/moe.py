@@ -13,6 +13,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseek_v2 import DeepseekV2Config
+from .expert_lora import experts_with_adapters, unwrapped
 
 # routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
 ROWS_PER_BLOCK = 1 << 14
@@ -104,6 +105,16 @@ class DeepseekV2Experts(nn.Module):
             output = output.index_add(0, token, result * top_k_weights[token, slot, None])
         return output.to(hidden_states.dtype)
 
+    def takes_grouped_products(self) -> bool:
+        """Whether "grouped_mm" is what computes them, on weights that are all here as they are."""
+        weights = (self.gate_up_proj, self.down_proj)
+        # a rank of expert parallelism has fewer
+        is_whole = all(
+            type(x) in (nn.Parameter, Tensor) and x.shape[0] == self.config.n_routed_experts for x in weights
+        )
+        is_watched = self._forward_hooks or self._forward_pre_hooks
+        return is_whole and not is_watched and self.config._experts_implementation == "grouped_mm"
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Also takes experts by their names in files, all of them or those of one shard.
 
@@ -145,7 +156,21 @@ class DeepseekV2MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
+        multiply = self._experts_with_adapters() or self.experts
         if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
-            return self.experts(tokens, experts, weights)
+            return multiply(tokens, experts, weights)
         blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
-        return torch.cat([self.experts(*block) for block in blocks])
+        return torch.cat([multiply(*block) for block in blocks])
+
+    def _experts_with_adapters(self):
+        """The experts with peft's adapters beside them, or None where there are none or only peft can apply them."""
+        if isinstance(self.experts, DeepseekV2Experts):
+            return None
+        found = unwrapped(self.experts)
+        if found is None:
+            return None
+        experts, factors = found
+        if not (factors and isinstance(experts, DeepseekV2Experts) and experts.takes_grouped_products()):
+            return None
+        weights = (experts.gate_up_proj, experts.down_proj, experts.act_fn)
+        return lambda *routed: experts_with_adapters(*weights, *routed, factors)

@@ -35,6 +35,9 @@ def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
 
 
 class Int8Experts(DeepseekV2Experts):
+    def takes_grouped_products(self) -> bool:
+        return False
+
     def stored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes and scales of both weights, by which our operators multiply any tokens x."""
         _check(self.gate_up_proj)

@@ -1,0 +1,101 @@
+"""LoRA on the stacked weights of routed experts, computed beside their products: no weight with an adapter is made.
+
+peft wraps a parameter of experts in a `ParamWrapper`, one around the other, and adds every adapter to all experts'
+weights at each call. Here the wrappers are read and their factors applied to the tokens, as for any linear layer.
+
+Letters: m tokens, e experts, d model width, f width of one expert, k experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import _grouped_linear
+
+# torch's grouped products take rows of a multiple of 16 bytes
+RANK_MULTIPLE = 8
+
+
+class Factors(NamedTuple):
+    """What adapters add to a stacked weight [e out in]: b a, with their scaling inside b; ranks side by side.
+
+    a  [e rank in]
+    b  [e out rank]
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, Factors]] | None:
+    """The module inside peft's wrappers and, by parameter, what active adapters add; None if only peft can tell.
+
+    Without a wrapper, or with all adapters off or merged, nothing is added.
+    """
+    factors: dict[str, Factors] = {}
+    while (type(experts).__module__, type(experts).__name__) == ("peft.tuners.lora.layer", "ParamWrapper"):
+        # peft unmerges on the next call where an adapter is both merged and disabled, and hooks carry mixed batches
+        if experts._forward_pre_hooks or experts._forward_hooks or (experts.merged and experts.disable_adapters):
+            return None
+        if not (experts.merged or experts.disable_adapters):
+            active = [name for name in experts.active_adapters if name in experts.lora_A]
+            if not all(_is_plain(experts, name) for name in active):
+                return None
+            if active:
+                factors[experts.parameter_name] = _joined([_factors(experts, name) for name in active])
+        experts = experts.base_layer
+    return experts, factors
+
+
+def _is_plain(wrapper: nn.Module, name: str) -> bool:
+    a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+    return name not in wrapper.lora_variant and all(
+        type(x) is nn.Linear and x.bias is None and not x._forward_hooks and not x._forward_pre_hooks for x in (a, b)
+    )
+
+
+def _factors(wrapper: nn.Module, name: str) -> Factors:
+    """As peft keeps them: A expert by expert, B rank by rank; in the dtype of the weight, as peft applies them."""
+    dtype = getattr(wrapper.get_base_layer(), wrapper.parameter_name).dtype
+    a = wrapper.lora_A[name].weight.unflatten(0, (wrapper.num_experts, -1))
+    b = wrapper.lora_B[name].weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1)
+    return Factors(a.to(dtype), (b * wrapper.scaling[name]).to(dtype))
+
+
+def _joined(all_factors: list[Factors]) -> Factors:
+    a, b = (torch.cat(parts, dim=dim) for parts, dim in zip(zip(*all_factors), (1, 2)))
+    missing = -a.shape[1] % RANK_MULTIPLE
+    return Factors(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
+
+
+def experts_with_adapters(
+    gate_up_proj: Tensor,  # [e 2f d]
+    down_proj: Tensor,  # [e d f]
+    act_fn: nn.Module,
+    hidden_states: Tensor,  # [m d]
+    top_k_index: Tensor,  # [m k]
+    top_k_weights: Tensor,  # [m k]
+    factors: dict[str, Factors],
+) -> Tensor:  # [m d]
+    """The sum of every token's experts, adapters included, by grouped products over tokens in the order of experts.
+
+    Gradients reach tokens, routing weights and factors; a frozen weight costs nothing in the backward pass.
+    """
+    num_tokens, k = top_k_index.shape
+    order = top_k_index.flatten().argsort(stable=True)
+    counts = torch.bincount(top_k_index.flatten(), minlength=gate_up_proj.shape[0])
+    ends = counts.cumsum(0, dtype=torch.int32)
+
+    def multiplied(x: Tensor, name: str, weight: Tensor) -> Tensor:
+        y = _grouped_linear(x, weight, ends)
+        if name not in factors:
+            return y
+        return y + _grouped_linear(_grouped_linear(x, factors[name].a, ends), factors[name].b, ends)
+
+    gate, up = multiplied(hidden_states[order // k], "gate_up_proj", gate_up_proj).chunk(2, dim=-1)
+    rows = multiplied(act_fn(gate) * up, "down_proj", down_proj)
+    # back into the order of tokens, so that a token's experts are summed without atomic additions
+    in_order = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    weighed = rows[in_order].view(num_tokens, k, -1) * top_k_weights[..., None]
+    return weighed.sum(dim=1).to(hidden_states.dtype)
