@@ -45,11 +45,11 @@ CLASSES = {
 }
 
 
-def build(which: str, dtype: torch.dtype = torch.bfloat16, weights: nn.Module | None = None) -> nn.Module:
+def build(which: str, dtype: torch.dtype = torch.bfloat16, weights: nn.Module | None = None, **overrides) -> nn.Module:
     """Lite-4 of `which` class ("ours" or "native") in eval mode, with random weights or those of another, shared."""
     config_class, model_class = CLASSES[which]
     with torch.device("meta"):
-        model = model_class._from_config(config_class(**CONFIG), dtype=dtype)
+        model = model_class._from_config(config_class(**(CONFIG | overrides)), dtype=dtype)
     if weights is None:
         model.to_empty(device="cpu")
         fill(model, dtype)

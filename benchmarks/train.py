@@ -17,16 +17,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from .lite4 import CONFIG, build
+from .lite4 import build
 from .machine import alternated, described, resident, yardsticks
 
 SIDES = ("native", "ours")
 PROJECTIONS = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+LORA = LoraConfig(r=16, target_modules=PROJECTIONS)
 
 
-def adapted(model: nn.Module) -> nn.Module:
+def adapted(model: nn.Module, config: LoraConfig) -> nn.Module:
     """The model with adapters whose effect is not zero, the same on both sides."""
-    model = get_peft_model(model, LoraConfig(r=16, target_modules=PROJECTIONS))
+    model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -36,16 +37,15 @@ def adapted(model: nn.Module) -> nn.Module:
 
 def step(model: nn.Module, tokens: int) -> float:
     """The loss of one sequence; gradients are left in the adapters and cleared before the next step."""
-    ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return loss.item()
 
 
-def peak(side: str, tokens: int) -> int:
+def peak(model: nn.Module, tokens: int) -> int:
     """Bytes above the weights in a step, in this process."""
-    model = adapted(build(side))
     step(model, 16)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -53,8 +53,8 @@ def peak(side: str, tokens: int) -> int:
     return resident("VmHWM") - before
 
 
-def peak_elsewhere(side: str, tokens: int) -> int:
-    command = [sys.executable, "-m", "benchmarks.train", "--here", side, "--tokens", str(tokens)]
+def peak_elsewhere(benchmark: str, side: str, tokens: int) -> int:
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--here", side, "--tokens", str(tokens)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -71,11 +71,11 @@ def main() -> None:
     parser.add_argument("--here", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(peak(options.here, options.tokens))
+        print(peak(adapted(build(options.here), LORA), options.tokens))
         return
-    memory = {side: peak_elsewhere(side, options.tokens) for side in SIDES}
+    memory = {side: peak_elsewhere("train", side, options.tokens) for side in SIDES}
     ours = build("ours")
-    models = {"native": adapted(build("native", weights=ours)), "ours": adapted(ours)}
+    models = {"native": adapted(build("native", weights=ours), LORA), "ours": adapted(ours, LORA)}
     losses = {side: step(model, options.tokens) for side, model in models.items()}
     own, other = (gradients(models[side]) for side in ("ours", "native"))
     error = ((own - other).norm() / other.norm()).item()

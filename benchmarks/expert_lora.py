@@ -1,0 +1,91 @@
+"""LoRA on routed experts: python -m benchmarks.expert_lora --out benchmarks/results/expert_lora.json
+
+Two layers of experts at V2-Lite's widths in bfloat16 with LoRA (r = 16) on all routed experts, by this package and by
+stock peft on transformers' own class, whose weights and adapters are the same: a training step of 512 tokens, and one
+token decoded with the adapter not merged. Losses, gradients and logits are compared first, then both sides take turns.
+Memory is the peak of each side in a process of its own, less what was resident before the step. The vocabulary is a
+small one, since lm_head would be most of the step and is nobody's.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import DynamicCache
+
+from deepseek_latent import LatentCache
+
+from .lite4 import build
+from .machine import alternated, described, yardsticks
+from .train import SIDES, adapted, gradients, peak, peak_elsewhere, step
+
+LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "vocab_size": 1024}
+LORA = LoraConfig(r=16, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+CACHED = 128  # tokens behind which one is decoded
+
+
+@torch.no_grad()
+def decoded(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([[17]]), past_key_values=cache).logits
+    cache.crop(-1)
+    return logits
+
+
+@torch.no_grad()
+def read(model: nn.Module, cache: DynamicCache) -> DynamicCache:
+    model(input_ids=torch.arange(CACHED)[None], past_key_values=cache)
+    return cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    parser.add_argument("--here", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(peak(adapted(build(options.here, **LAYERS), LORA), options.tokens))
+        return
+    memory = {side: peak_elsewhere("expert_lora", side, options.tokens) for side in SIDES}
+    ours = build("ours", **LAYERS)
+    models = {"native": adapted(build("native", weights=ours, **LAYERS), LORA), "ours": adapted(ours, LORA)}
+    losses = {side: step(model, options.tokens) for side, model in models.items()}
+    own, other = (gradients(models[side]) for side in ("ours", "native"))
+    error = ((own - other).norm() / other.norm()).item()
+    # bfloat16, and a router near a tie may choose another expert
+    assert abs(losses["ours"] - losses["native"]) < 0.01 * losses["native"], losses
+    assert error < 0.2, f"gradients differ by {error}"
+    turns = {side: lambda model=model: step(model, options.tokens) for side, model in models.items()} | yardsticks()
+    training = {name: statistics.median(x) for name, x in alternated(turns, options.repetitions).items()}
+    caches = {"native": read(models["native"].eval(), DynamicCache())}
+    caches["ours"] = read(models["ours"].eval(), LatentCache(ours.config))
+    logits = [decoded(models[side], caches[side]).float() for side in SIDES]
+    difference = ((logits[0] - logits[1]).norm() / logits[0].norm()).item()
+    assert difference < 0.05, f"logits differ by {difference}"
+    turns = {side: lambda side=side: decoded(models[side], caches[side]) for side in SIDES}
+    decoding = {name: statistics.median(x) for name, x in alternated(turns, 10 * options.repetitions).items()}
+    result = described("python -m benchmarks.expert_lora") | {
+        "model": f"2 layers of V2-Lite's experts, bfloat16, LoRA r=16 on all routed experts, {options.tokens} tokens",
+        "loss": losses,
+        "gradients_relative_difference": round(error, 4),
+        "logits_relative_difference": round(difference, 4),
+        "step_seconds": {side: round(training[side], 3) for side in SIDES},
+        "step_times_faster_than_stock_peft": round(training["native"] / training["ours"], 2),
+        "memory_above_weights_bytes": memory,
+        "memory_of_stock_peft": round(memory["ours"] / memory["native"], 2),
+        "decode_milliseconds": {side: round(1e3 * decoding[side], 2) for side in SIDES},
+        "decode_times_faster_than_stock_peft": round(decoding["native"] / decoding["ours"], 1),
+        "float32_flop_per_second": round(2 * 2048**3 / training["product of 2048"]),
+    }
+    print(json.dumps(result, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
