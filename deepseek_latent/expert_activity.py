@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from .conversion.calibration import text_of, tokenized
-from .conversion.checkpoint import checkpoint_tensors, local_or_hub, read_config
+from .conversion.checkpoint import checkpoint_tensors, read_config
 from .conversion.size import RoutedSize, routed_size
+from .conversion.source import source_folder
 from .moe import DeepseekV2MoEGate
 
 WINDOW = 1024  # tokens that are read at a time
@@ -59,6 +60,8 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, DeepseekV2MoEGate)}
     if not gates:
         raise ValueError("expected a model with experts, and no layer of this one has any.")
+    if ids.numel() == 0:
+        raise ValueError("expected a text of at least one token, got none.")
     e = model.config.n_routed_experts
     counts, weights = torch.zeros(2, len(gates), e, dtype=torch.float64).unbind()
 
@@ -77,7 +80,7 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     finally:
         for handle in handles:
             handle.remove()
-    layers = [int(name.split(".layers.")[-1].split(".")[0]) for name in gates]
+    layers = [int(name.split("layers.")[-1].split(".")[0]) for name in gates]
     return Activity(layers, counts / counts.sum(dim=1, keepdim=True), weights / counts.clamp(min=1))
 
 
@@ -99,7 +102,7 @@ def add_command(commands) -> None:
 def _experts(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
     disable_progress_bar()
-    place, config = local_or_hub(arguments.model), read_config(arguments.model)
+    config, place = read_config(arguments.model), source_folder(arguments.model)
     if arguments.plot:
         # a missing package or folder is said before any work
         plot = _plotter(arguments.plot)

@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepseek_latent.cli import main
+from deepseek_latent.conversion import target
 from deepseek_latent.conversion.calibration import WINDOW, LayerStatistics, perplexity, statistics_of, windows_of
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.judge import compressed, model_of
@@ -37,6 +38,32 @@ def test_where_all_keys_rotate_and_the_latent_is_wide_nothing_is_lost(tmp_path, 
     files, ids = Source(tmp_path), random_ids(2, 50)
     whole = CompressedMla(files, statistics, r=model.config.num_key_value_heads * _head_width(model.config))
     assert relative_error(model_of(whole)(ids).logits, model(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("dead", ["o_proj", "v_proj", "k_proj", "q_proj"])
+@torch.no_grad()
+def test_a_layer_that_does_nothing_is_compressed_to_one_that_does_nothing(tmp_path, dead):
+    saved(tmp_path, LlamaConfig)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for layer in model.model.layers:
+        getattr(layer.self_attn, dead).weight.zero_()
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 50)
+    statistics = statistics_of(model, torch.randint(0, 96, (6, WINDOW)))
+    compressed_model = model_of(CompressedMla(Source(tmp_path), statistics, r=16, c=50))
+    assert relative_error(compressed_model(ids).logits, model(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_what_the_text_does_not_show_is_not_lost_where_there_is_room(tmp_path):
+    """One token again and again: statistics of rank one."""
+    saved(tmp_path, LlamaConfig)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    statistics, ids = statistics_of(model, torch.full((6, WINDOW), 7)), random_ids(2, 50)
+    assert (
+        relative_error(model_of(CompressedMla(Source(tmp_path), statistics, r=32))(ids).logits, model(ids).logits)
+        < 1e-5
+    )
 
 
 def _head_width(config) -> int:
@@ -158,6 +185,31 @@ def test_the_command_reports_every_step_and_writes_what_it_judged(source, tmp_pa
     assert perplexity(stock.eval(), judging) == pytest.approx(report["perplexity with latents of 16 too"], rel=1e-4)
 
 
+def test_another_text_does_not_go_on_where_the_first_one_was_interrupted(source, tmp_path, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    command = ["convert", "gqa-to-mla", str(source), str(out), "--kv-lora-rank", "16", "--qk-rope-head-dim", "16"]
+    command += ["--calibrate", str(text), "--max-shard-size", "100KB"]
+    written = []
+
+    def write_one(path, pieces, progress):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(path, pieces, progress)
+
+    write_shard = target._write_shard
+    monkeypatch.setattr(target, "_write_shard", write_one)
+    assert main(command) == 130
+    monkeypatch.setattr(target, "_write_shard", write_shard)
+    half = text.read_text()[: len(text.read_text()) // 2]
+    text.write_text(half)
+    assert main(command) == 0
+    _, report = compressed(Source(source), r=16, c=16, text=half)
+    _, judging = windows_of(source, half)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert perplexity(model, judging) == pytest.approx(report["perplexity with latents of 16 too"], rel=1e-4)
+
+
 def test_bfloat16_costs_what_rounding_costs(tmp_path, source):
     """The constant channel of a width that is no square is rounded, and the norm around it made up for."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -188,6 +240,7 @@ def test_widths_that_cannot_be_are_refused_in_one_sentence(source, tmp_path, cap
     assert main(["convert", "gqa-to-mla", str(source), str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert sentence in error.splitlines()[-1]
+    assert "calibrating" not in error
     assert not (tmp_path / "out").exists()
 
 

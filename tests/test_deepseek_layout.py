@@ -130,6 +130,7 @@ def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
         ({"norm_topk_prob": True}, "norm_topk_prob True"),
         ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale '1.0 beside mscale_all_dim 0.707'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate 'false'"),
     ],
     ids=str,
 )
@@ -138,6 +139,21 @@ def test_what_their_code_would_compute_otherwise_is_not_exported(tmp_path, capsy
     assert main(["convert", "export-deepseek", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_tied_embeddings_are_written_twice(tmp_path, ranks):
+    model = saved(tmp_path / "source", tie_word_embeddings=True)
+    out = exported(tmp_path / "source", tmp_path / "out", "--model-parallel", ranks)
+    heads = [load_file(file)["head.weight"] for file in sorted(out.glob("*.safetensors"))]
+    assert torch.equal(torch.cat(heads), model.model.embed_tokens.weight)
+
+
+def test_a_dense_model_is_shared_by_ranks_that_its_absent_experts_could_not_be(tmp_path):
+    saved(tmp_path / "source", n_routed_experts=None, moe_intermediate_size=33)
+    assert (
+        len(list(exported(tmp_path / "source", tmp_path / "out", "--model-parallel", "2").glob("*.safetensors"))) == 2
+    )
 
 
 def test_ranks_that_cannot_share_are_refused(tmp_path, capsys):

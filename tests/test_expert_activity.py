@@ -85,6 +85,25 @@ def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch, capsys
     assert words in capsys.readouterr().err
 
 
+def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
+    config = DeepseekV2Config.from_pretrained(FOLDER)
+    monkeypatch.setattr("deepseek_latent.expert_activity.read_config", lambda source: config)
+    (tmp_path / "text.txt").write_text("a text")
+    assert main(["experts", "somebody/deepseek", "--text", str(tmp_path / "text.txt")]) == 0
+    assert "16 experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ids", [torch.empty(1, 0, dtype=torch.long)])
+def test_no_text_is_refused(ids):
+    with pytest.raises(ValueError, match="at least one token"):
+        activity_of(tiny_model(), ids)
+
+
+def test_a_model_without_a_head_has_experts_too():
+    assert activity_of(tiny_model().model, random_ids(1, 5)).layers == [1, 2]
+
+
 def test_a_model_without_a_tokenizer_reads_no_text(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a text")

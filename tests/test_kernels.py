@@ -428,6 +428,8 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
         "layers.0.self_attn.kv_a_proj_with_mqa",
         "layers.0.self_attn.kv_a_layernorm",
         "layers.1.mlp.experts",
+        "layers.1.mlp.experts.act_fn",
+        "layers.1.mlp.shared_experts.act_fn",
         "layers.1.mlp.shared_experts",
         "layers.1.mlp.shared_experts.down_proj",
     ],
@@ -440,6 +442,27 @@ def test_what_watches_a_module_still_sees_it(watched):
     expected = tiny_model()(ids).logits
     assert relative_error(model(ids).logits, expected) < 1e-5
     assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_weights_of_two_dtypes_are_left_to_torch_and_refused_by_the_operators(operators):
+    model, ids = tiny_model(), random_ids(1, 1)
+    model.set_experts_implementation("eager")
+    optimize_for_inference(model)
+    x, shares, chosen = noise(1, 16), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="one dtype"):
+        operators.experts(x, noise(2, 8, 16), noise(2, 16, 4).bfloat16(), chosen, shares, [], [], [])
+    experts = model.model.layers[1].mlp.experts
+    assert experts.stored(model.model.embed_tokens(ids)[0]) is not None
+    experts.down_proj = nn.Parameter(experts.down_proj.bfloat16())
+    assert experts.stored(model.model.embed_tokens(ids)[0]) is None
+
+
+@torch.no_grad()
+def test_nothing_times_an_int8_weight_is_nothing():
+    model = tiny_model()
+    optimize_for_inference(model, weights="int8")
+    assert model.lm_head(torch.empty(0, 3, 72)).shape == (0, 3, 96)
 
 
 def test_undoing_leaves_the_model_as_it_was():

@@ -3,6 +3,7 @@
 Letters: b windows, s tokens of one, d model width, h query heads.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,4 +99,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     for some in windows.split(_AT_ONCE):
         logits = model(some, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum").item()
-    return torch.tensor(total / windows[:, 1:].numel()).exp().item()
+    mean = total / windows[:, 1:].numel()
+    if not math.isfinite(mean):
+        raise ValueError(f"{type(model).__name__} gives logits that are no numbers; take a wider dtype.")
+    return math.exp(mean)

@@ -33,16 +33,20 @@ from .gqa_to_mla import (
     rope_table,
     undoing_norm,
 )
+from .llama_source import LlamaSource
 from .source import Source
 
 # of the largest: directions that carry less are noise
 NEGLIGIBLE = 1e-12
+# of a mean variance, added to all inputs: what the text does not show is little, and not nothing
+UNSEEN = 1e-8
 
 
 class Parts(NamedTuple):
     """One layer in float64: what its keys and values are as functions of x, and what an error in them costs."""
 
     keys: Tensor  # [p g d+1] complex
+    second: Tensor  # [p g g] complex: second moments of the heads of a frequency
     values: Tensor  # [g w d+1]
     means: Tensor  # [h p] complex: of the rotation over the distances of a head, length factor included
     score_costs: Tensor  # [h p] of a squared error of a key element, by way of a score
@@ -64,25 +68,27 @@ class Layer(NamedTuple):
 class CompressedMla(GqaToMla):
     """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2 with latents of width c and rotary keys of width r.
 
-    Without `c`, the latent is as wide as it takes to lose nothing: only the first step.
+    Without `c`, the latent is as wide as it takes to lose nothing: only the first step. `kept` is what `chosen` gives.
 
     Raises:
         ValueError: as `GqaToMla`, and for widths that are none or no less than what is exact.
     """
 
-    def __init__(self, files: Source, statistics: list[LayerStatistics], *, r: int, c: int | None = None):
+    def __init__(
+        self,
+        files: Source,
+        statistics: list[LayerStatistics],
+        *,
+        r: int,
+        c: int | None = None,
+        kept: Tensor | None = None,
+    ):
         super().__init__(files)
-        exact = 2 * self.g * self.w
-        if r % 2 or not 2 <= r <= self.g * self.w:
-            raise ValueError(f"--qk-rope-head-dim must be even and 2 to {self.g * self.w}, got {r}.")
-        widest = exact - r + 2
-        if c is not None and (c % 2 or not 2 <= c <= widest):
-            raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which loses nothing, got {c}.")
-        self.n, self.r, self.c = self.w, r, c or widest
+        self.n, self.r, self.c = self.w, r, widths(self.source, r, c)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.statistics = statistics
         self.frequencies, self.length_factor = frequencies_of(self.source.config, self.w)
-        self.kept = self.chosen()
+        self.kept = self.chosen() if kept is None else kept
         self._made: tuple[int, Layer] | None = None
 
     def rope(self) -> dict:
@@ -105,7 +111,9 @@ class CompressedMla(GqaToMla):
 
     def parts(self, layer: int) -> Parts:
         source, statistics = self.source, self.statistics[layer]
-        moments = statistics.moments
+        variance = statistics.moments[:-1, :-1].diagonal().mean()
+        moments = statistics.moments.clone()
+        moments[:-1, :-1].diagonal().add_(UNSEEN * variance)
 
         def affine(name: str) -> Tensor:
             return torch.cat((source.weight(layer, name), source.bias(layer, name)[:, None]), dim=1).double()
@@ -121,11 +129,12 @@ class CompressedMla(GqaToMla):
         of_head = torch.arange(self.h) // (self.h // self.g)
         forms = out.transpose(1, 2) @ out
         spread = (forms * _covariance(values, moments)[of_head]).sum(dim=(1, 2))
-        sizes = torch.einsum("phx,xy,phy->hp", queries, moments.to(queries.dtype), queries.conj()).real
+        sizes = _second_moments(queries[:, :, None], moments)[..., 0, 0].real.T
         # half of it: a score is the real part of a product
         score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * sizes
         value_costs = forms.unflatten(0, (self.g, -1)).sum(dim=1)
-        return Parts(keys, values, means * self.length_factor**2, score_costs, value_costs, moments)
+        second = _second_moments(keys, moments)
+        return Parts(keys, second, values, means * self.length_factor**2, score_costs, value_costs, moments)
 
     def mixture(self, parts: Parts, frequency: int) -> tuple[Tensor, Tensor]:
         """T [g g] complex, whose rows mix the heads of a frequency, and what each row's rotation is worth [g].
@@ -135,9 +144,7 @@ class CompressedMla(GqaToMla):
         replaced = 1 - (parts.means[:, frequency].abs() / self.length_factor**2) ** 2
         weights = (parts.score_costs[:, frequency] * replaced).unflatten(0, (self.g, -1)).sum(dim=1).sqrt()
         weights = weights.clamp(min=weights.max() * 1e-6 + torch.finfo(torch.float64).tiny)
-        keys = parts.keys[frequency]
-        second = keys @ parts.moments.to(keys.dtype) @ keys.mH
-        values, vectors = torch.linalg.eigh(weights[:, None] * second * weights)
+        values, vectors = torch.linalg.eigh(weights[:, None] * parts.second[frequency] * weights)
         # the scale of a row is free
         return vectors.flip(1).mH * (weights / weights.mean()), values.flip(0).clamp(min=0)
 
@@ -175,13 +182,17 @@ class CompressedMla(GqaToMla):
         centred = parts.moments - mean[:, None] * mean
         sizes, directions = torch.linalg.eigh(weighed @ centred @ weighed.T)
         sizes, directions = sizes.flip(0)[: self.c - 1], directions.flip(1)[:, : self.c - 1]
-        sizes = torch.where(sizes > NEGLIGIBLE * sizes[0], sizes, torch.inf)
+        is_kept = sizes > NEGLIGIBLE * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)
+        directions, sizes = directions[:, is_kept], sizes[is_kept]
         # an average square of one, so that no dtype is short of range
-        scale = (sizes[sizes.isfinite()].sum() / (self.c - 1)).rsqrt()
+        scale = (sizes.sum() / (self.c - 1)).rsqrt() if len(sizes) else 1.0
         latent = scale * directions.T @ weighed
         back = y @ centred @ latent.T / (scale**2 * sizes)
         latent[:, -1] -= latent @ mean
-        latent[sizes.isinf()] = 0
+        # the rest of the channels is empty
+        num_empty = self.c - 1 - len(sizes)
+        latent = torch.nn.functional.pad(latent, (0, 0, 0, num_empty))
+        back = torch.nn.functional.pad(back, (0, num_empty))
         back = torch.cat((back, (y @ mean)[:, None]), dim=1)
         real, imaginary, values = back.split((keys[..., 0].numel(), keys[..., 0].numel(), self.g * self.w))
         return latent, torch.complex(real, imaginary).unflatten(0, (-1, self.g)), values.unflatten(0, (self.g, -1))
@@ -237,6 +248,23 @@ class CompressedMla(GqaToMla):
         weight, bias = self.compressed(layer).latent.split((self.d, 1), dim=1)
         largest = (weight * self.source.input_norm(layer)).norm().item() * math.sqrt(self.d) + bias.norm().item()
         return torch.tensor(self._constant(self.c, largest)).to(self.source.dtype()).item()
+
+
+def widths(source: LlamaSource, r: int, c: int | None) -> int:
+    """The width of the latent, checked with that of the rotary key; without `c`, the one that loses nothing."""
+    keys = source.g * source.w
+    if r % 2 or not 2 <= r <= keys:
+        raise ValueError(f"--qk-rope-head-dim must be even and 2 to {keys}, got {r}.")
+    widest = 2 * keys - r + 2
+    if c is not None and (c % 2 or not 2 <= c <= widest):
+        raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which loses nothing, got {c}.")
+    return c or widest
+
+
+def _second_moments(functions: Tensor, moments: Tensor) -> Tensor:
+    """[.. g g] of complex functions [.. g d+1] of x; products in real numbers, which takes half as long."""
+    products = torch.complex(functions.real @ moments, functions.imag @ moments)
+    return products @ functions.mH
 
 
 def _as_complex(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def convert(files, conversion, measured: dict, target: Target, arguments: argpar
     texts = conversion.texts() if is_export else {"config.json": config.to_json_string()}
     texts["README.md"] = card(files, command, report)
     copies = [*files.beside(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
-    target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command}")
+    target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
     if arguments.push_to_hub:
         HfApi().upload_folder(repo_id=arguments.push_to_hub, folder_path=target.out, commit_message=command)
         report["pushed to"] = arguments.push_to_hub

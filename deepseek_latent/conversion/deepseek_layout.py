@@ -87,9 +87,10 @@ class ExportDeepseek:
         self.ranks, self.base = ranks, Cast(source, None)
         self.config = config = self.base.config
         _check_theirs(config)
-        shared = (config.n_routed_experts if config.n_routed_experts else ranks, config.num_attention_heads)
-        widths = (config.vocab_size, config.intermediate_size, config.moe_intermediate_size)
-        for number in (*shared, *widths):
+        numbers = [config.num_attention_heads, config.vocab_size, config.intermediate_size]
+        if any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+            numbers += [config.n_routed_experts, config.moe_intermediate_size]
+        for number in numbers:
             if ranks < 1 or number % ranks:
                 raise ValueError(f"--model-parallel must divide heads, experts and widths, got {ranks} and {number}.")
 
@@ -97,7 +98,10 @@ class ExportDeepseek:
         pieces = {piece.name: piece for piece in self.base.pieces()}
         if "lm_head.weight" not in pieces:
             # they tie nothing
-            pieces["lm_head.weight"] = pieces["model.embed_tokens.weight"]._replace(name="lm_head.weight")
+            embeddings = pieces["model.embed_tokens.weight"]
+            # a copy, since one file holds no tensor under two names
+            head = embeddings._replace(name="lm_head.weight", make=lambda: embeddings.make().clone())
+            pieces["lm_head.weight"] = head
         return {
             f"model{rank}-mp{self.ranks}.safetensors": [
                 part for piece in pieces.values() if (part := self._part(piece, rank)) is not None
@@ -150,6 +154,9 @@ def _check_theirs(config: DeepseekV2Config) -> None:
         "mscale": f"{mscales[0]} beside mscale_all_dim {mscales[1]}" if is_yarn and len(set(mscales)) > 1 else None,
         "attention_factor": rope.get("attention_factor") if is_yarn else None,
         "max_position_embeddings": config.max_position_embeddings if unstretched else None,
+        # they round the bounds of YaRN's ramp, and give the router of this width a bias
+        "truncate": "false" if is_yarn and not rope.get("truncate", True) else None,
+        "hidden_size": config.hidden_size if config.hidden_size == 7168 else None,
     }
     for name, value in refused.items():
         if value:

@@ -203,6 +203,10 @@ class GqaToMla:
             )
         return constant
 
+    def check_dtype(self) -> None:
+        """ValueError where the source's dtype does not hold the constant of its first layer."""
+        self._value_constant(0)
+
     def _folded(self, layer: int, projection: str) -> Tensor:
         """A projection's weight, with the norm before it where the new one is to be without weights."""
         weight = self.source.weight(layer, projection)

@@ -1,12 +1,14 @@
 """Compression with its price: perplexity after each of its steps, on text that it was not calibrated on."""
 
+import hashlib
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
 from .calibration import WINDOW, perplexity, statistics_of, windows_of
 from .cast import Cast
-from .compress import CompressedMla
+from .compress import CompressedMla, widths
 from .gqa_to_mla import GqaToMla
 from .llama_source import LlamaSource
 from .source import Source
@@ -18,15 +20,19 @@ def compressed(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedM
 
     Raises ValueError as `CompressedMla` and `windows_of`.
     """
-    # what cannot be converted is refused before any work
+    # what cannot be is refused before any work, such as a constant that the dtype does not hold
     origin = LlamaSource(files)
+    widths(origin, r, c)
+    GqaToMla(files).check_dtype()
     calibration, judging = windows_of(files.folder, text)
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="auto", attn_implementation="eager").eval()
     statistics, before = statistics_of(model, calibration), perplexity(model, judging)
     # one model at a time is in memory
     del model
-    rotary, whole = (CompressedMla(files, statistics, r=r, c=width) for width in (None, c))
+    whole = CompressedMla(files, statistics, r=r, c=c)
+    rotary = CompressedMla(files, statistics, r=r, kept=whole.kept)
     report = {
+        "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
         "calibrated on tokens": calibration.numel(),
         "judged by tokens": judging.numel(),
         "cached elements per token before": 2 * origin.g * origin.w * origin.config.num_hidden_layers,

@@ -140,6 +140,10 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
     tensors = {}
     for piece in pieces:
         tensor = piece.make().contiguous()
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{piece.name} came out with NaN or infinity; its source is beyond what {piece.dtype} holds."
+            )
         assert (tensor.shape, tensor.dtype) == (piece.shape, piece.dtype), f"{piece.name} is not as planned"
         # what was cut from a larger tensor would be kept whole
         tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -85,8 +85,8 @@ class Upcycle:
     """The conversion `base`, whose result is dense, with experts from layer `dense_layers` on: `config` and `pieces`.
 
     The router is zero, or under M0 and M4, where it may be anything, random. `router_noise`, a standard deviation, and
-    `reinitialised`, the share of a routed expert's neurons that are drawn anew with the mean and spread of the dense
-    ones (Drop-Upcycling, arXiv:2502.19261), part experts that would be alike; but for M0 they change what is said.
+    `reinitialised`, the share of a routed expert's neurons that are drawn anew with the mean and spread of its
+    own (Drop-Upcycling, arXiv:2502.19261), part experts that would be alike; but for M0 they change what is said.
 
     Raises:
         ValueError: where the result of `base` has experts already, or as `layout`.
@@ -190,13 +190,13 @@ class Upcycle:
             router = router.repeat_interleave(self.e // rows, dim=0)
         return router + torch.randn(self.e, d, generator=generator) * self.router_noise
 
-    def _redraw(self, layer: int, expert: int, projection: str, part: Tensor, dense: Tensor) -> None:
+    def _redraw(self, layer: int, expert: int, projection: str, part: Tensor) -> None:
         """Draws a share of an expert's neurons [f d] anew, the same ones in all three projections."""
         generator = torch.Generator().manual_seed(layer * self.e + expert)
         chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialised * len(part))]
         generator.manual_seed((layer * self.e + expert) * len(_PROJECTIONS) + _PROJECTIONS.index(projection))
         fresh = torch.randn(len(chosen), part.shape[1], generator=generator)
-        part[chosen] = (fresh * dense.float().std() + dense.float().mean()).to(part.dtype)
+        part[chosen] = (fresh * part.float().std() + part.float().mean()).to(part.dtype)
 
 
 def _part(
@@ -210,8 +210,8 @@ def _part(
         part = torch.zeros(width, d, dtype=dtype)
         some = neurons[first : first + width]
         part[: len(some)] = some
-        if redraw is not None:
-            redraw(part, neurons)
+        if redraw is not None and len(some):
+            redraw(part[: len(some)])
         part *= scale
         return part.T.contiguous() if is_down else part
 

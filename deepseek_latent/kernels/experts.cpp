@@ -183,6 +183,10 @@ at::Tensor experts(
   check_product(x, gate_up, gate_up.size(2));
   check_product(x, down, down.size(1));
   TORCH_CHECK_VALUE(scales.size() == (gate_up.scalar_type() == at::kChar ? 2 : 0), "expected scales for int8 weights.");
+  TORCH_CHECK_VALUE(
+      down.scalar_type() == gate_up.scalar_type() && gate_up.size(1) == 2 * down.size(2) &&
+          gate_up.size(0) == down.size(0) && chosen.sizes() == shares.sizes() && chosen.size(0) == x.size(0),
+      "expected both weights of one dtype and as many experts, and chosen ones with their shares for every token.");
   if (!shared.empty()) {
     check_mlp(x, shared, shared_scales);
     TORCH_CHECK_VALUE(shared[0].scalar_type() == gate_up.scalar_type(), "expected shared experts of the same dtype.");

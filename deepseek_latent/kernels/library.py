@@ -27,7 +27,7 @@ operators = torch.ops.deepseek_latent
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
     """x [.. k] times weight [n k], int8 ones times scales [n], as `F.linear`: [.. n] in the dtype of x."""
-    y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], -1)
+    y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 

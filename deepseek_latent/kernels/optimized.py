@@ -60,7 +60,8 @@ class KernelExperts(DeepseekV2Experts):
     def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Both weights, if our operators are to multiply tokens x by them."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        return (gate_up, down) if _takes(x, gate_up) and down.is_contiguous() else None
+        takes_both = _takes(x, gate_up) and _takes(x, down)
+        return (gate_up, down) if takes_both and not has_hooks(self.act_fn) else None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         stored = self.stored(hidden_states)
@@ -89,7 +90,7 @@ class KernelMLP(DeepseekV2MLP):
     """In one call for few tokens, where its projections do nothing but multiply."""
 
     def stored(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
-        return _stored(x, self.gate_proj, self.up_proj, self.down_proj)
+        return None if has_hooks(self.act_fn) else _stored(x, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         stored = self.stored(x)

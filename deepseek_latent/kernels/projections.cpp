@@ -155,7 +155,8 @@ std::tuple<at::Tensor, at::Tensor> project(
   TORCH_CHECK_VALUE(
       m <= FEW && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
           q.scalar_type() == kv_a.scalar_type() && norm.scalar_type() == x.scalar_type() &&
-          q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes(),
+          q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes() &&
+          (cos.size(0) == x.size(0) || cos.size(0) == 1),
       "expected few tokens, weights of one dtype and a row of ", c, " + ", r, ".");
   at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
   at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
