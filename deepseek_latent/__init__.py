@@ -10,6 +10,7 @@ from transformers import (
 
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .latent_cache import LatentCache
+from .lora import keep_targets, lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -27,6 +28,7 @@ __all__ = [
     "DeepseekV2Model",
     "LatentCache",
     "PromptCache",
+    "lora_config",
 ]
 
 AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
@@ -35,3 +37,5 @@ AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
+
+keep_targets()

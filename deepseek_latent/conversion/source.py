@@ -41,7 +41,6 @@ class Source:
         stored = {int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
         if layers is not None and layers != len(stored):
             raise ValueError(f"config.json says num_hidden_layers {layers}, the files hold {len(stored)}; correct one.")
-        self._open: tuple[str, object] | None = None
 
     def _headers(self) -> dict[str, StoredTensor]:
         if not any(self.folder.glob("*.safetensors")):
@@ -69,12 +68,10 @@ class Source:
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.tensors[name].file
-        # one file at a time is mapped, since what was read of it counts as memory of the process
-        if self._open is None or self._open[0] != file:
-            self._open = None
-            self._open = (file, safe_open(self.folder / file, framework="pt"))
         try:
-            tensor = self._open[1].get_tensor(name)
+            # opened anew for each tensor, since what was read of a mapped file counts as memory of the process
+            with safe_open(self.folder / file, framework="pt") as stored:
+                tensor = stored.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{file} changed while it was read ({error}); start again.") from error
         if not tensor.isfinite().all():

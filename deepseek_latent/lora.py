@@ -1,0 +1,69 @@
+"""LoRA by peft: targets that mean what they say on this model, and sensible ones to begin with."""
+
+import functools
+
+from peft import LoraConfig
+from peft.utils import transformers_weight_conversion
+from transformers import PreTrainedModel
+
+from .configuration_deepseek_v2 import DeepseekV2Config
+from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel
+
+ROUTED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def lora_config(
+    model: PreTrainedModel | DeepseekV2Config,
+    *,
+    r: int = 16,
+    lora_alpha: int | None = None,
+    routed_experts: bool = False,
+    **options,
+) -> LoraConfig:
+    """A `LoraConfig` for all projections of attention, the dense layers' MLPs and the shared experts; never the router.
+
+    With `routed_experts` also for these, at rank max(r // experts per token, 1), since as many of them act on a token.
+    `lora_alpha` is 2 r unless given, and every module has the scaling lora_alpha / r. `options` are those of
+    `LoraConfig`, such as `lora_dropout` (which peft cannot apply to routed experts).
+
+    Raises:
+        ValueError: for routed experts where no layer has any.
+        TypeError: for what is no DeepSeek-V2.
+    """
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    if not isinstance(config, DeepseekV2Config):
+        raise TypeError(f"expected a DeepSeek-V2 or its config, got {type(model).__name__}.")
+    alpha = 2 * r if lora_alpha is None else lora_alpha
+    queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+    modules = [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    given = {"r": r, "lora_alpha": alpha, "target_modules": modules, "task_type": "CAUSAL_LM"}
+    if routed_experts:
+        if not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+            raise ValueError(
+                "expected a model with experts, and no layer of this one has any; leave routed_experts out."
+            )
+        rank = max(r // config.num_experts_per_tok, 1)
+        given["target_parameters"] = list(ROUTED_EXPERTS)
+        given["rank_pattern"] = dict.fromkeys(ROUTED_EXPERTS, rank)
+        given["alpha_pattern"] = dict.fromkeys(ROUTED_EXPERTS, alpha * rank / r)
+    return LoraConfig(**given | options)
+
+
+def keep_targets() -> None:
+    """Lets peft leave the targets of a model of ours as they were written.
+
+    peft takes `gate_proj`, `up_proj` and `down_proj` of any "deepseek_v2" for the routed experts of transformers 4, and
+    drops the dense and shared MLPs that have these names (github.com/huggingface/peft/issues/3711). Models of other
+    classes, transformers' own among them, are converted as before.
+    """
+    # TODO: drop when peft looks at the modules (huggingface/peft#3715)
+    convert = getattr(transformers_weight_conversion, "_convert_peft_config_moe", None)
+    if convert is None or hasattr(convert, "__wrapped__"):
+        return
+
+    @functools.wraps(convert)
+    def convert_others(peft_config, model) -> None:
+        if not isinstance(model, DeepseekV2PreTrainedModel):
+            convert(peft_config, model)
+
+    transformers_weight_conversion._convert_peft_config_moe = convert_others
