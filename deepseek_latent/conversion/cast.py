@@ -1,6 +1,7 @@
 """The same checkpoint in another dtype."""
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -17,7 +18,10 @@ class Cast:
 
     def __init__(self, source: Source, dtype: torch.dtype | None):
         self.source, self.dtype = source, dtype
-        self.config = DeepseekV2Config.from_dict(source.config)
+        try:
+            self.config = DeepseekV2Config.from_dict(source.config)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ValueError(f"{source.folder / 'config.json'} is no DeepSeek-V2's: {error}") from error
         problems = check_checkpoint(source.folder, self.config).problems
         if problems:
             raise ValueError(f"{source.folder} does not fit its config.json: {problems[0]} (inspect names all).")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -54,6 +55,8 @@ def read_config(source: str) -> DeepseekV2Config:
         raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(f"expected a config.json of DeepSeek-V2 in {source}, got: {error}") from error
     except OSError as error:
         if isinstance(place, Path):
             raise
