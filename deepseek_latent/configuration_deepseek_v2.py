@@ -31,7 +31,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
     model_type = "deepseek_v2"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"num_experts": "n_routed_experts"}
+    attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
     # the same modules under the same names, so the plans of the installed transformers hold here too
     base_model_tp_plan = NativeConfig.base_model_tp_plan
     base_model_pp_plan = NativeConfig.base_model_pp_plan
@@ -83,9 +83,13 @@ class DeepseekV2Config(PreTrainedConfig):
 
     classifier_dropout: float | int = 0.1
 
-    # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
+    # balance losses, added to the loss in training where `output_router_logits` asks for them
     aux_loss_alpha: float | int = 0.001
+    device_aux_loss_alpha: float | int = 0.0
+    communication_aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
+
+    # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
     ep_size: int = 1
     pretraining_tp: int = 1
 
@@ -193,6 +197,9 @@ class DeepseekV2Config(PreTrainedConfig):
         for name in ("attention_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
+        for name in ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of 0 or more, got {getattr(self, name)}.")
         for name in ("rms_norm_eps", "routed_scaling_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
@@ -238,6 +245,10 @@ class DeepseekV2Config(PreTrainedConfig):
         # rope_scaling stand together; every reader takes 10000 where rope_theta is absent
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
+        # no other client knows these two
+        for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
+            if not output[name]:
+                del output[name]
         # names files that only exist beside the checkpoint this config was read from
         if self._auto_class is None:
             output.pop("auto_map", None)

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .balance import balance_of_layers, share_of_batch
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .generation import LatentGenerationMixin
@@ -193,6 +194,9 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
         """`labels` [b s] (-100 ignored) gives the mean cross-entropy of the next token, in float32.
 
         `logits_to_keep` is a count from the end (0: all) or an index tensor over the s axis.
+
+        With `output_router_logits`, `aux_loss` is the expert-level balance loss of all layers together, and in training
+        the balance losses are part of `loss` with their factors of the config, unless the router is frozen.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -208,8 +212,18 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        aux_loss = None
+        if outputs.router_logits:
+            gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, DeepseekV2MoE)]
+            shape = outputs.last_hidden_state.shape[:2]
+            losses = balance_of_layers(self.config, gates, outputs.router_logits, shape, attention_mask)
+            aux_loss = losses.expert
+            if loss is not None and self.training and any(gate.weight.requires_grad for gate in gates):
+                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + share * losses.weighed(self.config)
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

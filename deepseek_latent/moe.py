@@ -55,6 +55,10 @@ class DeepseekV2MoEGate(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
         logits = self.logits(hidden_states)
+        return logits, *self.choose(logits)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts [tokens k] by the router's logits [tokens e]."""
         scores = logits.softmax(dim=-1)
         if self.is_grouped:
             scores = scores * self._mask_of_best_groups(scores)
@@ -63,7 +67,7 @@ class DeepseekV2MoEGate(nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         else:
             weights = weights * self.routed_scaling_factor
-        return logits, weights, experts
+        return weights, experts
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         # autocast would turn the product back into half precision

@@ -26,12 +26,13 @@ from pydoc_text import (
     split_topics,
     train_tokenizer,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import deepseek_latent
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
 from deepseek_latent.conversion.size import expanded_width, idle_parameters
+from deepseek_latent.expert_activity import activity_of
 
 HERE = Path(__file__).parent
 BATCH = 8
@@ -75,49 +76,6 @@ CONFIG = {
 }
 
 
-class Choices:
-    """What every gate of a model chose since `taken` last emptied it: probabilities [tokens e], experts [tokens k]."""
-
-    def __init__(self, model: nn.Module):
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        for name, gate in model.named_modules():
-            if name.endswith("mlp.gate"):
-                gate.register_forward_hook(self._keep)
-
-    def _keep(self, gate: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, _, experts = output
-        self.pairs.append((logits.softmax(dim=-1), experts))
-
-    def taken(self) -> list[tuple[Tensor, Tensor]]:
-        pairs, self.pairs = self.pairs, []
-        return pairs
-
-
-def shares_of_choices(probabilities: Tensor, experts: Tensor) -> Tensor:
-    """[e]: the part of all choices that fell on each expert, 1/e where they are even."""
-    return torch.bincount(experts.flatten(), minlength=probabilities.shape[-1]) / experts.numel()
-
-
-class BalancedTrainer(Trainer):
-    """Trainer whose training loss also holds DeepSeek-V2's expert-level balance loss; evaluation is plain."""
-
-    def __init__(self, model: DeepseekV2ForCausalLM, **kwargs):
-        super().__init__(model=model, **kwargs)
-        self.choices = Choices(model)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.choices.taken()
-        outputs = model(**inputs, use_cache=False)
-        loss = outputs.loss
-        if model.training:
-            # sum over experts of f_i P_i (paper 2.2.3, eqs. 23-25), whose least value is 1
-            for probabilities, experts in self.choices.taken():
-                num_experts = probabilities.shape[-1]
-                frequencies = num_experts * shares_of_choices(probabilities, experts)
-                loss = loss + model.config.aux_loss_alpha * (frequencies * probabilities.mean(dim=0)).sum()
-        return (loss, outputs) if return_outputs else loss
-
-
 def training_arguments(folder: str, *, steps: int, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
@@ -138,14 +96,6 @@ def training_arguments(folder: str, *, steps: int, seed: int) -> TrainingArgumen
         dataloader_pin_memory=False,
         report_to="none",
     )
-
-
-@torch.no_grad()
-def busiest_share(model: DeepseekV2ForCausalLM, windows: Windows) -> float:
-    """The largest part of a layer's choices that one expert takes."""
-    choices = Choices(model)
-    model(windows.rows().to(model.device), use_cache=False)
-    return max(shares_of_choices(*layer).max().item() for layer in choices.taken())
 
 
 def measured(
@@ -204,23 +154,24 @@ def main() -> None:
     starts = torch.randint(len(training_tokens) - WINDOW, (options.steps * BATCH,))
     training_windows = Windows(training_tokens, starts, padding=tokenizer.pad_token_id, padded_share=0.1)
     held_out_windows = Windows(held_out_tokens, torch.arange(0, len(held_out_tokens) - WINDOW + 1, WINDOW))
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG, **special))
+    # balance losses are part of the training loss, over all tokens of a batch
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG, **special, output_router_logits=True, seq_aux=False))
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(scratch, steps=options.steps, seed=options.seed)
         start = time.perf_counter()
-        BalancedTrainer(model, args=arguments, train_dataset=training_windows, eval_dataset=held_out_windows).train()
+        Trainer(model, args=arguments, train_dataset=training_windows, eval_dataset=held_out_windows).train()
         minutes = (time.perf_counter() - start) / 60
 
-        # Trainer has switched it off
-        model.config.use_cache = True
+        # Trainer has switched the first off; the others belong to training
+        model.config.update({"use_cache": True, "output_router_logits": False, "seq_aux": True})
         model.to(torch.bfloat16).save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         (options.out / "held_out.txt").write_text(BETWEEN_DOCUMENTS.join(held_out), encoding="utf-8")
 
         # the figures are those of what was saved, not of what was trained
         model = AutoModelForCausalLM.from_pretrained(options.out)
-        model_nats = BalancedTrainer(model, args=arguments, eval_dataset=held_out_windows).evaluate()["eval_loss"]
+        model_nats = Trainer(model, args=arguments, eval_dataset=held_out_windows).evaluate()["eval_loss"]
 
     figures = measured(model_nats, held_out_windows, training_tokens, tokenizer) | {
         "topics": len(training) + len(held_out),
@@ -233,7 +184,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "parameters": model.num_parameters(),
         "active_parameters": model.num_parameters() - idle_parameters(model.config),
-        "busiest_share": busiest_share(model, held_out_windows),
+        "busiest_share": activity_of(model, held_out_windows.rows()).shares.max().item(),
         "command": f"python examples/train_tiny.py --steps {options.steps} --seed {options.seed} --out FOLDER",
         "python": platform.python_version(),
         "deepseek_latent": deepseek_latent.__version__,

@@ -13,6 +13,7 @@ ARROWS = {
     "__init__": {"configuration_deepseek_v2", "latent_cache", "lora", "modeling_deepseek_v2", "prompt_cache"},
     "lora": {"configuration_deepseek_v2", "modeling_deepseek_v2"},
     "modeling_deepseek_v2": {
+        "balance",
         "configuration_deepseek_v2",
         "expert_files",
         "generation",
@@ -36,6 +37,7 @@ ARROWS = {
     "input_checks": {"configuration_deepseek_v2"},
     "moe": {"configuration_deepseek_v2", "expert_lora"},
     "expert_lora": set(),
+    "balance": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": {"latent_format"},
     "latent_cache": {"cache_files", "input_checks", "latent_cache_layer", "latent_format"},

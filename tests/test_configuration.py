@@ -637,6 +637,11 @@ def train_logits(fields: dict[str, Any]) -> Tensor:
     return model(random_ids(2, 9)).logits
 
 
+def balanced_loss(fields: dict[str, Any]) -> Tensor:
+    ids = random_ids(2, 9)
+    return tiny_model(**fields).train()(ids, labels=ids, output_router_logits=True).loss
+
+
 def shapes(fields: dict[str, Any]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tiny_model(**fields).state_dict().items()}
 
@@ -744,9 +749,11 @@ EFFECTS = {
     "routed_scaling_factor": Effect(2.5, logits),
     "output_router_logits": Effect(True, has_router_logits),
     "classifier_dropout": Effect(0.5, train_labels),
+    "aux_loss_alpha": Effect(0.25, balanced_loss),
+    "device_aux_loss_alpha": Effect(0.25, balanced_loss),
+    "communication_aux_loss_alpha": Effect(0.25, balanced_loss),
+    "seq_aux": Effect(False, balanced_loss),
     # carried for others: what was given is what they read
-    "aux_loss_alpha": Effect(0.25, written("aux_loss_alpha")),
-    "seq_aux": Effect(False, written("seq_aux")),
     "ep_size": Effect(8, written("ep_size")),
     "pretraining_tp": Effect(4, written("pretraining_tp")),
 }

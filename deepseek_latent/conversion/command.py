@@ -35,7 +35,7 @@ def add_commands(commands) -> None:
         kind = add(kinds)
         kind.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files, or a hub id")
         kind.add_argument("out", metavar="OUT", help="the folder to be made")
-        kind.add_argument("--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="default: 2GB")
+        kind.add_argument("--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="default: 1500MB")
         kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is done")
         kind.add_argument("--force", action="store_true", help="replace OUT where it is a checkpoint")
         kind.add_argument("--dry-run", action="store_true", help="only say what would be written")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .checkpoint import INDEX
 
-SHARD_BYTES = 2 * 10**9
+SHARD_BYTES = 15 * 10**8
 _PLAN = "plan.json"
 
 

@@ -3,13 +3,22 @@
 from .attention import absorbed_attention, absorbed_mla, attention, expanded_mla
 from .layers import feed_forward, rms_norm
 from .model import is_moe_layer, logits
-from .moe import expert_balance_loss, moe, route, router_scores
+from .moe import (
+    communication_balance_loss,
+    device_balance_loss,
+    expert_balance_loss,
+    moe,
+    route,
+    router_scores,
+)
 from .rotary import inverse_frequencies, rotary_magnitude, rotate, softmax_scale, yarn_inverse_frequencies
 
 __all__ = [
     "absorbed_attention",
     "absorbed_mla",
     "attention",
+    "communication_balance_loss",
+    "device_balance_loss",
     "expanded_mla",
     "expert_balance_loss",
     "feed_forward",

@@ -105,3 +105,47 @@ def expert_balance_loss(
             mean_score = scores[sequence, :, expert].mean()  # P_i, eq. 25
             loss = loss + load * mean_score / num_sequences  # eq. 23
     return loss
+
+
+def device_balance_loss(
+    scores: Tensor,  # [b s e]
+    chosen: Tensor,  # [b s k]
+    num_devices: int,
+) -> Tensor:  # []
+    """sum_i f'_i P'_i over devices that hold e / D neighbouring experts each, averaged over sequences. Float64.
+
+    f'_i is the mean load of the experts of device i, P'_i the sum of their mean scores.
+    Source: eqs. 26-28.
+    """
+    num_sequences, num_tokens, num_experts = scores.shape
+    per_device, loss = num_experts // num_devices, torch.zeros((), dtype=torch.float64)
+    for sequence in range(num_sequences):
+        for device in range(num_devices):
+            load, mean_score = 0.0, torch.zeros((), dtype=torch.float64)
+            for expert in range(device * per_device, (device + 1) * per_device):
+                times_chosen = int((chosen[sequence] == expert).sum())
+                load += num_experts / (chosen.shape[-1] * num_tokens) * times_chosen / per_device
+                mean_score = mean_score + scores[sequence, :, expert].to(torch.float64).mean()
+            loss = loss + load * mean_score / num_sequences
+    return loss
+
+
+def communication_balance_loss(
+    scores: Tensor,  # [b s e]
+    chosen: Tensor,  # [b s k]
+    num_devices: int,
+    devices_per_token: int,
+) -> Tensor:  # []
+    """sum_i f''_i P''_i, where f''_i counts the tokens that are sent to device i, each once. Float64.
+
+    Source: eqs. 29-31.
+    """
+    num_sequences, num_tokens, num_experts = scores.shape
+    per_device, loss = num_experts // num_devices, torch.zeros((), dtype=torch.float64)
+    for sequence in range(num_sequences):
+        for device in range(num_devices):
+            held = range(device * per_device, (device + 1) * per_device)
+            sent = sum(any(int(expert) in held for expert in token) for token in chosen[sequence])
+            mean_score = sum(scores[sequence, :, expert].to(torch.float64).mean() for expert in held)
+            loss = loss + num_devices / (devices_per_token * num_tokens) * sent * mean_score / num_sequences
+    return loss

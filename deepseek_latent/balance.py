@@ -1,0 +1,91 @@
+"""The balance losses of DeepSeek-V2: what keeps experts, devices and traffic between devices evenly loaded.
+
+Letters: b batch, s tokens, e routed experts, k experts per token, D devices, M devices per token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .configuration_deepseek_v2 import DeepseekV2Config
+
+
+class BalanceLosses(NamedTuple):
+    """Each without its factor; 1 where load or scores are even."""
+
+    expert: Tensor  # []
+    device: Tensor  # []
+    communication: Tensor  # []
+
+    def weighed(self, config: DeepseekV2Config) -> Tensor:
+        factors = (config.aux_loss_alpha, config.device_aux_loss_alpha, config.communication_aux_loss_alpha)
+        return sum(factor * loss for factor, loss in zip(factors, self))
+
+
+def balance_losses(
+    scores: Tensor,  # [b s e]  float32, the softmax of the router before any group is left out
+    chosen: Tensor,  # [b s k]  the experts each token goes to
+    present: Tensor,  # [b s]  bool, False where there is padding
+    *,
+    num_devices: int,
+    devices_per_token: int,
+    sequence_wise: bool,
+) -> BalanceLosses:
+    """Sums of load times mean score over experts, over devices, and over devices that tokens are sent to.
+
+    Experts lie on devices in their order, as the groups of device-limited routing do. Loads count choices and carry no
+    gradient. Over all tokens at once, or sequence by sequence and then averaged (`seq_aux` of the release).
+    Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.3, eqs. 23-31.
+    """
+    if not sequence_wise:
+        scores, chosen, present = (x.flatten(0, 1)[None] for x in (scores, chosen, present))
+    e, k = scores.shape[-1], chosen.shape[-1]
+    # a sequence of padding alone has no load, and no part in the mean
+    num_tokens = present.sum(dim=1).clamp(min=1)[:, None]
+    num_sequences = present.any(dim=1).sum().clamp(min=1)
+    is_chosen = torch.zeros_like(scores).scatter_(-1, chosen, 1.0) * present[..., None]
+    # a token is sent once to every device that has one of its experts
+    is_sent = is_chosen.unflatten(-1, (num_devices, -1)).amax(dim=-1)
+    mean_scores = (scores * present[..., None]).sum(dim=1) / num_tokens
+    load = is_chosen.sum(dim=1) * e / (k * num_tokens)
+    of_devices = mean_scores.unflatten(-1, (num_devices, -1)).sum(dim=-1)
+    device_load = load.unflatten(-1, (num_devices, -1)).mean(dim=-1)
+    traffic = is_sent.sum(dim=1) * num_devices / (devices_per_token * num_tokens)
+    pairs = ((load, mean_scores), (device_load, of_devices), (traffic, of_devices))
+    return BalanceLosses(*((share * score).sum() / num_sequences for share, score in pairs))
+
+
+def balance_of_layers(
+    config: DeepseekV2Config,
+    gates: Sequence,  # of all layers with experts
+    router_logits: Sequence[Tensor],  # [b*s e] of each
+    shape: tuple[int, int],  # b, s
+    attention_mask: Tensor | None,  # [b t], 0 where there is padding
+) -> BalanceLosses:
+    """The losses of all layers, added up; a mask of another kind says nothing about padding."""
+    present = torch.ones(shape, dtype=torch.bool, device=router_logits[0].device)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        present = attention_mask[:, -shape[1] :].to(present.device).bool()
+    layers = []
+    for gate, logits in zip(gates, router_logits):
+        scores, (_, chosen) = logits.softmax(dim=-1), gate.choose(logits)
+        layers.append(
+            balance_losses(
+                scores.unflatten(0, shape),
+                chosen.unflatten(0, shape),
+                present.to(logits.device),
+                num_devices=config.n_group,
+                devices_per_token=config.topk_group,
+                sequence_wise=config.seq_aux,
+            )
+        )
+    return BalanceLosses(*(torch.stack([x.to(present.device) for x in losses]).sum() for losses in zip(*layers)))
+
+
+def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Of the tokens that a step of accumulated gradients predicts, those predicted here: so a loss counts once."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
