@@ -124,6 +124,13 @@ class DeepseekV2Experts(nn.Module):
 
         Trainer hands a saved checkpoint to `load_state_dict` when it resumes, and ignores names that are unknown.
         """
+        # experts under an adapter are wrapped, and what is theirs does not come here
+        dropped = next((key for key in state_dict if key.startswith(prefix) and ".lora_" in key), None)
+        if dropped is not None:
+            raise ValueError(
+                f"this adapter is on routed experts ({dropped}), which its config does not name, so peft would drop it "
+                "without a word; if it has experts one by one, make a copy: deepseek-latent convert adapter SRC OUT."
+            )
         stacked: dict[str, Tensor] = {}
         for key in [key for key in state_dict if key.startswith(prefix)]:
             one = _ONE_EXPERT.fullmatch(key.removeprefix(prefix))

@@ -48,7 +48,7 @@ ARROWS = {
     "configuration_deepseek_v2": {"rope_parameters"},
     "expert_files": set(),
     "rope_parameters": set(),
-    "conversion": {"configuration_deepseek_v2", "modeling_deepseek_v2"},
+    "conversion": {"configuration_deepseek_v2", "lora", "modeling_deepseek_v2"},
     "cli": {
         "__init__",
         "configuration_deepseek_v2",

@@ -73,7 +73,7 @@ def read_config(source: str) -> DeepseekV2Config:
 
 def read_json(file: Path) -> dict:
     if not file.is_file():
-        raise ValueError(f"expected a checkpoint folder with a config.json, got {file.parent}; save the model there.")
+        raise ValueError(f"expected a folder with {file.name}, got {file.parent}; save the model or adapter there.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from .adapter import convert_adapter
 from .calibration import text_of
 from .cast import Cast
 from .convert import convert, target_for
@@ -41,6 +42,12 @@ def add_commands(commands) -> None:
         kind.add_argument("--dry-run", action="store_true", help="only say what would be written")
         kind.add_argument("--json", action="store_true", help="report as JSON")
         kind.set_defaults(action=_convert)
+
+    adapter = kinds.add_parser("adapter", help="a LoRA adapter with experts one by one becomes stacked, or back")
+    adapter.add_argument("source", type=Path, metavar="SRC", help="a folder with adapter_config.json")
+    adapter.add_argument("out", type=Path, metavar="OUT", help="the folder to be made")
+    adapter.add_argument("--json", action="store_true", help="report as JSON")
+    adapter.set_defaults(action=_convert_adapter)
 
     check = commands.add_parser("verify", help="compare a converted checkpoint with its source")
     check.add_argument("out", metavar="OUT")
@@ -164,6 +171,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(f"interrupted; the same command goes on from {target.partial}", file=sys.stderr)
         return 130
     _tell(report, arguments.json)
+    return 0
+
+
+def _convert_adapter(arguments: argparse.Namespace) -> int:
+    _tell(convert_adapter(arguments.source, arguments.out), arguments.json)
     return 0
 
 

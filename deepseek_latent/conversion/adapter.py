@@ -1,0 +1,113 @@
+"""LoRA adapters whose routed experts are layers of their own, as transformers 4, vLLM and SGLang have them, and back.
+
+Letters: e experts, k rank of one layer, d model width, f width of an expert.
+
+peft keeps what it adds to a stacked parameter as A [e k', in], expert by expert, and B [out, k' e], rank by rank. Gate
+and up of an expert become one parameter: their As one above the other, their Bs on a diagonal, so k' is 2 k. Back, both
+get all of A and their half of B.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..lora import ROUTED_EXPERTS
+from .checkpoint import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
+# of two nested wrappers the inner one is that of gate_up_proj
+_STACK = re.compile(r"(.*\.mlp\.experts)\.(base_layer\.)?lora_([AB])\.weight")
+GATE_UP, DOWN = ROUTED_EXPERTS
+_PROJECTIONS = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
+
+
+def convert_adapter(source: Path, out: Path) -> dict:
+    """Writes an adapter with experts one by one as one with stacked experts, or the other way; what was done.
+
+    Raises ValueError where there is no plain LoRA adapter with experts of one kind in all layers, and where OUT exists.
+    """
+    config = read_json(source / CONFIG)
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise ValueError(f"expected a LoRA adapter without DoRA in {source}, got {config.get('peft_type')}.")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder.")
+    try:
+        tensors = load_file(source / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"expected {WEIGHTS} in {source}, got: {error}") from error
+    experts = {name for name in tensors if _SINGLE.fullmatch(name) or _STACK.fullmatch(name)}
+    num_singles = sum(_SINGLE.fullmatch(name) is not None for name in experts)
+    if num_singles not in (0, len(experts)) or not experts:
+        raise ValueError(
+            f"expected routed experts in {source}, one by one or stacked, got {'both' if experts else 'none'}."
+        )
+    convert = _stacked if num_singles else _one_by_one
+    made, changes = convert({name: tensors.pop(name) for name in experts}, config)
+    out.mkdir(parents=True)
+    save_file({name: x.contiguous() for name, x in (tensors | made).items()}, out / WEIGHTS, metadata={"format": "pt"})
+    (out / CONFIG).write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
+    return {"out": str(out), "experts": "stacked" if num_singles else "one by one", "tensors": len(tensors | made)}
+
+
+def _stacked(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
+    """What stands for experts one by one, and what changes in the config."""
+    layers: dict[str, dict[tuple[str, int, str], Tensor]] = {}
+    for name, tensor in tensors.items():
+        experts, expert, projection, side = _SINGLE.fullmatch(name).groups()
+        layers.setdefault(experts, {})[projection, int(expert), side] = tensor
+    kinds = {frozenset((projection, expert) for projection, expert, _ in parts) for parts in layers.values()}
+    present = {projection for projection, _ in next(iter(kinds))}
+    e = 1 + max(expert for _, expert in next(iter(kinds)))
+    if len(kinds) > 1 or len(next(iter(kinds))) != e * len(present) or len(present & {"gate", "up"}) == 1:
+        raise ValueError("expected the same projections of all experts in every layer, gate and up together.")
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+    if ranks != {config["r"]}:
+        raise ValueError(f"expected experts of rank {config['r']}, as r says, got {sorted(ranks)}.")
+    parameters = [parameter for parameter, names in _PROJECTIONS.items() if present & set(names)]
+    made = {}
+    for experts, parts in layers.items():
+        for parameter in parameters:
+            names = _PROJECTIONS[parameter]
+            a = torch.stack([torch.cat([parts[name, i, "A"] for name in names]) for i in range(e)])
+            b = torch.stack([torch.block_diag(*(parts[name, i, "B"] for name in names)) for i in range(e)])
+            inner = "base_layer." if parameter == GATE_UP and DOWN in parameters else ""
+            made[f"{experts}.{inner}lora_A.weight"] = a.flatten(0, 1)
+            made[f"{experts}.{inner}lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
+    changes = {"target_parameters": parameters}
+    if GATE_UP in parameters:
+        # the scaling stays: alpha over the rank, or over its root
+        times = 2**0.5 if config.get("use_rslora") else 2
+        changes["rank_pattern"] = (config.get("rank_pattern") or {}) | {GATE_UP: 2 * config["r"]}
+        changes["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {GATE_UP: times * config["lora_alpha"]}
+    return made, changes
+
+
+def _one_by_one(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
+    """What stands for stacked experts, and what changes in the config."""
+    parameters = [name for name in ROUTED_EXPERTS if any(name.endswith(x) for x in config["target_parameters"])]
+    ranks, alphas = (dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+    rank_of = {name: ranks.pop(name, config["r"]) for name in parameters}
+    alpha_of = {name: alphas.pop(name, config["lora_alpha"]) for name in parameters}
+    made = {}
+    for name, tensor in tensors.items():
+        experts, inner, side = _STACK.fullmatch(name).groups()
+        parameter = GATE_UP if inner or parameters == [GATE_UP] else DOWN
+        k = rank_of[parameter]
+        # [e k in], or [e out k]
+        single = tensor.unflatten(0, (-1, k)) if side == "A" else tensor.unflatten(1, (k, -1)).permute(2, 0, 1)
+        names = _PROJECTIONS[parameter]
+        parts = single.chunk(len(names), dim=1) if side == "B" else [single] * len(names)
+        for projection, part in zip(names, parts):
+            made |= {f"{experts}.{i}.{projection}_proj.lora_{side}.weight": x.clone() for i, x in enumerate(part)}
+    for parameter in parameters:
+        pattern = rf"mlp\.experts\.\d+\.({'|'.join(_PROJECTIONS[parameter])})_proj"
+        ranks[pattern], alphas[pattern] = rank_of[parameter], alpha_of[parameter]
+    modules = {f"{name}_proj" for parameter in parameters for name in _PROJECTIONS[parameter]}
+    changes = {"target_modules": sorted({*config["target_modules"], *modules}), "target_parameters": None}
+    return made, changes | {"rank_pattern": ranks, "alpha_pattern": alphas}
