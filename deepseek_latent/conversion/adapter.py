@@ -61,10 +61,10 @@ def _stacked(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor
     for name, tensor in tensors.items():
         experts, expert, projection, side = _SINGLE.fullmatch(name).groups()
         layers.setdefault(experts, {})[projection, int(expert), side] = tensor
-    kinds = {frozenset((projection, expert) for projection, expert, _ in parts) for parts in layers.values()}
-    present = {projection for projection, _ in next(iter(kinds))}
-    e = 1 + max(expert for _, expert in next(iter(kinds)))
-    if len(kinds) > 1 or len(next(iter(kinds))) != e * len(present) or len(present & {"gate", "up"}) == 1:
+    found = {frozenset(parts) for parts in layers.values()}
+    first = next(iter(found))
+    present, e = {projection for projection, _, _ in first}, 1 + max(expert for _, expert, _ in first)
+    if len(found) > 1 or len(first) != 2 * e * len(present) or len(present & {"gate", "up"}) == 1:
         raise ValueError("expected the same projections of all experts in every layer, gate and up together.")
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     if ranks != {config["r"]}:
