@@ -216,7 +216,7 @@ def test_a_linked_config_is_replaced_and_the_cache_it_points_to_is_not(tmp_path)
 def test_export_refuses_in_one_sentence(tmp_path, capsys):
     config = tmp_path / "config.json"
     assert_refused(capsys, "export-code", tmp_path, saying="expected a folder with config.json")
-    assert_refused(capsys, "export-code", tmp_path / "absent", saying="expected a checkpoint folder")
+    assert_refused(capsys, "export-code", tmp_path / "absent", saying="expected a folder with config.json")
     for content, saying in {
         '{"model_type": "llama"}': "model_type must be 'deepseek_v2', got 'llama'",
         "{}": "model_type must be 'deepseek_v2', got None",
