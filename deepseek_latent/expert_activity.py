@@ -174,7 +174,7 @@ def _plotter(path: Path):
 
     def plot(*activities: Activity, names: list[str]) -> None:
         num_layers, e = activities[0].shares.shape
-        size = (max(5.0, 0.16 * e + 2), (0.22 * num_layers + 1.2) * len(activities) + 0.4)
+        size = (max(5.0, 0.16 * e + 2), max(3.6, (0.22 * num_layers + 1.2) * len(activities) + 0.4))
         figure, axes = plt.subplots(len(activities), 1, figsize=size, squeeze=False, layout="constrained")
         most = max((activity.shares * e).max().item() for activity in activities)
         for activity, name, ax in zip(activities, names, axes[:, 0]):

@@ -24,7 +24,9 @@ def lora_config(
 
     With `routed_experts` also for these, at rank max(r // experts per token, 1), since as many of them act on a token.
     `lora_alpha` is 2 r unless given, and every module has the scaling lora_alpha / r. `options` are those of
-    `LoraConfig`, such as `lora_dropout` (which peft cannot apply to routed experts).
+    `LoraConfig`, such as `lora_dropout` (which peft cannot apply to routed experts). peft warns that patterns of routed
+    experts did not match; they do. Without this package imported, peft leaves dense and shared MLPs out of a saved
+    adapter: merge it first.
 
     Raises:
         ValueError: for routed experts where no layer has any.

@@ -105,6 +105,19 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path, variant, ranks):
     assert all(torch.equal(made[name], ours[name]) for name in ours)
 
 
+def test_token_ids_are_those_beside_the_files_or_none(tmp_path):
+    model = saved(tmp_path / "source")
+    out = exported(tmp_path / "source", tmp_path / "theirs")
+    assert not (out / "README.md").exists()
+    assert main(["convert", "import-deepseek", str(out), str(tmp_path / "back")]) == 0
+    config = DeepseekV2Config.from_pretrained(tmp_path / "back")
+    assert (config.bos_token_id, config.eos_token_id) == (model.config.bos_token_id, model.config.eos_token_id)
+    (out / "generation_config.json").unlink()
+    assert main(["convert", "import-deepseek", str(out), str(tmp_path / "bare")]) == 0
+    config = DeepseekV2Config.from_pretrained(tmp_path / "bare")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
     """The fields of DeepSeek-V3's inference/configs/config_16B.json, whose silence means its program's defaults."""
     from deepseek_latent.conversion.deepseek_layout import _our_config
@@ -161,7 +174,7 @@ def test_ranks_that_cannot_share_are_refused(tmp_path, capsys):
     for ranks in ("0", "5"):
         out = str(tmp_path / "out")
         assert main(["convert", "export-deepseek", str(tmp_path / "source"), out, "--model-parallel", ranks]) == 2
-        assert "--model-parallel must divide" in capsys.readouterr().err
+        assert "--model-parallel must be a divisor of" in capsys.readouterr().err
 
 
 def _without_a_rank(out: Path) -> None:

@@ -74,6 +74,7 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     ("options", "words"),
     [
         (["--text", "none.txt"], "none.txt"),
+        (["--text", "empty.txt"], "empty.txt, which is empty"),
         (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to draw into"),
     ],
     ids=str,
@@ -81,6 +82,7 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
 def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "empty.txt").write_text("\n")
     assert main(["experts", str(FOLDER), *options]) == 2
     assert words in capsys.readouterr().err
 

@@ -44,9 +44,12 @@ def windows_of(folder: Path, text: str) -> tuple[Tensor, Tensor]:
 
 def text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8, got {file}.") from error
+    if not text.strip():
+        raise ValueError(f"expected a text, got {file}, which is empty.")
+    return text
 
 
 def tokenized(folder: Path, text: str) -> Tensor:

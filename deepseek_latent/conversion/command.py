@@ -75,7 +75,9 @@ def _gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Gq
     files = Source(folder)
     widths = (arguments.kv_lora_rank, arguments.qk_rope_head_dim, arguments.calibrate)
     if all(given is None for given in widths):
-        return files, GqaToMla(files, bias_free=arguments.bias_free), {}
+        conversion = GqaToMla(files, bias_free=arguments.bias_free)
+        conversion.check_dtype()
+        return files, conversion, {"cached elements per token before": conversion.source.cached_elements}
     if None in widths or arguments.bias_free:
         raise ValueError("compression takes --kv-lora-rank, --qk-rope-head-dim and --calibrate, and no --bias-free.")
     text = text_of(arguments.calibrate)
@@ -120,6 +122,8 @@ def _upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Upcyc
         reinitialised=arguments.reinitialise,
     )
     measured = {"share of neurons that are zeros": conversion.filled} if conversion.filled else {}
+    if not arguments.shared_experts:
+        measured["opens in stock transformers"] = "no, its class has shared experts always"
     return files, conversion, measured | ({} if conversion.is_exact else measured_noise(conversion))
 
 

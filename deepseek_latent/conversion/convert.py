@@ -43,7 +43,8 @@ def convert(files, conversion, measured: dict, target: Target, arguments: argpar
         return report
     command = f"deepseek-latent {shlex.join(arguments.given)}"
     texts = conversion.texts() if is_export else {"config.json": config.to_json_string()}
-    texts["README.md"] = card(files, command, report)
+    if not is_export:
+        texts["README.md"] = card(files, command, report, arguments.push_to_hub or target.out.name)
     copies = [*files.beside(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
     target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
     if arguments.push_to_hub:
@@ -52,7 +53,7 @@ def convert(files, conversion, measured: dict, target: Target, arguments: argpar
     return report
 
 
-def card(files, command: str, report: dict) -> str:
+def card(files, command: str, report: dict, place: str) -> str:
     """What the new folder says of itself: where it comes from, under which licence, how it was made, at what cost."""
     name, own = files.name, files.folder / "README.md"
     given = ModelCard.load(own).data if own.is_file() else ModelCardData()
@@ -60,7 +61,7 @@ def card(files, command: str, report: dict) -> str:
     template = Template((resources(__package__) / CARD).read_text(encoding="utf-8"))
     told = {name: value for name, value in report.items() if not isinstance(value, list) and name != "out"}
     rows = "\n".join(f"| {name} | {_in_card(value)} |" for name, value in told.items())
-    return template.substitute(metadata=data.to_yaml(), name=name, command=command, report=rows)
+    return template.substitute(metadata=data.to_yaml(), name=name, command=command, report=rows, place=place)
 
 
 def _in_card(value: float | int | str) -> str:

@@ -87,12 +87,12 @@ class ExportDeepseek:
         self.ranks, self.base = ranks, Cast(source, None)
         self.config = config = self.base.config
         _check_theirs(config)
-        numbers = [config.num_attention_heads, config.vocab_size, config.intermediate_size]
+        names = ["num_attention_heads", "vocab_size", "intermediate_size"]
         if any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
-            numbers += [config.n_routed_experts, config.moe_intermediate_size]
-        for number in numbers:
+            names += ["n_routed_experts", "moe_intermediate_size"]
+        for name, number in ((name, getattr(config, name)) for name in names):
             if ranks < 1 or number % ranks:
-                raise ValueError(f"--model-parallel must divide heads, experts and widths, got {ranks} and {number}.")
+                raise ValueError(f"--model-parallel must be a divisor of {name} ({number}), got {ranks}.")
 
     def shards(self) -> dict[str, list[Piece]]:
         pieces = {piece.name: piece for piece in self.base.pieces()}
@@ -172,7 +172,15 @@ class ImportDeepseek:
 
     def __init__(self, folder: Path, config: Path):
         self.folder = folder
+        if not config.is_file():
+            raise ValueError(f"expected the config of DeepSeek's inference code in {config}; name it with --config.")
         self.config = _our_config(read_json(config), config)
+        beside = folder / "generation_config.json"
+        # theirs says nothing of them, and our defaults are those of the published models
+        ids = read_json(beside) if beside.is_file() else {}
+        is_published = self.config.vocab_size == DeepseekV2Config.vocab_size
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.config, name, ids.get(name, getattr(self.config, name) if is_published else None))
         found = {path: match for path in folder.glob("*.safetensors") if (match := _RANK.fullmatch(path.name))}
         counts = {int(match[2]) for match in found.values()}
         if len(counts) != 1 or {int(match[1]) for match in found.values()} != set(range(max(counts))):

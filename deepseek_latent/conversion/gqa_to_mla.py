@@ -199,13 +199,14 @@ class GqaToMla:
         if constant > torch.finfo(self.source.dtype()).max:
             raise ValueError(
                 f"an exact conversion needs a constant of {constant:.3g}, which {self.source.dtype()} does not hold; "
-                "convert a copy of the source in bfloat16 or float32."
+                "load the source in bfloat16 with transformers and save it, or leave the constant out with --bias-free."
             )
         return constant
 
     def check_dtype(self) -> None:
         """ValueError where the source's dtype does not hold the constant of its first layer."""
-        self._value_constant(0)
+        if not self.bias_free:
+            self._value_constant(0)
 
     def _folded(self, layer: int, projection: str) -> Tensor:
         """A projection's weight, with the norm before it where the new one is to be without weights."""

@@ -35,7 +35,7 @@ def compressed(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedM
         "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
         "calibrated on tokens": calibration.numel(),
         "judged by tokens": judging.numel(),
-        "cached elements per token before": 2 * origin.g * origin.w * origin.config.num_hidden_layers,
+        "cached elements per token before": origin.cached_elements,
         "perplexity of the source": before,
         f"perplexity with rotary keys of {r}": perplexity(model_of(rotary), judging),
         f"perplexity with latents of {c} too": perplexity(model_of(whole), judging),
@@ -60,4 +60,4 @@ def measured_noise(conversion: Upcycle) -> dict:
     ids = torch.randint(0, conversion.config.vocab_size, (1, WINDOW), generator=torch.Generator().manual_seed(0))
     expected = model_of(conversion.base)(ids).logits.float()
     error = (model_of(conversion)(ids).logits.float() - expected).abs().max() / expected.abs().max()
-    return {"not exact: error of logits by noise": error.item()}
+    return {"not exact: error of logits": error.item()}

@@ -32,6 +32,11 @@ class LlamaSource:
         self.biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
         self._check_tensors()
 
+    @property
+    def cached_elements(self) -> int:
+        """Per token, over all layers: keys and values."""
+        return 2 * self.g * self.w * self.config.num_hidden_layers
+
     def weight(self, layer: int, projection: str) -> Tensor:
         return self.files[f"model.layers.{layer}.self_attn.{projection}.weight"].float()
 

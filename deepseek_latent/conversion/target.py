@@ -149,7 +149,10 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
         tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         progress.update(tensor.nbytes)
     unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} could not be written: {error}") from error
     # safetensors lets nobody else read what it writes
     shutil.copymode(path.with_name(_PLAN), unfinished)
     _flush(unfinished)
