@@ -63,6 +63,19 @@ def gradients(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.float().flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
 
 
+def compared(models: dict[str, nn.Module], tokens: int, repetitions: int) -> tuple[dict, dict[str, float]]:
+    """Losses and gradients of both sides, which must agree, and seconds of steps and yardsticks taken in turn."""
+    losses = {side: step(model, tokens) for side, model in models.items()}
+    own, other = (gradients(models[side]) for side in ("ours", "native"))
+    error = ((own - other).norm() / other.norm()).item()
+    # bfloat16, and a router near a tie may choose another expert
+    assert abs(losses["ours"] - losses["native"]) < 0.01 * losses["native"], losses
+    assert error < 0.2, f"gradients differ by {error}"
+    turns = {side: lambda model=model: step(model, tokens) for side, model in models.items()} | yardsticks()
+    seconds = {name: statistics.median(x) for name, x in alternated(turns, repetitions).items()}
+    return {"loss": losses, "gradients_relative_difference": round(error, 4)}, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=128)
@@ -76,18 +89,10 @@ def main() -> None:
     memory = {side: peak_elsewhere("train", side, options.tokens) for side in SIDES}
     ours = build("ours")
     models = {"native": adapted(build("native", weights=ours), LORA), "ours": adapted(ours, LORA)}
-    losses = {side: step(model, options.tokens) for side, model in models.items()}
-    own, other = (gradients(models[side]) for side in ("ours", "native"))
-    error = ((own - other).norm() / other.norm()).item()
-    # bfloat16, and a router near a tie may choose another expert
-    assert abs(losses["ours"] - losses["native"]) < 0.01 * losses["native"], losses
-    assert error < 0.2, f"gradients differ by {error}"
-    turns = {side: lambda model=model: step(model, options.tokens) for side, model in models.items()} | yardsticks()
-    seconds = {name: statistics.median(x) for name, x in alternated(turns, options.repetitions).items()}
+    agreement, seconds = compared(models, options.tokens, options.repetitions)
     result = described("python -m benchmarks.train") | {
         "model": f"Lite-4, bfloat16, LoRA r=16 on {', '.join(PROJECTIONS)}, {options.tokens} tokens",
-        "loss": losses,
-        "gradients_relative_difference": round(error, 4),
+        **agreement,
         "seconds": {side: round(seconds[side], 3) for side in SIDES},
         "times_faster_than_native": round(seconds["native"] / seconds["ours"], 2),
         "memory_above_weights_bytes": memory,

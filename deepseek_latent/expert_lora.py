@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
+from .hooks import has_hooks
+
 # torch's grouped products take rows of a multiple of 16 bytes
 RANK_MULTIPLE = 8
 
@@ -36,7 +38,7 @@ def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, Factors]] | None
     factors: dict[str, Factors] = {}
     while (type(experts).__module__, type(experts).__name__) == ("peft.tuners.lora.layer", "ParamWrapper"):
         # peft unmerges on the next call where an adapter is both merged and disabled, and hooks carry mixed batches
-        if experts._forward_pre_hooks or experts._forward_hooks or (experts.merged and experts.disable_adapters):
+        if has_hooks(experts) or (experts.merged and experts.disable_adapters):
             return None
         if not (experts.merged or experts.disable_adapters):
             active = [name for name in experts.active_adapters if name in experts.lora_A]
@@ -51,7 +53,7 @@ def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, Factors]] | None
 def _is_plain(wrapper: nn.Module, name: str) -> bool:
     a, b = wrapper.lora_A[name], wrapper.lora_B[name]
     return name not in wrapper.lora_variant and all(
-        type(x) is nn.Linear and x.bias is None and not x._forward_hooks and not x._forward_pre_hooks for x in (a, b)
+        type(x) is nn.Linear and x.bias is None and not has_hooks(x) for x in (a, b)
     )
 
 

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from .configuration_deepseek_v2 import DeepseekV2Config
+from .hooks import has_hooks
 from .input_checks import check_dense_mask
 from .latent_cache import LatentCache
 from .latent_format import LatentFormat, Latents, SeparateStretch, Stretch
@@ -236,11 +237,6 @@ def _is_bare(linear: nn.Module) -> bool:
         return False
     weight = linear.weight
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
-
-
-def has_hooks(module: nn.Module) -> bool:
-    # accelerate replaces `forward` on the instance
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:

@@ -56,9 +56,9 @@ def keep_targets() -> None:
 
     peft takes `gate_proj`, `up_proj` and `down_proj` of any "deepseek_v2" for the routed experts of transformers 4, and
     drops the dense and shared MLPs that have these names (github.com/huggingface/peft/issues/3711). Models of other
-    classes, transformers' own among them, are converted as before.
+    classes, transformers' own among them, are converted as before. A peft without that function (huggingface/peft#3715
+    takes it away) is left as it is.
     """
-    # TODO: drop when peft looks at the modules (huggingface/peft#3715)
     convert = getattr(transformers_weight_conversion, "_convert_peft_config_moe", None)
     if convert is None or hasattr(convert, "__wrapped__"):
         return

@@ -14,6 +14,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_lora import experts_with_adapters, unwrapped
+from .hooks import has_hooks
 
 # routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
 ROWS_PER_BLOCK = 1 << 14
@@ -116,8 +117,7 @@ class DeepseekV2Experts(nn.Module):
         is_whole = all(
             type(x) in (nn.Parameter, Tensor) and x.shape[0] == self.config.n_routed_experts for x in weights
         )
-        is_watched = self._forward_hooks or self._forward_pre_hooks
-        return is_whole and not is_watched and self.config._experts_implementation == "grouped_mm"
+        return is_whole and not has_hooks(self) and self.config._experts_implementation == "grouped_mm"
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Also takes experts by their names in files, all of them or those of one shard.

@@ -37,13 +37,13 @@ def old_adapter(folder, names=("gate", "up", "down"), r: int = 3, **config) -> d
     return tensors
 
 
-def merged_by_hand(tensors: dict[str, Tensor], scaling: float):
+def merged_by_hand(tensors: dict[str, Tensor], scaling_of):
     """The model with B A added to every weight, experts as they are in files."""
     model = tiny_model()
     with torch.no_grad():
         for name in [name for name in tensors if "lora_A" in name]:
-            delta = scaling * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
             place = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            delta = scaling_of(place) * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
             single = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj", place)
             if single is None:
                 model.get_submodule(place).weight.add_(delta)
@@ -69,7 +69,7 @@ CASES = {
 def test_an_old_adapter_acts_on_everything_it_was_trained_on(tmp_path, options, scaling):
     tensors, ids = old_adapter(tmp_path / "old", **options), random_ids(2, 20)
     assert main(["convert", "adapter", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
-    expected = merged_by_hand(tensors, scaling)(ids).logits
+    expected = merged_by_hand(tensors, lambda place: scaling)(ids).logits
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "new").eval()
     assert relative_error(model(ids).logits, expected) < 1e-5
     loaded = tiny_model()
@@ -98,23 +98,13 @@ def test_experts_one_by_one_add_what_the_stacked_ones_do(tmp_path, options):
     assert tensors[f"{PREFIX}model.layers.1.mlp.experts.11.up_proj.lora_A.weight"].shape == (3, 72)
     written = json.loads((tmp_path / "single" / "adapter_config.json").read_text())
     assert written["target_parameters"] is None
-    by_hand = tiny_model()
-    for name in [name for name in tensors if "lora_A" in name]:
-        place = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+
+    def scaling_of(place: str) -> float:
         rank = next((r for key, r in written["rank_pattern"].items() if re.search(key, place)), written["r"])
         alpha = next((x for key, x in written["alpha_pattern"].items() if re.search(key, place)), written["lora_alpha"])
-        delta = tensors[name.replace("lora_A", "lora_B")] @ tensors[name] * alpha / (rank**0.5 if options else rank)
-        single = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj", place)
-        if single is None:
-            by_hand.get_submodule(place).weight.add_(delta)
-            continue
-        experts, expert = by_hand.get_submodule(single[1]), int(single[2])
-        weight = (
-            experts.down_proj[expert]
-            if single[3] == "down"
-            else experts.gate_up_proj[expert].chunk(2)[single[3] == "up"]
-        )
-        weight.add_(delta)
+        return alpha / (rank**0.5 if options else rank)
+
+    by_hand = merged_by_hand(tensors, scaling_of)
     assert relative_error(by_hand(ids).logits, model(ids).logits) < 1e-5
 
 

@@ -26,6 +26,7 @@ ARROWS = {
     },
     "latent_attention": {
         "configuration_deepseek_v2",
+        "hooks",
         "input_checks",
         "latent_cache",
         "latent_format",
@@ -35,8 +36,9 @@ ARROWS = {
     },
     "generation": {"input_checks", "latent_cache", "latent_format", "paged_latents"},
     "input_checks": {"configuration_deepseek_v2"},
-    "moe": {"configuration_deepseek_v2", "expert_lora"},
-    "expert_lora": set(),
+    "moe": {"configuration_deepseek_v2", "expert_lora", "hooks"},
+    "expert_lora": {"hooks"},
+    "hooks": set(),
     "balance": {"configuration_deepseek_v2"},
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": {"latent_format"},
@@ -60,7 +62,7 @@ ARROWS = {
         "tool_runner",
     },
     "expert_activity": {"conversion", "moe"},
-    "kernels": {"latent_attention", "latent_format", "latent_ops", "moe"},
+    "kernels": {"hooks", "latent_attention", "latent_format", "latent_ops", "moe"},
     "tool_runner": set(),
     "prompt_cache": {"cache_files", "input_checks", "latent_cache", "latent_format"},
 }

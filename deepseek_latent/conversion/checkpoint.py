@@ -60,10 +60,7 @@ def read_config(source: str) -> DeepseekV2Config:
     except OSError as error:
         if isinstance(place, Path):
             raise
-        raise ValueError(
-            f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
-            f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
-        ) from error
+        raise found_nowhere(source, error) from error
     if not isinstance(config, DeepseekV2Config):
         raise ValueError(
             f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
@@ -91,6 +88,13 @@ def local_or_hub(source: str) -> Path | str:
     if path.is_absolute() or source.startswith(".") or source.endswith(".json") or source.count("/") > 1:
         raise ValueError(f"expected a folder, a config.json or a hub id, got {source}, which does not exist.")
     return source
+
+
+def found_nowhere(source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
+        f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
+    )
 
 
 def architecture_of(config: DeepseekV2Config) -> str:

@@ -42,9 +42,11 @@ def convert(files, conversion, measured: dict, target: Target, arguments: argpar
     if arguments.dry_run:
         return report
     command = f"deepseek-latent {shlex.join(arguments.given)}"
-    texts = conversion.texts() if is_export else {"config.json": config.to_json_string()}
-    if not is_export:
-        texts["README.md"] = card(files, command, report, arguments.push_to_hub or target.out.name)
+    if is_export:
+        texts = conversion.texts()
+    else:
+        place = arguments.push_to_hub or target.out.name
+        texts = {"config.json": config.to_json_string(), "README.md": card(files, command, report, place)}
     copies = [*files.beside(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
     target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
     if arguments.push_to_hub:

@@ -10,7 +10,6 @@ from .calibration import WINDOW, perplexity, statistics_of, windows_of
 from .cast import Cast
 from .compress import CompressedMla, widths
 from .gqa_to_mla import GqaToMla
-from .llama_source import LlamaSource
 from .source import Source
 from .upcycle import Upcycle
 
@@ -21,9 +20,9 @@ def compressed(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedM
     Raises ValueError as `CompressedMla` and `windows_of`.
     """
     # what cannot be is refused before any work, such as a constant that the dtype does not hold
-    origin = LlamaSource(files)
-    widths(origin, r, c)
-    GqaToMla(files).check_dtype()
+    exact = GqaToMla(files)
+    widths(exact.source, r, c)
+    exact.check_dtype()
     calibration, judging = windows_of(files.folder, text)
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="auto", attn_implementation="eager").eval()
     statistics, before = statistics_of(model, calibration), perplexity(model, judging)
@@ -35,7 +34,7 @@ def compressed(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedM
         "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
         "calibrated on tokens": calibration.numel(),
         "judged by tokens": judging.numel(),
-        "cached elements per token before": origin.cached_elements,
+        "cached elements per token before": exact.source.cached_elements,
         "perplexity of the source": before,
         f"perplexity with rotary keys of {r}": perplexity(model_of(rotary), judging),
         f"perplexity with latents of {c} too": perplexity(model_of(whole), judging),

@@ -13,7 +13,15 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, all_tensors, local_or_hub, read_json, read_shards
+from .checkpoint import (
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    all_tensors,
+    found_nowhere,
+    local_or_hub,
+    read_json,
+    read_shards,
+)
 from .target import Piece
 
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -123,7 +131,4 @@ def source_folder(given: str) -> Path:
     try:
         return Path(snapshot_download(given, allow_patterns=wanted))
     except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"expected a folder or a hub id, got {given}: there is no such folder in {Path.cwd()}, and the hub does "
-            f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
-        ) from error
+        raise found_nowhere(given, error) from error

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
-from ..latent_attention import DeepseekV2Attention, has_hooks
+from ..hooks import has_hooks
+from ..latent_attention import DeepseekV2Attention
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
 from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
