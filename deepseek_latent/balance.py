@@ -1,12 +1,15 @@
-"""The balance losses of DeepSeek-V2: what keeps experts, devices and traffic between devices evenly loaded.
+"""What keeps experts, devices and the traffic between devices evenly loaded in training: losses, and dropped tokens.
 
-Letters: b batch, s tokens, e routed experts, k experts per token, D devices, M devices per token.
+Experts lie on devices in their order, as the groups of device-limited routing do.
+
+Letters: b batch, s tokens of one row, m of all, e routed experts, k experts per token, D devices, M devices per token.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_deepseek_v2 import DeepseekV2Config
@@ -35,8 +38,8 @@ def balance_losses(
 ) -> BalanceLosses:
     """Sums of load times mean score over experts, over devices, and over devices that tokens are sent to.
 
-    Experts lie on devices in their order, as the groups of device-limited routing do. Loads count choices and carry no
-    gradient. Over all tokens at once, or sequence by sequence and then averaged (`seq_aux` of the release).
+    Loads count choices and carry no gradient. Over all tokens at once, or sequence by sequence and then averaged
+    (`seq_aux` of the release).
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.3, eqs. 23-31.
     """
     if not sequence_wise:
@@ -64,10 +67,8 @@ def balance_of_layers(
     shape: tuple[int, int],  # b, s
     attention_mask: Tensor | None,  # [b t], 0 where there is padding
 ) -> BalanceLosses:
-    """The losses of all layers, added up; a mask of another kind says nothing about padding."""
-    present = torch.ones(shape, dtype=torch.bool, device=router_logits[0].device)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        present = attention_mask[:, -shape[1] :].to(present.device).bool()
+    """The losses of all layers, added up."""
+    present = present_tokens(attention_mask, shape, router_logits[0].device)
     layers = []
     for gate, logits in zip(gates, router_logits):
         scores, (_, chosen) = logits.softmax(dim=-1), gate.choose(logits)
@@ -84,8 +85,60 @@ def balance_of_layers(
     return BalanceLosses(*(torch.stack([x.to(present.device) for x in losses]).sum() for losses in zip(*layers)))
 
 
+def present_tokens(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """[b s] bool, False where there is padding; a mask that is not [b t] says nothing about padding."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -shape[1] :].to(device).bool()
+    return torch.ones(shape, dtype=torch.bool, device=device)
+
+
 def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """Of the tokens that a step of accumulated gradients predicts, those predicted here: so a loss counts once."""
     if num_items_in_batch is None:
         return 1.0
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+class TokenDropping(NamedTuple):
+    """Which tokens of a training step may be sent to fewer experts than they chose, so that no device has too many.
+
+    present  [m]  bool, False where there is padding, which takes nobody's place
+    spared   [m]  bool, True in the sequences of which nothing is dropped
+    """
+
+    present: Tensor
+    spared: Tensor
+    num_devices: int
+    capacity_factor: float
+
+    def kept(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """[m k], False for choices that are dropped, by the router's scores [m e] and what it chose [m k].
+
+        A device takes `capacity_factor` times its even share of all choices, those of highest score; spared ones first
+        and all of them. Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.4.
+        """
+        device = (chosen // (scores.shape[-1] // self.num_devices)).flatten()
+        num_choices = self.present.sum() * chosen.shape[-1]
+        capacity = (num_choices * self.capacity_factor / self.num_devices).ceil()
+        # scores lie between 0 and 1, so these come before and behind all others
+        rank_by = scores.gather(-1, chosen) + self.spared[:, None].float() - 2.0 * ~self.present[:, None]
+        order = rank_by.flatten().argsort(descending=True, stable=True)
+        on_device = F.one_hot(device[order], self.num_devices)
+        place = (on_device.cumsum(dim=0) * on_device).sum(dim=-1)
+        fits = torch.empty_like(order, dtype=torch.bool).index_copy_(0, order, place <= capacity)
+        return fits.view_as(chosen) | (self.spared & self.present)[:, None]
+
+
+def token_dropping(
+    config: DeepseekV2Config,
+    attention_mask: Tensor | None,  # [b t], 0 where there is padding
+    inputs_embeds: Tensor,  # [b s d]
+) -> TokenDropping | None:
+    """For one forward pass in training; None where the config asks for none. Draws the spared sequences anew."""
+    if config.device_capacity_factor is None:
+        return None
+    (b, s, _), device = inputs_embeds.shape, inputs_embeds.device
+    spared = torch.rand(b, device=device) < config.never_dropped_share
+    present = present_tokens(attention_mask, (b, s), device)
+    factor = config.device_capacity_factor
+    return TokenDropping(present.flatten(), spared.repeat_interleave(s), config.n_group, factor)

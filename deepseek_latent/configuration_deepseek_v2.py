@@ -1,15 +1,14 @@
 """Every option of DeepSeek-V2: read once, checked once, written so that every client can read it back."""
 
-import math
 from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config as NativeConfig
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope, validate_rope
+from .configuration_checks import check_fields, refuse_other_architectures
+from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
 
 @strict
@@ -89,12 +88,17 @@ class DeepseekV2Config(PreTrainedConfig):
     communication_aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
 
+    # token dropping in training: what a device, one of n_group, takes of its even share of choices (None: all), and the
+    # share of sequences of which nothing is dropped
+    device_capacity_factor: float | int | None = None
+    never_dropped_share: float | int = 0.1
+
     # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
     ep_size: int = 1
     pretraining_tp: int = 1
 
     def __post_init__(self, **kwargs: Any):
-        _refuse_other_architectures(kwargs)
+        refuse_other_architectures(kwargs)
         kwargs.pop("model_type", None)
         self.rope_parameters = merge_rope(
             self.rope_parameters, kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
@@ -116,7 +120,7 @@ class DeepseekV2Config(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, except that overrides in `kwargs` pass the same checks as the file's own values."""
-        _refuse_other_architectures(config_dict)
+        refuse_other_architectures(config_dict)
         if config_dict.get("model_type") == "deepseek" and config_dict.get("kv_lora_rank") is None:
             raise ValueError(
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
@@ -163,79 +167,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what this architecture cannot mean; transformers calls it again before saving."""
-        if self.kv_lora_rank is None:
-            raise ValueError(
-                "kv_lora_rank must be the width of the KV latent, got null: this checkpoint has no latent attention; "
-                "load it with its own code."
-            )
-        positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
-            "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size moe_layer_freq max_position_embeddings"
-        )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("q_lora_rank", "n_routed_experts", "n_shared_experts"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, or null to leave it out, got {getattr(self, name)}.")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim must be even, since RoPE rotates pairs, got {self.qk_rope_head_dim}; "
-                f"use {self.qk_rope_head_dim + 1} or {self.qk_rope_head_dim - 1}."
-            )
-        if self.num_key_value_heads != self.num_attention_heads:
-            raise ValueError(
-                f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}), since MLA expands "
-                f"one latent for every head, got {self.num_key_value_heads}; give both the same number."
-            )
-        if self.first_k_dense_replace < 0:
-            raise ValueError(f"first_k_dense_replace must be 0 or more, got {self.first_k_dense_replace}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act must be an activation of transformers, got {self.hidden_act!r}; DeepSeek-V2 has 'silu'."
-            )
-        for name in ("attention_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
-        for name in ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number of 0 or more, got {getattr(self, name)}.")
-        for name in ("rms_norm_eps", "routed_scaling_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"pad_token_id must be below vocab_size ({self.vocab_size}), got {self.pad_token_id}.")
-        if self.scoring_func != "softmax":
-            raise ValueError(
-                f"scoring_func must be 'softmax', got {self.scoring_func!r}; other scores belong to DeepSeek-V3."
-            )
-        if self.topk_method not in ("greedy", "group_limited_greedy"):
-            raise ValueError(
-                f"topk_method must be 'greedy' or 'group_limited_greedy', got {self.topk_method!r}; "
-                "'noaux_tc' belongs to DeepSeek-V3."
-            )
-        validate_rope(self.rope_parameters)
-        if self.n_routed_experts is not None:
-            self._validate_routing()
-
-    def _validate_routing(self):
-        e, k, groups, kept = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
-        if k is None or not 1 <= k <= e:
-            raise ValueError(f"num_experts_per_tok must lie between 1 and n_routed_experts ({e}), got {k}.")
-        if self.topk_method == "greedy":
-            return
-        if groups < 1 or e % groups:
-            raise ValueError(
-                f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {groups}; "
-                "use a divisor, or topk_method='greedy'."
-            )
-        if not 1 <= kept <= groups:
-            raise ValueError(f"topk_group must lie between 1 and n_group ({groups}), got {kept}.")
-        if k > kept * (e // groups):
-            raise ValueError(
-                f"num_experts_per_tok ({k}) is above what the chosen groups hold: topk_group ({kept}) x "
-                f"{e // groups} experts per group = {kept * (e // groups)}; lower it or raise topk_group."
-            )
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, and beside it the older spelling of the same facts for every other client."""
@@ -245,10 +177,12 @@ class DeepseekV2Config(PreTrainedConfig):
         # rope_scaling stand together; every reader takes 10000 where rope_theta is absent
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
-        # no other client knows these two
-        for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
+        # no other client knows these
+        for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor"):
             if not output[name]:
                 del output[name]
+        if "device_capacity_factor" not in output:
+            del output["never_dropped_share"]
         # names files that only exist beside the checkpoint this config was read from
         if self._auto_class is None:
             output.pop("auto_map", None)
@@ -282,18 +216,3 @@ def _without_overridden_rope(config_dict: dict[str, Any], overrides: dict[str, A
     rope = merge_rope(given.pop("rope_parameters", None), given.get("rope_theta"), given.get("rope_scaling"))
     given["rope_theta"], given["rope_scaling"] = split_rope(rope)
     return given
-
-
-def _refuse_other_architectures(given: dict[str, Any]) -> None:
-    if given.get("model_type", "deepseek_v2") not in ("deepseek_v2", "deepseek"):
-        raise ValueError(
-            f"model_type must be 'deepseek_v2', got {given['model_type']!r}, another architecture; "
-            "load it with transformers' own class."
-        )
-    if given.get("use_mla", True) is False:
-        raise ValueError(
-            "use_mla must be true, got false: this checkpoint has plain attention (DeepSeek-VL2-Tiny, DeepSeek-OCR), "
-            "not latent attention; load it with DeepSeek's own code."
-        )
-    if given.get("mlp_bias"):
-        raise ValueError("mlp_bias must be false, got true: no MLP of DeepSeek-V2 has a bias.")

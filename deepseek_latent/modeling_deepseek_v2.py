@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balance import balance_of_layers, share_of_batch
+from .balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .generation import LatentGenerationMixin
@@ -36,17 +36,16 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
         self.self_attn = DeepseekV2Attention(config, layer_idx)
-        if config.is_moe_layer(layer_idx):
-            self.mlp = DeepseekV2MoE(config)
-        else:
-            self.mlp = DeepseekV2MLP(config, config.intermediate_size)
+        self.has_experts = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekV2MoE(config) if self.has_experts else DeepseekV2MLP(config, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None, **kwargs) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        routed = {} if dropping is None or not self.has_experts else {"dropping": dropping}
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routed)
 
 
 class DeepseekV2PreTrainedModel(PreTrainedModel):
@@ -136,6 +135,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
+        dropping = token_dropping(self.config, attention_mask, inputs_embeds) if self.training else None
         if kwargs.get("cache") is not None:
             # continuous batching packs requests into one row and gives their positions
             past_key_values = PagedLatents(self.config.cached_width, kwargs)
@@ -158,6 +158,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                dropping=dropping,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

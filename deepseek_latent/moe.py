@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
+from .balance import TokenDropping
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_lora import experts_with_adapters, unwrapped
 from .hooks import has_hooks
@@ -53,10 +54,16 @@ class DeepseekV2MoEGate(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32."""
+    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens d] to router logits [tokens e], weights [tokens k] and experts [tokens k]; in float32.
+
+        A choice that is dropped weighs 0.
+        """
         logits = self.logits(hidden_states)
-        return logits, *self.choose(logits)
+        weights, experts = self.choose(logits)
+        if dropping is not None:
+            weights = weights * dropping.kept(logits.softmax(dim=-1), experts)
+        return logits, weights, experts
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts [tokens k] by the router's logits [tokens e]."""
@@ -159,9 +166,9 @@ class DeepseekV2MoE(nn.Module):
             else DeepseekV2MLP(config, config.n_shared_experts * config.moe_intermediate_size)
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
-        _, weights, experts = self.gate(tokens)
+        _, weights, experts = self.gate(tokens, dropping)
         output = self._routed(tokens, experts, weights).view_as(hidden_states)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
+from ..balance import TokenDropping
 from ..hooks import has_hooks
 from ..latent_attention import DeepseekV2Attention
 from ..latent_format import Latents, SeparateStretch, Stretch
@@ -103,17 +104,17 @@ class KernelMLP(DeepseekV2MLP):
 class KernelMoE(DeepseekV2MoE):
     """Routed and shared experts in one call for few tokens, where neither is wrapped or watched."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
         kinds = {type(self.experts), type(self.shared_experts)}
         if kinds not in ({KernelExperts, KernelMLP}, {Int8Experts, KernelMLP}):
-            return super().forward(hidden_states)
+            return super().forward(hidden_states, dropping)
         watched = has_hooks(self.experts) or has_hooks(self.shared_experts)
         shared = None if watched else self.shared_experts.stored(hidden_states)
         routed = None if shared is None else self.experts.stored(hidden_states)
         if routed is None or routed[0].dtype != shared[0][0].dtype:
-            return super().forward(hidden_states)
+            return super().forward(hidden_states, dropping)
         tokens = hidden_states.flatten(0, 1)
-        _, weights, experts = self.gate(tokens)
+        _, weights, experts = self.gate(tokens, dropping)
         return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
 
 

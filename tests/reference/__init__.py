@@ -6,6 +6,7 @@ from .model import is_moe_layer, logits
 from .moe import (
     communication_balance_loss,
     device_balance_loss,
+    dropped_choices,
     expert_balance_loss,
     moe,
     route,
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "communication_balance_loss",
     "device_balance_loss",
+    "dropped_choices",
     "expanded_mla",
     "expert_balance_loss",
     "feed_forward",

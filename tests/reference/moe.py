@@ -1,5 +1,6 @@
 """DeepSeekMoE: which experts a token chooses, what they add, how uneven the choice is."""
 
+import math
 from typing import Any
 
 import torch
@@ -79,6 +80,28 @@ def moe(
             result = result + weight * feed_forward(weights_under(weights, f"experts.{expert}."), token)
         results.append(result)
     return torch.stack(results).view_as(hidden)
+
+
+def dropped_choices(
+    scores: Tensor,  # [m e]
+    chosen: Tensor,  # [m k]
+    spared: set[int],
+    *,
+    num_devices: int,
+    capacity_factor: float,
+) -> set[tuple[int, int]]:
+    """The (token, expert) pairs a device leaves out, lowest affinity first, until it is within its budget.
+
+    The budget is `capacity_factor` times the mean number of pairs per device. Source: paper 2.2.4.
+    """
+    experts_per_device = scores.shape[-1] // num_devices
+    budget = math.ceil(capacity_factor * chosen.numel() / num_devices)
+    dropped = set()
+    for device in range(num_devices):
+        pairs = [(t, e) for t, row in enumerate(chosen.tolist()) for e in row if e // experts_per_device == device]
+        open_to_dropping = sorted((pair for pair in pairs if pair[0] not in spared), key=lambda pair: scores[pair])
+        dropped.update(open_to_dropping[: max(len(pairs) - budget, 0)])
+    return dropped
 
 
 def expert_balance_loss(
