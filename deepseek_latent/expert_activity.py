@@ -5,7 +5,6 @@ Letters: e routed experts, k experts per token, l layers with experts.
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from .conversion.calibration import text_of, tokenized
 from .conversion.checkpoint import checkpoint_tensors, read_config
 from .conversion.size import RoutedSize, routed_size
 from .conversion.source import source_folder
-from .moe import DeepseekV2MoEGate
+from .router_statistics import RouterCounts, busiest, evenness
 
 WINDOW = 1024  # tokens that are read at a time
 
@@ -39,11 +38,11 @@ class Activity(NamedTuple):
 
     def load(self) -> Tensor:
         """[l]: choices of the busiest expert over those of an even one; 1 is even."""
-        return self.shares.amax(dim=1) * self.shares.shape[1]
+        return busiest(self.shares)
 
     def entropy(self) -> Tensor:
         """[l]: of the shares, over that of even ones; 1 is even, 0 one expert for all."""
-        return torch.special.entr(self.shares).sum(dim=1) / max(math.log(self.shares.shape[1]), 1e-12)
+        return evenness(self.shares)
 
     def unused(self) -> Tensor:
         """[l]: experts that were never chosen."""
@@ -57,31 +56,14 @@ class Activity(NamedTuple):
 @torch.no_grad()
 def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     """Over ids [b s], without gradients; ValueError for a model without experts."""
-    gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, DeepseekV2MoEGate)}
-    if not gates:
-        raise ValueError("expected a model with experts, and no layer of this one has any.")
+    counts = RouterCounts(model)
     if ids.numel() == 0:
         raise ValueError("expected a text of at least one token, got none.")
-    e = model.config.n_routed_experts
-    counts, weights = torch.zeros(2, len(gates), e, dtype=torch.float64).unbind()
-
-    def look(row: int):
-        def hook(gate, inputs, output):
-            _, shares, experts = output
-            counts[row] += torch.bincount(experts.flatten().cpu(), minlength=e)
-            weights[row].index_add_(0, experts.flatten().cpu(), shares.flatten().double().cpu())
-
-        return hook
-
-    handles = [gate.register_forward_hook(look(row)) for row, gate in enumerate(gates.values())]
-    try:
+    with counts.watching():
         for window in ids.split(WINDOW, dim=1):
             model(window.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = [int(name.split("layers.")[-1].split(".")[0]) for name in gates]
-    return Activity(layers, counts / counts.sum(dim=1, keepdim=True), weights / counts.clamp(min=1))
+    choices, weights = counts.choices.cpu(), counts.weights.cpu()
+    return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1))
 
 
 def add_command(commands) -> None:

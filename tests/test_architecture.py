@@ -62,12 +62,23 @@ ARROWS = {
         "expert_activity",
         "tool_runner",
     },
-    "expert_activity": {"conversion", "moe"},
+    "expert_activity": {"conversion", "router_statistics"},
+    "router_statistics": {"balance", "modeling_deepseek_v2", "moe"},
     "kernels": {"balance", "hooks", "latent_attention", "latent_format", "latent_ops", "moe"},
     "tool_runner": set(),
     "prompt_cache": {"cache_files", "input_checks", "latent_cache", "latent_format"},
 }
-AT_HOME = {"__init__", "cli", "conversion", "expert_activity", "kernels", "lora", "prompt_cache", "tool_runner"}
+AT_HOME = {
+    "__init__",
+    "cli",
+    "conversion",
+    "expert_activity",
+    "kernels",
+    "lora",
+    "prompt_cache",
+    "router_statistics",
+    "tool_runner",
+}
 TRAVELLING = sorted(set(ARROWS) - AT_HOME)
 
 
