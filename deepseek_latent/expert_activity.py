@@ -1,69 +1,23 @@
 """`deepseek-latent experts`: which experts a model uses on a text, how evenly, and how unlike on another text.
 
-Letters: e routed experts, k experts per token, l layers with experts.
+Letters: e routed experts, l layers with experts.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from .conversion.calibration import text_of, tokenized
 from .conversion.checkpoint import checkpoint_tensors, read_config
 from .conversion.size import RoutedSize, routed_size
 from .conversion.source import source_folder
-from .router_statistics import RouterCounts, busiest, evenness
-
-WINDOW = 1024  # tokens that are read at a time
-
-
-class Activity(NamedTuple):
-    """What the gates of all layers with experts do with a text; rows are layers.
-
-    layers   [l]    their numbers
-    shares   [l e]  of all choices, those that fell on an expert; evenly chosen 1/e
-    weights  [l e]  mean weight where an expert was chosen, 0 where it never was
-    """
-
-    layers: list[int]
-    shares: Tensor
-    weights: Tensor
-
-    def load(self) -> Tensor:
-        """[l]: choices of the busiest expert over those of an even one; 1 is even."""
-        return busiest(self.shares)
-
-    def entropy(self) -> Tensor:
-        """[l]: of the shares, over that of even ones; 1 is even, 0 one expert for all."""
-        return evenness(self.shares)
-
-    def unused(self) -> Tensor:
-        """[l]: experts that were never chosen."""
-        return (self.shares == 0).sum(dim=1)
-
-    def distance(self, other: "Activity") -> Tensor:
-        """[l]: share of choices that fall on other experts there, total variation; 0 alike, 1 disjoint."""
-        return (self.shares - other.shares).abs().sum(dim=1) / 2
-
-
-@torch.no_grad()
-def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
-    """Over ids [b s], without gradients; ValueError for a model without experts."""
-    counts = RouterCounts(model)
-    if ids.numel() == 0:
-        raise ValueError("expected a text of at least one token, got none.")
-    with counts.watching():
-        for window in ids.split(WINDOW, dim=1):
-            model(window.to(model.device), use_cache=False)
-    choices, weights = counts.choices.cpu(), counts.weights.cpu()
-    return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1))
+from .esft import ExpertSelection, expert_scores, select_experts
+from .router_statistics import Activity, activity_of
 
 
 def add_command(commands) -> None:
@@ -77,6 +31,11 @@ def add_command(commands) -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--against", type=Path, metavar="FILE", help="another text to compare with")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
+    parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
+    parser.add_argument("--by", choices=("token", "gate"), default="token", help="how --esft scores (default: token)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.2, metavar="P", help="where a layer's scores stop adding up (default: 0.2)"
+    )
     parser.add_argument("--json", action="store_true", help="all figures as JSON")
     parser.set_defaults(action=_experts)
 
@@ -85,13 +44,19 @@ def _experts(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
     disable_progress_bar()
     config, place = read_config(arguments.model), source_folder(arguments.model)
+    # a missing package or folder is said before any work
+    for file in filter(None, (arguments.plot, arguments.esft)):
+        if not file.parent.is_dir():
+            raise ValueError(f"expected a folder to write into, got {file.parent}, which is not there.")
     if arguments.plot:
-        # a missing package or folder is said before any work
         plot = _plotter(arguments.plot)
     model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
     first, *others = [activity_of(model, tokenized(place, text_of(file))) for file in texts]
     size = routed_size(config, checkpoint_tensors(config))
+    if arguments.esft:
+        chosen = select_experts(expert_scores(first, arguments.by), arguments.threshold)
+        ExpertSelection(chosen).save(arguments.esft)
     if arguments.plot:
         plot(first, *others, names=[file.name for file in texts])
     if arguments.json:
@@ -105,7 +70,8 @@ def _report(first: Activity, others: list[Activity], size: RoutedSize) -> dict:
     layers = [
         {"layer": layer, "load": load, "entropy": entropy, "unused": unused, "shares": shares, "mean_weights": weights}
         for layer, load, entropy, unused, shares, weights in zip(
-            first.layers, *(x.tolist() for x in (first.load(), first.entropy(), first.unused(), *first[1:]))
+            first.layers,
+            *(x.tolist() for x in (first.load(), first.entropy(), first.unused(), first.shares, first.weights)),
         )
     ]
     for other in others:
@@ -151,8 +117,6 @@ def _plotter(path: Path):
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ValueError("--plot draws with matplotlib, which is not installed; pip install matplotlib.") from error
-    if not path.parent.is_dir():
-        raise ValueError(f"expected a folder to draw into, got {path.parent}, which is not there.")
 
     def plot(*activities: Activity, names: list[str]) -> None:
         num_layers, e = activities[0].shares.shape

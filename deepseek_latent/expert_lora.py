@@ -2,8 +2,6 @@
 
 peft wraps a parameter of experts in a `ParamWrapper`, one around the other, and adds every adapter to all experts'
 weights at each call. Here the wrappers are read and their factors applied to the tokens, as for any linear layer.
-
-Letters: m tokens, e experts, d model width, f width of one expert, k experts per token.
 """
 
 from typing import NamedTuple
@@ -11,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
 
+from .expert_products import Product, grouped_product
 from .hooks import has_hooks
 
 # torch's grouped products take rows of a multiple of 16 bytes
@@ -71,33 +69,13 @@ def _joined(all_factors: list[Factors]) -> Factors:
     return Factors(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
 
 
-def experts_with_adapters(
-    gate_up_proj: Tensor,  # [e 2f d]
-    down_proj: Tensor,  # [e d f]
-    act_fn: nn.Module,
-    hidden_states: Tensor,  # [m d]
-    top_k_index: Tensor,  # [m k]
-    top_k_weights: Tensor,  # [m k]
-    factors: dict[str, Factors],
-) -> Tensor:  # [m d]
-    """The sum of every token's experts, adapters included, by grouped products over tokens in the order of experts.
+def with_adapters(product: Product, factors: dict[str, Factors]) -> Product:
+    """`product` and beside it those of the factors; what is frozen costs nothing in the backward pass."""
 
-    Gradients reach tokens, routing weights and factors; a frozen weight costs nothing in the backward pass.
-    """
-    num_tokens, k = top_k_index.shape
-    order = top_k_index.flatten().argsort(stable=True)
-    counts = torch.bincount(top_k_index.flatten(), minlength=gate_up_proj.shape[0])
-    ends = counts.cumsum(0, dtype=torch.int32)
-
-    def multiplied(x: Tensor, name: str, weight: Tensor) -> Tensor:
-        y = _grouped_linear(x, weight, ends)
+    def multiply(x: Tensor, name: str, ends: Tensor) -> Tensor:
+        y = product(x, name, ends)
         if name not in factors:
             return y
-        return y + _grouped_linear(_grouped_linear(x, factors[name].a, ends), factors[name].b, ends)
+        return y + grouped_product(grouped_product(x, factors[name].a, ends), factors[name].b, ends)
 
-    gate, up = multiplied(hidden_states[order // k], "gate_up_proj", gate_up_proj).chunk(2, dim=-1)
-    rows = multiplied(act_fn(gate) * up, "down_proj", down_proj)
-    # back into the order of tokens, so that a token's experts are summed without atomic additions
-    in_order = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    weighed = rows[in_order].view(num_tokens, k, -1) * top_k_weights[..., None]
-    return weighed.sum(dim=1).to(hidden_states.dtype)
+    return multiply

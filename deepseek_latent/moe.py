@@ -4,6 +4,7 @@ Letters: b batch, s tokens, d model width, e routed experts, f width of one expe
 """
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from transformers.utils.generic import maybe_autocast
 
 from .balance import TokenDropping
 from .configuration_deepseek_v2 import DeepseekV2Config
-from .expert_lora import experts_with_adapters, unwrapped
+from .expert_lora import unwrapped, with_adapters
+from .expert_products import Product, grouped_product, routed_sum
 from .hooks import has_hooks
 
 # routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
@@ -117,6 +119,14 @@ class DeepseekV2Experts(nn.Module):
             output = output.index_add(0, token, result * top_k_weights[token, slot, None])
         return output.to(hidden_states.dtype)
 
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        """A `Product` of the weights as they are."""
+        return grouped_product(x, getattr(self, name), ends)
+
+    def multiplied_by(self, product: Product, *routed: Tensor) -> Tensor:
+        """`forward` with products of another kind."""
+        return routed_sum(product, self.act_fn, *routed, num_experts=self.num_experts)
+
     def takes_grouped_products(self) -> bool:
         """Whether "grouped_mm" is what computes them, on weights that are all here as they are."""
         weights = (self.gate_up_proj, self.down_proj)
@@ -190,5 +200,4 @@ class DeepseekV2MoE(nn.Module):
         experts, factors = found
         if not (factors and isinstance(experts, DeepseekV2Experts) and experts.takes_grouped_products()):
             return None
-        weights = (experts.gate_up_proj, experts.down_proj, experts.act_fn)
-        return lambda *routed: experts_with_adapters(*weights, *routed, factors)
+        return partial(experts.multiplied_by, with_adapters(experts.product, factors))

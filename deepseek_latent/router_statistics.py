@@ -1,4 +1,4 @@
-"""What routers choose: counts over forward passes, and a callback by which `Trainer` logs them while it trains.
+"""What routers choose: on a text, and, by a callback that has `Trainer` log it, in training.
 
 Letters: l layers with experts, m tokens, e routed experts, k experts per token, D devices (groups of experts).
 """
@@ -6,11 +6,12 @@ Letters: l layers with experts, m tokens, e routed experts, k experts per token,
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
 
 from .balance import present_tokens
@@ -19,6 +20,8 @@ from .moe import DeepseekV2MoEGate
 
 if TYPE_CHECKING:  # half a second to import
     from transformers import Trainer
+
+WINDOW = 1024  # tokens that are read at a time
 
 
 class RouterCounts:
@@ -42,6 +45,8 @@ class RouterCounts:
         self._backbone = next(module for module in model.modules() if isinstance(module, DeepseekV2Model))
         config = self._backbone.config
         e, groups, self.num_experts_per_tok = config.n_routed_experts, config.n_group, config.num_experts_per_tok
+        gate = self._gates[0]
+        self.gate_scaling = 1.0 if gate.is_normalised else gate.routed_scaling_factor
         # greedy routing may come with groups that divide nothing
         self.widths = (e, e, groups if e % groups == 0 else 1, 1)
         # beside the gates, so that nothing waits for their device
@@ -90,6 +95,51 @@ class RouterCounts:
         weighed.index_add_(0, experts.flatten(), (weights * is_there).flatten())
         dropped = ((weights == 0) * is_there).sum()[None]
         self.sums[row] += torch.cat((choices, weighed, on_device.sum(dim=0).double(), dropped)).to(self.sums.device)
+
+
+class Activity(NamedTuple):
+    """What the gates of all layers with experts do with a text; rows are layers.
+
+    layers   [l]    their numbers
+    shares   [l e]  of all choices, those that fell on an expert; evenly chosen 1/e
+    weights  [l e]  mean weight where an expert was chosen, 0 where it never was
+    gates    [l e]  mean over tokens of the gate value, without `routed_scaling_factor`; 0 where not chosen
+    """
+
+    layers: list[int]
+    shares: Tensor
+    weights: Tensor
+    gates: Tensor
+
+    def load(self) -> Tensor:
+        """[l]: choices of the busiest expert over those of an even one; 1 is even."""
+        return busiest(self.shares)
+
+    def entropy(self) -> Tensor:
+        """[l]: of the shares, over that of even ones; 1 is even, 0 one expert for all."""
+        return evenness(self.shares)
+
+    def unused(self) -> Tensor:
+        """[l]: experts that were never chosen."""
+        return (self.shares == 0).sum(dim=1)
+
+    def distance(self, other: "Activity") -> Tensor:
+        """[l]: share of choices that fall on other experts there, total variation; 0 alike, 1 disjoint."""
+        return (self.shares - other.shares).abs().sum(dim=1) / 2
+
+
+@torch.no_grad()
+def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
+    """Over ids [b s], without gradients; ValueError for a model without experts."""
+    counts = RouterCounts(model)
+    if ids.numel() == 0:
+        raise ValueError("expected a text of at least one token, got none.")
+    with counts.watching():
+        for window in ids.split(WINDOW, dim=1):
+            model(window.to(model.device), use_cache=False)
+    choices, weights = counts.choices.cpu(), counts.weights.cpu()
+    gates = weights / ids.numel() / counts.gate_scaling
+    return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1), gates)
 
 
 class RouterStatistics(TrainerCallback):

@@ -10,7 +10,8 @@ from deepseek_latent import DeepseekV2Config
 from deepseek_latent.cli import main
 from deepseek_latent.conversion.checkpoint import checkpoint_tensors
 from deepseek_latent.conversion.size import routed_size
-from deepseek_latent.expert_activity import Activity, activity_of
+from deepseek_latent.esft import ExpertSelection
+from deepseek_latent.router_statistics import Activity, activity_of
 
 from .support import V2, random_ids, tiny_model
 from .test_examples import FOLDER
@@ -39,7 +40,7 @@ def test_shares_and_weights_are_those_of_the_gates():
 def test_figures_of_a_layer_are_those_of_its_shares():
     def of(*rows):
         shares = torch.tensor(rows, dtype=torch.float64)
-        return Activity(list(range(len(rows))), shares, torch.zeros_like(shares))
+        return Activity(list(range(len(rows))), shares, torch.zeros_like(shares), torch.zeros_like(shares))
 
     activity = of([0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0])
     assert activity.load().tolist() == [1, 4, 2]
@@ -66,7 +67,11 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
         assert row["load"] == pytest.approx(16 * max(row["shares"]))
         assert 0 < row["distance"] < 1
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert main(command) == 0
+    assert main([*command, "--esft", str(tmp_path), "--threshold", "0.3"]) == 0
+    chosen = ExpertSelection.load(tmp_path).experts
+    for row in report["layers"]:
+        scores = [row["shares"][expert] for expert in chosen[row["layer"]]]
+        assert sum(scores) >= 0.3 > sum(scores[:-1])
     assert "2202.01169" in capsys.readouterr().out
 
 
@@ -75,7 +80,8 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     [
         (["--text", "none.txt"], "none.txt"),
         (["--text", "empty.txt"], "empty.txt, which is empty"),
-        (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to draw into"),
+        (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
+        (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
     ],
     ids=str,
 )

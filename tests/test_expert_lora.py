@@ -40,8 +40,8 @@ def counted(monkeypatch):
         calls.append(arguments)
         return compute(*arguments)
 
-    compute = moe.experts_with_adapters
-    monkeypatch.setattr(moe, "experts_with_adapters", count)
+    compute = moe.DeepseekV2Experts.multiplied_by
+    monkeypatch.setattr(moe.DeepseekV2Experts, "multiplied_by", count)
     return calls
 
 

@@ -1,0 +1,276 @@
+"""Expert-specialised fine-tuning: the experts a text uses are trained whole, everything else stays as it is.
+
+Source: "Let the Expert Stick to His Last" (arXiv:2407.01906); files as in github.com/deepseek-ai/ESFT.
+
+Letters: e routed experts of a layer, n trained ones, d model width, f width of one expert.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .expert_products import grouped_product
+from .modeling_deepseek_v2 import DeepseekV2Model
+from .moe import DeepseekV2Experts, DeepseekV2MoE
+from .router_statistics import Activity
+
+FILE = "expert_cfg.json"
+STACKED = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """What is trained: experts by layer, and, if they are to be, the shared experts and all that is no expert.
+
+    `non_expert_modules` are attention, norms, embeddings, head, dense MLPs and routers.
+    """
+
+    experts: Mapping[int, Sequence[int]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ExpertSelection":
+        """From an expert_cfg.json, or the folder it lies in; ValueError for anything else."""
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            experts = {int(layer): [*map(int, chosen)] for layer, chosen in given["experts"].items()}
+            return cls(experts, bool(given["shared_experts"]), bool(given["non_expert_modules"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
+                f"got something else ({type(error).__name__}: {error})."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """As an expert_cfg.json that DeepSeek's own code reads, in the folder `path` or by that name."""
+        path = Path(path)
+        given = {"experts": {str(layer): [*chosen] for layer, chosen in self.experts.items()}}
+        given |= {"shared_experts": self.shared_experts, "non_expert_modules": self.non_expert_modules}
+        (path / FILE if path.is_dir() else path).write_text(json.dumps(given) + "\n", encoding="utf-8")
+
+
+def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float]]:
+    """By layer, how much a text uses each expert, from `activity_of(model, ids)`.
+
+    By "token", the share of choices, 1 in all; by "gate", the mean gate value. Source: paper 3.2.
+    """
+    if by not in ("token", "gate"):
+        raise ValueError(f"experts are scored by 'token' or by 'gate', got {by!r}.")
+    return dict(zip(activity.layers, (activity.shares if by == "token" else activity.gates).tolist()))
+
+
+def select_experts(scores: Mapping[int, Sequence[float]], threshold: float) -> dict[int, list[int]]:
+    """Of each layer the best experts, best first, until their scores add up to `threshold`.
+
+    The paper takes 0.2 of token scores and 0.1 of gate scores. Source: paper 3.3.
+    """
+    chosen: dict[int, list[int]] = {}
+    for layer, of_layer in scores.items():
+        chosen[layer], total = [], 0.0
+        # the lower number first among equals
+        for expert in sorted(range(len(of_layer)), key=lambda expert: -of_layer[expert]):
+            if total >= threshold:
+                break
+            chosen[layer].append(expert)
+            total += of_layer[expert]
+    return chosen
+
+
+class TrainedExperts(DeepseekV2Experts):
+    """Routed experts of which some are trained and the others frozen.
+
+    trained               [n]       their numbers
+    trained_gate_up_proj  [n 2f d]  float32, what the optimiser sees
+    trained_down_proj     [n d f]
+
+    The stacked weights of all experts follow at each call, rounded to their dtype. So generating, saving and converting
+    see the trained model, and `state_dict` is that of a model without these parameters.
+    """
+
+    def start(self, trained: Sequence[int]) -> None:
+        self.trained = [*trained]
+        for name in STACKED:
+            stacked = getattr(self, name)
+            self.register_parameter(f"trained_{name}", nn.Parameter(stacked.detach()[self.trained].float()))
+        self.written: tuple[int, ...] | None = None
+
+    def finish(self) -> None:
+        self.write()
+        for name in STACKED:
+            delattr(self, f"trained_{name}")
+        del self.trained, self.written
+        self.__class__ = DeepseekV2Experts
+
+    def write(self) -> None:
+        """Puts the trained experts into the stacked weights, if they may have changed."""
+        slots = [getattr(self, f"trained_{name}") for name in STACKED]
+        versions = tuple(slot._version for slot in slots)
+        # some optimisers write through .data, which counts no version
+        if versions == self.written and not (self.training or torch.is_grad_enabled()):
+            return
+        for name, slot in zip(STACKED, slots):
+            stacked = getattr(self, name).data
+            stacked[self.trained] = slot.detach().to(stacked.dtype)
+        self.written = versions
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.write()
+        routed = (hidden_states, top_k_index, top_k_weights)
+        return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
+
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        return _ProductWithTrained.apply(x, getattr(self, f"trained_{name}"), getattr(self, name), ends, self.trained)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        self.write()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in STACKED:
+            del destination[f"{prefix}trained_{name}"]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        for name in STACKED:
+            if f"{prefix}trained_{name}" in missing_keys:
+                missing_keys.remove(f"{prefix}trained_{name}")
+            with torch.no_grad():
+                getattr(self, f"trained_{name}").copy_(getattr(self, name)[self.trained])
+
+
+class _ProductWithTrained(torch.autograd.Function):
+    """Grouped products by stacked weights, whose gradient is that of some of them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, trained_weight: Tensor, weight: Tensor, ends: Tensor, trained: list[int]) -> Tensor:
+        x = x.to(weight.dtype)
+        ctx.save_for_backward(x, weight, ends)
+        ctx.trained = trained
+        return grouped_product(x, weight, ends)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, ends = ctx.saved_tensors
+        bounds = [0, *ends.tolist()]
+        rows = [slice(bounds[expert], bounds[expert + 1]) for expert in ctx.trained]
+        of_trained = torch.stack([dy[of_one].T @ x[of_one] for of_one in rows]).float()
+        return grouped_product(dy, weight.transpose(1, 2), ends), of_trained, None, None, None
+
+
+def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
+    """Leaves gradients to what `selection` names, and to nothing else of `model`.
+
+    Then train as ever. Nothing has to be merged: saving gives a checkpoint in the official layout at any time,
+    `save_experts` what was trained alone, and `merge_experts` ends it.
+
+    Raises ValueError, before anything is changed, where layers or experts are not there, or experts are wrapped,
+    quantised, sharded, or not multiplied by "grouped_mm".
+    """
+    layers = _moe_layers(model)
+    _check(selection, layers)
+    model.requires_grad_(selection.non_expert_modules)
+    for layer, moe in layers.items():
+        moe.experts.requires_grad_(False)
+        if moe.shared_experts is not None:
+            moe.shared_experts.requires_grad_(selection.shared_experts)
+        if selection.experts.get(layer):
+            moe.experts.__class__ = TrainedExperts
+            moe.experts.start(selection.experts[layer])
+
+
+def merge_experts(model: PreTrainedModel) -> None:
+    """Makes `model` what loading its checkpoint would give: trained experts are experts again, all takes gradients."""
+    for moe in _moe_layers(model).values():
+        if isinstance(moe.experts, TrainedExperts):
+            moe.experts.finish()
+    model.requires_grad_(True)
+
+
+def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str | Path) -> None:
+    """Writes what was trained, by its names in checkpoints, and expert_cfg.json: DeepSeek's ESFT adapters.
+
+    `model` may be in training or merged; `load_experts` and DeepSeek's own code put it back on the model it came from.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in _selected(model, selection).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    selection.save(folder)
+
+
+def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
+    """Puts what `save_experts` or DeepSeek's code wrote in place of the model's own weights.
+
+    Raises ValueError, before anything is changed, where the files hold less or more than expert_cfg.json says, or
+    other shapes than the model.
+    """
+    folder = Path(folder)
+    selection = ExpertSelection.load(folder)
+    _check(selection, _moe_layers(model))
+    places = _selected(model, selection)
+    came = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        # DeepSeek's code takes names from the head or from the backbone on
+        came |= {name if name in places else f"model.{name}": tensor for name, tensor in load_file(file).items()}
+    problems = [f"{name} is missing" for name in sorted(places.keys() - came.keys())]
+    problems += [f"{name} is one too many" for name in sorted(came.keys() - places.keys())]
+    problems += [
+        f"{name} has shape {list(came[name].shape)}, expected {list(place.shape)}"
+        for name, place in places.items()
+        if name in came and came[name].shape != place.shape
+    ]
+    if problems:
+        raise ValueError(f"{folder} does not hold what its {FILE} selects: {'; '.join(problems[:8])}.")
+    for name, place in places.items():
+        place.copy_(came[name])
+    return selection
+
+
+def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Tensor]:
+    """What `selection` names, by names in checkpoints, each a view of the model's own weight."""
+
+    def is_selected(name: str) -> bool:
+        if ".mlp.experts." in name:
+            return False
+        return selection.shared_experts if ".mlp.shared_experts." in name else selection.non_expert_modules
+
+    state = model.state_dict()
+    found = {name: tensor for name, tensor in state.items() if is_selected(name)}
+    prefix = "model." if hasattr(model, "model") else ""
+    for layer, chosen in selection.experts.items():
+        experts = f"{prefix}layers.{layer}.mlp.experts"
+        for expert in chosen:
+            gate, up = state[f"{experts}.gate_up_proj"][expert].chunk(2)
+            parts = {"gate": gate, "up": up, "down": state[f"{experts}.down_proj"][expert]}
+            found |= {f"{experts}.{expert}.{name}_proj.weight": part for name, part in parts.items()}
+    return found
+
+
+def _moe_layers(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
+    backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
+    if backbone is None:
+        raise TypeError(f"expected a DeepSeek-V2, got {type(model).__name__}.")
+    return {i: layer.mlp for i, layer in enumerate(backbone.layers) if isinstance(layer.mlp, DeepseekV2MoE)}
+
+
+def _check(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE]) -> None:
+    for layer, chosen in selection.experts.items():
+        if layer not in layers:
+            raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
+        experts, last = layers[layer].experts, len(layers[layer].gate.weight) - 1
+        if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
+            raise ValueError(f"expected different experts out of 0 to {last} in layer {layer}, got {[*chosen]}.")
+        if type(experts) is TrainedExperts:
+            raise ValueError("the experts of this model are in training already; end that with merge_experts(model).")
+        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
+            raise ValueError(
+                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__} in layer "
+                f"{layer}; merge adapters, undo optimisations, and load with experts_implementation='grouped_mm'."
+            )

@@ -1,0 +1,304 @@
+"""Expert-specialised fine-tuning: DeepSeek's choice of experts, and training that touches nothing else."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from deepseek_latent.esft import (
+    ExpertSelection,
+    TrainedExperts,
+    expert_scores,
+    load_experts,
+    merge_experts,
+    save_experts,
+    select_experts,
+    train_experts,
+)
+from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent.moe import DeepseekV2Experts
+from deepseek_latent.router_statistics import activity_of
+
+from .support import V2, needs_compiler, official_state_dict, random_ids, relative_error, tiny_model
+
+CHOSEN = {1: [7, 2, 5], 2: [0]}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "esft_scores.json").read_text())
+
+
+def in_training(dtype=torch.float32, selection: ExpertSelection | None = None, **variant):
+    model = tiny_model(dtype, **variant).train()
+    train_experts(model, selection or ExpertSelection(CHOSEN))
+    return model
+
+
+def step(model, lr: float = 0.5, seed: int = 1) -> float:
+    """One step of plain gradient descent; the loss before it."""
+    ids = random_ids(3, 40, seed)
+    optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=lr)
+    optimizer.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("domain", ["law", "translation"])
+def test_the_selector_finds_the_experts_that_deepseek_published(domain):
+    scores = {layer: [x / 10_000 for x in row] for layer, row in enumerate(PUBLISHED[domain]["scores"], start=1)}
+    published = {int(layer): experts for layer, experts in PUBLISHED[domain]["experts"].items()}
+    assert len(published) == 26
+    assert select_experts(scores, 0.2) == published
+
+
+@pytest.mark.parametrize("variant", [{}, {"norm_topk_prob": True}], ids=str)
+def test_scores_are_shares_of_choices_and_mean_gate_values(variant):
+    model, ids = tiny_model(**variant), random_ids(2, 30)
+    seen = []
+    gate = model.model.layers[1].mlp.gate
+    handle = gate.register_forward_hook(lambda gate, inputs, output: seen.append(output))
+    activity = activity_of(model, ids)
+    handle.remove()
+    logits, weights, experts = seen[0]
+    values = weights if variant else logits.softmax(dim=-1).gather(-1, experts)
+    for expert in range(V2["n_routed_experts"]):
+        is_chosen = experts == expert
+        token, gated = (expert_scores(activity, by)[1][expert] for by in ("token", "gate"))
+        assert token == pytest.approx(is_chosen.sum().item() / experts.numel())
+        assert gated == pytest.approx((values * is_chosen).sum().item() / 60, rel=1e-5)
+    with pytest.raises(ValueError, match="by 'token' or by 'gate', got 'loss'"):
+        expert_scores(activity, "loss")
+
+
+def test_gradients_are_those_of_training_everything():
+    ids, whole, model = random_ids(3, 40), tiny_model().train(), in_training()
+    whole(ids, labels=ids).loss.backward()
+    model(ids, labels=ids).loss.backward()
+    with_gradient = {name for name, x in model.named_parameters() if x.grad is not None}
+    assert len(with_gradient) == 4
+    assert with_gradient == {name for name, x in model.named_parameters() if x.requires_grad}
+    for layer, chosen in CHOSEN.items():
+        ours, theirs = (x.model.layers[layer].mlp.experts for x in (model, whole))
+        for name in ("gate_up_proj", "down_proj"):
+            expected = getattr(theirs, name).grad[chosen]
+            assert relative_error(getattr(ours, f"trained_{name}").grad, expected) < 1e-5
+
+
+def test_training_changes_the_chosen_experts_and_nothing_else(tmp_path):
+    before, model = official_state_dict(tiny_model()), in_training()
+    losses = [step(model) for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.05
+    model.save_pretrained(tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    parts = ("gate_proj", "up_proj", "down_proj")
+    names = {
+        f"model.layers.{i}.mlp.experts.{e}.{p}.weight" for i, chosen in CHOSEN.items() for e in chosen for p in parts
+    }
+    assert changed == names
+    ids, expected = random_ids(2, 20), model.eval()(random_ids(2, 20)).logits
+    native = transformers.DeepseekV2ForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative_error(native(ids).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_generation_sees_every_step_and_merging_changes_nothing():
+    model, ids = in_training(), random_ids(2, 9)
+    before = model.eval().generate(ids, **GREEDY)
+    assert torch.equal(before, tiny_model().generate(ids, **GREEDY))
+    with torch.enable_grad():
+        step(model, lr=20.0)
+    # the mode has not changed, the weights have
+    after, logits = model.generate(ids, **GREEDY), model(ids).logits
+    assert not torch.equal(before, after)
+    merge_experts(model)
+    assert torch.equal(model.generate(ids, **GREEDY), after)
+    assert torch.equal(model(ids).logits, logits)
+    assert {type(layer.mlp.experts) for layer in model.model.layers[1:]} == {DeepseekV2Experts}
+    assert dict(model.named_parameters()).keys() == dict(tiny_model().named_parameters()).keys()
+    assert all(x.requires_grad for x in model.parameters())
+
+
+def test_an_optimiser_that_writes_behind_autograds_back_is_seen():
+    model, ids = in_training(), random_ids(2, 9)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.model.layers[1].mlp.experts.trained_down_proj.data.mul_(-1)
+        assert relative_error(model(ids).logits, before) > 1e-3
+
+
+def test_in_bfloat16_small_steps_add_up():
+    """A weight around 0.1 does not move in bfloat16 by 1e-5; its float32 original does."""
+    model = in_training(torch.bfloat16)
+    experts = model.model.layers[1].mlp.experts
+    assert (experts.gate_up_proj.dtype, experts.trained_gate_up_proj.dtype) == (torch.bfloat16, torch.float32)
+    ids = random_ids(2, 20)
+    model(ids, labels=ids).loss.backward()
+    assert experts.trained_gate_up_proj.grad.dtype == torch.float32
+    before = experts.trained_down_proj.detach().clone()
+    with torch.no_grad():
+        for _ in range(1000):
+            experts.trained_down_proj += 1e-5
+    stacked = experts.down_proj.detach()[CHOSEN[1]]
+    model(ids)
+    assert relative_error(experts.down_proj[CHOSEN[1]].float(), before + 0.01) < 2**-8
+    assert relative_error(experts.down_proj[CHOSEN[1]], stacked) > 1e-2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_and_two_passes_before_one_step(use_reentrant):
+    ids, others = random_ids(3, 20), random_ids(3, 20, seed=8)
+
+    def gradients(model):
+        (model(ids, labels=ids).loss + model(others, labels=others).loss).backward()
+        return [x.grad for x in model.parameters() if x.requires_grad]
+
+    expected, model = gradients(in_training()), in_training()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert all(relative_error(*pair) < 1e-5 for pair in zip(gradients(model), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"shared_experts": True}, "shared_experts"), ({"non_expert_modules": True}, "self_attn")],
+    ids=["shared", "no experts"],
+)
+def test_what_else_is_named_is_trained(options, part):
+    model = in_training(selection=ExpertSelection(CHOSEN, **options))
+    trained = {name for name, x in model.named_parameters() if x.requires_grad and "trained_" not in name}
+    assert any(part in name for name in trained)
+    assert all(("shared_experts" in name) == options.get("shared_experts", False) for name in trained)
+    assert not any(".experts." in name for name in trained)
+    step(model)
+
+
+def test_trainer_resumes_where_it_stopped(tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return {"input_ids": random_ids(1, 16, seed=index)[0], "labels": random_ids(1, 16, seed=index)[0]}
+
+    def train(folder, **options):
+        model = in_training()
+        arguments = TrainingArguments(
+            str(folder), max_steps=4, save_steps=2, report_to="none", learning_rate=1e-2, disable_tqdm=True
+        )
+        Trainer(model, arguments, train_dataset=Rows()).train(**options)
+        return model
+
+    whole = train(tmp_path)
+    resumed = train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, expected), (_, got) in zip(whole.named_parameters(), resumed.named_parameters()):
+        assert torch.allclose(got, expected, atol=1e-6), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4") is not None
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        ExpertSelection(CHOSEN),
+        ExpertSelection(CHOSEN, shared_experts=True),
+        ExpertSelection({2: [3]}, shared_experts=True, non_expert_modules=True),
+    ],
+    ids=["experts", "shared too", "all else too"],
+)
+@torch.no_grad()
+def test_what_was_trained_can_be_saved_alone_and_put_back(tmp_path, selection):
+    model, ids = in_training(selection=selection), random_ids(2, 20)
+    with torch.enable_grad():
+        step(model)
+    expected = model.eval()(ids).logits
+    save_experts(model, selection, tmp_path)
+    again = tiny_model()
+    assert load_experts(again, tmp_path) == selection
+    assert torch.equal(again(ids).logits, expected)
+    # DeepSeek's code names tensors from the backbone on
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    again = tiny_model()
+    load_experts(again, tmp_path)
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_the_file_is_the_one_deepseeks_code_reads(tmp_path):
+    ExpertSelection({1: [4, 2]}, shared_experts=True).save(tmp_path)
+    written = json.loads((tmp_path / "expert_cfg.json").read_text())
+    assert written == {"experts": {"1": [4, 2]}, "shared_experts": True, "non_expert_modules": False}
+    assert ExpertSelection.load(tmp_path / "expert_cfg.json") == ExpertSelection({1: [4, 2]}, shared_experts=True)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"experts": {"one": [1]}}'])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "expert_cfg.json").write_text(text)
+    with pytest.raises(ValueError, match=r'expected {"experts": {layer: \[ids\]}'):
+        ExpertSelection.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.layers.2.mlp.experts.0.up_proj.weight"), "experts.0.up_proj.weight is missing"),
+        (lambda x: x.update({"model.norm.weight": torch.ones(72)}), "model.norm.weight is one too many"),
+        (lambda x: x.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.ones(3, 4)}), r"\[3, 4\], expected"),
+    ],
+    ids=["missing", "too many", "shape"],
+)
+def test_files_that_do_not_hold_the_selection_change_nothing(tmp_path, change, message):
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    tensors = {name: x + 1 for name, x in load_file(tmp_path / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_experts(model, tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+REFUSED = {
+    "dense layer": ({0: [1]}, r"expected layers with experts \(1 to 2\), got layer 0"),
+    "expert": ({1: [12]}, r"different experts out of 0 to 11 in layer 1, got \[12\]"),
+    "twice": ({1: [3, 3]}, r"different experts out of 0 to 11 in layer 1, got \[3, 3\]"),
+}
+
+
+@pytest.mark.parametrize(("experts", "message"), REFUSED.values(), ids=REFUSED)
+def test_experts_that_are_not_there_are_refused(experts, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        train_experts(model, ExpertSelection(CHOSEN | experts))
+    assert all(x.requires_grad for x in model.parameters())
+
+
+@needs_compiler
+def test_a_model_in_another_state_is_refused():
+    with pytest.raises(ValueError, match="in training already"):
+        train_experts(in_training(), ExpertSelection(CHOSEN))
+    eager = tiny_model()
+    eager.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="expected plain experts, whole and multiplied by 'grouped_mm'"):
+        train_experts(eager, ExpertSelection(CHOSEN))
+    optimized = tiny_model()
+    optimize_for_inference(optimized)
+    with pytest.raises(ValueError, match="got KernelExperts in layer 1; merge adapters, undo optimisations"):
+        train_experts(optimized, ExpertSelection(CHOSEN))
+    with pytest.raises(TypeError, match="expected a DeepSeek-V2, got Linear"):
+        train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))
+
+
+def test_a_copy_trains_on_its_own():
+    model = in_training()
+    other = copy.deepcopy(model)
+    step(model)
+    assert isinstance(other.model.layers[1].mlp.experts, TrainedExperts)
+    expected = tiny_model().model.layers[1].mlp.experts.down_proj
+    assert torch.equal(other.state_dict()["model.layers.1.mlp.experts.down_proj"], expected)
