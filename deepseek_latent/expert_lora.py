@@ -56,11 +56,10 @@ def _is_plain(wrapper: nn.Module, name: str) -> bool:
 
 
 def _factors(wrapper: nn.Module, name: str) -> Factors:
-    """As peft keeps them: A expert by expert, B rank by rank; in the dtype of the weight, as peft applies them."""
-    dtype = getattr(wrapper.get_base_layer(), wrapper.parameter_name).dtype
+    """As peft keeps them: A expert by expert, B rank by rank."""
     a = wrapper.lora_A[name].weight.unflatten(0, (wrapper.num_experts, -1))
     b = wrapper.lora_B[name].weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1)
-    return Factors(a.to(dtype), (b * wrapper.scaling[name]).to(dtype))
+    return Factors(a, b * wrapper.scaling[name])
 
 
 def _joined(all_factors: list[Factors]) -> Factors:
@@ -69,8 +68,9 @@ def _joined(all_factors: list[Factors]) -> Factors:
     return Factors(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
 
 
-def with_adapters(product: Product, factors: dict[str, Factors]) -> Product:
-    """`product` and beside it those of the factors; what is frozen costs nothing in the backward pass."""
+def with_adapters(product: Product, factors: dict[str, Factors], dtype: torch.dtype) -> Product:
+    """`product` and beside it those of the factors in `dtype`; what is frozen costs nothing in the backward pass."""
+    factors = {name: Factors(*(x.to(dtype) for x in pair)) for name, pair in factors.items()}
 
     def multiply(x: Tensor, name: str, ends: Tensor) -> Tensor:
         y = product(x, name, ends)

@@ -119,6 +119,11 @@ class DeepseekV2Experts(nn.Module):
             output = output.index_add(0, token, result * top_k_weights[token, slot, None])
         return output.to(hidden_states.dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they are multiplied."""
+        return self.down_proj.dtype
+
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         """A `Product` of the weights as they are."""
         return grouped_product(x, getattr(self, name), ends)
@@ -200,4 +205,4 @@ class DeepseekV2MoE(nn.Module):
         experts, factors = found
         if not (factors and isinstance(experts, DeepseekV2Experts) and experts.takes_grouped_products()):
             return None
-        return partial(experts.multiplied_by, with_adapters(experts.product, factors))
+        return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))

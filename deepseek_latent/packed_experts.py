@@ -1,0 +1,199 @@
+"""Routed experts in 8 or 4 bits for training adapters: the frozen stacks, where most of a model's memory is, packed.
+
+`bitsandbytes` and torchao pack linear layers and leave stacked experts as they are; this packs the experts alone, so
+both can be had together. Adapters are peft's, in full precision, and never need the weights they stand beside.
+
+Letters: e routed experts, d model width, f width of one expert.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .hooks import has_hooks
+from .moe import DeepseekV2Experts
+
+GROUP = 64  # elements of a row that share a scale
+STACKED = ("gate_up_proj", "down_proj")
+WIDER = {2: torch.int32, 4: torch.int64}
+
+
+def normal_float() -> Tensor:
+    """The 16 values of NF4 [16]: quantiles of the normal distribution, scaled to 1, with an exact zero.
+
+    Source: QLoRA (arXiv:2305.14314) 3, with the offset of its published code.
+    """
+    positive, negative = (
+        torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8)
+    )
+    values = torch.cat((-negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
+    return (values / values.abs().max()).float()
+
+
+class Packed(NamedTuple):
+    """A stacked weight [e out in]: value = code's value times the scale of its group of the row.
+
+    codes   [e out in] int8, or [e out in/2] uint8 of two indices into NF4, the even column in the high bits
+    scales  [e out in/group]  in the dtype the weight had
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.codes.shape[-1] * (1 if self.codes.dtype == torch.int8 else 2)
+
+    def unpacked(self) -> Tensor:
+        """[.. out in], of all experts or of one."""
+        dtype = self.scales.dtype
+        if self.codes.dtype == torch.int8:
+            values = self.codes.to(dtype)
+        else:
+            nf4 = normal_float().to(dtype=dtype, device=self.codes.device)
+            # both values of every possible byte, looked up as one wider number
+            pairs = torch.cartesian_prod(nf4, nf4).view(WIDER[dtype.itemsize]).flatten()
+            values = pairs.index_select(0, self.codes.flatten().int()).view(dtype).view(*self.codes.shape[:-1], -1)
+        return (values.unflatten(-1, (self.scales.shape[-1], -1)) * self.scales[..., None]).flatten(-2)
+
+
+def pack(weight: Tensor, bits: int) -> Packed:
+    """A weight [.. out in], each group rounded to the nearest values under its greatest magnitude."""
+    group = math.gcd(weight.shape[-1], GROUP)
+    groups = weight.unflatten(-1, (-1, group)).float()
+    most = 127 if bits == 8 else 1
+    # rounded first, so that codes make up for it
+    scales = (groups.abs().amax(dim=-1) / most).to(weight.dtype)
+    scaled = groups / torch.where(scales == 0, 1, scales.float())[..., None]
+    if bits == 8:
+        return Packed(scaled.round().clamp(-127, 127).to(torch.int8).flatten(-2), scales)
+    nf4 = normal_float().to(weight.device)
+    between = (nf4[1:] + nf4[:-1]) / 2
+    high, low = torch.bucketize(scaled, between).to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
+    return Packed(high << 4 | low, scales)
+
+
+class PackedExperts(DeepseekV2Experts):
+    """Frozen experts in packed storage, unpacked one at a time where tokens meet them, and again in the backward pass.
+
+    In place of the stacked weights stand tensors of their shape without memory of their own and of a dtype that
+    multiplies nothing: peft reads shapes from them. `state_dict` has the packed storage, which no other code opens.
+    """
+
+    def pack(self, bits: int) -> None:
+        for name in STACKED:
+            packed = pack(getattr(self, name).detach(), bits)
+            for part, tensor in packed._asdict().items():
+                self.register_buffer(f"{part}_of_{name}", tensor)
+            setattr(self, name, _stand_in(getattr(self, name)))
+
+    def packed(self, name: str) -> Packed:
+        return Packed(*(getattr(self, f"{part}_of_{name}") for part in Packed._fields))
+
+    def unpack(self) -> None:
+        for name in STACKED:
+            setattr(self, name, nn.Parameter(self.packed(name).unpacked()))
+            for part in Packed._fields:
+                delattr(self, f"{part}_of_{name}")
+        self.__class__ = DeepseekV2Experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scales_of_down_proj.dtype
+
+    def takes_grouped_products(self) -> bool:
+        return not has_hooks(self)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.multiplied_by(self.product, hidden_states, top_k_index, top_k_weights)
+
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        return _PackedProduct.apply(x, *self.packed(name), ends)
+
+    def _apply(self, fn, recurse: bool = True):
+        # moving a stand-in would give it memory
+        stand_ins = {name: self._parameters.pop(name) for name in STACKED}
+        super()._apply(fn, recurse)
+        for name, parameter in stand_ins.items():
+            setattr(self, name, _stand_in(parameter, self.scales_of_down_proj.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in STACKED:
+            del destination[prefix + name]
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Grouped products by a packed weight; keeps neither rows nor unpacked weights for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scales, ends)
+        ctx.dtype = x.dtype
+        y = x.new_empty(len(x), codes.shape[1], dtype=scales.dtype)
+        for rows, weight in _met(Packed(codes, scales), ends):
+            torch.mm(x[rows].to(scales.dtype), weight.T, out=y[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        codes, scales, ends = ctx.saved_tensors
+        packed = Packed(codes, scales)
+        dx = dy.new_empty(len(dy), packed.width)
+        for rows, weight in _met(packed, ends):
+            torch.mm(dy[rows], weight, out=dx[rows])
+        return dx.to(ctx.dtype), None, None, None
+
+
+def _met(packed: Packed, ends: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of every expert that has any, and its weight [out in]."""
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            yield slice(start, end), Packed(packed.codes[expert], packed.scales[expert]).unpacked()
+        start = end
+
+
+def _stand_in(weight: Tensor, device: torch.device | None = None) -> nn.Parameter:
+    """Looks like `weight` to whoever asks for its shape."""
+    nothing = torch.zeros((), dtype=torch.uint8, device=device or weight.device)
+    return nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
+
+
+def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
+    """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with a scale per 64 elements of a row.
+
+    What remains of them is 0.52 or 0.27 of bfloat16. They are frozen from then on; adapters go on top, made before or
+    after. Save the adapters: a packed model cannot be saved so that others open it, and adapters cannot be merged into
+    one. `unpack_experts` makes stacked weights again, rounded as they were packed.
+
+    Raises ValueError for other `bits`, and for experts that are not plain or not there, before anything is changed.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"experts are packed in 8 or 4 bits, got {bits}.")
+    found = [module for module in model.modules() if isinstance(module, DeepseekV2Experts)]
+    if not found:
+        raise ValueError("expected a model with experts, and no layer of this one has any.")
+    for experts in found:
+        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
+            raise ValueError(
+                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__}; undo "
+                "optimisations, end ESFT, and load with experts_implementation='grouped_mm'."
+            )
+        if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
+            raise ValueError("experts of an odd width cannot be packed in pairs.")
+    for experts in found:
+        experts.__class__ = PackedExperts
+        experts.pack(bits)
+
+
+def unpack_experts(model: PreTrainedModel) -> None:
+    """Gives packed experts stacked weights again, as rounded; then adapters can be merged and the model saved."""
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.unpack()
