@@ -276,6 +276,9 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
         # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
         if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
             continue
+        # a quantizer's weights are its own to read
+        if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
+            continue
         if kind in (DeepseekV2Experts, DeepseekV2MLP) and type(module.act_fn) is not type(ACT2FN["silu"]):
             continue
         if weights == "int8" and kind in INT8 and not _is_tied(module, model):
