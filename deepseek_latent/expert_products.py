@@ -31,8 +31,10 @@ def routed_sum(
 ) -> Tensor:  # [m d]
     """The weighted sum of every token's experts."""
     num_tokens, k = top_k_index.shape
-    order = top_k_index.flatten().argsort(stable=True)
-    ends = torch.bincount(top_k_index.flatten(), minlength=num_experts).cumsum(0, dtype=torch.int32)
+    in_a_row, order = top_k_index.flatten().sort(stable=True)
+    # no size that depends on data, so that it compiles into one graph
+    numbers = torch.arange(num_experts, device=order.device)
+    ends = torch.searchsorted(in_a_row, numbers, right=True, out_int32=True)
     gate, up = product(hidden_states[order // k], "gate_up_proj", ends).chunk(2, dim=-1)
     rows = product(act_fn(gate) * up, "down_proj", ends)
     # back into the order of tokens, so that a token's experts are summed without atomic additions

@@ -24,12 +24,12 @@ def lora_config(
 
     With `routed_experts` also for these, at rank max(r // experts per token, 1), since as many of them act on a token.
     `lora_alpha` is 2 r unless given, and every module has the scaling lora_alpha / r. `options` are those of
-    `LoraConfig`, such as `lora_dropout` (which peft cannot apply to routed experts). peft warns that patterns of routed
-    experts did not match; they do. Without this package imported, peft leaves dense and shared MLPs out of a saved
-    adapter: merge it first.
+    `LoraConfig`, such as `lora_dropout` or `use_dora`, which peft has for linear layers alone. peft warns that patterns
+    of routed experts did not match; they do. Without this package imported, peft leaves dense and shared MLPs out of a
+    saved adapter: merge it first.
 
     Raises:
-        ValueError: for routed experts where no layer has any.
+        ValueError: for routed experts where no layer has any, or with options that peft does not have for them.
         TypeError: for what is no DeepSeek-V2.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
@@ -44,10 +44,22 @@ def lora_config(
             raise ValueError(
                 "expected a model with experts, and no layer of this one has any; leave routed_experts out."
             )
+        refused = [name for name in ("lora_dropout", "use_dora", "lora_bias") if options.get(name)]
+        initial = options.get("init_lora_weights")
+        if isinstance(initial, str) and initial != "gaussian":
+            refused.append(f"init_lora_weights={initial!r}")
+        if refused:
+            raise ValueError(
+                f"peft has {' and '.join(refused)} for linear layers alone, not for the stacked weights of routed "
+                "experts; leave it or routed_experts out."
+            )
         rank = max(r // config.num_experts_per_tok, 1)
         given["target_parameters"] = list(ROUTED_EXPERTS)
         given["rank_pattern"] = dict.fromkeys(ROUTED_EXPERTS, rank)
-        given["alpha_pattern"] = dict.fromkeys(ROUTED_EXPERTS, alpha * rank / r)
+        share = rank / r
+        # so that all have one scaling, which is lora_alpha / sqrt(r) with use_rslora
+        share = share**0.5 if options.get("use_rslora") else share
+        given["alpha_pattern"] = dict.fromkeys(ROUTED_EXPERTS, alpha * share)
     return LoraConfig(**given | options)
 
 

@@ -189,6 +189,15 @@ def test_a_mixed_batch_is_refused_in_pefts_words():
         adapted()(input_ids=random_ids(2, 9), adapter_names=["default", "__base__"])
 
 
+def test_what_peft_does_not_do_for_parameters_is_said_in_its_words():
+    with pytest.raises(ValueError, match="does not work with lora_dropout"):
+        adapted(config=lora(lora_dropout=0.1))
+    model = adapted()
+    model.add_adapter("b", lora(r=5))
+    with pytest.raises(ValueError, match=r"add_weighted_adapter does not support targeting nn\.Parameter"):
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "both", combination_type="linear")
+
+
 def test_routing_that_flips_between_forward_and_recomputation_does_not_break_checkpointing():
     """Nothing on the tape has a size that depends on how many tokens an expert got."""
     model, ids = adapted().train(), random_ids(2, 20)

@@ -96,6 +96,9 @@ def test_routed_experts_get_the_rank_that_a_token_sees_and_the_scaling_of_the_re
     # three experts per token
     assert {wrapper.r["default"] for wrapper in wrappers} == {3}
     assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")} == {2.0}
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, use_rslora=True))
+    scalings = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert all(scaling == pytest.approx(18 / 3) for scaling in scalings)
     assert not any("gate.weight" in name and "lora" in name for name, _ in model.named_parameters())
 
 
@@ -109,3 +112,7 @@ def test_what_cannot_be_adapted_is_refused():
         lora_config(tiny_model(n_routed_experts=None), routed_experts=True)
     with pytest.raises(TypeError, match="expected a DeepSeek-V2"):
         lora_config(transformers.LlamaConfig())
+    for options in ({"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
+        lora_config(tiny_model(), **options)
+        with pytest.raises(ValueError, match="for linear layers alone"):
+            lora_config(tiny_model(), routed_experts=True, **options)
