@@ -18,7 +18,7 @@ RANK_MULTIPLE = 8
 
 
 class Factors(NamedTuple):
-    """What adapters add to a stacked weight [e out in]: b a, with their scaling inside b; ranks side by side.
+    """What an adapter adds to a stacked weight [e out in]: scaling times b a.
 
     a  [e rank in]
     b  [e out rank]
@@ -26,14 +26,15 @@ class Factors(NamedTuple):
 
     a: Tensor
     b: Tensor
+    scaling: float
 
 
-def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, Factors]] | None:
+def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, list[Factors]]] | None:
     """The module inside peft's wrappers and, by parameter, what active adapters add; None if only peft can tell.
 
     Without a wrapper, or with all adapters off or merged, nothing is added.
     """
-    factors: dict[str, Factors] = {}
+    factors: dict[str, list[Factors]] = {}
     while (type(experts).__module__, type(experts).__name__) == ("peft.tuners.lora.layer", "ParamWrapper"):
         # peft unmerges on the next call where an adapter is both merged and disabled, and hooks carry mixed batches
         if has_hooks(experts) or (experts.merged and experts.disable_adapters):
@@ -43,7 +44,7 @@ def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, Factors]] | None
             if not all(_is_plain(experts, name) for name in active):
                 return None
             if active:
-                factors[experts.parameter_name] = _joined([_factors(experts, name) for name in active])
+                factors[experts.parameter_name] = [_factors(experts, name) for name in active]
         experts = experts.base_layer
     return experts, factors
 
@@ -59,23 +60,34 @@ def _factors(wrapper: nn.Module, name: str) -> Factors:
     """As peft keeps them: A expert by expert, B rank by rank."""
     a = wrapper.lora_A[name].weight.unflatten(0, (wrapper.num_experts, -1))
     b = wrapper.lora_B[name].weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1)
-    return Factors(a, b * wrapper.scaling[name])
+    return Factors(a, b, wrapper.scaling[name])
 
 
-def _joined(all_factors: list[Factors]) -> Factors:
-    a, b = (torch.cat(parts, dim=dim) for parts, dim in zip(zip(*all_factors), (1, 2)))
-    missing = -a.shape[1] % RANK_MULTIPLE
-    return Factors(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
-
-
-def with_adapters(product: Product, factors: dict[str, Factors], dtype: torch.dtype) -> Product:
+def with_adapters(product: Product, factors: dict[str, list[Factors]], dtype: torch.dtype) -> Product:
     """`product` and beside it those of the factors in `dtype`; what is frozen costs nothing in the backward pass."""
-    factors = {name: Factors(*(x.to(dtype) for x in pair)) for name, pair in factors.items()}
 
     def multiply(x: Tensor, name: str, ends: Tensor) -> Tensor:
         y = product(x, name, ends)
         if name not in factors:
             return y
-        return y + grouped_product(grouped_product(x, factors[name].a, ends), factors[name].b, ends)
+        # with fewer rows than experts, most factors meet none
+        add = _added_row_by_row if len(x) < len(ends) else _added_by_groups
+        return y + add(x.to(dtype), factors[name], ends)
 
     return multiply
+
+
+def _added_by_groups(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Tensor:
+    a = torch.cat([one.a for one in all_factors], dim=1)
+    b = torch.cat([one.b * one.scaling for one in all_factors], dim=2)
+    missing = -a.shape[1] % RANK_MULTIPLE
+    a, b = F.pad(a, (0, 0, 0, missing)).to(x.dtype), F.pad(b, (0, missing)).to(x.dtype)
+    return grouped_product(grouped_product(x, a, ends), b, ends)
+
+
+def _added_row_by_row(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Tensor:
+    """In the factors' own dtype: what is gathered is small."""
+    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    rows = x[..., None].to(all_factors[0].a.dtype)
+    added = [torch.bmm(b[expert], torch.bmm(a[expert], rows)) * scaling for a, b, scaling in all_factors]
+    return sum(added)[..., 0].to(x.dtype)

@@ -112,8 +112,8 @@ def test_factors_are_those_whose_product_peft_adds():
     _, factors = unwrapped(wrapper)
     for layer in (wrapper, wrapper.base_layer):
         assert isinstance(layer, ParamWrapper)
-        a, b = factors[layer.parameter_name]
-        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+        [(a, b, scaling)] = factors[layer.parameter_name]
+        torch.testing.assert_close(b @ a * scaling, layer.get_delta_weight("default"))
 
 
 @torch.no_grad()

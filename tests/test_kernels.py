@@ -67,6 +67,19 @@ def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m,
     assert_within_rounding(operators.linear(x, weight, scales), exact, yardstick)
 
 
+# one row, experts without any, few and many at once, more than are multiplied at once
+@DTYPES
+@pytest.mark.parametrize("counts", [(0, 1, 0), (2, 0, 6), (1, 33, 9), (0, 600, 3)], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(7, 5), (40, 37), (33, 300)])
+def test_grouped_products_are_those_of_each_expert(dtype, counts, n, k, operators):
+    x, weight = noise(sum(counts), k).to(dtype), noise(3, n, k, seed=1).to(dtype)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    pairs = list(zip(x.split(counts), weight))
+    exact = torch.cat([rows.double() @ one.double().T for rows, one in pairs])
+    yardstick = torch.cat([summed_in_order(*pair) for pair in pairs])
+    assert_within_rounding(operators.grouped(x, weight, ends), exact, yardstick)
+
+
 @DTYPES
 @pytest.mark.parametrize("m", [1, 2, 5, 60])
 @pytest.mark.parametrize(("d", "f"), [(5, 7), (40, 33), (72, 32), (9, 1100)])
@@ -276,6 +289,7 @@ def test_what_operators_promise_torch_compile_is_kept(operators):
     shares, chosen = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long)
     calls = [
         (operators.linear, (x, weight)),
+        (operators.grouped, (x, noise(2, 5, 16).bfloat16(), torch.tensor([1, 3], dtype=torch.int32))),
         (operators.rms_norm, (x, weight[0], 1e-6)),
         (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), chosen, shares, [], [], [])),
         (operators.mlp, (x, [weight, weight, weight.T.contiguous()], [])),

@@ -51,6 +51,7 @@ def load_operators() -> str:
     """
     torch.ops.load_library(_built())
     torch.library.register_fake("deepseek_latent::linear", _linear)
+    torch.library.register_fake("deepseek_latent::grouped", _grouped)
     for name in ("experts", "mlp", "rms_norm", "rotate", "attend"):
         torch.library.register_fake(f"deepseek_latent::{name}", _like_the_first)
     torch.library.register_fake("deepseek_latent::absorb", _absorb)
@@ -102,6 +103,10 @@ def _digest(compiler: str) -> str:
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 def _like_the_first(x: Tensor, *rest) -> Tensor:

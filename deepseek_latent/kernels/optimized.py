@@ -65,6 +65,12 @@ class KernelExperts(DeepseekV2Experts):
         takes_both = _takes(x, gate_up) and _takes(x, down)
         return (gate_up, down) if takes_both and not has_hooks(self.act_fn) else None
 
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        weight = getattr(self, name)
+        if not _takes(x, weight):
+            return super().product(x, name, ends)
+        return operators.grouped(x.contiguous(), weight, ends)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         stored = self.stored(hidden_states)
         if stored is None:

@@ -33,7 +33,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
     with_floats(y, [&](auto* to) {
       using T = std::remove_pointer_t<decltype(rows)>;
       using Result = std::remove_pointer_t<decltype(to)>;
-      if (x.size(0) <= FEW) return multiply_few<T, Result>({{rows, factors, n, &inputs[0], to}});
+      if (x.size(0) <= FEW) return multiply_all<T, Result>({{rows, factors, n, &inputs[0], to}});
       const int64_t blocks = ceil_div(n, ROWS);
       share(inputs.size() * blocks, 1, 1, [&](int64_t unit, int64_t) {
         alignas(64) float sums[ROWS * MANY];
@@ -41,6 +41,42 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
         multiply(rows + first * k, count, k, inputs[chunk], sums);
         write_rows(sums, count, inputs[chunk].m, factors, to + chunk * MANY * n, n, first);
       });
+    });
+  });
+  return y;
+}
+
+// rows x [m k] in the order of experts, of which each one's end before ends [e] int32, times their weights [e n k]: [m n]
+// in the dtype of x
+at::Tensor grouped(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& ends) {
+  const int64_t n = weight.size(1), k = weight.size(2);
+  check_product(x, weight, k);
+  TORCH_CHECK_VALUE(
+      ends.scalar_type() == at::kInt && ends.is_contiguous() && ends.numel() == weight.size(0),
+      "expected int32 ends of all experts.");
+  std::vector<Inputs> inputs;
+  std::vector<std::pair<int64_t, int64_t>> of;  // expert, first row
+  for (int64_t expert = 0, row = 0; expert < ends.numel(); expert++)
+    for (const int64_t end = std::min<int64_t>(ends.const_data_ptr<int32_t>()[expert], x.size(0)); row < end;) {
+      of.emplace_back(expert, row);
+      inputs.emplace_back(std::min(MANY, end - row), k, is_bfloat16(weight));
+      row += inputs.back().m;
+    }
+  at::Tensor y = at::empty({x.size(0), n}, x.options());
+  with_floats(x, [&](auto* data) {
+    share(inputs.size(), 1, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        inputs[i].put([&](int64_t row) { return data + (of[i].second + row) * x.stride(0); });
+    });
+  });
+  with_floats(weight, [&](auto* rows) {
+    with_floats(y, [&](auto* to) {
+      using T = std::remove_pointer_t<decltype(rows)>;
+      using Result = std::remove_pointer_t<decltype(to)>;
+      std::vector<Product<T, Result>> products;
+      for (size_t i = 0; i < of.size(); i++)
+        products.push_back({rows + of[i].first * n * k, nullptr, n, &inputs[i], to + of[i].second * n});
+      multiply_all(products);
     });
   });
   return y;
@@ -68,10 +104,12 @@ std::string instructions() {
 
 TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? scales=None) -> Tensor");
+  library.def("grouped(Tensor x, Tensor weight, Tensor ends) -> Tensor");
   library.def("instructions() -> str", latent::instructions);
   library.def("has_bfloat16_products() -> bool", latent::has_bfloat16_products);
 }
 
 TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) {
+  library.impl("grouped", latent::grouped);
   library.impl("linear", latent::linear);
 }

@@ -182,13 +182,13 @@ struct Product {
   Y* to;
 };
 
-// few tokens times one weight after the other, in one pass
+// tokens times one weight after the other, in one pass
 template <class T, class Y>
-void multiply_few(std::initializer_list<Product<T, Y>> products) {
-  int64_t units = 0, most = 1;
+void multiply_all(const std::vector<Product<T, Y>>& products) {
+  int64_t units = 0, most = rows_at_once(1) / SOME_ROWS;
   for (const auto& product : products) {
     units += ceil_div(product.n, SOME_ROWS);
-    most = rows_at_once(product.x->m) / SOME_ROWS;
+    most = std::min(most, rows_at_once(product.x->m) / SOME_ROWS);
   }
   share(units, 1, most, [&](int64_t begin, int64_t end) {
     alignas(64) float sums[ROWS * MANY];

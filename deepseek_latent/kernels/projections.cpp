@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor> project(
     with_floats(queries, [&](auto* query) {
       using Result = std::remove_pointer_t<decltype(query)>;
       Result* row = static_cast<Result*>(rows.mutable_data_ptr());
-      multiply_few<T, Result>(
+      multiply_all<T, Result>(
           {{weight, scales_of(q_scales), q.size(0), &for_q[0], query},
            {static_cast<const T*>(kv_a.const_data_ptr()), scales_of(kv_a_scales), c + r, &for_kv[0], row}});
       for (int64_t token = 0; token < m; token++, row += c + r) {
