@@ -2,7 +2,7 @@ MODEL ?= examples/pydoc-tiny
 PROMPT ?= The import statement
 PYTHON ?= python3
 
-.PHONY: demo test test-slow test-oldest check bench clean
+.PHONY: demo test test-slow test-tools test-oldest check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -16,6 +16,13 @@ PYTHON ?= python3
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
+.venv-tools/installed: pyproject.toml constraints.txt
+	@echo "making .venv-tools from constraints.txt: a few minutes, once"
+	@$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-tools/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,train,tools]"
+	touch $@
+
 demo: .venv/installed  ## a trained DeepSeek-V2 writes text from a cache of latents (MODEL=folder or hub id)
 	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)" --temperature 0.7 --top-p 0.9 --seed 1
 
@@ -24,6 +31,9 @@ test: .venv/installed  ## the suite, at most 12 minutes on two cores
 
 test-slow: .venv/installed  ## what takes longer: compilation with inductor, training, several processes
 	.venv/bin/python -m pytest -m slow
+
+test-tools: .venv-tools/installed  ## with bitsandbytes, torchao and TRL, which every process that imports peft would load
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/test_quantised_linears.py tests/test_finetuning_examples.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -m "not slow"
@@ -37,5 +47,10 @@ bench: .venv/installed  ## time and memory against context and prompts, against 
 	.venv/bin/python -m benchmarks.decode --out benchmarks/results/decode.json
 	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 
+finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and keep of the old (20 minutes)
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[train]"
+	.venv/bin/python examples/finetune_lora.py
+	.venv/bin/python examples/finetune_esft.py
+
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-tools .venv-oldest

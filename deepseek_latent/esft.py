@@ -101,7 +101,7 @@ class TrainedExperts(DeepseekV2Experts):
         for name in STACKED:
             stacked = getattr(self, name)
             self.register_parameter(f"trained_{name}", nn.Parameter(stacked.detach()[self.trained].float()))
-        self.written: tuple[int, ...] | None = None
+        self.written = self.versions()
 
     def finish(self) -> None:
         self.write()
@@ -111,19 +111,20 @@ class TrainedExperts(DeepseekV2Experts):
         self.__class__ = DeepseekV2Experts
 
     def write(self) -> None:
-        """Puts the trained experts into the stacked weights, if they may have changed."""
-        slots = [getattr(self, f"trained_{name}") for name in STACKED]
-        versions = tuple(slot._version for slot in slots)
-        # some optimisers write through .data, which counts no version
-        if versions == self.written and not (self.training or torch.is_grad_enabled()):
-            return
-        for name, slot in zip(STACKED, slots):
+        """Puts the trained experts into the stacked weights."""
+        for name in STACKED:
+            # not seen by autograd, which would find the weight changed between two passes and their gradients
             stacked = getattr(self, name).data
-            stacked[self.trained] = slot.detach().to(stacked.dtype)
-        self.written = versions
+            stacked[self.trained] = getattr(self, f"trained_{name}").detach().to(stacked.dtype)
+        self.written = self.versions()
+
+    def versions(self) -> list[int]:
+        return [getattr(self, f"trained_{name}")._version for name in STACKED]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.write()
+        # some optimisers write through .data, which counts no version
+        if self.training or torch.is_grad_enabled() or self.written != self.versions():
+            self.write()
         routed = (hidden_states, top_k_index, top_k_weights)
         return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .expert_products import grouped_product
 from .hooks import has_hooks
 from .moe import DeepseekV2Experts
 
 GROUP = 64  # elements of a row that share a scale
 STACKED = ("gate_up_proj", "down_proj")
+AT_ONCE = 4  # experts that are unpacked together
 WIDER = {2: torch.int32, 4: torch.int64}
 
 
@@ -49,16 +51,16 @@ class Packed(NamedTuple):
         return self.codes.shape[-1] * (1 if self.codes.dtype == torch.int8 else 2)
 
     def unpacked(self) -> Tensor:
-        """[.. out in], of all experts or of one."""
-        dtype = self.scales.dtype
+        """[.. out in], of all experts or of some."""
+        dtype, in_groups = self.scales.dtype, (*self.codes.shape[:-1], self.scales.shape[-1], -1)
         if self.codes.dtype == torch.int8:
             values = self.codes.to(dtype)
         else:
             nf4 = normal_float().to(dtype=dtype, device=self.codes.device)
             # both values of every possible byte, looked up as one wider number
             pairs = torch.cartesian_prod(nf4, nf4).view(WIDER[dtype.itemsize]).flatten()
-            values = pairs.index_select(0, self.codes.flatten().int()).view(dtype).view(*self.codes.shape[:-1], -1)
-        return (values.unflatten(-1, (self.scales.shape[-1], -1)) * self.scales[..., None]).flatten(-2)
+            values = pairs.index_select(0, self.codes.flatten().int()).view(dtype)
+        return values.view(in_groups).mul_(self.scales[..., None]).flatten(-2)
 
 
 def pack(weight: Tensor, bits: int) -> Packed:
@@ -78,7 +80,7 @@ def pack(weight: Tensor, bits: int) -> Packed:
 
 
 class PackedExperts(DeepseekV2Experts):
-    """Frozen experts in packed storage, unpacked one at a time where tokens meet them, and again in the backward pass.
+    """Frozen experts in packed storage, a few unpacked at a time where tokens meet them, in the backward pass again.
 
     In place of the stacked weights stand tensors of their shape without memory of their own and of a dtype that
     multiplies nothing: peft reads shapes from them. `state_dict` has the packed storage, which no other code opens.
@@ -136,8 +138,8 @@ class _PackedProduct(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, ends)
         ctx.dtype = x.dtype
         y = x.new_empty(len(x), codes.shape[1], dtype=scales.dtype)
-        for rows, weight in _met(Packed(codes, scales), ends):
-            torch.mm(x[rows].to(scales.dtype), weight.T, out=y[rows])
+        for rows, weight, ends_of_some in _met(Packed(codes, scales), ends):
+            y[rows] = grouped_product(x[rows], weight, ends_of_some)
         return y
 
     @staticmethod
@@ -145,17 +147,21 @@ class _PackedProduct(torch.autograd.Function):
         codes, scales, ends = ctx.saved_tensors
         packed = Packed(codes, scales)
         dx = dy.new_empty(len(dy), packed.width)
-        for rows, weight in _met(packed, ends):
-            torch.mm(dy[rows], weight, out=dx[rows])
+        for rows, weight, ends_of_some in _met(packed, ends):
+            dx[rows] = grouped_product(dy[rows], weight.transpose(1, 2), ends_of_some)
         return dx.to(ctx.dtype), None, None, None
 
 
-def _met(packed: Packed, ends: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of every expert that has any, and its weight [out in]."""
+def _met(packed: Packed, ends: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of experts that have rows, some at a time: their rows, weights [some out in], and where each one's rows end."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    present = [expert for expert, count in enumerate(counts) if count]
     start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            yield slice(start, end), Packed(packed.codes[expert], packed.scales[expert]).unpacked()
+    for some in (present[i : i + AT_ONCE] for i in range(0, len(present), AT_ONCE)):
+        end = start + sum(counts[expert] for expert in some)
+        # of neighbours nothing is copied
+        some = slice(some[0], some[-1] + 1) if some[-1] - some[0] < len(some) else some
+        yield slice(start, end), Packed(packed.codes[some], packed.scales[some]).unpacked(), ends[some] - start
         start = end
 
 

@@ -41,4 +41,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    compare(VARIANTS, read_options(__doc__, learning_rate=1e-3))
+    compare(VARIANTS, read_options(__doc__, learning_rate=3e-3))

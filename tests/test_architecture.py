@@ -64,7 +64,7 @@ ARROWS = {
         "tool_runner",
     },
     "expert_activity": {"conversion", "esft", "router_statistics"},
-    "packed_experts": {"hooks", "moe"},
+    "packed_experts": {"expert_products", "hooks", "moe"},
     "esft": {"expert_products", "modeling_deepseek_v2", "moe", "router_statistics"},
     "router_statistics": {"balance", "modeling_deepseek_v2", "moe"},
     "kernels": {"balance", "hooks", "latent_attention", "latent_format", "latent_ops", "moe"},

@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -149,6 +150,20 @@ def test_files_are_pefts_and_open_on_transformers_own_class(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(loaded.eval()(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_can_be_loaded_without_memory_and_put_in_place_of_another(tmp_path, counted):
+    first, ids = adapted(), random_ids(2, 20)
+    torch.manual_seed(9)
+    second = get_peft_model(tiny_model(), lora()).eval()
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", low_cpu_mem_usage=True).eval()
+    assert torch.equal(model(ids).logits, first(ids).logits)
+    hotswap_adapter(model, str(tmp_path / "second"), adapter_name="default")
+    assert torch.equal(model(ids).logits, second(ids).logits)
+    assert relative_error(first(ids).logits, second(ids).logits) > 1e-2
 
 
 @torch.no_grad()
