@@ -7,7 +7,7 @@ Letters: e routed experts of a layer, n trained ones, d model width, f width of 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .expert_products import grouped_product
-from .modeling_deepseek_v2 import DeepseekV2Model
+from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel
 from .moe import DeepseekV2Experts, DeepseekV2MoE
 from .router_statistics import Activity
 
 FILE = "expert_cfg.json"
+# of the paper, by how experts are scored
+THRESHOLDS = {"token": 0.2, "gate": 0.1}
 STACKED = ("gate_up_proj", "down_proj")
 
 
@@ -35,6 +37,11 @@ class ExpertSelection:
     shared_experts: bool = False
     non_expert_modules: bool = False
 
+    def __post_init__(self):
+        # layers may come as JSON has them, numbers as torch and numpy have them
+        experts = {int(layer): [int(expert) for expert in chosen] for layer, chosen in self.experts.items()}
+        object.__setattr__(self, "experts", experts)
+
     @classmethod
     def load(cls, path: str | Path) -> "ExpertSelection":
         """From an expert_cfg.json, or the folder it lies in; ValueError for anything else."""
@@ -42,8 +49,8 @@ class ExpertSelection:
         path = path / FILE if path.is_dir() else path
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
-            experts = {int(layer): [*map(int, chosen)] for layer, chosen in given["experts"].items()}
-            return cls(experts, bool(given["shared_experts"]), bool(given["non_expert_modules"]))
+            rest = (bool(given.get(name, False)) for name in ("shared_experts", "non_expert_modules"))
+            return cls(given["experts"], *rest)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
@@ -71,8 +78,10 @@ def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float
 def select_experts(scores: Mapping[int, Sequence[float]], threshold: float) -> dict[int, list[int]]:
     """Of each layer the best experts, best first, until their scores add up to `threshold`.
 
-    The paper takes 0.2 of token scores and 0.1 of gate scores. Source: paper 3.3.
+    `THRESHOLDS` has those of the paper. Source: paper 3.3.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
     chosen: dict[int, list[int]] = {}
     for layer, of_layer in scores.items():
         chosen[layer], total = [], 0.0
@@ -101,13 +110,13 @@ class TrainedExperts(DeepseekV2Experts):
         for name in STACKED:
             stacked = getattr(self, name)
             self.register_parameter(f"trained_{name}", nn.Parameter(stacked.detach()[self.trained].float()))
-        self.written = self.versions()
+        self.write()
 
     def finish(self) -> None:
         self.write()
         for name in STACKED:
             delattr(self, f"trained_{name}")
-        del self.trained, self.written
+        del self.trained, self.written, self.may_change
         self.__class__ = DeepseekV2Experts
 
     def write(self) -> None:
@@ -117,16 +126,27 @@ class TrainedExperts(DeepseekV2Experts):
             stacked = getattr(self, name).data
             stacked[self.trained] = getattr(self, f"trained_{name}").detach().to(stacked.dtype)
         self.written = self.versions()
+        # a step may follow, and fused optimisers count no version
+        self.may_change = self.training or torch.is_grad_enabled()
 
     def versions(self) -> list[int]:
         return [getattr(self, f"trained_{name}")._version for name in STACKED]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        # some optimisers write through .data, which counts no version
-        if self.training or torch.is_grad_enabled() or self.written != self.versions():
+        if nn.utils.parametrize.is_parametrized(self):
+            raise ValueError("experts in training by ESFT take no adapters; end it before, with merge_experts(model).")
+        if self.training or torch.is_grad_enabled() or self.may_change or self.written != self.versions():
             self.write()
         routed = (hidden_states, top_k_index, top_k_weights)
         return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
+
+    def takes_grouped_products(self) -> bool:
+        # with adapters beside them, the trained ones would get no gradient
+        return False
+
+    def train(self, mode: bool = True):
+        self.may_change = True
+        return super().train(mode)
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         return _ProductWithTrained.apply(x, getattr(self, f"trained_{name}"), getattr(self, name), ends, self.trained)
@@ -142,8 +162,22 @@ class TrainedExperts(DeepseekV2Experts):
         for name in STACKED:
             if f"{prefix}trained_{name}" in missing_keys:
                 missing_keys.remove(f"{prefix}trained_{name}")
-            with torch.no_grad():
-                getattr(self, f"trained_{name}").copy_(getattr(self, name)[self.trained])
+            # where other weights come alone, these keep what 16 bits would round
+            if prefix + name in state_dict:
+                with torch.no_grad():
+                    getattr(self, f"trained_{name}").copy_(getattr(self, name)[self.trained])
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves the trained experts along, and leaves them in float32."""
+        slots = {f"trained_{name}": self._parameters.pop(f"trained_{name}") for name in STACKED}
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for name, slot in slots.items():
+                slot.data = slot.data.to(self.gate_up_proj.device)
+                if slot.grad is not None:
+                    slot.grad.data = slot.grad.data.to(slot.device)
+                self.register_parameter(name, slot)
 
 
 class _ProductWithTrained(torch.autograd.Function):
@@ -159,10 +193,14 @@ class _ProductWithTrained(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, ends = ctx.saved_tensors
-        bounds = [0, *ends.tolist()]
-        rows = [slice(bounds[expert], bounds[expert + 1]) for expert in ctx.trained]
-        of_trained = torch.stack([dy[of_one].T @ x[of_one] for of_one in rows]).float()
-        return grouped_product(dy, weight.transpose(1, 2), ends), of_trained, None, None, None
+        dx = of_trained = None
+        if ctx.needs_input_grad[0]:
+            dx = grouped_product(dy, weight.transpose(1, 2), ends)
+        if ctx.needs_input_grad[1]:
+            bounds = [0, *ends.tolist()]
+            rows = [slice(bounds[expert], bounds[expert + 1]) for expert in ctx.trained]
+            of_trained = torch.stack([dy[of_one].T @ x[of_one] for of_one in rows]).float()
+        return dx, of_trained, None, None, None
 
 
 def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
@@ -171,16 +209,29 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
     Then train as ever. Nothing has to be merged: saving gives a checkpoint in the official layout at any time,
     `save_experts` what was trained alone, and `merge_experts` ends it.
 
-    Raises ValueError, before anything is changed, where layers or experts are not there, or experts are wrapped,
-    quantised, sharded, or not multiplied by "grouped_mm".
+    Raises:
+        ValueError: before anything is changed, where nothing is selected, layers or experts are not there, or experts
+            are wrapped, packed, sharded, in training already, or not multiplied by "grouped_mm".
+        TypeError: for what is no DeepSeek-V2, or one that peft has wrapped.
     """
     layers = _moe_layers(model)
     _check(selection, layers)
-    model.requires_grad_(selection.non_expert_modules)
+    if not (any(selection.experts.values()) or selection.shared_experts or selection.non_expert_modules):
+        raise ValueError("expected something to train, got a selection of nothing.")
     for layer, moe in layers.items():
-        moe.experts.requires_grad_(False)
+        experts = moe.experts
+        if type(experts) is TrainedExperts:
+            raise ValueError("the experts of this model are in training already; end that with merge_experts(model).")
+        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
+            raise ValueError(
+                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__} in layer "
+                f"{layer}; merge adapters, unpack, undo optimisations, load with experts_implementation='grouped_mm'."
+            )
+    _take_gradients(model, selection.non_expert_modules)
+    for layer, moe in layers.items():
+        _take_gradients(moe.experts, False)
         if moe.shared_experts is not None:
-            moe.shared_experts.requires_grad_(selection.shared_experts)
+            _take_gradients(moe.shared_experts, selection.shared_experts)
         if selection.experts.get(layer):
             moe.experts.__class__ = TrainedExperts
             moe.experts.start(selection.experts[layer])
@@ -191,15 +242,29 @@ def merge_experts(model: PreTrainedModel) -> None:
     for moe in _moe_layers(model).values():
         if isinstance(moe.experts, TrainedExperts):
             moe.experts.finish()
-    model.requires_grad_(True)
+    _take_gradients(model, True)
+
+
+def _take_gradients(module: nn.Module, wanted: bool) -> None:
+    for parameter in module.parameters():
+        # packed weights are integers
+        if parameter.is_floating_point():
+            parameter.requires_grad_(wanted)
 
 
 def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str | Path) -> None:
     """Writes what was trained, by its names in checkpoints, and expert_cfg.json: DeepSeek's ESFT adapters.
 
     `model` may be in training or merged; `load_experts` and DeepSeek's own code put it back on the model it came from.
+    Raises ValueError for a folder that holds a checkpoint.
     """
     folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(f"expected a folder for the trained experts alone, got {folder}, which holds a checkpoint.")
+    layers = _moe_layers(model)
+    _check(selection, layers)
+    # DeepSeek's code asks for every layer
+    selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone() for name, tensor in _selected(model, selection).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -213,8 +278,15 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
     other shapes than the model.
     """
     folder = Path(folder)
-    selection = ExpertSelection.load(folder)
-    _check(selection, _moe_layers(model))
+    selection, layers = ExpertSelection.load(folder), _moe_layers(model)
+    _check(selection, layers)
+    for moe in layers.values():
+        is_stored = isinstance(moe.experts, DeepseekV2Experts) and moe.experts.down_proj.is_contiguous()
+        if not is_stored or isinstance(moe.experts, TrainedExperts):
+            raise ValueError(
+                f"expected experts that hold their weights, got {type(moe.experts).__name__}; load the model anew, end "
+                "training with merge_experts(model), or merge its adapters."
+            )
     places = _selected(model, selection)
     came = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -255,23 +327,19 @@ def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, T
 
 
 def _moe_layers(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
-    backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
+    backbone = getattr(model, "model", model) if isinstance(model, DeepseekV2PreTrainedModel) else None
     if backbone is None:
-        raise TypeError(f"expected a DeepSeek-V2, got {type(model).__name__}.")
-    return {i: layer.mlp for i, layer in enumerate(backbone.layers) if isinstance(layer.mlp, DeepseekV2MoE)}
+        raise TypeError(f"expected a DeepSeek-V2 without adapters around it, got {type(model).__name__}.")
+    layers = {i: layer.mlp for i, layer in enumerate(backbone.layers) if isinstance(layer.mlp, DeepseekV2MoE)}
+    if not layers:
+        raise ValueError("expected a model with experts, and no layer of this one has any.")
+    return layers
 
 
 def _check(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE]) -> None:
     for layer, chosen in selection.experts.items():
         if layer not in layers:
             raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
-        experts, last = layers[layer].experts, len(layers[layer].gate.weight) - 1
+        last = len(layers[layer].gate.weight) - 1
         if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
             raise ValueError(f"expected different experts out of 0 to {last} in layer {layer}, got {[*chosen]}.")
-        if type(experts) is TrainedExperts:
-            raise ValueError("the experts of this model are in training already; end that with merge_experts(model).")
-        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
-            raise ValueError(
-                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__} in layer "
-                f"{layer}; merge adapters, undo optimisations, and load with experts_implementation='grouped_mm'."
-            )

@@ -16,7 +16,7 @@ from .conversion.calibration import text_of, tokenized
 from .conversion.checkpoint import checkpoint_tensors, read_config
 from .conversion.size import RoutedSize, routed_size
 from .conversion.source import source_folder
-from .esft import ExpertSelection, expert_scores, select_experts
+from .esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 from .router_statistics import Activity, activity_of
 
 
@@ -34,7 +34,7 @@ def add_command(commands) -> None:
     parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
     parser.add_argument("--by", choices=("token", "gate"), default="token", help="how --esft scores (default: token)")
     parser.add_argument(
-        "--threshold", type=float, default=0.2, metavar="P", help="where a layer's scores stop adding up (default: 0.2)"
+        "--threshold", type=float, metavar="P", help="where a layer's scores stop adding up (default: 0.2; by gate 0.1)"
     )
     parser.add_argument("--json", action="store_true", help="all figures as JSON")
     parser.set_defaults(action=_experts)
@@ -44,6 +44,7 @@ def _experts(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
     disable_progress_bar()
     config, place = read_config(arguments.model), source_folder(arguments.model)
+    threshold = THRESHOLDS[arguments.by] if arguments.threshold is None else arguments.threshold
     # a missing package or folder is said before any work
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
@@ -55,7 +56,7 @@ def _experts(arguments: argparse.Namespace) -> int:
     first, *others = [activity_of(model, tokenized(place, text_of(file))) for file in texts]
     size = routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
-        chosen = select_experts(expert_scores(first, arguments.by), arguments.threshold)
+        chosen = select_experts(expert_scores(first, arguments.by), threshold)
         ExpertSelection(chosen).save(arguments.esft)
     if arguments.plot:
         plot(first, *others, names=[file.name for file in texts])

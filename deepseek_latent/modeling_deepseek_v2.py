@@ -135,7 +135,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
-        dropping = token_dropping(self.config, attention_mask, inputs_embeds) if self.training else None
+        # generation in training mode is no training
+        is_training = self.training and torch.is_grad_enabled()
+        dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
         if kwargs.get("cache") is not None:
             # continuous batching packs requests into one row and gives their positions
             past_key_values = PagedLatents(self.config.cached_width, kwargs)

@@ -18,7 +18,7 @@ from .expert_products import grouped_product
 from .hooks import has_hooks
 from .moe import DeepseekV2Experts
 
-GROUP = 64  # elements of a row that share a scale
+GROUP = 64  # elements of a row that share a scale, or as many of these as divide its width
 STACKED = ("gate_up_proj", "down_proj")
 AT_ONCE = 4  # experts that are unpacked together
 WIDER = {2: torch.int32, 4: torch.int64}
@@ -98,7 +98,7 @@ class PackedExperts(DeepseekV2Experts):
 
     def unpack(self) -> None:
         for name in STACKED:
-            setattr(self, name, nn.Parameter(self.packed(name).unpacked()))
+            setattr(self, name, nn.Parameter(self.packed(name).unpacked(), requires_grad=False))
             for part in Packed._fields:
                 delattr(self, f"{part}_of_{name}")
         self.__class__ = DeepseekV2Experts
@@ -111,6 +111,11 @@ class PackedExperts(DeepseekV2Experts):
         return not has_hooks(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if nn.utils.parametrize.is_parametrized(self):
+            raise ValueError(
+                "packed experts take adapters beside their products alone, which hooks on experts prevent; remove the "
+                "hooks, or unpack_experts(model)."
+            )
         return self.multiplied_by(self.product, hidden_states, top_k_index, top_k_weights)
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
@@ -119,15 +124,20 @@ class PackedExperts(DeepseekV2Experts):
     def _apply(self, fn, recurse: bool = True):
         # moving a stand-in would give it memory
         stand_ins = {name: self._parameters.pop(name) for name in STACKED}
-        super()._apply(fn, recurse)
-        for name, parameter in stand_ins.items():
-            setattr(self, name, _stand_in(parameter, self.scales_of_down_proj.device))
-        return self
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for name, parameter in stand_ins.items():
+                setattr(self, name, _stand_in(parameter, self.scales_of_down_proj.device))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in STACKED:
             del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        missing_keys[:] = [key for key in missing_keys if key not in {prefix + name for name in STACKED}]
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -145,6 +155,8 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         codes, scales, ends = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
         packed = Packed(codes, scales)
         dx = dy.new_empty(len(dy), packed.width)
         for rows, weight, ends_of_some in _met(packed, ends):
@@ -174,9 +186,10 @@ def _stand_in(weight: Tensor, device: torch.device | None = None) -> nn.Paramete
 def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
     """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with a scale per 64 elements of a row.
 
-    What remains of them is 0.52 or 0.27 of bfloat16. They are frozen from then on; adapters go on top, made before or
-    after. Save the adapters: a packed model cannot be saved so that others open it, and adapters cannot be merged into
-    one. `unpack_experts` makes stacked weights again, rounded as they were packed.
+    What remains of them is 0.52 or 0.27 of bfloat16; more where 64 does not divide their widths. They are frozen from
+    then on; adapters go on top, made before or after. Save the adapters: a packed model cannot be saved so that others
+    open it, and adapters cannot be merged into one. `unpack_experts` makes stacked weights again, rounded as they were
+    packed.
 
     Raises ValueError for other `bits`, and for experts that are not plain or not there, before anything is changed.
     """

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from .balance import present_tokens
 from .modeling_deepseek_v2 import DeepseekV2Model
-from .moe import DeepseekV2MoEGate
+from .moe import DeepseekV2MoE
 
 if TYPE_CHECKING:  # half a second to import
     from transformers import Trainer
@@ -37,20 +37,21 @@ class RouterCounts:
     """
 
     def __init__(self, model: nn.Module):
-        gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, DeepseekV2MoEGate)}
+        self._backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
+        layers = [] if self._backbone is None else enumerate(self._backbone.layers)
+        # whatever peft has put around a gate is called in its place
+        gates = {i: layer.mlp.gate for i, layer in layers if isinstance(layer.mlp, DeepseekV2MoE)}
         if not gates:
             raise ValueError("expected a model with experts, and no layer of this one has any.")
-        self.layers = [int(name.split("layers.")[-1].split(".")[0]) for name in gates]
-        self._gates = list(gates.values())
-        self._backbone = next(module for module in model.modules() if isinstance(module, DeepseekV2Model))
+        self.layers, self._gates = list(gates), list(gates.values())
         config = self._backbone.config
         e, groups, self.num_experts_per_tok = config.n_routed_experts, config.n_group, config.num_experts_per_tok
-        gate = self._gates[0]
-        self.gate_scaling = 1.0 if gate.is_normalised else gate.routed_scaling_factor
+        is_normalised = config.norm_topk_prob and self.num_experts_per_tok > 1
+        self.gate_scaling = 1.0 if is_normalised else config.routed_scaling_factor
         # greedy routing may come with groups that divide nothing
         self.widths = (e, e, groups if e % groups == 0 else 1, 1)
         # beside the gates, so that nothing waits for their device
-        device = self._gates[0].weight.device
+        device = next(self._gates[0].parameters()).device
         self.sums = torch.zeros(len(gates), sum(self.widths), dtype=torch.float64, device=device)
         self.choices, self.weights, self.sent, dropped = self.sums.split(self.widths, dim=1)
         self.dropped = dropped[:, 0]
@@ -61,17 +62,21 @@ class RouterCounts:
     @contextmanager
     def watching(self, *, only_training: bool = False) -> Iterator[None]:
         present: list[Tensor] = []
+        # gates that have not been counted in this pass: a checkpoint that recomputes calls them again
+        waiting: set[int] = set()
 
         def remember_padding(backbone, args, kwargs):
             tokens = kwargs.get("input_ids", args[0] if args else None)
             tokens = kwargs["inputs_embeds"] if tokens is None else tokens
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             present[:] = [present_tokens(mask, tokens.shape[:2], tokens.device).flatten()]
+            waiting.update(range(len(self._gates)))
 
         def count(row: int):
             def hook(gate, inputs, output):
-                if only_training and not gate.training:
+                if row not in waiting or (only_training and not gate.training):
                     return
+                waiting.remove(row)
                 _, weights, experts = output
                 self._add(row, weights.detach(), experts, present[0].to(experts.device))
 
@@ -134,9 +139,12 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     counts = RouterCounts(model)
     if ids.numel() == 0:
         raise ValueError("expected a text of at least one token, got none.")
+    was_training = model.training
     with counts.watching():
+        model.eval()
         for window in ids.split(WINDOW, dim=1):
             model(window.to(model.device), use_cache=False)
+    model.train(was_training)
     choices, weights = counts.choices.cpu(), counts.weights.cpu()
     gates = weights / ids.numel() / counts.gate_scaling
     return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1), gates)
@@ -156,10 +164,12 @@ class RouterStatistics(TrainerCallback):
 
     def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
-        self.counts = RouterCounts(trainer.model)
         self._watching = ExitStack()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # an earlier training may have ended by an error
+        self._watching.close()
+        self.counts = RouterCounts(model)
         self._watching.enter_context(self.counts.watching(only_training=True))
 
     def on_train_end(self, args, state, control, **kwargs):

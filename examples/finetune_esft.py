@@ -12,11 +12,9 @@ from functools import partial
 from finetuning import Texts, compare, read_options, training_options
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from deepseek_latent.esft import ExpertSelection, expert_scores, select_experts, train_experts
+from deepseek_latent.esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts, train_experts
 from deepseek_latent.router_statistics import activity_of
 
-# as in the paper
-THRESHOLDS = {"token": 0.2, "gate": 0.1}
 CHOSEN_ON = 64  # windows
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from deepseek_latent import lora_config
 from deepseek_latent.esft import (
     ExpertSelection,
     TrainedExperts,
@@ -22,6 +24,7 @@ from deepseek_latent.esft import (
 )
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.moe import DeepseekV2Experts
+from deepseek_latent.packed_experts import pack_experts
 from deepseek_latent.router_statistics import activity_of
 
 from .support import V2, needs_compiler, official_state_dict, random_ids, relative_error, tiny_model
@@ -125,12 +128,56 @@ def test_generation_sees_every_step_and_merging_changes_nothing():
     assert all(x.requires_grad for x in model.parameters())
 
 
-def test_an_optimiser_that_writes_behind_autograds_back_is_seen():
+@pytest.mark.parametrize("stays_in_training", [True, False])
+def test_an_optimiser_that_counts_no_version_is_seen(stays_in_training):
+    """As Trainer's own, a fused one."""
     model, ids = in_training(), random_ids(2, 9)
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=0.1, fused=True)
     with torch.no_grad():
+        model.train(stays_in_training)
         before = model(ids).logits
-        model.model.layers[1].mlp.experts.trained_down_proj.data.mul_(-1)
-        assert relative_error(model(ids).logits, before) > 1e-3
+    model.train(stays_in_training)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = model(ids).logits
+        assert relative_error(after, before) > 1e-3
+        merge_experts(model)
+        assert torch.equal(model(ids).logits, after)
+
+
+def test_evaluation_between_steps_judges_the_step_before_it(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(4, 16)]
+    model = in_training()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"max_steps": 3, "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    judged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    ids = random_ids(4, 16)
+    for step_number, loss in enumerate(judged, start=1):
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step_number}").eval()
+        assert saved(ids, labels=ids).loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_originals_stay_in_float32_and_outlive_other_weights():
+    model = in_training(torch.bfloat16)
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.trained_down_proj += 1e-5
+    kept = experts.trained_down_proj.detach().clone()
+    model.load_state_dict({"lm_head.weight": model.lm_head.weight.detach() * 2}, strict=False)
+    model.to(torch.bfloat16)
+    assert torch.equal(experts.trained_down_proj, kept)
+    assert experts.trained_down_proj.dtype == torch.float32
+    assert dict(model.named_parameters())["model.layers.1.mlp.experts.trained_down_proj"] is experts.trained_down_proj
+
+
+def test_adapters_on_experts_in_training_are_refused():
+    model, ids = in_training(), random_ids(2, 9)
+    model = get_peft_model(model, lora_config(model, routed_experts=True))
+    with pytest.raises(ValueError, match=r"take no adapters; end it before, with merge_experts\(model\)"):
+        model(input_ids=ids)
 
 
 def test_in_bfloat16_small_steps_add_up():
@@ -219,7 +266,8 @@ def test_what_was_trained_can_be_saved_alone_and_put_back(tmp_path, selection):
     expected = model.eval()(ids).logits
     save_experts(model, selection, tmp_path)
     again = tiny_model()
-    assert load_experts(again, tmp_path) == selection
+    # DeepSeek's code asks for every layer
+    assert load_experts(again, tmp_path).experts == {layer: selection.experts.get(layer, []) for layer in (1, 2)}
     assert torch.equal(again(ids).logits, expected)
     # DeepSeek's code names tensors from the backbone on
     tensors = load_file(tmp_path / "model.safetensors")
@@ -234,9 +282,12 @@ def test_the_file_is_the_one_deepseeks_code_reads(tmp_path):
     written = json.loads((tmp_path / "expert_cfg.json").read_text())
     assert written == {"experts": {"1": [4, 2]}, "shared_experts": True, "non_expert_modules": False}
     assert ExpertSelection.load(tmp_path / "expert_cfg.json") == ExpertSelection({1: [4, 2]}, shared_experts=True)
+    # their code takes what is not there as false
+    (tmp_path / "expert_cfg.json").write_text('{"experts": {"1": [4, 2]}}')
+    assert ExpertSelection.load(tmp_path) == ExpertSelection({"1": torch.tensor([4, 2])})
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"experts": {"one": [1]}}'])
+@pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"experts": {"one": [1]}}', '{"experts": [3]}'])
 def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "expert_cfg.json").write_text(text)
     with pytest.raises(ValueError, match=r'expected {"experts": {layer: \[ids\]}'):
@@ -280,16 +331,34 @@ def test_experts_that_are_not_there_are_refused(experts, message):
 
 
 @needs_compiler
-def test_a_model_in_another_state_is_refused():
+def test_a_model_in_another_state_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got a selection of nothing"):
+        train_experts(tiny_model(), ExpertSelection({1: []}))
+    with pytest.raises(ValueError, match="expected a model with experts"):
+        train_experts(tiny_model(n_routed_experts=None), ExpertSelection(CHOSEN))
+    with pytest.raises(TypeError, match="without adapters around it, got PeftModel"):
+        train_experts(get_peft_model(tiny_model(), lora_config(tiny_model())), ExpertSelection(CHOSEN))
+    packed = tiny_model()
+    pack_experts(packed)
+    for use in (train_experts, lambda model, selection: load_experts(model, tmp_path)):
+        ExpertSelection(CHOSEN).save(tmp_path)
+        with pytest.raises(ValueError, match="got PackedExperts"):
+            use(packed, ExpertSelection(CHOSEN))
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which holds a checkpoint"):
+        save_experts(tiny_model(), ExpertSelection(CHOSEN), tmp_path)
+    for threshold in (0, -1, float("nan"), 5):
+        with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
+            select_experts({1: [0.5, 0.5]}, threshold)
     with pytest.raises(ValueError, match="in training already"):
-        train_experts(in_training(), ExpertSelection(CHOSEN))
+        train_experts(in_training(selection=ExpertSelection({1: [3]})), ExpertSelection({2: [3]}))
     eager = tiny_model()
     eager.set_experts_implementation("eager")
     with pytest.raises(ValueError, match="expected plain experts, whole and multiplied by 'grouped_mm'"):
         train_experts(eager, ExpertSelection(CHOSEN))
     optimized = tiny_model()
     optimize_for_inference(optimized)
-    with pytest.raises(ValueError, match="got KernelExperts in layer 1; merge adapters, undo optimisations"):
+    with pytest.raises(ValueError, match="got KernelExperts in layer 1; merge adapters, unpack, undo"):
         train_experts(optimized, ExpertSelection(CHOSEN))
     with pytest.raises(TypeError, match="expected a DeepSeek-V2, got Linear"):
         train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))

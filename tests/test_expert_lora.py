@@ -167,6 +167,16 @@ def test_an_adapter_can_be_loaded_without_memory_and_put_in_place_of_another(tmp
 
 
 @torch.no_grad()
+def test_two_adapters_of_unlike_dtypes_decode(tmp_path):
+    model, ids = adapted(torch.bfloat16), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "b", autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "b"])
+    assert len({x.dtype for name, x in model.named_parameters() if "experts" in name and "lora_" in name}) == 2
+    model.generate(input_ids=ids, **GREEDY)
+
+
+@torch.no_grad()
 def test_a_training_step_between_two_generations_is_seen(counted):
     model, ids = adapted(), random_ids(2, 20)
     first = model.generate(input_ids=ids, **GREEDY)

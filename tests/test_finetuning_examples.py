@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl", reason="trl is not installed; make test-tools i
 
 def test_examples_judge_every_variant_and_keep_each_others_rows(tmp_path):
     for program in ("finetune_lora.py", "finetune_esft.py"):
-        command = [sys.executable, f"examples/{program}", "--steps", "1", "--out", str(tmp_path)]
+        command = [sys.executable, f"examples/{program}", "--steps", "3", "--out", str(tmp_path)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -28,7 +28,7 @@ def test_examples_judge_every_variant_and_keep_each_others_rows(tmp_path):
     written = json.loads((tmp_path / "finetune.json").read_text())
     rows = {name: row for program in written.values() for name, row in program["rows"].items()}
     assert len(rows) == 8
-    # a step changes little, but it changes something, and the checkpoint is the same for all
+    # three steps change little, but it changes something, and the checkpoint is the same for all
     before = rows.pop("before")["new_nats_per_token"]
     assert all(0 < abs(row["new_nats_per_token"] - before) < 1 for row in rows.values())
     assert all(f"| {name} |" in done.stdout for name in rows)

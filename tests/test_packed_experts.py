@@ -164,6 +164,25 @@ def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@torch.no_grad()
+def test_hooks_that_would_leave_adapters_out_are_refused():
+    model, ids = adapted(packed(4)).eval(), random_ids(2, 9)
+    handle = model.base_model.model.model.layers[1].mlp.experts.register_forward_hook(lambda *seen: None)
+    with pytest.raises(ValueError, match="which hooks on experts prevent"):
+        model(input_ids=ids)
+    handle.remove()
+    model(input_ids=ids)
+
+
+@torch.no_grad()
+def test_packed_storage_is_its_state():
+    model, other, ids = packed(4), packed(4, seed=5), random_ids(2, 9)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    unpack_experts(other)
+    assert not any(x.requires_grad for layer in other.model.layers[1:] for x in layer.mlp.experts.parameters())
+
+
 @needs_compiler
 @torch.no_grad()
 def test_kernels_and_casts_leave_packed_experts_as_they_are():

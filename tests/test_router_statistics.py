@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from deepseek_latent.router_statistics import RouterCounts, RouterStatistics
+from deepseek_latent import lora_config
+from deepseek_latent.router_statistics import RouterCounts, RouterStatistics, activity_of
 
 from .support import LITE, V2, random_ids, tiny_model
 
@@ -106,6 +108,33 @@ def test_padding_and_evaluation_do_not_count(tmp_path):
     made = trainer(tmp_path, eval_strategy="steps", eval_steps=1, logging_steps=100)
     made.train()
     assert made.callback_handler.callbacks[-1].counts.choices.sum(dim=1).tolist() == [8 * 16 * k] * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_activations_are_not_counted_again(use_reentrant):
+    model, ids, others = tiny_model().train(), random_ids(2, 10), random_ids(2, 16)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    counts = RouterCounts(model)
+    with counts.watching():
+        (model(ids, labels=ids).loss + model(others, labels=others).loss).backward()
+    assert counts.choices.sum(dim=1).tolist() == [(20 + 32) * V2["num_experts_per_tok"]] * 2
+
+
+def test_a_router_that_is_trained_beside_adapters_is_counted_once(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 10)
+    expected = activity_of(model, ids)
+    model = get_peft_model(model, lora_config(model, modules_to_save=["mlp.gate"]))
+    found = activity_of(model.base_model.model, ids)
+    assert found.layers == expected.layers
+    assert torch.equal(found.shares, expected.shares)
+
+
+def test_a_model_that_trainer_makes_is_the_one_that_is_watched(tmp_path):
+    made = trainer(tmp_path, tiny_model())
+    made.model_init = lambda: tiny_model()  # Trainer counts arguments
+    made.train()
+    assert all(entry["router/load"] >= 1 for entry in made.state.log_history if entry.keys() >= KEYS)
 
 
 def test_groups_that_divide_nothing_are_one_device():
