@@ -360,7 +360,7 @@ def test_a_model_in_another_state_is_refused(tmp_path):
     optimize_for_inference(optimized)
     with pytest.raises(ValueError, match="got KernelExperts in layer 1; merge adapters, unpack, undo"):
         train_experts(optimized, ExpertSelection(CHOSEN))
-    with pytest.raises(TypeError, match="expected a DeepSeek-V2, got Linear"):
+    with pytest.raises(TypeError, match="expected a DeepSeek-V2 without adapters around it, got Linear"):
         train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))
 
 
