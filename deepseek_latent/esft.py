@@ -133,12 +133,13 @@ class TrainedExperts(DeepseekV2Experts):
         return [getattr(self, f"trained_{name}")._version for name in STACKED]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if nn.utils.parametrize.is_parametrized(self):
-            raise ValueError("experts in training by ESFT take no adapters; end it before, with merge_experts(model).")
         if self.training or torch.is_grad_enabled() or self.may_change or self.written != self.versions():
             self.write()
         routed = (hidden_states, top_k_index, top_k_weights)
         return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
+
+    def check_weights_for_peft(self) -> None:
+        raise ValueError("experts in training by ESFT take no adapters; end it before, with merge_experts(model).")
 
     def takes_grouped_products(self) -> bool:
         # with adapters beside them, the trained ones would get no gradient

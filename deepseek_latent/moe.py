@@ -4,6 +4,7 @@ Letters: b batch, s tokens, d model width, e routed experts, f width of one expe
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -132,6 +133,9 @@ class DeepseekV2Experts(nn.Module):
         """`forward` with products of another kind."""
         return routed_sum(product, self.act_fn, *routed, num_experts=self.num_experts)
 
+    def check_weights_for_peft(self) -> None:
+        """Raises ValueError where peft would add adapters to stacked weights that are not what is multiplied."""
+
     def takes_grouped_products(self) -> bool:
         """Whether "grouped_mm" is what computes them, on weights that are all here as they are."""
         weights = (self.gate_up_proj, self.down_proj)
@@ -189,20 +193,19 @@ class DeepseekV2MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
-        multiply = self._experts_with_adapters() or self.experts
+        multiply = self._multiplier()
         if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
             return multiply(tokens, experts, weights)
         blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
         return torch.cat([multiply(*block) for block in blocks])
 
-    def _experts_with_adapters(self):
-        """The experts with peft's adapters beside them, or None where there are none or only peft can apply them."""
+    def _multiplier(self) -> Callable[..., Tensor]:
+        """The experts, with peft's adapters beside them where these can be read; else peft applies them as it does."""
         if isinstance(self.experts, DeepseekV2Experts):
-            return None
-        found = unwrapped(self.experts)
-        if found is None:
-            return None
-        experts, factors = found
-        if not (factors and isinstance(experts, DeepseekV2Experts) and experts.takes_grouped_products()):
-            return None
-        return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
+            return self.experts
+        experts, factors = unwrapped(self.experts) or (self.experts.get_base_layer(), None)
+        if isinstance(experts, DeepseekV2Experts) and factors != {}:
+            if factors and experts.takes_grouped_products():
+                return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
+            experts.check_weights_for_peft()
+        return self.experts

@@ -107,15 +107,16 @@ class PackedExperts(DeepseekV2Experts):
     def dtype(self) -> torch.dtype:
         return self.scales_of_down_proj.dtype
 
+    def check_weights_for_peft(self) -> None:
+        raise ValueError(
+            "packed experts take adapters beside their products alone, which hooks on experts prevent; remove the "
+            "hooks, or unpack_experts(model)."
+        )
+
     def takes_grouped_products(self) -> bool:
         return not has_hooks(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if nn.utils.parametrize.is_parametrized(self):
-            raise ValueError(
-                "packed experts take adapters beside their products alone, which hooks on experts prevent; remove the "
-                "hooks, or unpack_experts(model)."
-            )
         return self.multiplied_by(self.product, hidden_states, top_k_index, top_k_weights)
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:

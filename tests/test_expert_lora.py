@@ -47,7 +47,7 @@ def counted(monkeypatch):
 
 
 def by_peft(monkeypatch) -> None:
-    monkeypatch.setattr(moe.DeepseekV2MoE, "_experts_with_adapters", lambda self: None)
+    monkeypatch.setattr(moe.DeepseekV2MoE, "_multiplier", lambda self: self.experts)
 
 
 def loss_and_gradients(model: PeftModel, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
