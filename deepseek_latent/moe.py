@@ -22,6 +22,8 @@ from .hooks import has_hooks
 
 # routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
 ROWS_PER_BLOCK = 1 << 14
+# the parameters of all experts of a layer
+STACKED = ("gate_up_proj", "down_proj")
 _ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 
 

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from .expert_products import grouped_product
 from .hooks import has_hooks
-from .moe import DeepseekV2Experts
+from .moe import STACKED, DeepseekV2Experts
 
 GROUP = 64  # elements of a row that share a scale, or as many of these as divide its width
-STACKED = ("gate_up_proj", "down_proj")
 AT_ONCE = 4  # experts that are unpacked together
 WIDER = {2: torch.int32, 4: torch.int64}
 

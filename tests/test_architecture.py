@@ -65,7 +65,8 @@ ARROWS = {
     },
     "expert_activity": {"conversion", "esft", "router_statistics"},
     "packed_experts": {"expert_products", "hooks", "moe"},
-    "esft": {"expert_products", "modeling_deepseek_v2", "moe", "router_statistics"},
+    "esft": {"modeling_deepseek_v2", "moe", "router_statistics", "trained_experts"},
+    "trained_experts": {"expert_products", "moe"},
     "router_statistics": {"balance", "modeling_deepseek_v2", "moe"},
     "kernels": {"balance", "hooks", "latent_attention", "latent_format", "latent_ops", "moe"},
     "tool_runner": set(),
@@ -83,6 +84,7 @@ AT_HOME = {
     "prompt_cache",
     "router_statistics",
     "tool_runner",
+    "trained_experts",
 }
 TRAVELLING = sorted(set(ARROWS) - AT_HOME)
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from deepseek_latent import lora_config
 from deepseek_latent.esft import (
     ExpertSelection,
-    TrainedExperts,
     expert_scores,
     load_experts,
     merge_experts,
@@ -26,6 +25,7 @@ from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.moe import DeepseekV2Experts
 from deepseek_latent.packed_experts import pack_experts
 from deepseek_latent.router_statistics import activity_of
+from deepseek_latent.trained_experts import TrainedExperts
 
 from .support import V2, needs_compiler, official_state_dict, random_ids, relative_error, tiny_model
 
