@@ -7,7 +7,6 @@ act.
 """
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import decode
 from .lite4 import build, filled, twin
-from .machine import alternated, described
+from .machine import alternated, described, report
 from .train import PROJECTIONS, adapted
 
 ADAPTERS = {
@@ -91,9 +90,7 @@ def main() -> None:
         "context": options.context,
     }
     result |= measure(options.context, options.repetitions)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

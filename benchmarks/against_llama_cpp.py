@@ -25,7 +25,7 @@ from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import SHORTEST, decode, weight_bytes_per_token
 from .lite4 import CONFIG, build
-from .machine import alternated, described, seconds_of, yardsticks
+from .machine import alternated, described, report, seconds_of, yardsticks
 
 # names in llama.cpp by names in the checkpoint
 TENSORS = {
@@ -228,9 +228,7 @@ def main() -> None:
             ],
         }
         peer.process.kill()
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ and compiled as one graph over a `StaticCache` with room for 64 tokens more; all
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from .decode import OURS, decode, sides
 from .lite4 import filled
-from .machine import alternated, described
+from .machine import alternated, described, report
 
 ROOM = 64  # tokens
 
@@ -62,9 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     result = described("python -m benchmarks.compiled") | {"model": "Lite-4, bfloat16"}
     result |= measure(options.context, options.repetitions)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

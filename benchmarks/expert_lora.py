@@ -8,7 +8,6 @@ small one, since lm_head would be most of the step and is nobody's.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from transformers import DynamicCache
 from deepseek_latent import LatentCache
 
 from .lite4 import build
-from .machine import alternated, described
+from .machine import alternated, described, report
 from .train import SIDES, adapted, compared, peak, peak_elsewhere
 
 LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "vocab_size": 1024}
@@ -74,9 +73,7 @@ def main() -> None:
         "decode_times_faster_than_stock_peft": round(decoding["native"] / decoding["ours"], 1),
         "float32_flop_per_second": round(2 * 2048**3 / training["product of 2048"]),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

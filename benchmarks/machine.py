@@ -1,5 +1,6 @@
 """What every result file says about where it was made, and how fast that machine reads and multiplies."""
 
+import json
 import platform
 import statistics
 import subprocess
@@ -26,6 +27,14 @@ def described(command: str) -> dict:
         "cpu": ", ".join(models) or platform.processor(),
         "avx512_bf16": any("avx512_bf16" in line for line in cpu_lines()),
     }
+
+
+def report(result: dict, out: Path | None) -> None:
+    """Prints what was found, and writes it if there is a file to write."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
 
 
 def cpu_lines() -> list[str]:

@@ -25,7 +25,7 @@ from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, decode
 from .lite4 import build, filled
-from .machine import described, resident
+from .machine import described, report, resident
 
 SIDES = {
     "native": "transformers' own class",
@@ -108,9 +108,8 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows += json.loads(done.stdout.splitlines()[-1])
     result = described("python -m benchmarks.memory") | {"model": "Lite-4, bfloat16", "rows": rows}
-    print(json.dumps(result, indent=2))
+    report(result, options.out)
     if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
         plot(result, options.out.with_suffix(".png"))
 
 

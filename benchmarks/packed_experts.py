@@ -8,7 +8,6 @@ examples/pydoc-tiny, on its held-out text.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from deepseek_latent.packed_experts import pack_experts, unpack_experts
 
 from .expert_lora import LAYERS, LORA
 from .lite4 import build, twin
-from .machine import alternated, described
+from .machine import alternated, described, report
 from .train import adapted, peak, step
 
 BITS = (16, 8, 4)
@@ -101,9 +100,7 @@ def main() -> None:
         "loss": {bits: round(x, 4) for bits, x in losses.items()},
         "perplexity_of_pydoc_tiny": perplexities(),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ resident before the step.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from .lite4 import build
-from .machine import alternated, described, resident, yardsticks
+from .machine import alternated, described, report, resident, yardsticks
 
 SIDES = ("native", "ours")
 PROJECTIONS = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -98,9 +97,7 @@ def main() -> None:
         "memory_above_weights_bytes": memory,
         "float32_flop_per_second": round(2 * 2048**3 / seconds["product of 2048"]),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, options.out)
 
 
 if __name__ == "__main__":
