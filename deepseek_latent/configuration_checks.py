@@ -5,8 +5,11 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .rope_parameters import validate_rope
+
+logger = logging.get_logger(__name__)
 
 
 def check_fields(config: PreTrainedConfig) -> None:
@@ -76,12 +79,18 @@ def _check_routing(config: PreTrainedConfig) -> None:
             f"device_capacity_factor must be a positive number, got {config.device_capacity_factor}; "
             "None drops nothing."
         )
-    factors = (config.device_aux_loss_alpha, config.communication_aux_loss_alpha, config.device_capacity_factor)
+    names = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
+    between_devices = [name for name in names if getattr(config, name)]
     # balance between devices also has groups where the router has none
-    if (config.topk_method != "greedy" or any(factors)) and (groups < 1 or e % groups):
+    if (config.topk_method != "greedy" or between_devices) and (groups < 1 or e % groups):
         raise ValueError(
             f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {groups}; "
             "use a divisor, or topk_method='greedy'."
+        )
+    if groups == 1 and between_devices:
+        logger.warning_once(
+            f"{' and '.join(between_devices)} balance devices, and n_group is 1, so there is one device; set n_group "
+            "to as many as hold the experts (with topk_method='greedy', the router does not look at it)."
         )
     if config.topk_method == "greedy":
         return

@@ -161,6 +161,11 @@ class DeepseekV2Config(PreTrainedConfig):
         )
 
     @property
+    def normalizes_gates(self) -> bool:
+        """Whether a token's gate values are made to add up to 1; DeepSeek's V2 code then does not scale them."""
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
+
+    @property
     def cached_width(self) -> int:
         """Elements cached per token and layer, c + r (paper 2.1.3)."""
         return self.kv_lora_rank + self.qk_rope_head_dim

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel
-from .moe import DeepseekV2Experts, DeepseekV2MoE
+from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel, moe_layers
+from .moe import DeepseekV2Experts, DeepseekV2MoE, check_plain, state_of
 from .router_statistics import Activity
 from .trained_experts import TrainedExperts
 
@@ -40,9 +40,14 @@ class ExpertSelection:
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertSelection":
-        """From an expert_cfg.json, or the folder it lies in; ValueError for anything else."""
+        """From an expert_cfg.json, or the folder it lies in; ValueError for anything else, or if it is not there."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"expected {path}, as save_experts or ExpertSelection.save writes it, and it is not there; checkpoints "
+                "load with from_pretrained, adapters of peft with PeftModel.from_pretrained."
+            )
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
             rest = (bool(given.get(name, False)) for name in ("shared_experts", "non_expert_modules"))
@@ -76,6 +81,8 @@ def select_experts(scores: Mapping[int, Sequence[float]], threshold: float) -> d
 
     `THRESHOLDS` has those of the paper. Source: paper 3.3.
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"expected scores by layer, from expert_scores(activity), got {type(scores).__name__}.")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
     chosen: dict[int, list[int]] = {}
@@ -105,15 +112,8 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
     _check(selection, layers)
     if not (any(selection.experts.values()) or selection.shared_experts or selection.non_expert_modules):
         raise ValueError("expected something to train, got a selection of nothing.")
-    for layer, moe in layers.items():
-        experts = moe.experts
-        if type(experts) is TrainedExperts:
-            raise ValueError("the experts of this model are in training already; end that with merge_experts(model).")
-        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
-            raise ValueError(
-                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__} in layer "
-                f"{layer}; merge adapters, unpack, undo optimisations, load with experts_implementation='grouped_mm'."
-            )
+    for moe in layers.values():
+        check_plain(moe.experts)
     _take_gradients(model, selection.non_expert_modules)
     for layer, moe in layers.items():
         _take_gradients(moe.experts, False)
@@ -143,13 +143,21 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     """Writes what was trained, by its names in checkpoints, and expert_cfg.json: DeepSeek's ESFT adapters.
 
     `model` may be in training or merged; `load_experts` and DeepSeek's own code put it back on the model it came from.
-    Raises ValueError for a folder that holds a checkpoint.
+    Raises ValueError for a folder that holds a checkpoint, and for a selection of other experts than are in training.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
         raise ValueError(f"expected a folder for the trained experts alone, got {folder}, which holds a checkpoint.")
     layers = _moe_layers(model)
     _check(selection, layers)
+    _check_stored(layers)
+    training = {i: moe.experts.trained for i, moe in layers.items() if isinstance(moe.experts, TrainedExperts)}
+    for layer, trained in training.items():
+        if {*selection.experts.get(layer, [])} != {*trained}:
+            raise ValueError(
+                f"expected the selection that is in training, whose experts of layer {layer} are {sorted(trained)}, "
+                f"got {sorted(selection.experts.get(layer, []))}."
+            )
     # DeepSeek's code asks for every layer
     selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +175,10 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
     folder = Path(folder)
     selection, layers = ExpertSelection.load(folder), _moe_layers(model)
     _check(selection, layers)
+    _check_stored(layers)
     for moe in layers.values():
-        is_stored = isinstance(moe.experts, DeepseekV2Experts) and moe.experts.down_proj.is_contiguous()
-        if not is_stored or isinstance(moe.experts, TrainedExperts):
-            raise ValueError(
-                f"expected experts that hold their weights, got {type(moe.experts).__name__}; load the model anew, end "
-                "training with merge_experts(model), or merge its adapters."
-            )
+        if isinstance(moe.experts, TrainedExperts):
+            raise ValueError(f"expected experts to be replaced, and they are {moe.experts.state}.")
     places = _selected(model, selection)
     came = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -214,19 +219,26 @@ def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, T
 
 
 def _moe_layers(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
-    backbone = getattr(model, "model", model) if isinstance(model, DeepseekV2PreTrainedModel) else None
-    if backbone is None:
+    if not isinstance(model, DeepseekV2PreTrainedModel):
         raise TypeError(f"expected a DeepSeek-V2 without adapters around it, got {type(model).__name__}.")
-    layers = {i: layer.mlp for i, layer in enumerate(backbone.layers) if isinstance(layer.mlp, DeepseekV2MoE)}
-    if not layers:
-        raise ValueError("expected a model with experts, and no layer of this one has any.")
-    return layers
+    return moe_layers(model)
 
 
 def _check(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE]) -> None:
+    if not isinstance(selection, ExpertSelection):
+        raise TypeError(
+            f"expected an ExpertSelection, got {type(selection).__name__}; write ExpertSelection(experts), or load one "
+            "with ExpertSelection.load(path)."
+        )
     for layer, chosen in selection.experts.items():
         if layer not in layers:
             raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
         last = len(layers[layer].gate.weight) - 1
         if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
             raise ValueError(f"expected different experts out of 0 to {last} in layer {layer}, got {[*chosen]}.")
+
+
+def _check_stored(layers: dict[int, DeepseekV2MoE]) -> None:
+    for moe in layers.values():
+        if not isinstance(moe.experts, DeepseekV2Experts) or not moe.experts.down_proj.is_contiguous():
+            raise ValueError(f"expected routed experts that hold their weights, and they are {state_of(moe.experts)}.")

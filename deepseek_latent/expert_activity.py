@@ -5,6 +5,7 @@ Letters: e routed experts, l layers with experts.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,7 @@ def add_command(commands) -> None:
     parser.add_argument("--against", type=Path, metavar="FILE", help="another text to compare with")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
     parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
-    parser.add_argument("--by", choices=("token", "gate"), default="token", help="how --esft scores (default: token)")
+    parser.add_argument("--by", choices=("token", "gate"), help="how --esft scores (default: token)")
     parser.add_argument(
         "--threshold", type=float, metavar="P", help="where a layer's scores stop adding up (default: 0.2; by gate 0.1)"
     )
@@ -44,7 +45,10 @@ def _experts(arguments: argparse.Namespace) -> int:
     set_verbosity_error()
     disable_progress_bar()
     config, place = read_config(arguments.model), source_folder(arguments.model)
-    threshold = THRESHOLDS[arguments.by] if arguments.threshold is None else arguments.threshold
+    if arguments.esft is None and (arguments.by, arguments.threshold) != (None, None):
+        raise ValueError(
+            "--by and --threshold say how --esft chooses experts; give --esft a file to write, or leave them."
+        )
     # a missing package or folder is said before any work
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
@@ -56,8 +60,12 @@ def _experts(arguments: argparse.Namespace) -> int:
     first, *others = [activity_of(model, tokenized(place, text_of(file))) for file in texts]
     size = routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
-        chosen = select_experts(expert_scores(first, arguments.by), threshold)
+        by = arguments.by or "token"
+        threshold = THRESHOLDS[by] if arguments.threshold is None else arguments.threshold
+        chosen = select_experts(expert_scores(first, by), threshold)
         ExpertSelection(chosen).save(arguments.esft)
+        num_chosen, num_experts = sum(map(len, chosen.values())), first.shares.numel()
+        print(f"{num_chosen} of {num_experts} experts to fine-tune written to {arguments.esft}", file=sys.stderr)
     if arguments.plot:
         plot(first, *others, names=[file.name for file in texts])
     if arguments.json:

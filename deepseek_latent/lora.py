@@ -29,12 +29,15 @@ def lora_config(
     saved adapter: merge it first.
 
     Raises:
-        ValueError: for routed experts where no layer has any, or with options that peft does not have for them.
+        ValueError: for a rank below 1, and for routed experts where no layer has any, or with options that peft does
+            not have for them.
         TypeError: for what is no DeepSeek-V2.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     if not isinstance(config, DeepseekV2Config):
         raise TypeError(f"expected a DeepSeek-V2 or its config, got {type(model).__name__}.")
+    if r < 1:
+        raise ValueError(f"the rank r must be at least 1, got {r}.")
     alpha = 2 * r if lora_alpha is None else lora_alpha
     queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
     modules = [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

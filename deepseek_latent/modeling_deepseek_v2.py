@@ -4,6 +4,8 @@ transformers decides from the text of this file whether experts can be dispatche
 @use_experts_implementation stands in moe.py.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -82,6 +84,15 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
         if isinstance(module, (DeepseekV2Experts, DeepseekV2MoEGate)):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        # with adapters of transformers' own, these alone are written
+        if not self._hf_peft_config_loaded:
+            for module in self.modules():
+                if isinstance(module, DeepseekV2Experts):
+                    module.check_saving()
+        super().save_pretrained(*args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         """Also refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""
@@ -217,7 +228,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
         if outputs.router_logits:
-            gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, DeepseekV2MoE)]
+            gates = [moe.gate for moe in moe_layers(self).values()]
             shape = outputs.last_hidden_state.shape[:2]
             losses = balance_of_layers(self.config, gates, outputs.router_logits, shape, attention_mask)
             aux_loss = losses.expert
@@ -257,6 +268,16 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+def moe_layers(model: nn.Module) -> dict[int, DeepseekV2MoE]:
+    """Layers with experts of a DeepSeek-V2, or of one inside `model`, by number; ValueError where none has any."""
+    backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
+    layers = [] if backbone is None else enumerate(backbone.layers)
+    found = {i: layer.mlp for i, layer in layers if isinstance(getattr(layer, "mlp", None), DeepseekV2MoE)}
+    if not found:
+        raise ValueError("expected a model with experts, and no layer of this one has any.")
+    return found
 
 
 for _model_class in (

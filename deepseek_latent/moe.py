@@ -54,8 +54,7 @@ class DeepseekV2MoEGate(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.is_grouped = config.topk_method == "group_limited_greedy"
         self.n_group, self.topk_group = config.n_group, config.topk_group
-        # DeepSeek's V2 code does one or the other: normalised weights are not scaled
-        self.is_normalised = config.norm_topk_prob and config.num_experts_per_tok > 1
+        self.is_normalised = config.normalizes_gates
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
@@ -102,6 +101,9 @@ class DeepseekV2Experts(nn.Module):
     `experts_implementation` names how they are multiplied; `forward` here is "eager", the plain statement of it.
     """
 
+    # of experts of another class: what became of them, and how they become plain ones again
+    state: str | None = None
+
     def __init__(self, config: DeepseekV2Config):
         super().__init__()
         self.num_experts = config.n_routed_experts
@@ -147,6 +149,9 @@ class DeepseekV2Experts(nn.Module):
         )
         return is_whole and not has_hooks(self) and self.config._experts_implementation == "grouped_mm"
 
+    def check_saving(self) -> None:
+        """Raises ValueError where the files of a model would not hold the weights."""
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Also takes experts by their names in files, all of them or those of one shard.
 
@@ -170,6 +175,31 @@ class DeepseekV2Experts(nn.Module):
             place.copy_(state_dict.pop(key))
         state_dict.update({prefix + name: tensor for name, tensor in stacked.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def state_of(experts: nn.Module) -> str | None:
+    """What became of a layer's experts and how they become plain ones again; None if they are."""
+    if not isinstance(experts, DeepseekV2Experts):
+        return "under adapters; merge these, or load the model without them"
+    return experts.state
+
+
+def check_plain(experts: nn.Module) -> None:
+    """Raises ValueError unless these are stacked weights, all of them here, that "grouped_mm" multiplies."""
+    state = state_of(experts)
+    if state is not None:
+        raise ValueError(f"expected plain routed experts, and they are {state}.")
+    implementation = experts.config._experts_implementation
+    if implementation != "grouped_mm":
+        raise ValueError(
+            f"expected routed experts that 'grouped_mm' multiplies, got {implementation!r}; call "
+            "model.set_experts_implementation('grouped_mm')."
+        )
+    if not experts.takes_grouped_products():
+        raise ValueError(
+            "expected plain routed experts, and they are sharded, quantised, offloaded or watched by hooks; load the "
+            "model as it is, on one device."
+        )
 
 
 class DeepseekV2MoE(nn.Module):

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from .expert_products import grouped_product
 from .hooks import has_hooks
-from .moe import STACKED, DeepseekV2Experts
+from .modeling_deepseek_v2 import moe_layers
+from .moe import STACKED, DeepseekV2Experts, check_plain
 
 GROUP = 64  # elements of a row that share a scale, or as many of these as divide its width
 AT_ONCE = 4  # experts that are unpacked together
 WIDER = {2: torch.int32, 4: torch.int64}
 
 
-def normal_float() -> Tensor:
+def _normal_float() -> Tensor:
     """The 16 values of NF4 [16]: quantiles of the normal distribution, scaled to 1, with an exact zero.
 
     Source: QLoRA (arXiv:2305.14314) 3, with the offset of its published code.
@@ -33,6 +34,10 @@ def normal_float() -> Tensor:
     )
     values = torch.cat((-negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
     return (values / values.abs().max()).float()
+
+
+NF4 = _normal_float()
+NF4_PAIRS = torch.cartesian_prod(NF4, NF4)  # [256 2], both values of every possible byte
 
 
 class Packed(NamedTuple):
@@ -55,9 +60,8 @@ class Packed(NamedTuple):
         if self.codes.dtype == torch.int8:
             values = self.codes.to(dtype)
         else:
-            nf4 = normal_float().to(dtype=dtype, device=self.codes.device)
-            # both values of every possible byte, looked up as one wider number
-            pairs = torch.cartesian_prod(nf4, nf4).view(WIDER[dtype.itemsize]).flatten()
+            # two values are looked up as one wider number
+            pairs = NF4_PAIRS.to(dtype=dtype, device=self.codes.device).view(WIDER[dtype.itemsize]).flatten()
             values = pairs.index_select(0, self.codes.flatten().int()).view(dtype)
         return values.view(in_groups).mul_(self.scales[..., None]).flatten(-2)
 
@@ -72,25 +76,45 @@ def pack(weight: Tensor, bits: int) -> Packed:
     scaled = groups / torch.where(scales == 0, 1, scales.float())[..., None]
     if bits == 8:
         return Packed(scaled.round().clamp(-127, 127).to(torch.int8).flatten(-2), scales)
-    nf4 = normal_float().to(weight.device)
-    between = (nf4[1:] + nf4[:-1]) / 2
+    between = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device)
     high, low = torch.bucketize(scaled, between).to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
     return Packed(high << 4 | low, scales)
+
+
+class StandIn(nn.Parameter):
+    """Looks like `weight` to whoever asks for its shape, and has no values."""
+
+    def __new__(cls, weight: Tensor, device: torch.device | None = None):
+        nothing = torch.zeros((), dtype=torch.uint8, device=device or weight.device)
+        return super().__new__(cls, nothing.expand(weight.shape), requires_grad=False)
+
+    def __deepcopy__(self, memo: dict) -> "StandIn":
+        return memo.setdefault(id(self), StandIn(self))
+
+    @property
+    def data(self) -> Tensor:
+        """peft merges adapters into it."""
+        raise ValueError(
+            "adapters cannot be merged into packed experts: call unpack_experts(model), then the same again; what was "
+            "merged before stays right."
+        )
 
 
 class PackedExperts(DeepseekV2Experts):
     """Frozen experts in packed storage, a few unpacked at a time where tokens meet them, in the backward pass again.
 
-    In place of the stacked weights stand tensors of their shape without memory of their own and of a dtype that
+    In place of the stacked weights stand parameters of their shape without memory of their own and of a dtype that
     multiplies nothing: peft reads shapes from them. `state_dict` has the packed storage, which no other code opens.
     """
+
+    state = "packed; unpack_experts(model) makes stacked weights of them"
 
     def pack(self, bits: int) -> None:
         for name in STACKED:
             packed = pack(getattr(self, name).detach(), bits)
             for part, tensor in packed._asdict().items():
                 self.register_buffer(f"{part}_of_{name}", tensor)
-            setattr(self, name, _stand_in(getattr(self, name)))
+            setattr(self, name, StandIn(getattr(self, name)))
 
     def packed(self, name: str) -> Packed:
         return Packed(*(getattr(self, f"{part}_of_{name}") for part in Packed._fields))
@@ -112,6 +136,12 @@ class PackedExperts(DeepseekV2Experts):
             "hooks, or unpack_experts(model)."
         )
 
+    def check_saving(self) -> None:
+        raise ValueError(
+            f"routed experts are {self.state}, which a checkpoint can hold; or save the adapter alone, from the model "
+            "that peft returned."
+        )
+
     def takes_grouped_products(self) -> bool:
         return not has_hooks(self)
 
@@ -128,7 +158,7 @@ class PackedExperts(DeepseekV2Experts):
             return super()._apply(fn, recurse)
         finally:
             for name, parameter in stand_ins.items():
-                setattr(self, name, _stand_in(parameter, self.scales_of_down_proj.device))
+                setattr(self, name, StandIn(parameter, self.scales_of_down_proj.device))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -177,12 +207,6 @@ def _met(packed: Packed, ends: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
         start = end
 
 
-def _stand_in(weight: Tensor, device: torch.device | None = None) -> nn.Parameter:
-    """Looks like `weight` to whoever asks for its shape."""
-    nothing = torch.zeros((), dtype=torch.uint8, device=device or weight.device)
-    return nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
-
-
 def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
     """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with a scale per 64 elements of a row.
 
@@ -194,16 +218,12 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
     Raises ValueError for other `bits`, and for experts that are not plain or not there, before anything is changed.
     """
     if bits not in (8, 4):
-        raise ValueError(f"experts are packed in 8 or 4 bits, got {bits}.")
-    found = [module for module in model.modules() if isinstance(module, DeepseekV2Experts)]
-    if not found:
-        raise ValueError("expected a model with experts, and no layer of this one has any.")
+        raise ValueError(f"experts are packed in 8 or 4 bits, got {bits!r}.")
+    # adapters may stand around them
+    modules = (module for moe in moe_layers(model).values() for module in moe.modules())
+    found = [module for module in modules if isinstance(module, DeepseekV2Experts)]
     for experts in found:
-        if type(experts) is not DeepseekV2Experts or not experts.takes_grouped_products():
-            raise ValueError(
-                f"expected plain experts, whole and multiplied by 'grouped_mm', got {type(experts).__name__}; undo "
-                "optimisations, end ESFT, and load with experts_implementation='grouped_mm'."
-            )
+        check_plain(experts)
         if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
             raise ValueError("experts of an odd width cannot be packed in pairs.")
     for experts in found:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback
 
 from .balance import present_tokens
-from .modeling_deepseek_v2 import DeepseekV2Model
-from .moe import DeepseekV2MoE
+from .modeling_deepseek_v2 import DeepseekV2Model, moe_layers
 
 if TYPE_CHECKING:  # half a second to import
     from transformers import Trainer
@@ -37,22 +36,18 @@ class RouterCounts:
     """
 
     def __init__(self, model: nn.Module):
-        self._backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
-        layers = [] if self._backbone is None else enumerate(self._backbone.layers)
+        layers = moe_layers(model)
+        self._backbone = next(module for module in model.modules() if isinstance(module, DeepseekV2Model))
         # whatever peft has put around a gate is called in its place
-        gates = {i: layer.mlp.gate for i, layer in layers if isinstance(layer.mlp, DeepseekV2MoE)}
-        if not gates:
-            raise ValueError("expected a model with experts, and no layer of this one has any.")
-        self.layers, self._gates = list(gates), list(gates.values())
+        self.layers, self._gates = list(layers), [moe.gate for moe in layers.values()]
         config = self._backbone.config
         e, groups, self.num_experts_per_tok = config.n_routed_experts, config.n_group, config.num_experts_per_tok
-        is_normalised = config.norm_topk_prob and self.num_experts_per_tok > 1
-        self.gate_scaling = 1.0 if is_normalised else config.routed_scaling_factor
+        self.gate_scaling = 1.0 if config.normalizes_gates else config.routed_scaling_factor
         # greedy routing may come with groups that divide nothing
         self.widths = (e, e, groups if e % groups == 0 else 1, 1)
         # beside the gates, so that nothing waits for their device
         device = next(self._gates[0].parameters()).device
-        self.sums = torch.zeros(len(gates), sum(self.widths), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(layers), sum(self.widths), dtype=torch.float64, device=device)
         self.choices, self.weights, self.sent, dropped = self.sums.split(self.widths, dim=1)
         self.dropped = dropped[:, 0]
 
@@ -135,10 +130,11 @@ class Activity(NamedTuple):
 
 @torch.no_grad()
 def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
-    """Over ids [b s], without gradients; ValueError for a model without experts."""
+    """Over ids [b s], without gradients; ValueError for a model without experts or ids of another shape."""
     counts = RouterCounts(model)
-    if ids.numel() == 0:
-        raise ValueError("expected a text of at least one token, got none.")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        came = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"expected token ids as a tensor [b s] of at least one token, got {came}.")
     was_training = model.training
     with counts.watching():
         model.eval()
@@ -159,10 +155,12 @@ class RouterStatistics(TrainerCallback):
     `router/dropped` the share of dropped choices: means over layers, tokens of all processes together.
     `router/load_of_worst_layer` is the greatest load of a layer.
 
-    Use: trainer.add_callback(RouterStatistics(trainer)).
+    Use: trainer.add_callback(RouterStatistics(trainer)). Raises TypeError for anything but a `Trainer`.
     """
 
     def __init__(self, trainer: "Trainer"):
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(f"expected a Trainer, in whose log this writes, got {type(trainer).__name__}.")
         self.trainer = trainer
         self._watching = ExitStack()
 

@@ -23,6 +23,8 @@ class TrainedExperts(DeepseekV2Experts):
     see the trained model, and `state_dict` is that of a model without these parameters.
     """
 
+    state = "in training by ESFT; end that with merge_experts(model)"
+
     def start(self, trained: Sequence[int]) -> None:
         self.trained = [*trained]
         for name in STACKED:
@@ -57,7 +59,7 @@ class TrainedExperts(DeepseekV2Experts):
         return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
 
     def check_weights_for_peft(self) -> None:
-        raise ValueError("experts in training by ESFT take no adapters; end it before, with merge_experts(model).")
+        raise ValueError(f"experts take no adapters while they are {self.state}.")
 
     def takes_grouped_products(self) -> bool:
         # with adapters beside them, the trained ones would get no gradient

@@ -19,10 +19,11 @@ from deepseek_latent import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
+    configuration_checks,
 )
 from deepseek_latent.rotary import softmax_scale
 
-from .support import V2, random_ids, tiny_model
+from .support import LITE, V2, random_ids, tiny_model
 
 PUBLISHED_YARN = {
     "beta_fast": 32,
@@ -786,3 +787,13 @@ def test_every_matrix_starts_with_the_initial_spread():
 def test_every_field_has_its_effect():
     declared = inspect.get_annotations(DeepseekV2Config)
     assert EFFECTS.keys() == declared.keys()
+
+
+def test_balance_between_devices_asks_for_more_than_one(monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_checks.logger, "warning_once", said.append)
+    DeepseekV2Config(**V2 | {"device_capacity_factor": 1.0})
+    DeepseekV2Config(**LITE)
+    assert not said
+    DeepseekV2Config(**LITE | {"device_aux_loss_alpha": 0.05, "device_capacity_factor": 1.0})
+    assert said[0].startswith("device_aux_loss_alpha and device_capacity_factor balance devices, and n_group is 1")

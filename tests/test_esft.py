@@ -176,7 +176,7 @@ def test_originals_stay_in_float32_and_outlive_other_weights():
 def test_adapters_on_experts_in_training_are_refused():
     model, ids = in_training(), random_ids(2, 9)
     model = get_peft_model(model, lora_config(model, routed_experts=True))
-    with pytest.raises(ValueError, match=r"take no adapters; end it before, with merge_experts\(model\)"):
+    with pytest.raises(ValueError, match=r"take no adapters while they are in training by ESFT; end that with merge"):
         model(input_ids=ids)
 
 
@@ -340,9 +340,13 @@ def test_a_model_in_another_state_is_refused(tmp_path):
         train_experts(get_peft_model(tiny_model(), lora_config(tiny_model())), ExpertSelection(CHOSEN))
     packed = tiny_model()
     pack_experts(packed)
-    for use in (train_experts, lambda model, selection: load_experts(model, tmp_path)):
-        ExpertSelection(CHOSEN).save(tmp_path)
-        with pytest.raises(ValueError, match="got PackedExperts"):
+    ExpertSelection(CHOSEN).save(tmp_path)
+    for use in (
+        train_experts,
+        lambda model, selection: load_experts(model, tmp_path),
+        lambda model, selection: save_experts(model, selection, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"they are packed; unpack_experts\(model\) makes stacked weights"):
             use(packed, ExpertSelection(CHOSEN))
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which holds a checkpoint"):
@@ -350,18 +354,40 @@ def test_a_model_in_another_state_is_refused(tmp_path):
     for threshold in (0, -1, float("nan"), 5):
         with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
             select_experts({1: [0.5, 0.5]}, threshold)
-    with pytest.raises(ValueError, match="in training already"):
+    with pytest.raises(ValueError, match=r"they are in training by ESFT; end that with merge_experts\(model\)"):
         train_experts(in_training(selection=ExpertSelection({1: [3]})), ExpertSelection({2: [3]}))
     eager = tiny_model()
     eager.set_experts_implementation("eager")
-    with pytest.raises(ValueError, match="expected plain experts, whole and multiplied by 'grouped_mm'"):
+    with pytest.raises(ValueError, match="'grouped_mm' multiplies, got 'eager'; call model"):
         train_experts(eager, ExpertSelection(CHOSEN))
     optimized = tiny_model()
     optimize_for_inference(optimized)
-    with pytest.raises(ValueError, match="got KernelExperts in layer 1; merge adapters, unpack, undo"):
+    with pytest.raises(ValueError, match=r"they are optimised for inference; take that back by undo\(\)"):
         train_experts(optimized, ExpertSelection(CHOSEN))
     with pytest.raises(TypeError, match="expected a DeepSeek-V2 without adapters around it, got Linear"):
         train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))
+
+
+def test_what_is_saved_is_what_is_in_training(tmp_path):
+    model = in_training()
+    others = {layer: [*chosen, 9] for layer, chosen in CHOSEN.items()}
+    for selection in (ExpertSelection(others), ExpertSelection({1: CHOSEN[1]})):
+        with pytest.raises(ValueError, match="expected the selection that is in training, whose experts of layer"):
+            save_experts(model, selection, tmp_path / "experts")
+    assert not (tmp_path / "experts").exists()
+    save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path)
+
+
+def test_values_of_another_type_are_refused(tmp_path):
+    model = tiny_model()
+    activity = activity_of(model, random_ids(1, 8))
+    for use in (train_experts, lambda *given: save_experts(*given, tmp_path)):
+        with pytest.raises(TypeError, match="expected an ExpertSelection, got dict"):
+            use(model, CHOSEN)
+    with pytest.raises(TypeError, match=r"from expert_scores\(activity\), got Activity"):
+        select_experts(activity, 0.2)
+    with pytest.raises(ValueError, match=r"expert_cfg.json, as save_experts .* it is not there; checkpoints load with"):
+        load_experts(model, tmp_path)
 
 
 def test_a_copy_trains_on_its_own():

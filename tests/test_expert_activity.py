@@ -72,7 +72,9 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     for row in report["layers"]:
         scores = [row["shares"][expert] for expert in chosen[row["layer"]]]
         assert sum(scores) >= 0.3 > sum(scores[:-1])
-    assert "2202.01169" in capsys.readouterr().out
+    said, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
+    assert "2202.01169" in said.out
+    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in said.err
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,8 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
         (["--text", "empty.txt"], "empty.txt, which is empty"),
         (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
         (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
+        (["--text", "text.txt", "--by", "token"], "--by and --threshold say how --esft chooses"),
+        (["--text", "text.txt", "--threshold", "0.2"], "give --esft a file to write, or leave them"),
     ],
     ids=str,
 )

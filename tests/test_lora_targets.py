@@ -112,6 +112,9 @@ def test_what_cannot_be_adapted_is_refused():
         lora_config(tiny_model(n_routed_experts=None), routed_experts=True)
     with pytest.raises(TypeError, match="expected a DeepSeek-V2"):
         lora_config(transformers.LlamaConfig())
+    for options in ({}, {"routed_experts": True}):
+        with pytest.raises(ValueError, match="rank r must be at least 1, got 0"):
+            lora_config(tiny_model(), r=0, **options)
     for options in ({"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
         lora_config(tiny_model(), **options)
         with pytest.raises(ValueError, match="for linear layers alone"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from deepseek_latent import lora_config
 from deepseek_latent.conversion.calibration import perplexity, windows_of
 from deepseek_latent.kernels import optimize_for_inference
-from deepseek_latent.packed_experts import PackedExperts, normal_float, pack, pack_experts, unpack_experts
+from deepseek_latent.packed_experts import NF4, PackedExperts, pack, pack_experts, unpack_experts
 
 from .support import needs_compiler, random_ids, relative_error, tiny_model
 
@@ -42,7 +42,7 @@ def test_the_values_are_those_of_nf4():
     # QLoRA, appendix E
     published = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
     published += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
-    torch.testing.assert_close(normal_float(), torch.tensor(published), rtol=0, atol=1e-6)
+    torch.testing.assert_close(NF4, torch.tensor(published), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -54,7 +54,7 @@ def test_every_element_is_the_nearest_of_its_group(bits, dtype):
     stored = pack(weight, bits)
     assert stored.codes.shape == (3, 10, 192 if bits == 8 else 96)
     assert stored.scales.shape == (3, 10, 3)
-    values = torch.arange(-127, 128).float() if bits == 8 else normal_float()
+    values = torch.arange(-127, 128).float() if bits == 8 else NF4
     grid = values * stored.scales.float()[..., None]
     groups = weight.float().unflatten(-1, (3, 64))
     nearest = (groups[..., None] - grid[..., None, :]).abs().amin(dim=-1)
@@ -157,11 +157,52 @@ def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
         pack_experts(tiny_model(), 2)
     with pytest.raises(ValueError, match="expected a model with experts"):
         pack_experts(tiny_model(n_routed_experts=None))
-    with pytest.raises(ValueError, match=r"expected plain experts, .* got PackedExperts"):
+    with pytest.raises(
+        ValueError, match=r"expected plain routed experts, and they are packed; unpack_experts\(model\)"
+    ):
         pack_experts(packed(8), 4)
-    packed(4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not hold this model's backbone"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"packed; unpack_experts\(model\) .* save the adapter alone"):
+        packed(4).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+@torch.no_grad()
+def test_merging_goes_on_after_unpacking(merge):
+    """peft is stopped at the first packed layer, behind attention, and comes to the same model in a second try."""
+    model, ids = adapted(packed(4)).eval(), random_ids(2, 20)
+    expected = model(input_ids=ids).logits
+    with pytest.raises(ValueError, match=r"cannot be merged into packed experts: call unpack_experts\(model\)"):
+        getattr(model, merge)()
+    assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
+    unpack_experts(model)
+    merged = getattr(model, merge)() or model
+    assert relative_error(merged(input_ids=ids).logits, expected) < 1e-5
+    at_once = adapted(rounded(4))
+    at_once = getattr(at_once, merge)() or at_once
+    for name, parameter in at_once.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def test_adapters_of_transformers_are_saved_from_a_packed_model(tmp_path):
+    model = packed(4)
+    model.add_adapter(lora_config(model, r=6, routed_experts=True, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed(4), tmp_path)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_copy_takes_no_more_memory():
+    model = packed(4)
+    other = copy.deepcopy(model)
+    experts = other.model.layers[1].mlp.experts
+    assert experts.gate_up_proj.untyped_storage().nbytes() == 1
+    assert experts.gate_up_proj is not model.model.layers[1].mlp.experts.gate_up_proj
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Trainer logs what routers did in training, padding and evaluation apart."""
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -145,3 +147,17 @@ def test_groups_that_divide_nothing_are_one_device():
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="expected a model with experts"):
         RouterCounts(tiny_model(n_routed_experts=None))
+
+
+def test_what_is_no_trainer_and_what_are_no_ids_is_refused():
+    with pytest.raises(TypeError, match="expected a Trainer, in whose log this writes, got DeepseekV2ForCausalLM"):
+        RouterStatistics(tiny_model())
+    cases = (
+        (random_ids(1, 4)[0], "shape [4]"),
+        (torch.zeros(1, 0), "shape [1, 0]"),
+        ("a text", "str"),
+        ([[1, 2]], "list"),
+    )
+    for ids, came in cases:
+        with pytest.raises(ValueError, match=r"expected token ids as a tensor \[b s\] .*, got " + re.escape(came)):
+            activity_of(tiny_model(), ids)

@@ -35,6 +35,8 @@ def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
 
 
 class Int8Experts(DeepseekV2Experts):
+    state = "rounded to int8 for inference; load the model anew"
+
     def takes_grouped_products(self) -> bool:
         return False
 

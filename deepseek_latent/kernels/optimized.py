@@ -59,6 +59,8 @@ class KernelGate(DeepseekV2MoEGate):
 
 
 class KernelExperts(DeepseekV2Experts):
+    state = "optimised for inference; take that back by undo() of what optimize_for_inference(model) returned"
+
     def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Both weights, if our operators are to multiply tokens x by them."""
         gate_up, down = self.gate_up_proj, self.down_proj
