@@ -50,7 +50,7 @@ def main() -> None:
     if options.here:
         print(peak(adapted(build(options.here, **LAYERS), LORA), options.tokens))
         return
-    memory = {side: peak_elsewhere("expert_lora", side, options.tokens) for side in SIDES}
+    memory = {side: peak_elsewhere("expert_lora", "--here", side, "--tokens", str(options.tokens)) for side in SIDES}
     ours = build("ours", **LAYERS)
     models = {"native": adapted(build("native", weights=ours, **LAYERS), LORA), "ours": adapted(ours, LORA)}
     agreement, training = compared(models, options.tokens, options.repetitions)

@@ -45,20 +45,26 @@ CLASSES = {
 }
 
 
-def build(which: str, dtype: torch.dtype = torch.bfloat16, weights: nn.Module | None = None, **overrides) -> nn.Module:
+def build(
+    which: str,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: nn.Module | None = None,
+    device: str = "cpu",
+    **overrides,
+) -> nn.Module:
     """Lite-4 of `which` class ("ours" or "native") in eval mode, with random weights or those of another, shared."""
     config_class, model_class = CLASSES[which]
     with torch.device("meta"):
         model = model_class._from_config(config_class(**(CONFIG | overrides)), dtype=dtype)
     if weights is None:
-        model.to_empty(device="cpu")
+        model.to_empty(device=device)
         fill(model, dtype)
     else:
         model.load_state_dict(weights.state_dict(), assign=True)
         # what is no weight has no numbers yet
         for module in model.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to_empty(device="cpu", recurse=False)
+                module.to_empty(device=device, recurse=False)
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module)
@@ -72,7 +78,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def fill(model: nn.Module, dtype: torch.dtype) -> None:
     # a tile of noise instead of 2 billion draws; never zeros, on which products are faster
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype).to(model.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1)

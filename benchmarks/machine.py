@@ -14,7 +14,7 @@ import transformers
 
 
 def described(command: str) -> dict:
-    """Commit, versions, threads and CPU."""
+    """Commit, versions, threads, CPU and GPU."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip()
     models = {line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")}
     return {
@@ -26,7 +26,7 @@ def described(command: str) -> dict:
         "threads": torch.get_num_threads(),
         "cpu": ", ".join(models) or platform.processor(),
         "avx512_bf16": any("avx512_bf16" in line for line in cpu_lines()),
-    }
+    } | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def report(result: dict, out: Path | None) -> None:
