@@ -259,6 +259,7 @@ def test_the_published_checkpoint_suits_everybody():
         ({"hidden_act": "gelu"}, "vLLM, SGLang, llama.cpp", 'hidden_act "gelu"'),
         (LITE, "llama.cpp", "q_lora_rank null"),
         ({}, "llama.cpp", "topk_method"),
+        ({"topk_method": "greedy"}, "vLLM, SGLang, llama.cpp", "n_group 4, and they route by groups"),
         ({}, "vLLM", "kv_lora_rank 40"),
     ],
     ids=str,

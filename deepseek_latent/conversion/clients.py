@@ -51,6 +51,8 @@ def objections(config: DeepseekV2Config, written: dict, tensors: Collection[str]
         object_("transformers, llama.cpp", "n_shared_experts", "but they have shared experts always")
     if has_experts and config.topk_method == "group_limited_greedy" and config.n_group > 1:
         object_("llama.cpp", "topk_method", "but it ranks a group by its two best experts, as DeepSeek-V3 does")
+    if has_experts and config.topk_method == "greedy" and config.n_group > 1:
+        object_("vLLM, SGLang, llama.cpp", "n_group", "and they route by groups whatever topk_method is")
     if config.rms_norm_eps != 1e-6:
         object_("vLLM, SGLang, llama.cpp", "rms_norm_eps", "which they also take for the latents' norms, 1e-6 here")
     if config.tie_word_embeddings and "lm_head.weight" not in tensors:
