@@ -93,10 +93,10 @@ class StandIn(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
-        """peft merges adapters into it."""
+        """What peft merges adapters into, and pickle writes."""
         raise ValueError(
-            "adapters cannot be merged into packed experts: call unpack_experts(model), then the same again; what was "
-            "merged before stays right."
+            "packed experts have no weights to merge adapters into, or to pickle: call unpack_experts(model), then the "
+            "same again; what was merged before stays right."
         )
 
 

@@ -172,7 +172,7 @@ def test_merging_goes_on_after_unpacking(merge):
     """peft is stopped at the first packed layer, behind attention, and comes to the same model in a second try."""
     model, ids = adapted(packed(4)).eval(), random_ids(2, 20)
     expected = model(input_ids=ids).logits
-    with pytest.raises(ValueError, match=r"cannot be merged into packed experts: call unpack_experts\(model\)"):
+    with pytest.raises(ValueError, match=r"no weights to merge adapters into, .* call unpack_experts\(model\)"):
         getattr(model, merge)()
     assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
     unpack_experts(model)
