@@ -113,13 +113,28 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    """safetensors opens a file twice, for its header and for its tensors; both are of one and the same file here."""
+    while True:
+        found = _identity(path)
+        try:
+            opened = safe_open(path, framework="pt")
+        except (SafetensorError, RuntimeError) as error:
+            if _identity(path) == found:
+                reason = f"{path} is cut off, altered or no safetensors file ({error}); write it anew."
+                raise ValueError(reason) from error
+            continue
+        with opened as file:
+            # another process may have replaced it in between
+            if _identity(path) == found:
+                yield file
+                return
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int, int]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a file of cached tensors, there is none at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off, altered or no safetensors file ({error}); write it anew.") from error
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str, Any]:

@@ -544,6 +544,26 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(step, error, 
     assert equal(read_tensors(tmp_path / "a")[0], some_tensors())
 
 
+@pytest.mark.parametrize("order", ["replaced, then opened", "opened, then replaced", "replaced between its two parts"])
+def test_a_file_replaced_while_it_is_opened_is_read_as_it_then_is(tmp_path, monkeypatch, order):
+    path, opened, attempts = tmp_path / "a", cache_files.safe_open, []
+    write_tensors(path, {"x": torch.zeros(9)}, {"value": 0})
+
+    def open_while_it_is_replaced(*arguments, **options):
+        attempts.append(order)
+        if len(attempts) > 1:
+            return opened(*arguments, **options)
+        before = opened(*arguments, **options)
+        write_tensors(path, {"x": torch.ones(5)}, {"value": 1})
+        if order == "replaced between its two parts":
+            raise RuntimeError("file size <5> is smaller than the required mapping size <9>")
+        return before if order == "opened, then replaced" else opened(*arguments, **options)
+
+    monkeypatch.setattr(cache_files, "safe_open", open_while_it_is_replaced)
+    tensors, metadata = read_tensors(path)
+    assert (tensors["x"].tolist(), metadata, len(attempts)) == ([1.0] * 5, {"value": 1}, 2)
+
+
 def test_two_processes_may_write_one_file_at_once_while_others_read_it(tmp_path):
     program = """
         import sys, torch
