@@ -6,8 +6,11 @@ Source: "Let the Expert Stick to His Last" (arXiv:2407.01906); files as in githu
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,7 +38,10 @@ class ExpertSelection:
 
     def __post_init__(self):
         # layers may come as JSON has them, numbers as torch and numpy have them
-        experts = {int(layer): [int(expert) for expert in chosen] for layer, chosen in self.experts.items()}
+        try:
+            experts = {int(layer): [index(expert) for expert in chosen] for layer, chosen in self.experts.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"expected experts by layer, {{layer: [numbers]}}, got {self.experts!r}.") from error
         object.__setattr__(self, "experts", experts)
 
     @classmethod
@@ -125,11 +131,16 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
 
 
 def merge_experts(model: PreTrainedModel) -> None:
-    """Makes `model` what loading its checkpoint would give: trained experts are experts again, all takes gradients."""
-    for moe in _moe_layers(model).values():
-        if isinstance(moe.experts, TrainedExperts):
-            moe.experts.finish()
-    _take_gradients(model, True)
+    """Makes `model` what loading its checkpoint would give: trained experts are experts again, all takes gradients.
+
+    Under adapters that were put on meanwhile, these alone take gradients.
+    """
+    moe_layers(model)
+    for module in model.modules():
+        if isinstance(module, TrainedExperts):
+            module.finish()
+    if _has_no_adapters(model):
+        _take_gradients(model, True)
 
 
 def _take_gradients(module: nn.Module, wanted: bool) -> None:
@@ -151,13 +162,18 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     layers = _moe_layers(model)
     _check(selection, layers)
     _check_stored(layers)
-    training = {i: moe.experts.trained for i, moe in layers.items() if isinstance(moe.experts, TrainedExperts)}
-    for layer, trained in training.items():
-        if {*selection.experts.get(layer, [])} != {*trained}:
+    training = {i: {*moe.experts.trained} for i, moe in layers.items() if isinstance(moe.experts, TrainedExperts)}
+    for layer in layers if training else ():
+        trained, given = sorted(training.get(layer, [])), sorted(selection.experts.get(layer, []))
+        if trained != given:
             raise ValueError(
-                f"expected the selection that is in training, whose experts of layer {layer} are {sorted(trained)}, "
-                f"got {sorted(selection.experts.get(layer, []))}."
+                f"expected the selection that is in training, of layer {layer} experts {trained}, got {given}."
             )
+    for part in ("shared_experts", "non_expert_modules"):
+        of_part = ExpertSelection({}, **{part: True})
+        named = [x for name, x in model.named_parameters() if _is_selected(name, of_part)]
+        if training and getattr(selection, part) and not any(x.requires_grad for x in named):
+            raise ValueError(f"expected the selection that is in training, and {part}, which it names, are frozen.")
     # DeepSeek's code asks for every layer
     selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +189,8 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
     other shapes than the model.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"expected the folder that save_experts wrote, got the file {folder}.")
     selection, layers = ExpertSelection.load(folder), _moe_layers(model)
     _check(selection, layers)
     _check_stored(layers)
@@ -183,7 +201,11 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
     came = {}
     for file in sorted(folder.glob("*.safetensors")):
         # DeepSeek's code takes names from the head or from the backbone on
-        came |= {name if name in places else f"model.{name}": tensor for name, tensor in load_file(file).items()}
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is cut off or no safetensors file ({error}); copy it anew.") from error
+        came |= {name if name in places else f"model.{name}": tensor for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in sorted(places.keys() - came.keys())]
     problems += [f"{name} is one too many" for name in sorted(came.keys() - places.keys())]
     problems += [
@@ -201,13 +223,8 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
 def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Tensor]:
     """What `selection` names, by names in checkpoints, each a view of the model's own weight."""
 
-    def is_selected(name: str) -> bool:
-        if ".mlp.experts." in name:
-            return False
-        return selection.shared_experts if ".mlp.shared_experts." in name else selection.non_expert_modules
-
     state = model.state_dict()
-    found = {name: tensor for name, tensor in state.items() if is_selected(name)}
+    found = {name: tensor for name, tensor in state.items() if _is_selected(name, selection)}
     prefix = "model." if hasattr(model, "model") else ""
     for layer, chosen in selection.experts.items():
         experts = f"{prefix}layers.{layer}.mlp.experts"
@@ -218,10 +235,23 @@ def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, T
     return found
 
 
+def _is_selected(name: str, selection: ExpertSelection) -> bool:
+    """Whether this weight is one that `selection` names as a whole."""
+    if ".mlp.experts." in name:
+        return False
+    return selection.shared_experts if ".mlp.shared_experts." in name else selection.non_expert_modules
+
+
 def _moe_layers(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
     if not isinstance(model, DeepseekV2PreTrainedModel):
         raise TypeError(f"expected a DeepSeek-V2 without adapters around it, got {type(model).__name__}.")
+    if not _has_no_adapters(model):
+        raise TypeError("expected a DeepSeek-V2 without adapters in it; merge these, or load the model without them.")
     return moe_layers(model)
+
+
+def _has_no_adapters(model: nn.Module) -> bool:
+    return not any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def _check(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE]) -> None:

@@ -81,8 +81,10 @@ def _added_by_groups(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Ten
     a = torch.cat([one.a for one in all_factors], dim=1)
     b = torch.cat([one.b * one.scaling for one in all_factors], dim=2)
     missing = -a.shape[1] % RANK_MULTIPLE
-    a, b = F.pad(a, (0, 0, 0, missing)).to(x.dtype), F.pad(b, (0, missing)).to(x.dtype)
-    return grouped_product(grouped_product(x, a, ends), b, ends)
+    # in 16 bits, inductor lays B out as torch's grouped products refuse it; in float32 transformers has another way
+    dtype = torch.float32 if torch.compiler.is_compiling() else x.dtype
+    a, b = F.pad(a, (0, 0, 0, missing)).to(dtype), F.pad(b, (0, missing)).to(dtype)
+    return grouped_product(grouped_product(x.to(dtype), a, ends), b, ends).to(x.dtype)
 
 
 def _added_row_by_row(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Tensor:

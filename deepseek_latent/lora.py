@@ -58,11 +58,12 @@ def lora_config(
             )
         rank = max(r // config.num_experts_per_tok, 1)
         given["target_parameters"] = list(ROUTED_EXPERTS)
-        given["rank_pattern"] = dict.fromkeys(ROUTED_EXPERTS, rank)
+        given["rank_pattern"] = dict.fromkeys(ROUTED_EXPERTS, rank) | (options.pop("rank_pattern", None) or {})
         share = rank / r
         # so that all have one scaling, which is lora_alpha / sqrt(r) with use_rslora
         share = share**0.5 if options.get("use_rslora") else share
-        given["alpha_pattern"] = dict.fromkeys(ROUTED_EXPERTS, alpha * share)
+        alphas = dict.fromkeys(ROUTED_EXPERTS, alpha * share)
+        given["alpha_pattern"] = alphas | (options.pop("alpha_pattern", None) or {})
     return LoraConfig(**given | options)
 
 

@@ -274,7 +274,8 @@ def moe_layers(model: nn.Module) -> dict[int, DeepseekV2MoE]:
     """Layers with experts of a DeepSeek-V2, or of one inside `model`, by number; ValueError where none has any."""
     backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
     layers = [] if backbone is None else enumerate(backbone.layers)
-    found = {i: layer.mlp for i, layer in layers if isinstance(getattr(layer, "mlp", None), DeepseekV2MoE)}
+    # not by its class: peft may have wrapped it, and a pipeline leaves stand-ins for layers
+    found = {i: layer.mlp for i, layer in layers if getattr(layer, "has_experts", False)}
     if not found:
         raise ValueError("expected a model with experts, and no layer of this one has any.")
     return found

@@ -6,6 +6,7 @@ both can be had together. Adapters are peft's, in full precision, and never need
 Letters: e routed experts, d model width, f width of one expert.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -82,29 +83,39 @@ def pack(weight: Tensor, bits: int) -> Packed:
 
 
 class StandIn(nn.Parameter):
-    """Looks like `weight` to whoever asks for its shape, and has no values."""
+    """In place of a packed weight: its shape for whoever asks, and no memory of its own.
 
-    def __new__(cls, weight: Tensor, device: torch.device | None = None):
-        nothing = torch.zeros((), dtype=torch.uint8, device=device or weight.device)
-        return super().__new__(cls, nothing.expand(weight.shape), requires_grad=False)
+    It is of a dtype that multiplies nothing. peft, which merges adapters into `data`, finds the experts unpacked there.
+    """
 
-    def __deepcopy__(self, memo: dict) -> "StandIn":
-        return memo.setdefault(id(self), StandIn(self))
+    def __new__(cls, owner: "PackedExperts", name: str, shape: torch.Size, device: torch.device):
+        nothing = torch.zeros((), dtype=torch.uint8, device=device)
+        made = super().__new__(cls, nothing.expand(shape), requires_grad=False)
+        made.owner, made.name_there = owner, name
+        return made
 
     @property
     def data(self) -> Tensor:
-        """What peft merges adapters into, and pickle writes."""
-        raise ValueError(
-            "packed experts have no weights to merge adapters into, or to pickle: call unpack_experts(model), then the "
-            "same again; what was merged before stays right."
-        )
+        if isinstance(self.owner, PackedExperts):
+            self.owner.unpack()
+        return getattr(self.owner, self.name_there).data
+
+    @data.setter
+    def data(self, merged: Tensor) -> None:
+        getattr(self.owner, self.name_there).data = merged
+
+    def __deepcopy__(self, memo: dict) -> "StandIn":
+        copied = StandIn(copy.deepcopy(self.owner, memo), self.name_there, self.shape, self.device)
+        return memo.setdefault(id(self), copied)
+
+    def __reduce_ex__(self, protocol):
+        return StandIn, (self.owner, self.name_there, self.shape, self.device)
 
 
 class PackedExperts(DeepseekV2Experts):
     """Frozen experts in packed storage, a few unpacked at a time where tokens meet them, in the backward pass again.
 
-    In place of the stacked weights stand parameters of their shape without memory of their own and of a dtype that
-    multiplies nothing: peft reads shapes from them. `state_dict` has the packed storage, which no other code opens.
+    `state_dict` has the packed storage, which no other code opens.
     """
 
     state = "packed; unpack_experts(model) makes stacked weights of them"
@@ -114,7 +125,8 @@ class PackedExperts(DeepseekV2Experts):
             packed = pack(getattr(self, name).detach(), bits)
             for part, tensor in packed._asdict().items():
                 self.register_buffer(f"{part}_of_{name}", tensor)
-            setattr(self, name, StandIn(getattr(self, name)))
+            weight = getattr(self, name)
+            setattr(self, name, StandIn(self, name, weight.shape, weight.device))
 
     def packed(self, name: str) -> Packed:
         return Packed(*(getattr(self, f"{part}_of_{name}") for part in Packed._fields))
@@ -158,7 +170,7 @@ class PackedExperts(DeepseekV2Experts):
             return super()._apply(fn, recurse)
         finally:
             for name, parameter in stand_ins.items():
-                setattr(self, name, StandIn(parameter, self.scales_of_down_proj.device))
+                setattr(self, name, StandIn(self, name, parameter.shape, self.scales_of_down_proj.device))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -211,19 +223,28 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
     """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with a scale per 64 elements of a row.
 
     What remains of them is 0.52 or 0.27 of bfloat16; more where 64 does not divide their widths. They are frozen from
-    then on; adapters go on top, made before or after. Save the adapters: a packed model cannot be saved so that others
-    open it, and adapters cannot be merged into one. `unpack_experts` makes stacked weights again, rounded as they were
-    packed.
+    then on; adapters go on top, made before or after. Save the adapters: a packed model is saved by nothing else.
+    `unpack_experts` makes stacked weights again, rounded as they were packed; merging adapters into experts does, too.
 
-    Raises ValueError for other `bits`, and for experts that are not plain or not there, before anything is changed.
+    Raises ValueError for other `bits`, and for experts that are not plain or not there or have adapters merged, before
+    anything is changed.
     """
     if bits not in (8, 4):
         raise ValueError(f"experts are packed in 8 or 4 bits, got {bits!r}.")
-    # adapters may stand around them
-    modules = (module for moe in moe_layers(model).values() for module in moe.modules())
-    found = [module for module in modules if isinstance(module, DeepseekV2Experts)]
-    for experts in found:
+    found = []
+    for moe in moe_layers(model).values():
+        # adapters may stand around them
+        inside = [*moe.experts.modules()]
+        experts, *copies = [module for module in inside if isinstance(module, DeepseekV2Experts)]
+        if copies:
+            raise ValueError("expected experts that are frozen, and peft trains a copy of them (modules_to_save).")
+        if any(getattr(module, "merged_adapters", None) for module in inside):
+            raise ValueError(
+                "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
+            )
         check_plain(experts)
+        found.append(experts)
+    for experts in found:
         if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
             raise ValueError("experts of an odd width cannot be packed in pairs.")
     for experts in found:

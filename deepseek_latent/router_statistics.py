@@ -130,17 +130,19 @@ class Activity(NamedTuple):
 
 @torch.no_grad()
 def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
-    """Over ids [b s], without gradients; ValueError for a model without experts or ids of another shape."""
+    """Over ids [b s] without padding, without gradients; ValueError for a model without experts or other shapes."""
     counts = RouterCounts(model)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         came = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"expected token ids as a tensor [b s] of at least one token, got {came}.")
     was_training = model.training
-    with counts.watching():
-        model.eval()
-        for window in ids.split(WINDOW, dim=1):
-            model(window.to(model.device), use_cache=False)
-    model.train(was_training)
+    model.eval()
+    try:
+        with counts.watching():
+            for window in ids.split(WINDOW, dim=1):
+                model(window.to(model.device), use_cache=False)
+    finally:
+        model.train(was_training)
     choices, weights = counts.choices.cpu(), counts.weights.cpu()
     gates = weights / ids.numel() / counts.gate_scaling
     return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1), gates)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .expert_products import grouped_product
 from .moe import STACKED, DeepseekV2Experts
 
+SAMPLED = 1009  # one weight of so many is compared; a prime divides no width
+
 
 class TrainedExperts(DeepseekV2Experts):
     """Routed experts of which some are trained and the others frozen.
@@ -36,7 +38,7 @@ class TrainedExperts(DeepseekV2Experts):
         self.write()
         for name in STACKED:
             delattr(self, f"trained_{name}")
-        del self.trained, self.written, self.may_change
+        del self.trained, self.written
         self.__class__ = DeepseekV2Experts
 
     def write(self) -> None:
@@ -45,29 +47,31 @@ class TrainedExperts(DeepseekV2Experts):
             # not seen by autograd, which would find the weight changed between two passes and their gradients
             stacked = getattr(self, name).data
             stacked[self.trained] = getattr(self, f"trained_{name}").detach().to(stacked.dtype)
-        self.written = self.versions()
-        # a step may follow, and fused optimisers count no version
-        self.may_change = self.training or torch.is_grad_enabled()
+        self.written = [(slot._version, _sampled(slot).clone()) for slot in self.slots()]
 
-    def versions(self) -> list[int]:
-        return [getattr(self, f"trained_{name}")._version for name in STACKED]
+    def slots(self) -> list[nn.Parameter]:
+        return [getattr(self, f"trained_{name}") for name in STACKED]
+
+    def is_written(self) -> bool:
+        # fused optimisers and `data` count no version
+        return len(self.written) > 0 and all(
+            slot._version == version and torch.equal(_sampled(slot), sample)
+            for slot, (version, sample) in zip(self.slots(), self.written)
+        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or self.may_change or self.written != self.versions():
+        # where a step may follow, what is written is little beside what is computed
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_written():
             self.write()
         routed = (hidden_states, top_k_index, top_k_weights)
         return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
 
     def check_weights_for_peft(self) -> None:
-        raise ValueError(f"experts take no adapters while they are {self.state}.")
+        raise ValueError(f"experts take no adapters while they are {self.state}, with or without the adapters.")
 
     def takes_grouped_products(self) -> bool:
         # with adapters beside them, the trained ones would get no gradient
         return False
-
-    def train(self, mode: bool = True):
-        self.may_change = True
-        return super().train(mode)
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         return _ProductWithTrained.apply(x, getattr(self, f"trained_{name}"), getattr(self, name), ends, self.trained)
@@ -79,6 +83,8 @@ class TrainedExperts(DeepseekV2Experts):
             del destination[f"{prefix}trained_{name}"]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
+        # of a file with some experts alone, the others come from the stacks
+        self.write()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         for name in STACKED:
             if f"{prefix}trained_{name}" in missing_keys:
@@ -99,6 +105,12 @@ class TrainedExperts(DeepseekV2Experts):
                 if slot.grad is not None:
                     slot.grad.data = slot.grad.data.to(slot.device)
                 self.register_parameter(name, slot)
+            self.written = []
+
+
+def _sampled(slot: Tensor) -> Tensor:
+    """Of every row and column something; a step of an optimiser moves nearly all."""
+    return slot.detach().flatten()[::SAMPLED]
 
 
 class _ProductWithTrained(torch.autograd.Function):

@@ -372,8 +372,14 @@ def test_what_is_saved_is_what_is_in_training(tmp_path):
     model = in_training()
     others = {layer: [*chosen, 9] for layer, chosen in CHOSEN.items()}
     for selection in (ExpertSelection(others), ExpertSelection({1: CHOSEN[1]})):
-        with pytest.raises(ValueError, match="expected the selection that is in training, whose experts of layer"):
+        with pytest.raises(ValueError, match="expected the selection that is in training, of layer . experts"):
             save_experts(model, selection, tmp_path / "experts")
+    for part in ("shared_experts", "non_expert_modules"):
+        with pytest.raises(ValueError, match=f"and {part}, which it names, are frozen"):
+            save_experts(model, ExpertSelection(CHOSEN, **{part: True}), tmp_path / "experts")
+    one_layer = in_training(selection=ExpertSelection({1: CHOSEN[1]}))
+    with pytest.raises(ValueError, match=r"of layer 2 experts \[\], got \["):
+        save_experts(one_layer, ExpertSelection(CHOSEN), tmp_path / "experts")
     assert not (tmp_path / "experts").exists()
     save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path)
 
@@ -388,6 +394,82 @@ def test_values_of_another_type_are_refused(tmp_path):
         select_experts(activity, 0.2)
     with pytest.raises(ValueError, match=r"expert_cfg.json, as save_experts .* it is not there; checkpoints load with"):
         load_experts(model, tmp_path)
+
+
+@pytest.mark.parametrize("experts", [[1, 2], None, {1: 0}, {"a": [0]}, {1: [1.5]}, {1: "01"}], ids=str)
+def test_what_is_no_selection_is_refused(experts):
+    with pytest.raises(ValueError, match=r"expected experts by layer, {layer: \[numbers\]}, got"):
+        ExpertSelection(experts)
+
+
+def test_a_file_that_is_cut_off_or_no_folder_changes_nothing(tmp_path):
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    with pytest.raises(ValueError, match="expected the folder that save_experts wrote, got the file"):
+        load_experts(model, tmp_path / "expert_cfg.json")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is cut off"):
+        load_experts(model, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    training = in_training()
+    with pytest.raises(ValueError, match="expected experts to be replaced, and they are in training"):
+        load_experts(training, tmp_path)
+
+
+def test_adapters_put_on_meanwhile_do_not_lock_training_in():
+    """By peft or by transformers: what is trained ends, and the adapters stay as they were."""
+    for add in (
+        lambda model: get_peft_model(model, lora_config(model, routed_experts=True)),
+        lambda model: model.add_adapter(lora_config(model, routed_experts=True)) or model,
+    ):
+        model = in_training()
+        adapted = add(model)
+        for use in (train_experts, lambda *given: save_experts(*given, "nowhere")):
+            with pytest.raises(TypeError, match="without adapters"):
+                use(adapted, ExpertSelection(CHOSEN))
+        merge_experts(adapted)
+        adapted(input_ids=random_ids(1, 5))
+        assert {name.split(".")[-3] for name, x in adapted.named_parameters() if x.requires_grad} == {
+            "lora_A",
+            "lora_B",
+        }
+
+
+@pytest.mark.parametrize("change", ["fused", "data"])
+def test_what_no_version_counts_is_seen_in_evaluation(change):
+    """A backward pass through an evaluation, another evaluation, and the step or exchange of weights after it."""
+    model, ids = in_training().eval(), random_ids(2, 9)
+    loss = model(ids, labels=ids).loss
+    with torch.no_grad():
+        before = model(ids).logits
+    loss.backward()
+    trained = [x for x in model.parameters() if x.requires_grad]
+    if change == "fused":
+        torch.optim.AdamW(trained, lr=0.1, fused=True).step()
+    for parameter in trained if change == "data" else ():
+        parameter.data.mul_(3)
+    with torch.no_grad():
+        after = model(ids).logits
+        merge_experts(model)
+        assert torch.equal(after, model(ids).logits)
+    assert relative_error(after, before) > 1e-2
+
+
+def test_the_last_step_is_merged_and_kept_by_other_weights():
+    model, ids = in_training(), random_ids(2, 9)
+    step(model)
+    slot = model.model.layers[1].mlp.experts.trained_down_proj.detach().clone()
+    # of a file with one expert alone, which is not among the trained ones
+    shard = {
+        name: x for name, x in official_state_dict(tiny_model(seed=4)).items() if "layers.1.mlp.experts.9." in name
+    }
+    model.load_state_dict(shard, strict=False)
+    assert torch.equal(model.model.layers[1].mlp.experts.trained_down_proj, slot)
+    step(model)
+    slot = model.model.layers[1].mlp.experts.trained_down_proj.detach().clone()
+    merge_experts(model)
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj[CHOSEN[1]], slot)
 
 
 def test_a_copy_trains_on_its_own():

@@ -253,3 +253,34 @@ def test_in_half_precision_factors_are_trained_in_float32(dtype, counted):
     assert len(counted) == 2
     assert {x.dtype for name, x in gradients.items() if "experts" in name} == {torch.float32}
     assert all(x.isfinite().all() for x in gradients.values())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_inductor_says_the_same_in_bfloat16():
+    """It hands torch's grouped products the factors in an order that these refuse."""
+    torch.compiler.reset()
+    block = adapted(torch.bfloat16, lora(r=8)).base_model.model.model.layers[1].mlp
+    hidden = torch.randn(2, 20, 72, dtype=torch.bfloat16)
+    found = []
+    for multiply in (block, torch.compile(block, fullgraph=True)):
+        block.zero_grad()
+        result = multiply(hidden)
+        result.float().square().sum().backward()
+        gradients = {name: x.grad.clone() for name, x in block.named_parameters() if x.grad is not None}
+        found.append((result.detach(), gradients))
+    (expected, gradients), (result, compiled) = found
+    assert relative_error(result, expected) < 2**-6
+    assert len(gradients) == 4
+    for name, gradient in gradients.items():
+        assert relative_error(compiled[name], gradient) < 2**-6, name
+
+
+@torch.no_grad()
+def test_one_token_meets_all_active_adapters(monkeypatch):
+    model, token = adapted(), random_ids(1, 1)
+    model.add_adapter("b", lora(r=5))
+    model.base_model.set_adapter(["default", "b"])
+    ours = model(input_ids=token).logits
+    by_peft(monkeypatch)
+    assert relative_error(ours, model(input_ids=token).logits) < 1e-5

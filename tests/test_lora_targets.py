@@ -107,6 +107,17 @@ def test_options_are_those_of_peft():
     assert (config.r, config.lora_alpha, config.target_modules, config.lora_dropout) == (4, 4, {"o_proj"}, 0.1)
 
 
+def test_patterns_of_ones_own_stand_beside_those_of_experts():
+    config = lora_config(
+        tiny_model(), r=9, routed_experts=True, rank_pattern={"o_proj": 4}, alpha_pattern={"o_proj": 8}
+    )
+    model = get_peft_model(tiny_model(), config)
+    layer = model.base_model.model.model.layers[1]
+    assert (layer.self_attn.o_proj.r, layer.self_attn.o_proj.scaling) == ({"default": 4}, {"default": 2.0})
+    assert (layer.mlp.experts.r, layer.mlp.experts.scaling) == ({"default": 3}, {"default": 2.0})
+    assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
+
+
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="expected a model with experts"):
         lora_config(tiny_model(n_routed_experts=None), routed_experts=True)

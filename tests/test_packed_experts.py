@@ -1,11 +1,12 @@
 """Experts in 8 and 4 bits: what is computed is what was packed, adapters train on top, and memory is what it says."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from deepseek_latent import lora_config
@@ -166,22 +167,39 @@ def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
 @torch.no_grad()
-def test_merging_goes_on_after_unpacking(merge):
-    """peft is stopped at the first packed layer, behind attention, and comes to the same model in a second try."""
+def test_merging_unpacks(merge, safe_merge):
     model, ids = adapted(packed(4)).eval(), random_ids(2, 20)
     expected = model(input_ids=ids).logits
-    with pytest.raises(ValueError, match=r"no weights to merge adapters into, .* call unpack_experts\(model\)"):
-        getattr(model, merge)()
-    assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
-    unpack_experts(model)
-    merged = getattr(model, merge)() or model
+    merged = getattr(model, merge)(safe_merge=safe_merge) or model
     assert relative_error(merged(input_ids=ids).logits, expected) < 1e-5
     at_once = adapted(rounded(4))
-    at_once = getattr(at_once, merge)() or at_once
+    at_once = getattr(at_once, merge)(safe_merge=safe_merge) or at_once
     for name, parameter in at_once.named_parameters():
         torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=0, atol=0)
+    if merge == "merge_adapter":
+        model.unmerge_adapter()
+        assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
+        with model.disable_adapter():
+            assert relative_error(model(input_ids=ids).logits, rounded(4)(ids).logits) < 1e-5
+
+
+def test_experts_with_merged_or_trained_weights_are_not_packed():
+    merged = adapted(tiny_model())
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="expected experts without merged adapters; unmerge them"):
+        pack_experts(merged)
+    merged.unmerge_adapter()
+    pack_experts(merged)
+    copied = get_peft_model(tiny_model(), LoraConfig(target_modules=["o_proj"], modules_to_save=["experts"]))
+    with pytest.raises(ValueError, match="peft trains a copy of them"):
+        pack_experts(copied)
+    hooked = tiny_model()
+    hooked.model.layers[1].mlp.experts.register_forward_hook(lambda *seen: None)
+    with pytest.raises(ValueError, match="offloaded or watched by hooks"):
+        pack_experts(hooked)
 
 
 def test_adapters_of_transformers_are_saved_from_a_packed_model(tmp_path):
@@ -203,6 +221,11 @@ def test_a_copy_takes_no_more_memory():
     ids = random_ids(2, 9)
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
+        assert torch.equal(pickle.loads(pickle.dumps(other))(ids).logits, model(ids).logits)
+        unpack_experts(other)
+        assert torch.equal(other(ids).logits, rounded(4)(ids).logits)
+    assert isinstance(model.model.layers[1].mlp.experts, PackedExperts)
+    assert model.to("meta").model.layers[1].mlp.experts.gate_up_proj.is_meta
 
 
 @torch.no_grad()
