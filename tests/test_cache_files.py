@@ -564,6 +564,23 @@ def test_a_file_replaced_while_it_is_opened_is_read_as_it_then_is(tmp_path, monk
     assert (tensors["x"].tolist(), metadata, len(attempts)) == ([1.0] * 5, {"value": 1}, 2)
 
 
+def test_a_replacement_of_the_same_size_and_time_is_another_file(tmp_path, monkeypatch):
+    path, opened, attempts = tmp_path / "a", cache_files.safe_open, []
+    write_tensors(path, {"x": torch.zeros(9)}, {"value": 0})
+    written = os.stat(path).st_mtime_ns
+
+    def open_and_replace(*arguments, **options):
+        attempts.append(opened(*arguments, **options))
+        if len(attempts) == 1:
+            write_tensors(path, {"x": torch.ones(9)}, {"value": 1})
+            os.utime(path, ns=(written, written))
+        return attempts[-1]
+
+    monkeypatch.setattr(cache_files, "safe_open", open_and_replace)
+    tensors, metadata = read_tensors(path)
+    assert (tensors["x"].tolist(), metadata) == ([1.0] * 9, {"value": 1})
+
+
 def test_two_processes_may_write_one_file_at_once_while_others_read_it(tmp_path):
     program = """
         import sys, torch

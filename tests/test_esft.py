@@ -372,7 +372,7 @@ def test_what_is_saved_is_what_is_in_training(tmp_path):
     model = in_training()
     others = {layer: [*chosen, 9] for layer, chosen in CHOSEN.items()}
     for selection in (ExpertSelection(others), ExpertSelection({1: CHOSEN[1]})):
-        with pytest.raises(ValueError, match="expected the selection that is in training, of layer . experts"):
+        with pytest.raises(ValueError, match=r"expected the selection that is in training, of layer \d experts"):
             save_experts(model, selection, tmp_path / "experts")
     for part in ("shared_experts", "non_expert_modules"):
         with pytest.raises(ValueError, match=f"and {part}, which it names, are frozen"):
@@ -409,7 +409,7 @@ def test_a_file_that_is_cut_off_or_no_folder_changes_nothing(tmp_path):
         load_experts(model, tmp_path / "expert_cfg.json")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is cut off"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off"):
         load_experts(model, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     training = in_training()
@@ -430,10 +430,9 @@ def test_adapters_put_on_meanwhile_do_not_lock_training_in():
                 use(adapted, ExpertSelection(CHOSEN))
         merge_experts(adapted)
         adapted(input_ids=random_ids(1, 5))
-        assert {name.split(".")[-3] for name, x in adapted.named_parameters() if x.requires_grad} == {
-            "lora_A",
-            "lora_B",
-        }
+        learning = [name for name, x in adapted.named_parameters() if x.requires_grad]
+        assert learning
+        assert all(".lora_" in name for name in learning)
 
 
 @pytest.mark.parametrize("change", ["fused", "data"])
@@ -457,7 +456,7 @@ def test_what_no_version_counts_is_seen_in_evaluation(change):
 
 
 def test_the_last_step_is_merged_and_kept_by_other_weights():
-    model, ids = in_training(), random_ids(2, 9)
+    model = in_training()
     step(model)
     slot = model.model.layers[1].mlp.experts.trained_down_proj.detach().clone()
     # of a file with one expert alone, which is not among the trained ones

@@ -1,6 +1,7 @@
 """What `deepseek-latent experts` says is what the gates did."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -66,6 +67,8 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
         assert sum(row["shares"]) == pytest.approx(1)
         assert row["load"] == pytest.approx(16 * max(row["shares"]))
         assert 0 < row["distance"] < 1
+        assert row["unused"] == row["shares"].count(0)
+        assert row["entropy"] == pytest.approx(-sum(x * math.log(x) for x in row["shares"] if x) / math.log(16))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--esft", str(tmp_path), "--threshold", "0.3"]) == 0
     chosen = ExpertSelection.load(tmp_path).experts

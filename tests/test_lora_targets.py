@@ -108,9 +108,8 @@ def test_options_are_those_of_peft():
 
 
 def test_patterns_of_ones_own_stand_beside_those_of_experts():
-    config = lora_config(
-        tiny_model(), r=9, routed_experts=True, rank_pattern={"o_proj": 4}, alpha_pattern={"o_proj": 8}
-    )
+    patterns = {"rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 8}}
+    config = lora_config(tiny_model(), r=9, routed_experts=True, **patterns)
     model = get_peft_model(tiny_model(), config)
     layer = model.base_model.model.model.layers[1]
     assert (layer.self_attn.o_proj.r, layer.self_attn.o_proj.scaling) == ({"default": 4}, {"default": 2.0})

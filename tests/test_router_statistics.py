@@ -112,6 +112,31 @@ def test_padding_and_evaluation_do_not_count(tmp_path):
     assert made.callback_handler.callbacks[-1].counts.choices.sum(dim=1).tolist() == [8 * 16 * k] * 2
 
 
+def test_traffic_and_dropped_choices_of_padding_do_not_count():
+    options = {"device_capacity_factor": 0.5, "never_dropped_share": 0.0}
+    model, ids = tiny_model(**options).train(), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    counts, seen = RouterCounts(model), []
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda gate, inputs, output: seen.append(output))
+    with counts.watching():
+        model(ids, attention_mask=mask)
+    _, weights, experts = (x.detach()[mask.flatten().bool()] for x in seen[0])
+    devices = [set(row.tolist()) for row in experts // (V2["n_routed_experts"] // V2["n_group"])]
+    assert counts.dropped[0] == (weights == 0).sum()
+    assert counts.sent[0].tolist() == [sum(device in row for row in devices) for device in range(V2["n_group"])]
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_looking_at_a_model_leaves_its_mode(is_training):
+    model = tiny_model().train(is_training)
+    activity_of(model, random_ids(1, 5))
+    assert model.training == is_training
+    with pytest.raises(IndexError):
+        activity_of(model, torch.tensor([[V2["vocab_size"]]]))
+    assert model.training == is_training
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_activations_are_not_counted_again(use_reentrant):
     model, ids, others = tiny_model().train(), random_ids(2, 10), random_ids(2, 16)

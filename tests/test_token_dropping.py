@@ -46,6 +46,14 @@ def test_padding_takes_nobodys_place():
     assert not kept[present].all()
 
 
+def test_padding_of_a_spared_row_is_dropped_first():
+    """It takes nobody's place, and is not kept because its row is spared."""
+    chosen = torch.zeros(4, CHOICES, dtype=torch.long) + torch.arange(CHOICES)
+    present = torch.tensor([True, True, False, False])
+    limits = TokenDropping(present, torch.tensor([False, False, True, True]), DEVICES, 4.0)
+    assert limits.kept(torch.rand(4, EXPERTS), chosen).tolist() == [[True] * CHOICES] * 2 + [[False] * CHOICES] * 2
+
+
 def test_an_even_load_loses_nothing():
     chosen = torch.arange(EXPERTS).view(4, CHOICES).repeat(5, 1)
     everyone = torch.ones(20, dtype=torch.bool)
