@@ -139,7 +139,7 @@ def merge_experts(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, TrainedExperts):
             module.finish()
-    if _has_no_adapters(model):
+    if isinstance(model, DeepseekV2PreTrainedModel) and _has_no_adapters(model):
         _take_gradients(model, True)
 
 
@@ -172,7 +172,7 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     for part in ("shared_experts", "non_expert_modules"):
         of_part = ExpertSelection({}, **{part: True})
         named = [x for name, x in model.named_parameters() if _is_selected(name, of_part)]
-        if training and getattr(selection, part) and not any(x.requires_grad for x in named):
+        if training and getattr(selection, part) and named and not any(x.requires_grad for x in named):
             raise ValueError(f"expected the selection that is in training, and {part}, which it names, are frozen.")
     # DeepSeek's code asks for every layer
     selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})

@@ -58,12 +58,14 @@ def lora_config(
             )
         rank = max(r // config.num_experts_per_tok, 1)
         given["target_parameters"] = list(ROUTED_EXPERTS)
-        given["rank_pattern"] = dict.fromkeys(ROUTED_EXPERTS, rank) | (options.pop("rank_pattern", None) or {})
         share = rank / r
         # so that all have one scaling, which is lora_alpha / sqrt(r) with use_rslora
         share = share**0.5 if options.get("use_rslora") else share
-        alphas = dict.fromkeys(ROUTED_EXPERTS, alpha * share)
-        given["alpha_pattern"] = alphas | (options.pop("alpha_pattern", None) or {})
+        for name, value in (("rank_pattern", rank), ("alpha_pattern", alpha * share)):
+            # peft takes the first that matches
+            given[name] = {**(options.pop(name, None) or {})}
+            for parameter in ROUTED_EXPERTS:
+                given[name].setdefault(parameter, value)
     return LoraConfig(**given | options)
 
 

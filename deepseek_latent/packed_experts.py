@@ -234,11 +234,10 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
     found = []
     for moe in moe_layers(model).values():
         # adapters may stand around them
-        inside = [*moe.experts.modules()]
-        experts, *copies = [module for module in inside if isinstance(module, DeepseekV2Experts)]
+        experts, *copies = [module for module in moe.modules() if isinstance(module, DeepseekV2Experts)]
         if copies:
             raise ValueError("expected experts that are frozen, and peft trains a copy of them (modules_to_save).")
-        if any(getattr(module, "merged_adapters", None) for module in inside):
+        if any(getattr(module, "merged_adapters", None) for module in moe.experts.modules()):
             raise ValueError(
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )

@@ -381,6 +381,9 @@ def test_what_is_saved_is_what_is_in_training(tmp_path):
     with pytest.raises(ValueError, match=r"of layer 2 experts \[\], got \["):
         save_experts(one_layer, ExpertSelection(CHOSEN), tmp_path / "experts")
     assert not (tmp_path / "experts").exists()
+    # of what there is nothing, nothing is frozen
+    selection = ExpertSelection(CHOSEN, shared_experts=True)
+    save_experts(in_training(selection=selection, n_shared_experts=None), selection, tmp_path / "without shared")
     save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path)
 
 

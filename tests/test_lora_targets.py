@@ -114,6 +114,10 @@ def test_patterns_of_ones_own_stand_beside_those_of_experts():
     layer = model.base_model.model.model.layers[1]
     assert (layer.self_attn.o_proj.r, layer.self_attn.o_proj.scaling) == ({"default": 4}, {"default": 2.0})
     assert (layer.mlp.experts.r, layer.mlp.experts.scaling) == ({"default": 3}, {"default": 2.0})
+    patterns = {"rank_pattern": {"layers.1.mlp.experts.down_proj": 5}}
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, **patterns))
+    ranks = [layer.mlp.experts.r["default"] for layer in model.base_model.model.model.layers[1:]]
+    assert ranks == [5, 3]
     assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
 
 

@@ -193,9 +193,10 @@ def test_experts_with_merged_or_trained_weights_are_not_packed():
         pack_experts(merged)
     merged.unmerge_adapter()
     pack_experts(merged)
-    copied = get_peft_model(tiny_model(), LoraConfig(target_modules=["o_proj"], modules_to_save=["experts"]))
-    with pytest.raises(ValueError, match="peft trains a copy of them"):
-        pack_experts(copied)
+    for name in ("experts", "mlp"):
+        copied = get_peft_model(tiny_model(), LoraConfig(target_modules=["o_proj"], modules_to_save=[name]))
+        with pytest.raises(ValueError, match="peft trains a copy of them"):
+            pack_experts(copied)
     hooked = tiny_model()
     hooked.model.layers[1].mlp.experts.register_forward_hook(lambda *seen: None)
     with pytest.raises(ValueError, match="offloaded or watched by hooks"):
