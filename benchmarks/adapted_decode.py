@@ -51,8 +51,8 @@ def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
         with torch.enable_grad():
             expected[name] = model(input_ids=ids).logits[:, -1].detach().float()
         cache = filled(model, 0, None)
-        model(input_ids=ids[:, :-1], past_key_values=cache)
-        said[name] = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1].float()
+        model(input_ids=ids[:, :-1], cache=cache)
+        said[name] = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
     differences = {}
     for name in models:
         error = ((said[name] - expected[name]).norm() / expected[name].norm()).item()

@@ -180,7 +180,7 @@ class LlamaCpp:
 def measure(model: PreTrainedModel, peer: LlamaCpp, cache: LatentCache, context: int, repetitions: int) -> dict:
     new = torch.randint(0, CONFIG["vocab_size"], (context,), generator=torch.Generator().manual_seed(0))
     ids = new[cache.get_seq_length() :]
-    own = model(ids[None], past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+    own = model(ids[None], cache=cache, logits_to_keep=1).logits[0, -1].float()
     with tempfile.TemporaryDirectory() as folder:
         other = peer.read(ids.tolist(), Path(folder, "logits.npy"))
     error = ((own - other).norm() / own.norm()).item()

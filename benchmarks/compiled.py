@@ -38,7 +38,7 @@ def measure(context: int, repetitions: int) -> dict:
         graph = torch.compile(model, fullgraph=True)
 
         def in_graph(graph=graph, fixed=fixed) -> Tensor:
-            return graph(token, past_key_values=fixed).logits
+            return graph(token, cache=fixed).logits
 
         steps[f"{side}, eager"] = lambda model=model, latent=latent: decode(model, latent, token)
         steps[f"{side}, compiled"] = in_graph

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_latent import LatentCache
+from deepseek_latent.compat_transformers import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
 from .lite4 import build, filled, twin
@@ -77,7 +78,7 @@ def floor_seconds(
 
 
 def decode(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
-    logits = model(tokens, past_key_values=cache).logits
+    logits = model(tokens, **{CACHE: cache}).logits
     cache.crop(-1)
     return logits
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from deepseek_latent import LatentCache
+from deepseek_latent.compat_transformers import CACHE
 
 from .lite4 import build
 from .machine import alternated, described, report
@@ -29,14 +30,14 @@ CACHED = 128  # tokens behind which one is decoded
 
 @torch.no_grad()
 def decoded(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([[17]]), past_key_values=cache).logits
+    logits = model(input_ids=torch.tensor([[17]]), **{CACHE: cache}).logits
     cache.crop(-1)
     return logits
 
 
 @torch.no_grad()
 def read(model: nn.Module, cache: DynamicCache) -> DynamicCache:
-    model(input_ids=torch.arange(CACHED)[None], past_key_values=cache)
+    model(input_ids=torch.arange(CACHED)[None], **{CACHE: cache})
     return cache
 
 

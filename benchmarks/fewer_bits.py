@@ -37,7 +37,7 @@ EXACT = "as the model computes"
 def log_probabilities(model: PreTrainedModel, ids: Tensor, bits: int | str | None) -> Tensor:
     """[b s-1 vocab] of the next token, in float32, the second half of each window read from the cache only."""
     cache, half = LatentCache(model.config, bits=bits), ids.shape[1] // 2
-    parts = [model(part, past_key_values=cache).logits for part in (ids[:, :half], ids[:, half:-1])]
+    parts = [model(part, cache=cache).logits for part in (ids[:, :half], ids[:, half:-1])]
     return torch.cat(parts, dim=1).float().log_softmax(dim=-1)
 
 

@@ -3,9 +3,9 @@
 import copy
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as NATIVE
 
 import deepseek_latent
 from deepseek_latent import LatentCache
@@ -41,7 +41,7 @@ CONFIG = {
 }
 CLASSES = {
     "ours": (deepseek_latent.DeepseekV2Config, deepseek_latent.DeepseekV2ForCausalLM),
-    "native": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "native": (NATIVE.DeepseekV2Config, NATIVE.DeepseekV2ForCausalLM),
 }
 
 

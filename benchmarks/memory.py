@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
+from deepseek_latent.compat_transformers import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, decode
@@ -53,7 +54,7 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
         after = settled()
         Path("/proc/self/clear_refs").write_text("5")
         for _ in range(2 if side == "native" else 16):
-            logits = model(one, past_key_values=cache).logits
+            logits = model(one, **{CACHE: cache}).logits
         assert logits.isfinite().all()
         stored = (layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         held = sum(stored) if side == "native" else cache.nbytes

@@ -8,14 +8,17 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .compat_peft import keep_targets_of
+from .compat_transformers import lead_names_to
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .latent_cache import LatentCache
-from .lora import keep_targets, lora_config
+from .lora import lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
+    DeepseekV2PreTrainedModel,
 )
 from .prompt_cache import PromptCache
 
@@ -38,4 +41,12 @@ AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
 
-keep_targets()
+lead_names_to(
+    DeepseekV2Config,
+    DeepseekV2PreTrainedModel,
+    DeepseekV2Model,
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+)
+keep_targets_of(DeepseekV2PreTrainedModel)

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
+from .compat_peft import adapted_layers, adapter_state
+
 FORMAT = 1
 KEY = "deepseek_latent"  # of our entry in the file's header
 # beside transformers' own fields, what a config.json says that no cached number depends on
@@ -53,13 +55,7 @@ def settings_of(model: torch.nn.Module) -> list[Any]:
     generic = {field.name for field in fields(PreTrainedConfig)}
     config = model.config.to_dict().items()
     config = {name: value for name, value in config if name not in generic and not _NEUTRAL.fullmatch(name)}
-    layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "merged_adapters")]
-    return [config, [[name, *_adapter_state(layer)] for name, layer in layers]]
-
-
-def _adapter_state(layer: torch.nn.Module) -> list[Any]:
-    numbers = {name: getattr(layer, name) for name in layer.other_param_names if hasattr(layer, name)}
-    return [layer.active_adapter, layer.disable_adapters, layer.merged_adapters, numbers]
+    return [config, [[name, *adapter_state(layer)] for name, layer in adapted_layers(model)]]
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

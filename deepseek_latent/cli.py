@@ -71,14 +71,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         output = model.generate(
             **inputs.to(model.device),
-            past_key_values=LatentCache(model.config, bits=arguments.cache_bits),
+            cache=LatentCache(model.config, bits=arguments.cache_bits),
             streamer=streamer,
             max_new_tokens=arguments.max_new_tokens,
             use_cache=True,
             return_dict_in_generate=True,
             **(sampling if arguments.temperature else {"do_sample": False}),
         )
-    Console(stderr=True).print(_generation_table(config, output.past_key_values, streamer.times, started))
+    Console(stderr=True).print(_generation_table(config, output.cache, streamer.times, started))
     return 0
 
 

@@ -4,9 +4,10 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import DeepseekV2Config as NativeConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
+from .compat_transformers import CACHE_NAMES, carries_its_code
 from .configuration_checks import check_fields, refuse_other_architectures
 from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
@@ -29,7 +30,8 @@ class DeepseekV2Config(PreTrainedConfig):
     """
 
     model_type = "deepseek_v2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Trainer's predictions are what remains of an output, the logits
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits"]
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
     # the same modules under the same names, so the plans of the installed transformers hold here too
     base_model_tp_plan = NativeConfig.base_model_tp_plan
@@ -189,7 +191,7 @@ class DeepseekV2Config(PreTrainedConfig):
         if "device_capacity_factor" not in output:
             del output["never_dropped_share"]
         # names files that only exist beside the checkpoint this config was read from
-        if self._auto_class is None:
+        if not carries_its_code(self):
             output.pop("auto_map", None)
         return output
 

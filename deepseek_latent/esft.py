@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .compat_peft import is_adapted
+from .compat_torch import become
 from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel, moe_layers
 from .moe import DeepseekV2Experts, DeepseekV2MoE, check_plain, state_of
 from .router_statistics import Activity
@@ -126,7 +127,7 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
         if moe.shared_experts is not None:
             _take_gradients(moe.shared_experts, selection.shared_experts)
         if selection.experts.get(layer):
-            moe.experts.__class__ = TrainedExperts
+            become(moe.experts, TrainedExperts)
             moe.experts.start(selection.experts[layer])
 
 
@@ -251,7 +252,7 @@ def _moe_layers(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
 
 
 def _has_no_adapters(model: nn.Module) -> bool:
-    return not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return not any(is_adapted(module) for module in model.modules())
 
 
 def _check(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE]) -> None:

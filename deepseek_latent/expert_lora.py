@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compat_peft import Adapter, acting_adapters, is_lora_parameter, stacked_factors
 from .expert_products import Product, grouped_product
 from .hooks import has_hooks
 
@@ -35,32 +36,19 @@ def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, list[Factors]]] 
     Without a wrapper, or with all adapters off or merged, nothing is added.
     """
     factors: dict[str, list[Factors]] = {}
-    while (type(experts).__module__, type(experts).__name__) == ("peft.tuners.lora.layer", "ParamWrapper"):
-        # peft unmerges on the next call where an adapter is both merged and disabled, and hooks carry mixed batches
-        if has_hooks(experts) or (experts.merged and experts.disable_adapters):
+    while is_lora_parameter(experts):
+        adapters = acting_adapters(experts)
+        # hooks carry mixed batches
+        if has_hooks(experts) or adapters is None or not all(_is_plain(one) for one in adapters):
             return None
-        if not (experts.merged or experts.disable_adapters):
-            active = [name for name in experts.active_adapters if name in experts.lora_A]
-            if not all(_is_plain(experts, name) for name in active):
-                return None
-            if active:
-                factors[experts.parameter_name] = [_factors(experts, name) for name in active]
+        if adapters:
+            factors[experts.parameter_name] = [Factors(*stacked_factors(experts, one), one.scaling) for one in adapters]
         experts = experts.base_layer
     return experts, factors
 
 
-def _is_plain(wrapper: nn.Module, name: str) -> bool:
-    a, b = wrapper.lora_A[name], wrapper.lora_B[name]
-    return name not in wrapper.lora_variant and all(
-        type(x) is nn.Linear and x.bias is None and not has_hooks(x) for x in (a, b)
-    )
-
-
-def _factors(wrapper: nn.Module, name: str) -> Factors:
-    """As peft keeps them: A expert by expert, B rank by rank."""
-    a = wrapper.lora_A[name].weight.unflatten(0, (wrapper.num_experts, -1))
-    b = wrapper.lora_B[name].weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1)
-    return Factors(a, b, wrapper.scaling[name])
+def _is_plain(adapter: Adapter) -> bool:
+    return all(type(x) is nn.Linear and x.bias is None and not has_hooks(x) for x in (adapter.a, adapter.b))
 
 
 def with_adapters(product: Product, factors: dict[str, list[Factors]], dtype: torch.dtype) -> Product:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
+
+from .compat_transformers import grouped_linear
 
 # rows [mk in] in the order of experts, "gate_up_proj" or "down_proj", and where each expert's rows end [e], to [mk out]
 Product = Callable[[Tensor, str, Tensor], Tensor]
@@ -17,7 +18,7 @@ Product = Callable[[Tensor, str, Tensor], Tensor]
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows [mk in] times the weights [e out in] of their experts."""
-    return _grouped_linear(x, weight, ends)
+    return grouped_linear(x, weight, ends)
 
 
 def routed_sum(

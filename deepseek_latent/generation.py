@@ -3,29 +3,30 @@
 import copy
 
 from transformers.cache_utils import DynamicCache, QuantizedCache
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationConfig, GenerationMode
 
+from .compat_transformers import CACHE, GenerationHooks, takes_either_cache_name
 from .input_checks import check_begins_as_stored, check_cache_for_generation
 from .latent_cache import LatentCache, check_offloading
 from .latent_format import check_bits
 from .paged_latents import check_batching_config, with_latent_pages
 
 
-class LatentGenerationMixin(GenerationMixin):
+class LatentGenerationMixin(GenerationHooks):
     """transformers' generation over latents; the cache is a `LatentCache` unless another is asked for."""
 
-    # generate() reads from this signature which arguments a model takes
+    @takes_either_cache_name
     def prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
+        cache=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
-        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        held = 0 if cache is None else cache.get_seq_length()
         if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > held > 0:
             # assisted decoding begins with the whole prompt, whatever of it is in the cache already; a mask or, where
             # it was all ones and dropped, the last position says how many tokens there are with those in the cache
@@ -37,43 +38,41 @@ class LatentGenerationMixin(GenerationMixin):
             if num_tokens == input_ids.shape[1]:
                 next_sequence_length = num_tokens - int(held)
         if is_first_iteration and held and next_sequence_length == input_ids.shape[1] - held:
-            check_begins_as_stored(past_key_values, input_ids)
+            check_begins_as_stored(cache, input_ids)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+    def settings_for_cache(self, given, settings, mask):
+        settings = copy.copy(settings)
         if given is not None:
-            check_cache_for_generation(given, generation_config, model_kwargs.get("attention_mask"))
-            if generation_config.is_assistant:
+            check_cache_for_generation(given, settings, mask)
+            if settings.is_assistant:
                 # an assistant's own cache comes back with the settings it was made by
-                generation_config = copy.copy(generation_config)
-                generation_config.cache_implementation = generation_config.cache_config = None
-        wanted = generation_config.cache_implementation
+                settings.cache_implementation = settings.cache_config = None
+        wanted = settings.cache_implementation
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
-        bits = _bits_of_cache_config(generation_config.cache_config, wanted)
-        if bits is not None and given is None:
+        if _bits_asked_for(settings) is not None and given is None:
             # to transformers it is the default cache, whose place ours takes
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if isinstance(made, QuantizedCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            settings.cache_implementation = None
+        return settings
+
+    def cache_to_use(self, made, given, settings, mode):
+        if isinstance(made, QuantizedCache) and mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "
                 'use cache_config={"backend": "latent", "nbits": 8}.'
             )
-        # transformers has no registry of default caches, so ours takes the place of the one it just made
-        if given is None and type(made) is DynamicCache:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=made.offloading, bits=bits)
+        if given is not None or type(made) is not DynamicCache:
+            return made
+        return LatentCache(self.config, offloading=made.offloading, bits=_bits_asked_for(settings))
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
         """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
@@ -82,11 +81,15 @@ class LatentGenerationMixin(GenerationMixin):
         return with_latent_pages(manager)
 
 
-def _bits_of_cache_config(cache_config: dict | None, cache_implementation: str | None) -> int | str | None:
+def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
     """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
 
     None where another backend is named: then transformers makes its own quantised cache.
     """
+    cache_implementation, cache_config = settings.cache_implementation, settings.cache_config
+    if settings.is_assistant and cache_implementation is None and cache_config is not None:
+        # since 5.24, transformers takes one of both away from an assistant's copy of the settings
+        cache_implementation = "quantized"
     backend = None if cache_config is None else cache_config.get("backend")
     if cache_implementation == "quantized" and backend is None:
         # transformers would take quanto, a package of its own

@@ -2,7 +2,14 @@
 
 from torch import nn
 
+from .compat_accelerate import keeps_its_meaning
+from .compat_torch import has_forward_hooks
+
 
 def has_hooks(module: nn.Module) -> bool:
-    # accelerate replaces `forward` on the instance
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return has_forward_hooks(module) or has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `forward` was replaced on the instance by what does more than the class."""
+    return "forward" in vars(module) and not keeps_its_meaning(module)

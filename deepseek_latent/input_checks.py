@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLayer
 
+from .compat_transformers import attention_name, length_of_dropped_mask
 from .configuration_deepseek_v2 import DeepseekV2Config
 
 
@@ -19,7 +20,7 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, i
     if cache is None:
         return
     if not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values must be a Cache, such as LatentCache(model.config), got {_kind(cache)}.")
+        raise _no_cache(cache)
     # a DynamicCache made without a config has no layers before it is used
     if len(cache.layers) not in (0, config.num_hidden_layers):
         raise ValueError(
@@ -30,7 +31,7 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, i
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     if isinstance(cache, StaticCache):
-        if config._attn_implementation == "flex_attention":
+        if attention_name(config) == "flex_attention":
             raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
         check_room(cache, int(cache.get_seq_length()) + hidden.shape[1])
     else:
@@ -83,6 +84,10 @@ def check_continues(held: tuple, new: tuple, *, may_widen: bool = True) -> None:
         )
 
 
+def _no_cache(thing: object) -> TypeError:
+    return TypeError(f"expected a Cache as cache, such as LatentCache(model.config), got {_kind(thing)}.")
+
+
 def _dtype_of_latents(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -104,14 +109,14 @@ def check_room(cache: StaticCache, num_tokens: int) -> None:
 
 
 def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig, mask: Tensor | None) -> None:
-    """Refuses what `generate` was given as past_key_values and would misread; `mask` [b t] covers what is held too."""
+    """Refuses a cache that `generate` was given and would misread; `mask` [b t] covers what is held too."""
     if not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values must be a Cache, such as LatentCache(model.config), got {_kind(cache)}.")
+        raise _no_cache(cache)
     held = int(cache.get_seq_length())
     if generation_config.use_cache is False:
-        raise ValueError(f"use_cache=False goes without a cache, and past_key_values holds {held} tokens; drop one.")
+        raise ValueError(f"use_cache=False goes without a cache, and the one given holds {held} tokens; drop one.")
     # a mask of ones has been dropped by now, and its length noted
-    given = mask.shape[1] if mask is not None else generation_config._mask_length
+    given = mask.shape[1] if mask is not None else length_of_dropped_mask(generation_config)
     if 0 < given <= held:
         raise ValueError(
             f"this cache holds {held} tokens and the prompt has {given}; give the ids of all tokens, with new "

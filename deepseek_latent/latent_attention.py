@@ -10,8 +10,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from .compat_accelerate import weights_here
+from .compat_torch import device_of
+from .compat_transformers import attention_name, takes_either_cache_name
 from .configuration_deepseek_v2 import DeepseekV2Config
-from .hooks import has_hooks
 from .input_checks import check_dense_mask
 from .latent_cache import LatentCache
 from .latent_format import LatentFormat, Latents, SeparateStretch, Stretch
@@ -25,6 +27,7 @@ from .latent_ops import (
     fused_attention,
 )
 from .paged_latents import PagedLatents
+from .read_linear import effective_weight
 from .rotary import rotate, softmax_scale
 
 
@@ -63,26 +66,27 @@ class DeepseekV2Attention(nn.Module):
         self.kv_b_proj = nn.Linear(c, h * (self.n + self.v), bias=False)
         self.o_proj = nn.Linear(h * self.v, d, bias=config.attention_bias)
 
+    @takes_either_cache_name
     def forward(
         self,
         hidden_states: Tensor,  # [b s d]
-        position_embeddings: tuple[Tensor, Tensor],  # cos, sin [b s r/2]
         attention_mask: Tensor | BlockMask | None = None,
-        past_key_values: Cache | PagedLatents | None = None,
+        cache: Cache | PagedLatents | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,  # cos, sin [b s r/2]
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
         q_content, q_rotary, latent, k_rotary = self.project(hidden_states, position_embeddings)
-        if isinstance(past_key_values, PagedLatents):
+        if isinstance(cache, PagedLatents):
             inputs = (q_content, q_rotary, latent, k_rotary)
-            context = past_key_values.attend(self.attend_to_rows, self.layer_idx, *inputs)
+            context = cache.attend(self.attend_to_rows, self.layer_idx, *inputs)
             return self.o_proj(context.flatten(2)), None
         # the cache is written and read while keys and values are still compressed
-        if isinstance(past_key_values, LatentCache):
-            latents = past_key_values.append(latent, k_rotary, self.layer_idx)
+        if isinstance(cache, LatentCache):
+            latents = cache.append(latent, k_rotary, self.layer_idx)
         else:
-            if past_key_values is not None:
-                latent, k_rotary = past_key_values.update(latent, k_rotary, self.layer_idx)
-            if _is_empty_static_prefill(hidden_states, latent, attention_mask, self.implementation):
+            if cache is not None:
+                latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
+            if _is_empty_static_prefill(hidden_states, latent, attention_mask, attention_name(self.config)):
                 latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
             latents = Latents(SeparateStretch(latent[:, 0], k_rotary[:, 0]))
         context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
@@ -104,25 +108,27 @@ class DeepseekV2Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         # gradients and dropout belong to the modules' own forward
         may_read = not (wants_weights or dropout or torch.is_grad_enabled())
-        up_projections = self.up_projections() if may_read else None
-        attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask)
-        if up_projections is None or attend is None:
-            latent, k_rotary = (x[:, None] for x in latents.dense(q_content.shape[0]))
-            keys, values = self.expand_kv(latent, k_rotary)
-            queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
-            return self.attention_function(wants_weights)(
-                self,
-                queries,
-                keys,
-                values,
-                attention_mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                **kwargs,
-            )
+        attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read else None
+        if attend is not None:
+            with weights_here(self.kv_b_proj):
+                up_projections = self.up_projections()
+                if up_projections is not None:
+                    mask = dense_mask(attention_mask, num_tokens, latents.num_tokens)
+                    return attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
 
-        mask = dense_mask(attention_mask, num_tokens, latents.num_tokens)
-        return attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
+        latent, k_rotary = (x[:, None] for x in latents.dense(q_content.shape[0]))
+        keys, values = self.expand_kv(latent, k_rotary)
+        queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
+        return self.attention_function(wants_weights)(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
 
     def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
@@ -179,7 +185,7 @@ class DeepseekV2Attention(nn.Module):
         `attn_implementation` says how expanded attention is computed, so only "sdpa" takes ours. Decoding absorbs
         under every name, as far as the mask made for that name can be read.
         """
-        implementation = self.implementation
+        implementation = attention_name(self.config)
         # flash's masks say nothing about order among several queries, and what other functions expect is unknown
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
         # a static cache is wider than the padding mask that comes with it
@@ -189,61 +195,17 @@ class DeepseekV2Attention(nn.Module):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 
-    @property
-    def implementation(self) -> str:
-        """`attn_implementation` without the "paged|" that continuous batching writes before some names."""
-        return self.config._attn_implementation.removeprefix("paged|")
-
     def attention_function(self, wants_weights: bool):
         if wants_weights:
             return explicit_attention_forward
-        return ATTENTION_FUNCTIONS.get_interface(self.implementation, explicit_attention_forward)
-
-
-def effective_weight(linear: nn.Module) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """The weight [out in] by which `linear` acts, and pairs (B [out k], A [k in]) whose products add to it.
-
-    Knows a bare Linear and peft's plain LoRA on one. Anything else that may stand around a projection (DoRA, 8-bit
-    weights, hooks, offloading, sharding, dropout at work) is None: its effect is known only to its own forward.
-    Hooks that watch every module of the process, as profilers set them, are not looked at and not called.
-    """
-    if _is_bare(linear):
-        return linear.weight, []
-    # .weight of a LoRA-wrapped layer is the base weight; the adapters' share must be added.
-    if (type(linear).__module__, type(linear).__name__) != ("peft.tuners.lora.layer", "Linear"):
-        return None
-    if not _is_bare(linear.base_layer) or linear.fan_in_fan_out or has_hooks(linear):
-        return None
-    weight = linear.base_layer.weight
-    if linear.merged:
-        # peft unmerges on the next call where an adapter is both merged and disabled
-        return None if linear.disable_adapters else (weight, [])
-    factors = []
-    for name in () if linear.disable_adapters else linear.active_adapters:
-        if name not in linear.lora_A:
-            continue
-        # peft leaves new layers in training mode; without dropout that changes nothing
-        if linear.training and not isinstance(linear.lora_dropout[name], nn.Identity):
-            return None
-        a, b = linear.lora_A[name], linear.lora_B[name]
-        if name in linear.lora_variant or not (_is_bare(a) and _is_bare(b)):
-            return None
-        factors.append((b.weight * linear.scaling[name], a.weight))
-    return weight, factors
-
-
-def _is_bare(linear: nn.Module) -> bool:
-    if type(linear) is not nn.Linear or linear.bias is not None or has_hooks(linear):
-        return False
-    weight = linear.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+        return ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), explicit_attention_forward)
 
 
 def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:
     """A mask made for any attention function as None, or as [b 1 s t], boolean or additive."""
     if isinstance(mask, BlockMask):
         batch, heads = mask.shape[:2]
-        return create_mask(mask.mask_mod, batch, heads, s, t, device=mask.kv_indices.device)
+        return create_mask(mask.mask_mod, batch, heads, s, t, device=device_of(mask))
     if mask is None or mask.dim() == 4:
         return mask
     # flash's masks [b t] name the padding and leave the order to the kernel

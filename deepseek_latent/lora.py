@@ -1,13 +1,9 @@
 """LoRA by peft: targets that mean what they say on this model, and sensible ones to begin with."""
 
-import functools
-
 from peft import LoraConfig
-from peft.utils import transformers_weight_conversion
 from transformers import PreTrainedModel
 
 from .configuration_deepseek_v2 import DeepseekV2Config
-from .modeling_deepseek_v2 import DeepseekV2PreTrainedModel
 
 ROUTED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -67,23 +63,3 @@ def lora_config(
             for parameter in ROUTED_EXPERTS:
                 given[name].setdefault(parameter, value)
     return LoraConfig(**given | options)
-
-
-def keep_targets() -> None:
-    """Lets peft leave the targets of a model of ours as they were written.
-
-    peft takes `gate_proj`, `up_proj` and `down_proj` of any "deepseek_v2" for the routed experts of transformers 4, and
-    drops the dense and shared MLPs that have these names (github.com/huggingface/peft/issues/3711). Models of other
-    classes, transformers' own among them, are converted as before. A peft without that function (huggingface/peft#3715
-    takes it away) is left as it is.
-    """
-    convert = getattr(transformers_weight_conversion, "_convert_peft_config_moe", None)
-    if convert is None or hasattr(convert, "__wrapped__"):
-        return
-
-    @functools.wraps(convert)
-    def convert_others(peft_config, model) -> None:
-        if not isinstance(model, DeepseekV2PreTrainedModel):
-            convert(peft_config, model)
-
-    transformers_weight_conversion._convert_peft_config_moe = convert_others

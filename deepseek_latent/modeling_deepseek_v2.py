@@ -1,13 +1,10 @@
-"""The spine of DeepSeek-V2: decoder layer, model, heads, and what transformers must know to load, save and generate.
-
-transformers decides from the text of this file whether experts can be dispatched; the decorator
-@use_experts_implementation stands in moe.py.
-"""
+"""The spine of DeepSeek-V2: decoder layer, model, heads, and what transformers must know to load, save and generate."""
 
 import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -16,13 +13,21 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
+from .compat_transformers import (
+    CACHE,
+    CACHE_NAMES,
+    LoadingHooks,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    PagedAttentionCache,
+    takes_either_cache_name,
+)
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .generation import LatentGenerationMixin
@@ -43,19 +48,37 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None, **kwargs) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    @takes_either_cache_name
+    def forward(
+        self,
+        hidden_states: Tensor,  # [b s d]
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | PagedLatents | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        dropping: TokenDropping | None = None,
+        **kwargs,
+    ) -> Tensor:  # [b s d]
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
         hidden_states = hidden_states + attended
         routed = {} if dropping is None or not self.has_experts else {"dropping": dropping}
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routed)
 
 
-class DeepseekV2PreTrainedModel(PreTrainedModel):
+class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekV2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -88,25 +111,23 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, *args, **kwargs):
         # with adapters of transformers' own, these alone are written
-        if not self._hf_peft_config_loaded:
+        if not self.has_adapters_of_transformers():
             for module in self.modules():
                 if isinstance(module, DeepseekV2Experts):
                     module.check_saving()
         super().save_pretrained(*args, **kwargs)
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info):
-        """Also refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+        """Refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
-        missing = sorted(name for name in loading_info.missing_keys if name.startswith(prefix))
-        misshapen = sorted(entry for entry in loading_info.mismatched_keys if entry[0].startswith(prefix))
-        if not missing and not misshapen:
-            return
-        problems = [missing_in_files(name, loading_info.conversion_errors.get(name)) for name in missing]
-        problems += [f"{in_files(k)} has shape {list(came)}, expected {list(own)}" for k, came, own in misshapen]
-        # transformers raises on these too, but in a `finally` that would hide the names
-        loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
-        raise incomplete_backbone(problems)
+        problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
+        problems += [
+            f"{in_files(name)} has shape {list(came)}, expected {list(own)}"
+            for name, came, own in misshapen
+            if name.startswith(prefix)
+        ]
+        if problems:
+            raise incomplete_backbone(problems)
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
@@ -123,44 +144,48 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @takes_either_cache_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds.")
-        if use_cache and past_key_values is None:
-            past_key_values = LatentCache(self.config)
+        # continuous batching packs requests into one row and gives their positions
+        pages = cache if isinstance(cache, PagedAttentionCache) else None
+        cache = None if pages is not None else cache
+        if use_cache and cache is None and pages is None:
+            cache = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         # a pipeline leaves stand-ins for the layers of other stages
         is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
-        check_cache(past_key_values, self.config, inputs_embeds, is_here)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        check_cache(cache, self.config, inputs_embeds, is_here)
+        cached = cache.get_seq_length() if cache is not None else 0
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
         # generation in training mode is no training
         is_training = self.training and torch.is_grad_enabled()
         dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
-        if kwargs.get("cache") is not None:
-            # continuous batching packs requests into one row and gives their positions
-            past_key_values = PagedLatents(self.config.cached_width, kwargs)
+        if pages is not None:
+            past = PagedLatents(pages, self.config.cached_width, kwargs)
         else:
-            check_unpaged(self.config._attn_implementation)
+            past = cache
+            check_unpaged(self.config)
             attention_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                # transformers looks for packed sequences in position_ids only where nothing is cached
-                past_key_values=None if isinstance(past_key_values, LatentCache) and cached == 0 else past_key_values,
                 position_ids=position_ids,
+                # transformers looks for packed sequences in position_ids only where nothing is cached
+                **{CACHE: None if isinstance(cache, LatentCache) and cached == 0 else cache},
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
@@ -170,11 +195,12 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 dropping=dropping,
+                # by this name, transformers takes it away where activations are recomputed
+                **{CACHE: past},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
@@ -193,12 +219,13 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @takes_either_cache_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -216,7 +243,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -239,15 +266,17 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: outputs.cache},
         )
 
 
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):
     """DeepSeek-V2 with one label per sequence, read at its last token that is not padding."""
+
+    forward = takes_either_cache_name(GenericForSequenceClassification.forward)
 
     def __init__(self, config: DeepseekV2Config):
         # not the generic __init__: from a checkpoint's own code, AutoModel would put transformers' backbone here
@@ -260,6 +289,8 @@ class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, Deep
 
 class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2PreTrainedModel):
     """DeepSeek-V2 with one label per token."""
+
+    forward = takes_either_cache_name(GenericForTokenClassification.forward)
 
     def __init__(self, config: DeepseekV2Config):
         DeepseekV2PreTrainedModel.__init__(self, config)

@@ -5,6 +5,7 @@ Letters: b batch, s tokens, d model width, e routed experts, f width of one expe
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +16,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
 from .balance import TokenDropping
+from .compat_accelerate import weights_here
+from .compat_transformers import experts_name
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_lora import unwrapped, with_adapters
 from .expert_products import Product, grouped_product, routed_sum
@@ -145,9 +148,10 @@ class DeepseekV2Experts(nn.Module):
         weights = (self.gate_up_proj, self.down_proj)
         # a rank of expert parallelism has fewer
         is_whole = all(
-            type(x) in (nn.Parameter, Tensor) and x.shape[0] == self.config.n_routed_experts for x in weights
+            type(x) in (nn.Parameter, Tensor) and x.shape[0] == self.config.n_routed_experts and not x.is_meta
+            for x in weights
         )
-        return is_whole and not has_hooks(self) and self.config._experts_implementation == "grouped_mm"
+        return is_whole and not has_hooks(self) and experts_name(self.config) == "grouped_mm"
 
     def check_saving(self) -> None:
         """Raises ValueError where the files of a model would not hold the weights."""
@@ -189,7 +193,7 @@ def check_plain(experts: nn.Module) -> None:
     state = state_of(experts)
     if state is not None:
         raise ValueError(f"expected plain routed experts, and they are {state}.")
-    implementation = experts.config._experts_implementation
+    implementation = experts_name(experts.config)
     if implementation != "grouped_mm":
         raise ValueError(
             f"expected routed experts that 'grouped_mm' multiplies, got {implementation!r}; call "
@@ -225,11 +229,14 @@ class DeepseekV2MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
-        multiply = self._multiplier()
-        if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
-            return multiply(tokens, experts, weights)
-        blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
-        return torch.cat([multiply(*block) for block in blocks])
+        # adapters are put beside weights that are read here, and not only by the experts' own forward
+        is_plain = isinstance(self.experts, DeepseekV2Experts)
+        with nullcontext() if is_plain else weights_here(self.experts):
+            multiply = self._multiplier()
+            if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
+                return multiply(tokens, experts, weights)
+            blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
+            return torch.cat([multiply(*block) for block in blocks])
 
     def _multiplier(self) -> Callable[..., Tensor]:
         """The experts, with peft's adapters beside them where these can be read; else peft applies them as it does."""

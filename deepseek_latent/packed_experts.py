@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .compat_peft import has_merged_adapters
+from .compat_torch import become, take_out
 from .expert_products import grouped_product
 from .hooks import has_hooks
 from .modeling_deepseek_v2 import moe_layers
@@ -136,7 +138,7 @@ class PackedExperts(DeepseekV2Experts):
             setattr(self, name, nn.Parameter(self.packed(name).unpacked(), requires_grad=False))
             for part in Packed._fields:
                 delattr(self, f"{part}_of_{name}")
-        self.__class__ = DeepseekV2Experts
+        become(self, DeepseekV2Experts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +167,7 @@ class PackedExperts(DeepseekV2Experts):
 
     def _apply(self, fn, recurse: bool = True):
         # moving a stand-in would give it memory
-        stand_ins = {name: self._parameters.pop(name) for name in STACKED}
+        stand_ins = take_out(self, [*STACKED])
         try:
             return super()._apply(fn, recurse)
         finally:
@@ -237,7 +239,7 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
         experts, *copies = [module for module in moe.modules() if isinstance(module, DeepseekV2Experts)]
         if copies:
             raise ValueError("expected experts that are frozen, and peft trains a copy of them (modules_to_save).")
-        if any(getattr(module, "merged_adapters", None) for module in moe.experts.modules()):
+        if any(has_merged_adapters(module) for module in moe.experts.modules()):
             raise ValueError(
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )
@@ -247,7 +249,7 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
         if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
             raise ValueError("experts of an odd width cannot be packed in pairs.")
     for experts in found:
-        experts.__class__ = PackedExperts
+        become(experts, PackedExperts)
         experts.pack(bits)
 
 

@@ -4,7 +4,6 @@ Letters: b requests attended to together, s new tokens of each, t visible ones, 
 width, c latent width, p page row width, half of c + r.
 """
 
-import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,6 +11,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+
+from .compat_transformers import (
+    PagedAttentionCache,
+    attention_name,
+    config_for_pages,
+    is_paged,
+    update_pages,
+    with_pages_for,
+)
 
 # bound on the tokens that one call of attention reads for several requests; a longer request is read alone
 TOKENS_PER_GROUP = 1 << 16
@@ -65,17 +74,15 @@ def group_requests(query_lengths: list[int], key_lengths: list[int]) -> list[lis
 class PagedLatents:
     """What one forward pass of continuous batching knows: the pages, where to write and read, and who is in the row.
 
-    Made once per forward pass from the keyword arguments that transformers gives the model. Always true: a request
-    reads its own tokens only, in order, and its last new token is the last one it reads. So every request is plain
-    causal attention, no mask over all requests is needed, and what one request costs does not grow with the others.
+    Made once per forward pass from the pages and the keyword arguments that transformers gives the model. Always true:
+    a request reads its own tokens only, in order, and its last new token is the last one it reads. So every request is
+    plain causal attention, no mask over all requests is needed, and what one costs does not grow with the others.
     """
 
     @torch.compiler.disable  # how many groups there are is known only at run time
-    def __init__(self, cached_width: int, arguments: dict[str, Any]):
-        self.pages, self.cached_width, self.arguments = arguments["cache"], cached_width, arguments
-        _check_pages(self.pages, cached_width, arguments["block_table"])
-        # transformers 5.17 and 5.18 take two arguments to `update`, later ones all of them in a dict that they change
-        self.takes_all = "kwargs" in inspect.signature(self.pages.update).parameters
+    def __init__(self, pages: PagedAttentionCache, cached_width: int, arguments: dict[str, Any]):
+        self.pages, self.cached_width, self.arguments = pages, cached_width, arguments
+        _check_pages(pages, cached_width, arguments["block_table"])
         ends_q, ends_k = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
         ends_k = ends_k["full_attention"] if isinstance(ends_k, dict) else ends_k
         # the one place where the host waits for the device; all layers share the result
@@ -113,17 +120,12 @@ class PagedLatents:
                 f"the pages hold {self.pages.dtype}, the new latents are {rows.dtype}; load the model in one dtype."
             )
         p = page_row_width(self.cached_width)
-        first, second = F.pad(rows, (0, 2 * p - self.cached_width)).split(p, dim=-1)
-        first, second = self.pages.update(key_states=first, value_states=second, layer_idx=layer_idx, **self._where())
+        halves = F.pad(rows, (0, 2 * p - self.cached_width)).split(p, dim=-1)
+        first, second = update_pages(self.pages, halves, layer_idx, self.arguments)
         return first.reshape(-1, p), second.reshape(-1, p)
 
-    def _where(self) -> dict[str, Any]:
-        if self.takes_all:
-            return {"kwargs": dict(self.arguments)}
-        return {name: self.arguments[name] for name in ("read_index", "write_index")}
 
-
-def _check_pages(pages: Any, cached_width: int, block_table: Tensor | None) -> None:
+def _check_pages(pages: PagedAttentionCache, cached_width: int, block_table: Tensor | None) -> None:
     p = page_row_width(cached_width)
     if (pages.config.num_key_value_heads, pages.config.head_dim) != (1, p):
         raise ValueError(
@@ -135,12 +137,12 @@ def _check_pages(pages: Any, cached_width: int, block_table: Tensor | None) -> N
         raise ValueError("latents cannot be read through a block table; set max_blocks_per_request to 0.")
 
 
-def check_unpaged(attn_implementation: str) -> None:
+def check_unpaged(config: PreTrainedConfig) -> None:
     """Refuses a plain forward pass under a name for which transformers makes no mask: padding would be attended to."""
-    if attn_implementation.startswith("paged|"):
-        name = attn_implementation.removeprefix("paged|")
+    if is_paged(config):
+        name = attention_name(config)
         raise ValueError(
-            f"attn_implementation {attn_implementation!r} is for continuous batching (generate_batch); "
+            f"attn_implementation 'paged|{name}' is for continuous batching (generate_batch); "
             f"call set_attn_implementation({name!r}) for a plain forward pass."
         )
 
@@ -170,33 +172,6 @@ def _pick(rows: Tensor, where: slice | Tensor) -> Tensor:
     return rows[where][None] if isinstance(where, slice) else rows[where]
 
 
-class _Seen:
-    """`original` as another sees it: the same, except for `differences`."""
-
-    def __init__(self, original: Any, **differences: Any):
-        self._original = original
-        vars(self).update(differences)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def config_for_pages(config: Any) -> Any:
-    """The config by which transformers lays out pages and plans memory, for latents of `config.cached_width`.
-
-    One head of width p makes 2 p = c + r elements per token and layer. Flash is named because it costs what we cost:
-    no mask over all requests is built or reserved, and nothing is repeated per head when it is read.
-    """
-    seen = _Seen(
-        config,
-        num_key_value_heads=1,
-        head_dim=page_row_width(config.cached_width),
-        _attn_implementation="flash_attention_2",
-    )
-    seen.get_text_config = lambda *args, **kwargs: seen
-    return seen
-
-
 def check_batching_config(given: Any) -> None:
     """Refuses what was asked for and cannot be done with latents; `given` is a ContinuousBatchingConfig or None."""
     if given is not None and (any(given.cuda_graph_booleans) or given.max_blocks_per_request):
@@ -207,22 +182,10 @@ def check_batching_config(given: Any) -> None:
 
 
 def with_latent_pages(manager: Any) -> Any:
-    """Has `manager`, a ContinuousBatchingManager, make its pages for latents; returns it."""
+    """Has `manager`, a ContinuousBatchingManager, make its pages for latents; returns it.
+
+    One head of width p makes 2 p = c + r elements per token and layer.
+    """
     manager.continuous_batching_config.use_cuda_graph = (False, False)
     manager.continuous_batching_config.max_blocks_per_request = 0
-    # a manager that is kept for the next session comes by again
-    if "_create_batch_processor" in vars(manager):
-        return manager
-    create = manager._create_batch_processor
-
-    def create_for_latents() -> Any:
-        # the manager has no argument for the config of the pages; it asks its model
-        model = manager.model
-        manager.model = _Seen(model, config=config_for_pages(model.config))
-        try:
-            return create()
-        finally:
-            manager.model = model
-
-    manager._create_batch_processor = create_for_latents
-    return manager
+    return with_pages_for(manager, lambda config: config_for_pages(config, 1, page_row_width(config.cached_width)))

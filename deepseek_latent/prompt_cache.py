@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_files import FORMAT, fingerprint, read_metadata, settings_of
+from .compat_torch import version_of
 from .input_checks import check_ids
 from .latent_cache import LatentCache
 from .latent_format import check_bits
@@ -76,7 +77,7 @@ class PromptCache:
     def load(self, input_ids: Tensor, model: PreTrainedModel) -> LatentCache:
         """A cache of the longest stored beginning of `input_ids` [1 s], at most s - 1 tokens; empty if there is none.
 
-        Feed it with `model.generate(input_ids, past_key_values=cache)`, which reads the rest of the prompt.
+        Feed it with `model.generate(input_ids, cache=cache)`, which reads the rest of the prompt.
         """
         key = self._key(model)
         # the last token is left to feed, since its logits are what is wanted
@@ -174,7 +175,7 @@ class PromptCache:
                     f"expected all weights in one process, {name} is spread over several, which need not see the same "
                     "files; use LatentCache.save and load."
                 )
-            state.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+            state.append((weight.data_ptr(), version_of(weight)))
         known_state, known = self._fingerprints.get(model, ([], ""))
         if state != known_state:
             known = fingerprint(model)

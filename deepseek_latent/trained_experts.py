@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .compat_torch import become, take_out, version_of
 from .expert_products import grouped_product
 from .moe import STACKED, DeepseekV2Experts
 
@@ -39,7 +40,7 @@ class TrainedExperts(DeepseekV2Experts):
         for name in STACKED:
             delattr(self, f"trained_{name}")
         del self.trained, self.written
-        self.__class__ = DeepseekV2Experts
+        become(self, DeepseekV2Experts)
 
     def write(self) -> None:
         """Puts the trained experts into the stacked weights."""
@@ -47,7 +48,7 @@ class TrainedExperts(DeepseekV2Experts):
             # not seen by autograd, which would find the weight changed between two passes and their gradients
             stacked = getattr(self, name).data
             stacked[self.trained] = getattr(self, f"trained_{name}").detach().to(stacked.dtype)
-        self.written = [(slot._version, _sampled(slot).clone()) for slot in self.slots()]
+        self.written = [(version_of(slot), _sampled(slot).clone()) for slot in self.slots()]
 
     def slots(self) -> list[nn.Parameter]:
         return [getattr(self, f"trained_{name}") for name in STACKED]
@@ -55,7 +56,7 @@ class TrainedExperts(DeepseekV2Experts):
     def is_written(self) -> bool:
         # fused optimisers and `data` count no version
         return len(self.written) > 0 and all(
-            slot._version == version and torch.equal(_sampled(slot), sample)
+            version_of(slot) == version and torch.equal(_sampled(slot), sample)
             for slot, (version, sample) in zip(self.slots(), self.written)
         )
 
@@ -96,7 +97,7 @@ class TrainedExperts(DeepseekV2Experts):
 
     def _apply(self, fn, recurse: bool = True):
         """Moves the trained experts along, and leaves them in float32."""
-        slots = {f"trained_{name}": self._parameters.pop(f"trained_{name}") for name in STACKED}
+        slots = take_out(self, [f"trained_{name}" for name in STACKED])
         try:
             return super()._apply(fn, recurse)
         finally:

@@ -33,7 +33,7 @@ def first_logits(model: PreTrainedModel, ids: Tensor, cache: LatentCache) -> Ten
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=1,
         do_sample=False,
         output_logits=True,

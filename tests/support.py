@@ -3,11 +3,15 @@
 import shutil
 import tempfile
 
+import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.integrations import peft as peft_of_transformers
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as NATIVE
 
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -52,6 +56,10 @@ V2 = {
 LITE = V2 | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 
 
+# what transformers itself asks for where it adds adapters (`model.add_adapter`), which may not be released yet
+_wanted_peft = getattr(peft_of_transformers, "MIN_PEFT_VERSION", "0")
+adds_adapters = Version(peft.__version__) >= Version(_wanted_peft)
+needs_its_peft = pytest.mark.skipif(not adds_adapters, reason=f"this transformers wants peft {_wanted_peft}")
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++") and not shutil.which("clang++"), reason="there is no C++ compiler on the PATH"
 )
@@ -81,11 +89,11 @@ def official_state_dict(model: transformers.PreTrainedModel) -> dict[str, Tensor
         return load_file(f"{folder}/model.safetensors")
 
 
-def native_twin(model: DeepseekV2ForCausalLM) -> transformers.DeepseekV2ForCausalLM:
+def native_twin(model: DeepseekV2ForCausalLM) -> NATIVE.DeepseekV2ForCausalLM:
     """transformers' own class with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return transformers.DeepseekV2ForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+        return NATIVE.DeepseekV2ForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
 
 
 def assert_within_rounding(actual: Tensor, exact: Tensor, yardstick: Tensor, slack: float = 2.0) -> None:

@@ -179,8 +179,8 @@ def counting(monkeypatch, name):
 @torch.no_grad()
 def decode(model, ids):
     """Logits of the last NEW tokens after CACHED cached ones."""
-    cache = model(ids[:, :CACHED], use_cache=True).past_key_values
-    return model(ids[:, CACHED:], past_key_values=cache).logits
+    cache = model(ids[:, :CACHED], use_cache=True).cache
+    return model(ids[:, CACHED:], cache=cache).logits
 
 
 def by_calling_the_module(model, ids):
@@ -250,9 +250,9 @@ def test_switching_adapters_between_two_generations_is_seen_at_once():
 
 def test_nothing_is_absorbed_while_gradients_are_on(monkeypatch):
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
-    cache = model(ids[:, :CACHED], use_cache=True).past_key_values
+    cache = model(ids[:, :CACHED], use_cache=True).cache
     with counting(monkeypatch, "absorbed_attention") as absorbed:
-        logits = model(ids[:, CACHED:], past_key_values=cache).logits
+        logits = model(ids[:, CACHED:], cache=cache).logits
     assert not absorbed
     logits.sum().backward()
     assert all(linear.weight.grad.abs().sum() > 0 for _, linear in every_kv_b_proj(model))
@@ -262,9 +262,9 @@ def test_active_dropout_inside_an_adapter_is_not_skipped():
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     with_lora(model, lora_dropout=0.5)
     with torch.no_grad():
-        cache = model(ids[:, :CACHED], use_cache=True).past_key_values
+        cache = model(ids[:, :CACHED], use_cache=True).cache
         model.train()
-        one, two = (model(ids[:, CACHED:], past_key_values=cache).logits for _ in range(2))
+        one, two = (model(ids[:, CACHED:], cache=cache).logits for _ in range(2))
     assert not torch.equal(one, two)
 
 

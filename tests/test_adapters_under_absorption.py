@@ -212,10 +212,10 @@ MLPS += ["mlp.experts", "mlp.experts.base_layer"]
 @torch.no_grad()
 def test_an_adapter_taken_off_one_projection_is_missed_in_the_next_token(variant, projection):
     model = adapted(variant)
-    cache = model(IDS[:, :-1], use_cache=True).past_key_values
+    cache = model(IDS[:, :-1], use_cache=True).cache
 
     def decoded(model) -> Tensor:
-        return model(IDS[:, -1:], past_key_values=copy.deepcopy(cache)).logits
+        return model(IDS[:, -1:], cache=copy.deepcopy(cache)).logits
 
     before = decoded(model)
     taken = [x for name, x in adapter_parameters(model).items() if f".{projection}.lora_B." in name]

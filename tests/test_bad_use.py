@@ -29,17 +29,17 @@ BY_COUNTING = [name for name in CACHES if name != "StaticCache"]  # a StaticCach
 @torch.no_grad()
 def filled(make, model, ids=IDS):
     cache = make(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     return cache
 
 
 @torch.no_grad()
 def step(model, cache, batch: int = 2, tokens: int = 1, **options):
-    return model(random_ids(batch, tokens).to(model.device), past_key_values=cache, **options)
+    return model(random_ids(batch, tokens).to(model.device), cache=cache, **options)
 
 
 def answer(model, cache, ids=LONGER, **options):
-    return model.generate(ids, **GREEDY, **options, past_key_values=cache)
+    return model.generate(ids, **GREEDY, **options, cache=cache)
 
 
 def lengths(cache) -> list[int]:
@@ -183,14 +183,14 @@ def test_a_static_cache_of_a_narrower_dtype_is_refused():
 )
 @pytest.mark.parametrize("use", [step, answer])
 def test_what_is_not_a_cache_is_refused(use, not_a_cache):
-    with pytest.raises((TypeError, ValueError), match=r"past_key_values"):
+    with pytest.raises((TypeError, ValueError), match=r"expected a Cache as cache"):
         use(tiny_model(), not_a_cache)
 
 
 @EVERY_CACHE
 def test_both_a_cache_and_its_name_are_refused(make):
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"both `cache_implementation` .* and `past_key_values`"):
+    with pytest.raises(ValueError, match=r"both `cache_implementation` .* and `(cache|past_key_values)`"):
         answer(model, filled(make, model), cache_implementation="dynamic")
 
 
@@ -207,7 +207,7 @@ def test_a_prompt_with_nothing_new_behind_the_cache_is_refused(given, make):
 def test_a_cache_that_is_not_to_be_used_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
-    with refused("use_cache=False .* past_key_values holds 9 tokens", cache):
+    with refused("use_cache=False .* the one given holds 9 tokens", cache):
         answer(model, cache, use_cache=False)
 
 
@@ -275,18 +275,18 @@ def test_a_gradient_through_fewer_bits_is_refused():
     model = tiny_model()
     cache = filled(CACHES["8 bits"], model)
     with refused("8 bits carry no gradient.*no_grad", cache):
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
 
 
 def test_what_is_refused_leaves_a_fresh_cache_fresh_and_a_narrow_one_narrow():
     model = tiny_model()
     cache = LatentCache(model.config, bits=8)
     with refused("8 bits carry no gradient", cache):
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
     assert repr(cache) == "LatentCache(layers=3, empty)"
     # another batch is therefore as good as the first
     filled(lambda config: cache, model, random_ids(1, 4))
     narrow = filled(CACHES["8 bits"], tiny_model(torch.bfloat16))
     with refused("8 bits carry no gradient", narrow):
-        model(random_ids(2, 1), past_key_values=narrow)
+        model(random_ids(2, 1), cache=narrow)
     assert {layer.dtype for layer in narrow.layers} == {torch.bfloat16}

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers import DeepseekV2Config as NativeConfig
 from transformers.masking_utils import flash_attention_mask
 
 from deepseek_latent import LatentCache
 from deepseek_latent.latent_attention import DeepseekV2Attention
 
-from .support import LITE, V2, random_ids, relative_error, tiny_model
+from .support import LITE, NATIVE, V2, random_ids, relative_error, tiny_model
 
 LENGTH = 24
 SCHEDULES = {
@@ -37,12 +36,12 @@ def fed_in(model, ids, schedule, cache=None, mask=None):
         end = start + length
         output = model(
             ids[:, start:end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             attention_mask=None if mask is None else mask[:, :end],
             position_ids=None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end],
         )
-        cache = output.past_key_values
+        cache = output.cache
         logits.append(output.logits)
         start = end
     return torch.cat(logits, dim=1), cache
@@ -139,7 +138,7 @@ def test_crop_and_continue_equals_never_having_seen_the_tokens(path):
     cache.crop(-10)
     other = random_ids(2, 10, seed=7)
     expected = model(torch.cat((ids[:, :14], other), dim=1)).logits[:, 14:]
-    assert relative_error(model(other, past_key_values=cache).logits, expected) < 1e-5
+    assert relative_error(model(other, cache=cache).logits, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -148,14 +147,14 @@ def test_reordered_sequences_continue_as_their_own_past_says(path):
     _, cache = fed_in(model, ids[:, :20], [20])
     order = torch.tensor([2, 0, 2])
     cache.reorder_cache(order)
-    logits = model(ids[:, 20:], past_key_values=cache).logits
+    logits = model(ids[:, 20:], cache=cache).logits
     expected = model(torch.cat((ids[order, :20], ids[:, 20:]), dim=1)).logits[:, 20:]
     assert relative_error(logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
     "make",
-    [DynamicCache, lambda: StaticCache(NativeConfig(**copy.deepcopy(V2)), max_cache_len=40)],
+    [DynamicCache, lambda: StaticCache(NATIVE.DeepseekV2Config(**copy.deepcopy(V2)), max_cache_len=40)],
     ids=["dynamic", "static"],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -180,11 +179,11 @@ def test_output_attentions_are_the_weights_that_were_used(implementation, schedu
             output = model(
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 output_attentions=True,
             )
-        cache = output.past_key_values
+        cache = output.cache
         assert [tuple(x.shape) for x in output.attentions] == [(2, 3, length, end)] * 3
         seen = mask[:, None, start:end].expand(-1, 3, -1).bool()
         for weights in output.attentions:
@@ -239,11 +238,11 @@ def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(
             ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             output_attentions=True,
         )
-        cache, seen = output.past_key_values, mask[:, start:end].bool()
+        cache, seen = output.cache, mask[:, start:end].bool()
         assert relative_error(output.logits[seen], expected[:, start:end][seen]) < 1e-5
         future = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
         assert all((weights.masked_select(future) == 0).all() for weights in output.attentions)
@@ -260,9 +259,9 @@ def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(
 )
 def test_a_4d_mask_that_cannot_be_meant_is_refused(mask, message):
     model, ids = tiny_model(), random_ids(1, 8)
-    cache = model(ids[:, :4], use_cache=True).past_key_values
+    cache = model(ids[:, :4], use_cache=True).cache
     with pytest.raises(ValueError, match=message):
-        model(ids[:, 4:], past_key_values=cache, attention_mask=mask)
+        model(ids[:, 4:], cache=cache, attention_mask=mask)
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (3, 8)], ids=str)
@@ -279,7 +278,7 @@ def test_flex_attention_over_a_static_cache_is_refused():
     model, ids = tiny_model(), random_ids(1, 8)
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention cannot read a StaticCache"):
-        model(ids, past_key_values=StaticCache(model.config, max_cache_len=16))
+        model(ids, cache=StaticCache(model.config, max_cache_len=16))
 
 
 def test_chunks_of_a_sequence_train_as_the_whole_does():
@@ -320,9 +319,9 @@ def test_decoding_absorbs_and_prefill_expands(monkeypatch):
             lambda *a, name=name, original=original, **k: calls.append(name) or original(*a, **k),
         )
     model, ids = tiny_model(), random_ids(1, 8)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     assert calls == ["expanded_attention"] * 3
-    model(ids[:, :1], past_key_values=cache)
+    model(ids[:, :1], cache=cache)
     assert calls[3:] == ["absorbed_attention"] * 3
 
 

@@ -15,7 +15,7 @@ from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.judge import compressed, model_of
 from deepseek_latent.conversion.source import Source
 
-from .support import random_ids, relative_error
+from .support import NATIVE, random_ids, relative_error
 from .test_conversion import LLAMA3, SMALL, SOURCES, YARN, saved
 from .test_examples import FOLDER as TOKENIZER
 
@@ -181,7 +181,7 @@ def test_the_command_reports_every_step_and_writes_what_it_judged(source, tmp_pa
     assert report["perplexity of the source"] != report["perplexity with rotary keys of 16"]
     card = (out / "README.md").read_text()
     assert f"| perplexity of the source | {report['perplexity of the source']:.4g} |" in card
-    stock = transformers.DeepseekV2ForCausalLM.from_pretrained(out)
+    stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
     assert perplexity(stock.eval(), judging) == pytest.approx(report["perplexity with latents of 16 too"], rel=1e-4)
 
 

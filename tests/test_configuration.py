@@ -23,7 +23,7 @@ from deepseek_latent import (
 )
 from deepseek_latent.rotary import softmax_scale
 
-from .support import LITE, V2, random_ids, tiny_model
+from .support import LITE, NATIVE, V2, random_ids, tiny_model
 
 PUBLISHED_YARN = {
     "beta_fast": 32,
@@ -285,7 +285,7 @@ def test_saved_config_loads_as_an_equal_one(published, write_config, saved):
 def test_transformers_own_class_reads_the_same(published, write_config, saved):
     config = AutoConfig.from_pretrained(write_config(published))
     _, folder = saved(config)
-    native = transformers.DeepseekV2Config.from_pretrained(folder)
+    native = NATIVE.DeepseekV2Config.from_pretrained(folder)
     # the older key stays beside the newer one there
     assert {name: value for name, value in native.rope_parameters.items() if name != "type"} == config.rope_parameters
     shared = {f.name for f in dataclasses.fields(native)} & {f.name for f in dataclasses.fields(config)}
@@ -295,7 +295,7 @@ def test_transformers_own_class_reads_the_same(published, write_config, saved):
 
 def test_config_written_by_transformers_own_class_is_read(tmp_path):
     fields = V2 | {"rope_scaling": V2["rope_scaling"] | {"rope_type": "yarn"}}
-    transformers.DeepseekV2Config(**copy.deepcopy(fields)).save_pretrained(tmp_path)
+    NATIVE.DeepseekV2Config(**copy.deepcopy(fields)).save_pretrained(tmp_path)
     assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == DeepseekV2Config(**V2).rope_parameters
 
@@ -668,7 +668,7 @@ def initial_spread(fields: dict[str, Any]) -> dict[str, float]:
 
 
 def has_cache(fields: dict[str, Any]) -> bool:
-    return tiny_model(**fields)(random_ids(1, 3)).past_key_values is not None
+    return tiny_model(**fields)(random_ids(1, 3)).cache is not None
 
 
 def is_tied(fields: dict[str, Any]) -> bool:

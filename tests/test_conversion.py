@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -34,7 +33,7 @@ from deepseek_latent.conversion import target
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.target import Piece, Target
 
-from .support import random_ids, relative_error, tiny_model
+from .support import NATIVE, random_ids, relative_error, tiny_model
 
 SMALL = {
     "vocab_size": 96,
@@ -110,7 +109,7 @@ def test_exact_conversion_gives_the_same_logits_here_and_in_transformers(tmp_pat
     config_class, options = SOURCES[name]
     expected, ids = saved(tmp_path / "source", config_class, **options)(random_ids(2, 50)).logits, random_ids(2, 50)
     out = converted(tmp_path / "source", tmp_path / "out")
-    for model_class in (AutoModelForCausalLM, transformers.DeepseekV2ForCausalLM):
+    for model_class in (AutoModelForCausalLM, NATIVE.DeepseekV2ForCausalLM):
         model = model_class.from_pretrained(out, trust_remote_code=False)
         assert relative_error(model(ids).logits, expected) < 1e-5, model_class
 
@@ -121,7 +120,7 @@ def test_a_converted_model_decodes_from_a_cache_as_large_as_that_of_its_source(t
     model = AutoModelForCausalLM.from_pretrained(converted(tmp_path / "source", tmp_path / "out"))
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cache = LatentCache(model.config)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), source.generate(ids, **options))
+    assert torch.equal(model.generate(ids, cache=cache, **options), source.generate(ids, **options))
     width = 2 * source.config.num_key_value_heads * source.config.head_dim
     # the latent has room for its constant channel
     assert width < model.config.cached_width <= width + 4 * width**0.5
@@ -499,7 +498,7 @@ def test_a_dense_model_cut_into_experts_says_the_same(tmp_path, scheme):
     assert main(["verify", str(out), "--against", str(tmp_path / "source")]) == 0
     # transformers' own class always has shared experts, and leaves out to normalise
     if scheme[:2] in ("M0", "M5"):
-        stock = transformers.DeepseekV2ForCausalLM.from_pretrained(out)
+        stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
         assert relative_error(stock(ids).logits, expected) < 1e-5
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from deepseek_latent.compat_transformers import CACHE
+
 from . import reference
 from .support import LITE, V2, YARN, native_twin, official_state_dict, random_ids, relative_error, tiny_model
 
@@ -38,8 +40,8 @@ def decode_token_by_token(model, ids):
     """Logits of every position, each token fed alone."""
     cache, logits = None, []
     for token in ids.split(1, dim=1):
-        output = model(token, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(token, use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -92,9 +94,9 @@ def test_loss_and_gradients_equal_native():
 def test_cached_latents_are_interchangeable_with_native_ones():
     model, ids = tiny_model(), random_ids(2, 12)
     native = native_twin(model)
-    cache = native(ids[:, :8], use_cache=True).past_key_values
-    theirs = native(ids[:, 8:], past_key_values=native(ids[:, :8], use_cache=True).past_key_values).logits
-    assert relative_error(model(ids[:, 8:], past_key_values=cache).logits, theirs) < 1e-5
+    cache, their_cache = (native(ids[:, :8], use_cache=True)[CACHE] for _ in range(2))
+    theirs = native(ids[:, 8:], **{CACHE: their_cache}).logits
+    assert relative_error(model(ids[:, 8:], cache=cache).logits, theirs) < 1e-5
 
 
 def test_parallel_plans_are_native_ones():

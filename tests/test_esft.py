@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -27,7 +26,16 @@ from deepseek_latent.packed_experts import pack_experts
 from deepseek_latent.router_statistics import activity_of
 from deepseek_latent.trained_experts import TrainedExperts
 
-from .support import V2, needs_compiler, official_state_dict, random_ids, relative_error, tiny_model
+from .support import (
+    NATIVE,
+    V2,
+    needs_compiler,
+    needs_its_peft,
+    official_state_dict,
+    random_ids,
+    relative_error,
+    tiny_model,
+)
 
 CHOSEN = {1: [7, 2, 5], 2: [0]}
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -106,7 +114,7 @@ def test_training_changes_the_chosen_experts_and_nothing_else(tmp_path):
     }
     assert changed == names
     ids, expected = random_ids(2, 20), model.eval()(random_ids(2, 20)).logits
-    native = transformers.DeepseekV2ForCausalLM.from_pretrained(tmp_path).eval()
+    native = NATIVE.DeepseekV2ForCausalLM.from_pretrained(tmp_path).eval()
     assert relative_error(native(ids).logits, expected) < 1e-5
 
 
@@ -420,22 +428,28 @@ def test_a_file_that_is_cut_off_or_no_folder_changes_nothing(tmp_path):
         load_experts(training, tmp_path)
 
 
-def test_adapters_put_on_meanwhile_do_not_lock_training_in():
-    """By peft or by transformers: what is trained ends, and the adapters stay as they were."""
-    for add in (
-        lambda model: get_peft_model(model, lora_config(model, routed_experts=True)),
-        lambda model: model.add_adapter(lora_config(model, routed_experts=True)) or model,
-    ):
-        model = in_training()
-        adapted = add(model)
-        for use in (train_experts, lambda *given: save_experts(*given, "nowhere")):
-            with pytest.raises(TypeError, match="without adapters"):
-                use(adapted, ExpertSelection(CHOSEN))
-        merge_experts(adapted)
-        adapted(input_ids=random_ids(1, 5))
-        learning = [name for name, x in adapted.named_parameters() if x.requires_grad]
-        assert learning
-        assert all(".lora_" in name for name in learning)
+def added_by_peft(model):
+    return get_peft_model(model, lora_config(model, routed_experts=True))
+
+
+def added_by_transformers(model):
+    model.add_adapter(lora_config(model, routed_experts=True))
+    return model
+
+
+@pytest.mark.parametrize("add", [added_by_peft, pytest.param(added_by_transformers, marks=needs_its_peft)])
+def test_adapters_put_on_meanwhile_do_not_lock_training_in(add):
+    """What is trained ends, and the adapters stay as they were."""
+    model = in_training()
+    adapted = add(model)
+    for use in (train_experts, lambda *given: save_experts(*given, "nowhere")):
+        with pytest.raises(TypeError, match="without adapters"):
+            use(adapted, ExpertSelection(CHOSEN))
+    merge_experts(adapted)
+    adapted(input_ids=random_ids(1, 5))
+    learning = [name for name, x in adapted.named_parameters() if x.requires_grad]
+    assert learning
+    assert all(".lora_" in name for name in learning)
 
 
 @pytest.mark.parametrize("change", ["fused", "data"])

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_latent import DeepseekV2ForCausalLM
 from deepseek_latent.cli import main
 
-from .support import relative_error
+from .support import NATIVE, relative_error
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "pydoc-tiny"
@@ -80,7 +79,7 @@ def test_the_model_beats_counting_clearly():
 
 def test_transformers_own_class_reads_the_same_weights_and_says_the_same(windows):
     ours = DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    native = transformers.DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    native = NATIVE.DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     with torch.no_grad():
         assert relative_error(ours(windows[:4]).logits, native(windows[:4]).logits) < 1e-5
 
@@ -91,8 +90,8 @@ def test_decoding_trained_weights_from_latents_loses_nothing(windows):
     with torch.no_grad():
         cache, logits = None, []
         for token in window.split(1, dim=1):
-            output = model(token, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(token, cache=cache, use_cache=True)
+            cache = output.cache
             logits.append(output.logits)
         assert relative_error(torch.cat(logits, dim=1), model(window).logits) < 1e-5
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.hotswap import hotswap_adapter
@@ -15,7 +14,7 @@ import deepseek_latent.moe as moe
 from deepseek_latent.expert_lora import unwrapped
 from deepseek_latent.kernels import optimize_for_inference
 
-from .support import needs_compiler, random_ids, relative_error, tiny_model
+from .support import NATIVE, needs_compiler, random_ids, relative_error, tiny_model
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -141,7 +140,7 @@ def test_files_are_pefts_and_open_on_transformers_own_class(tmp_path):
     expected = model(ids).logits
     again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
     assert torch.equal(again(ids).logits, expected)
-    native = transformers.DeepseekV2ForCausalLM.from_pretrained(tmp_path / "base")
+    native = NATIVE.DeepseekV2ForCausalLM.from_pretrained(tmp_path / "base")
     native = PeftModel.from_pretrained(native, tmp_path / "adapter").eval()
     assert relative_error(native(ids).logits, expected) < 1e-5
     native.save_pretrained(tmp_path / "back")

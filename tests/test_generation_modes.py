@@ -28,6 +28,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.cache_utils import StaticLayer
 
 from deepseek_latent import LatentCache
 from deepseek_latent.latent_attention import DeepseekV2Attention
@@ -296,7 +297,7 @@ def said_after(model, embeds: Tensor) -> Tensor:
 def prefilled(model, new_cache, ids: Tensor, **options):
     """The cache of the column, holding `ids`."""
     options |= GREEDY | {"max_new_tokens": 1, "return_dict_in_generate": True}
-    cache = model.generate(ids, **options, **new_cache()).past_key_values
+    cache = model.generate(ids, **options, **new_cache()).cache
     assert cache.get_seq_length() == ids.shape[1]
     return cache
 
@@ -307,7 +308,7 @@ def copies_of_a_prefix(model, new_cache, length: int = PROMPT, **options):
     if new_cache is no_cache:
         return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
     prefix = prefilled(model, new_cache, IDS[:, :length])
-    said = [model.generate(prompt, **GREEDY, **options, past_key_values=copy.deepcopy(prefix)) for prompt in prompts]
+    said = [model.generate(prompt, **GREEDY, **options, cache=copy.deepcopy(prefix)) for prompt in prompts]
     return torch.cat(said, dim=1)
 
 
@@ -326,7 +327,7 @@ def left_padding_behind_a_prefix(model, new_cache, length: int = 8, **options):
     if new_cache is no_cache:
         return left_padding(model, new_cache)
     cache = prefilled(model, new_cache, PADDED[:, :length], attention_mask=MASK[:, :length])
-    options |= GREEDY | {"attention_mask": MASK, "past_key_values": cache}
+    options |= GREEDY | {"attention_mask": MASK, "cache": cache}
     return model.generate(PADDED, **options)[:, PROMPT:]
 
 
@@ -341,7 +342,7 @@ def cropping_back_to_a_prefix(model, new_cache):
         return copies_of_a_prefix(model, new_cache)
     cache, said = prefilled(model, new_cache, IDS), []
     for question in QUESTIONS:
-        said.append(model.generate(torch.cat((IDS, question), dim=1), **GREEDY, past_key_values=cache))
+        said.append(model.generate(torch.cat((IDS, question), dim=1), **GREEDY, cache=cache))
         cache.crop(PROMPT - cache.get_seq_length())
     return torch.cat(said, dim=1)
 
@@ -354,9 +355,9 @@ def one_prefix_for_several_rows(model, new_cache):
         return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
     cache = prefilled(model, new_cache, IDS[:1])
     cache.batch_repeat_interleave(2)
-    first = model.generate(prompts[0], **GREEDY, past_key_values=cache)
+    first = model.generate(prompts[0], **GREEDY, cache=cache)
     cache.crop(PROMPT - 4 - cache.get_seq_length())
-    return torch.cat((first, model.generate(prompts[1], **GREEDY, past_key_values=cache)), dim=1)
+    return torch.cat((first, model.generate(prompts[1], **GREEDY, cache=cache)), dim=1)
 
 
 @mode("beams behind one prefix")
@@ -366,7 +367,7 @@ def beams_behind_one_prefix(model, new_cache):
         return model.generate(prompt, **GREEDY, num_beams=3, **no_cache())
     cache = prefilled(model, new_cache, IDS[:1])
     cache.batch_repeat_interleave(3)
-    return model.generate(prompt, **GREEDY, num_beams=3, past_key_values=cache)
+    return model.generate(prompt, **GREEDY, num_beams=3, cache=cache)
 
 
 @mode("prompt lookup behind a prefix")
@@ -375,7 +376,7 @@ def prompt_lookup_behind_a_prefix(model, new_cache, given: slice = slice(None)):
         return model.generate(REPETITIVE, **GREEDY, **no_cache())[:, given]
     cache = prefilled(model, new_cache, REPETITIVE[:, :8])
     options = {"attention_mask": torch.ones_like(REPETITIVE), "prompt_lookup_num_tokens": 3}
-    return model.generate(REPETITIVE[:, given], **GREEDY, **options, past_key_values=cache)
+    return model.generate(REPETITIVE[:, given], **GREEDY, **options, cache=cache)
 
 
 @mode("prompt lookup from the new tokens behind a prefix")
@@ -393,7 +394,7 @@ def conversation(model, new_cache, only_what_is_new: bool = False):
         options |= {"attention_mask": torch.ones_like(said), "return_dict_in_generate": True}
         output = model.generate(said[:, cached:], **GREEDY | {"max_new_tokens": 6}, **options)
         said = torch.cat((said[:, :cached], output.sequences), dim=1)
-        options = no_cache() if new_cache is no_cache else {"past_key_values": output.past_key_values}
+        options = no_cache() if new_cache is no_cache else {"cache": output.cache}
     return said
 
 
@@ -407,7 +408,7 @@ LONGEST = PROMPT + sum(6 + question.shape[1] for question in QUESTIONS) + 6
 
 
 def rounding_passed(bits: int | str):
-    return lambda model: {"past_key_values": LatentCache(model.config, bits=bits)}
+    return lambda model: {"cache": LatentCache(model.config, bits=bits)}
 
 
 def rounding_made(bits: int | str):
@@ -418,9 +419,9 @@ CACHES = {
     "the default": lambda model: {},
     "dynamic": lambda model: {"cache_implementation": "dynamic"},
     "static": lambda model: {"cache_implementation": "static", "max_cache_len": LONGEST},
-    "LatentCache": lambda model: {"past_key_values": LatentCache(model.config)},
-    "DynamicCache": lambda model: {"past_key_values": DynamicCache()},
-    "StaticCache": lambda model: {"past_key_values": StaticCache(model.config, max_cache_len=LONGEST)},
+    "LatentCache": lambda model: {"cache": LatentCache(model.config)},
+    "DynamicCache": lambda model: {"cache": DynamicCache()},
+    "StaticCache": lambda model: {"cache": StaticCache(model.config, max_cache_len=LONGEST)},
     "fp8 of transformers": lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
     "8 bits": rounding_passed(8),
     "6 bits": rounding_made(6),
@@ -438,12 +439,15 @@ CANDIDATES = (
     "prompt lookup behind a prefix",
     "prompt lookup from the new tokens behind a prefix",
 )
+# since transformers 5.24, which also drafts and takes back behind a static cache
+STATIC_CAN_BE_CROPPED = hasattr(StaticLayer, "crop")
 # what is refused instead, in which words
 REFUSED = {
     **{
         (way, cache): (ValueError, "assisted generate is not supported with Static cache")
         for way in CANDIDATES
         for cache in ("static", "StaticCache")
+        if not STATIC_CAN_BE_CROPPED
     },
     **{
         (way, "fp8 of transformers"): (ValueError, "take tokens back, which a QuantizedCache cannot")
@@ -454,6 +458,7 @@ REFUSED = {
         (way, cache): (AttributeError, "'StaticLayer' object has no attribute")
         for way in ("cropping back to a prefix", "one prefix for several rows", "beams behind one prefix")
         for cache in ("static", "StaticCache")
+        if not (STATIC_CAN_BE_CROPPED and way == "cropping back to a prefix")
     },
     ("cropping back to a prefix", "fp8 of transformers"): (IndexError, "too many indices"),
     ("one prefix for several rows", "fp8 of transformers"): (RuntimeError, "Sizes of tensors must match"),

@@ -355,8 +355,8 @@ def test_logits_are_those_of_the_model_as_it_was(dtype, variant, length):
         for each in (fast, exact, model):
             cache = LatentCache(each.config)
             if cached:
-                each(past, past_key_values=cache)
-            results.append(each(ids, past_key_values=cache).logits)
+                each(past, cache=cache)
+            results.append(each(ids, cache=cache).logits)
         if dtype == torch.float32:
             assert relative_error(results[0], results[2]) < 1e-5
         else:
@@ -388,9 +388,9 @@ def test_text_is_that_of_the_model_as_it_was(make, mode):
     model, ids = tiny_model(), random_ids(batch, 11)
     mask = torch.ones_like(ids)
     mask[-1, :4] = 0 if batch == 2 else 1
-    expected = model.generate(ids, attention_mask=mask, past_key_values=make(model.config), **GREEDY, **mode)
+    expected = model.generate(ids, attention_mask=mask, cache=make(model.config), **GREEDY, **mode)
     fast = optimized(model)
-    actual = fast.generate(ids, attention_mask=mask, past_key_values=make(model.config), **GREEDY, **mode)
+    actual = fast.generate(ids, attention_mask=mask, cache=make(model.config), **GREEDY, **mode)
     assert torch.equal(actual, expected)
 
 
@@ -518,8 +518,8 @@ def test_a_compiled_step_over_a_static_cache_is_that_of_the_model_as_it_was(dtyp
     steps = {}
     for name, each in (("plain", model), ("fast", torch.compile(fast, fullgraph=True))):
         cache = StaticCache(model.config, max_cache_len=20)
-        model(ids, past_key_values=cache)
-        steps[name] = [each(ids[:, :1], past_key_values=cache).logits for _ in range(3)]
+        model(ids, cache=cache)
+        steps[name] = [each(ids[:, :1], cache=cache).logits for _ in range(3)]
     for one, other in zip(*steps.values()):
         assert relative_error(one, other) < (1e-5 if dtype == torch.float32 else 0.05)
 
@@ -550,8 +550,8 @@ def test_int8_weights_say_what_the_rounded_weights_would(dtype, variant):
         for each in (fast, by_hand, model, exact):
             cache = LatentCache(each.config)
             if cached:
-                each(past, past_key_values=cache)
-            results.append(each(ids, past_key_values=cache).logits.double())
+                each(past, cache=cache)
+            results.append(each(ids, cache=cache).logits.double())
         if dtype == torch.float32:
             assert relative_error(*results[:2]) < 1e-5
         else:
@@ -611,7 +611,7 @@ def test_an_int8_model_is_saved_as_what_it_was_rounded_to(tmp_path):
     # and its caches have its name
     cache = LatentCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     cache.save(tmp_path / "cache.safetensors", tokens=ids, model=model)
     LatentCache.load(tmp_path / "cache.safetensors", model=model)
     with pytest.raises(ValueError, match="other weights"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deepseek_latent import LatentCache, latent_attention
+from deepseek_latent.compat_transformers import CACHE
 from deepseek_latent.rotary import softmax_scale
 
 from . import reference
@@ -174,7 +175,7 @@ def in_steps_of(*lengths: int):
         for length in lengths:
             first, last = last, last + length
             mask = torch.ones(B, last, dtype=torch.long)
-            step = {"position_ids": positions[None, first:last], "attention_mask": mask, "past_key_values": cache}
+            step = {"position_ids": positions[None, first:last], "attention_mask": mask, "cache": cache}
             logits.append(subject()(ids[:, first:last], **step).logits)
         return torch.cat(logits, dim=1)
 
@@ -242,7 +243,7 @@ def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
     cache.update(torch.randn(1, 1, past, config.kv_lora_rank), torch.randn(1, 1, past, config.qk_rope_head_dim), 0)
     latent, k_rotary = (x[:, 0].double() for x in (cache.layers[0].keys, cache.layers[0].values))
     # positions are those behind the cached tokens, without being told
-    actual = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+    actual = torch.cat([model(token, cache=cache).logits for token in ids.split(1, dim=1)], dim=1)
 
     weights = in_float64(official_state_dict(model))
     layer = weights_under(weights, "model.layers.0.")
@@ -270,6 +271,6 @@ def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
 
     held = DynamicCache()
     held.update(latent[:, None].float(), k_rotary[:, None].float(), 0)
-    native = with_exact_angles(native_twin(model))(ids, past_key_values=held).logits
+    native = with_exact_angles(native_twin(model))(ids, **{CACHE: held}).logits
     assert_within_rounding(actual, truth, yardstick=native)
     assert cache.get_seq_length() == WINDOW

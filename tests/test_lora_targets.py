@@ -10,7 +10,7 @@ from peft.utils import transformers_weight_conversion
 from deepseek_latent import DeepseekV2Config, lora_config
 from deepseek_latent.lora import ROUTED_EXPERTS, keep_targets
 
-from .support import LITE, V2, random_ids, relative_error, tiny_model
+from .support import LITE, NATIVE, V2, random_ids, relative_error, tiny_model
 
 ATTENTION = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -69,8 +69,8 @@ def test_an_adapter_is_found_again_where_it_was_put(tmp_path):
 
 
 def test_transformers_own_class_is_left_to_peft():
-    config = transformers.DeepseekV2Config(**(V2 | {"rope_scaling": None}))
-    native = get_peft_model(transformers.DeepseekV2ForCausalLM(config), LoraConfig(target_modules=sorted(MLP)))
+    config = NATIVE.DeepseekV2Config(**(V2 | {"rope_scaling": None}))
+    native = get_peft_model(NATIVE.DeepseekV2ForCausalLM(config), LoraConfig(target_modules=sorted(MLP)))
     assert adapted_names(native) == {"experts.gate_up_proj", "experts.down_proj"}
 
 

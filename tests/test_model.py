@@ -40,14 +40,14 @@ def test_every_auto_class_gives_our_class_with_our_backbone(auto, own):
 def test_generate_uses_a_latent_cache_by_default():
     model, ids = tiny_model(), random_ids(2, 9)
     output = model.generate(ids, **GREEDY, return_dict_in_generate=True)
-    assert type(output.past_key_values) is LatentCache
-    assert output.past_key_values.get_seq_length() == 9 + 12 - 1
+    assert type(output.cache) is LatentCache
+    assert output.cache.get_seq_length() == 9 + 12 - 1
 
 
 def test_a_bare_forward_makes_a_latent_cache():
     model, ids = tiny_model(), random_ids(2, 9)
-    assert type(model(ids, use_cache=True).past_key_values) is LatentCache
-    assert model(ids, use_cache=False).past_key_values is None
+    assert type(model(ids, use_cache=True).cache) is LatentCache
+    assert model(ids, use_cache=False).cache is None
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_sampling_draws_the_same_tokens_with_and_without_a_cache():
 def test_a_cache_the_user_brings_is_the_cache_that_is_used(cache):
     model, ids = tiny_model(), random_ids(1, 10)
     given = cache()
-    output = model.generate(ids, **GREEDY, past_key_values=given, return_dict_in_generate=True)
-    assert output.past_key_values is given
+    output = model.generate(ids, **GREEDY, cache=given, return_dict_in_generate=True)
+    assert output.cache is given
     assert torch.equal(output.sequences, model.generate(ids, **GREEDY))
 
 
@@ -186,8 +186,8 @@ def test_autocast_to_bfloat16_prefills_and_decodes():
     model, ids = tiny_model(), random_ids(2, 9)
     exact = model(ids).logits
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        logits = model(ids[:, 8:], past_key_values=cache).logits
+        cache = model(ids[:, :8], use_cache=True).cache
+        logits = model(ids[:, 8:], cache=cache).logits
     # the price of the dtype, not of the route: a whole forward in autocast, expanded by its module
     with torch.autocast("cpu", torch.bfloat16):
         yardstick = relative_error(model(ids).logits, exact)
@@ -222,10 +222,10 @@ def test_decoding_from_a_static_cache_compiles_without_a_graph_break(backend):
     expected = model(ids).logits
     cache = StaticCache(model.config, max_cache_len=16)
     with torch.no_grad():
-        model(ids[:, :9], past_key_values=cache)
+        model(ids[:, :9], cache=cache)
         step = torch.compile(model, fullgraph=True, backend=backend)
         for position in range(9, 12):
-            logits = step(ids[:, [position]], past_key_values=cache, position_ids=torch.tensor([[position]])).logits
+            logits = step(ids[:, [position]], cache=cache, position_ids=torch.tensor([[position]])).logits
             assert relative_error(logits[:, 0], expected[:, position]) < 1e-5
 
 
@@ -238,7 +238,7 @@ def test_a_growing_cache_is_compiled_once_for_all_lengths(make):
     step, cache = torch.compile(model.forward, backend=counter, fullgraph=True), make()
     compiled = []
     for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30))]:
-        logits = step(ids[:, start:end], past_key_values=cache, use_cache=True).logits
+        logits = step(ids[:, start:end], cache=cache, use_cache=True).logits
         compiled.append(counter.frame_count)
     assert compiled[-1] == compiled[4]
     assert relative_error(logits, model(ids).logits[:, -1:]) < 1e-5

@@ -14,7 +14,7 @@ from deepseek_latent.conversion.calibration import perplexity, windows_of
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.packed_experts import NF4, PackedExperts, pack, pack_experts, unpack_experts
 
-from .support import needs_compiler, random_ids, relative_error, tiny_model
+from .support import needs_compiler, needs_its_peft, random_ids, relative_error, tiny_model
 
 PYDOC = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -203,6 +203,7 @@ def test_experts_with_merged_or_trained_weights_are_not_packed():
         pack_experts(hooked)
 
 
+@needs_its_peft
 def test_adapters_of_transformers_are_saved_from_a_packed_model(tmp_path):
     model = packed(4)
     model.add_adapter(lora_config(model, r=6, routed_experts=True, init_lora_weights=False))

@@ -58,8 +58,8 @@ def logits(model) -> Tensor:
 
 @torch.no_grad()
 def decode(model) -> Tensor:
-    cache = model(input_ids=IDS[:, :CACHED], use_cache=True).past_key_values
-    return torch.cat([model(input_ids=x, past_key_values=cache).logits for x in IDS[:, CACHED:].split(1, dim=1)], dim=1)
+    cache = model(input_ids=IDS[:, :CACHED], use_cache=True).cache
+    return torch.cat([model(input_ids=x, cache=cache).logits for x in IDS[:, CACHED:].split(1, dim=1)], dim=1)
 
 
 def absorptions_while_decoding(model, monkeypatch) -> int:

@@ -17,13 +17,13 @@ BITS = pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"])
 def prefilled(model, ids, bits=None) -> LatentCache:
     cache = LatentCache(model.config, bits=bits)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     return cache
 
 
 def continued(model, ids, cache, **options):
     return model.generate(
-        ids, past_key_values=cache, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None, **options
+        ids, cache=cache, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None, **options
     )
 
 
@@ -52,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
 cache = LatentCache.load({str(tmp_path / "prompt.safetensors")!r}, model=model)
 ids = torch.cat((cache.stored_tokens, torch.tensor([[5], [6]])), dim=1)
 with torch.no_grad():
-    torch.save(model(ids[:, 20:], past_key_values=cache).logits, {str(tmp_path / "logits.pt")!r})
+    torch.save(model(ids[:, 20:], cache=cache).logits, {str(tmp_path / "logits.pt")!r})
 """
     subprocess.run([sys.executable, "-c", program], check=True)
     expected = model(torch.cat((ids, torch.tensor([[5], [6]])), dim=1)).logits[:, 20:]
@@ -66,7 +66,7 @@ def test_what_is_done_to_a_loaded_cache_does_not_reach_the_file(tmp_path):
     cache = LatentCache.load(path, model=model)
     cache.crop(-6)
     with torch.no_grad():
-        logits = model(random_ids(3, 6, seed=8), past_key_values=cache).logits
+        logits = model(random_ids(3, 6, seed=8), cache=cache).logits
     assert path.read_bytes() == before
     expected = model(torch.cat((ids[:, :14], random_ids(3, 6, seed=8)), dim=1)).logits[:, 14:]
     assert relative_error(logits, expected) < 1e-5
@@ -216,14 +216,14 @@ def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
     cache.batch_repeat_interleave(2)
     more, other = random_ids(2, 6, seed=5), random_ids(2, 7, seed=6)
     with torch.no_grad():
-        model(more, past_key_values=cache)
+        model(more, cache=cache)
         cache.crop(keep - 46)
         # through a file too, with shared and own rows in it
         held = torch.cat((beginning.expand(2, -1), more), dim=1)[:, :keep]
         cache.save(tmp_path / "shared.safetensors", tokens=held, model=model)
         for each in (cache, LatentCache.load(tmp_path / "shared.safetensors", model=model)):
             each.reorder_cache(torch.tensor([1, 0]))
-            logits = model(other, past_key_values=each).logits
+            logits = model(other, cache=each).logits
             expected = model(torch.cat((held[[1, 0]], other), dim=1)).logits[:, keep:]
             assert relative_error(logits, expected) < 1e-5
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import (
 
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
 
-from .support import LITE, V2, official_state_dict, random_ids, relative_error, tiny_model
+from .support import LITE, NATIVE, V2, official_state_dict, random_ids, relative_error, tiny_model
 
 VARIANTS = {
     "V2": V2,
@@ -213,7 +212,7 @@ NATIVE_VARIANTS = {"V2": V2, "Lite": LITE}
 def test_transformers_own_class_opens_what_we_save(fields, tmp_path):
     model = tiny_model(**fields)
     model.save_pretrained(tmp_path)
-    native, info = transformers.DeepseekV2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    native, info = NATIVE.DeepseekV2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(native).__module__.startswith("transformers.")
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -223,7 +222,7 @@ def test_transformers_own_class_opens_what_we_save(fields, tmp_path):
 @pytest.mark.parametrize("fields", NATIVE_VARIANTS.values(), ids=NATIVE_VARIANTS.keys())
 def test_we_open_what_transformers_own_class_saves(fields, tmp_path):
     fields = fields | {"rope_scaling": V2["rope_scaling"] | {"rope_type": "yarn"}}
-    native = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**copy.deepcopy(fields)))
+    native = NATIVE.DeepseekV2ForCausalLM(NATIVE.DeepseekV2Config(**copy.deepcopy(fields)))
     native.save_pretrained(tmp_path)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model) is DeepseekV2ForCausalLM

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
 from .calibration import tokenized
 from .checkpoint import check_checkpoint, read_config
@@ -47,7 +47,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     elif config.norm_topk_prob:
         report["logits_error_in_transformers"] = "its class does not normalise shares"
     else:
-        stock, _ = _answers(_load(transformers.DeepseekV2ForCausalLM, folder, dtype), ids, continued=False)
+        stock, _ = _answers(_load(NativeForCausalLM, folder, dtype), ids, continued=False)
         report["logits_error_in_transformers"] = _error(stock, logits)
         if report["logits_error_in_transformers"] > allowed:
             report["problems"].append(f"logits in transformers differ by more than {allowed}")

@@ -6,6 +6,7 @@ Letters: n rows of a weight, k their width, e experts, d model width, f width of
 import torch
 from torch import Tensor, nn
 
+from ..compat_torch import become
 from ..moe import DeepseekV2Experts
 from .library import multiply, multiply_by_experts
 
@@ -56,7 +57,7 @@ WEIGHTS = {Int8Linear: ("weight",), Int8Experts: ("gate_up_proj", "down_proj")}
 
 def to_int8(module: nn.Linear | DeepseekV2Experts) -> None:
     """Replaces the weights of a layer for good; a `state_dict` gives what they were rounded to."""
-    module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Experts
+    become(module, Int8Linear if isinstance(module, nn.Linear) else Int8Experts)
     for name in WEIGHTS[type(module)]:
         weight = getattr(module, name).detach()
         codes, scales = rounded(weight)

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
 from ..balance import TokenDropping
+from ..compat_torch import become
 from ..hooks import has_hooks
 from ..latent_attention import DeepseekV2Attention
 from ..latent_format import Latents, SeparateStretch, Stretch
@@ -238,7 +239,7 @@ class Optimized:
         if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            module.__class__ = ORIGINALS.get(type(module), type(module))
+            become(module, ORIGINALS.get(type(module), type(module)))
 
     def __repr__(self) -> str:
         active = [type(module) for module in self.modules if type(module) in (*ORIGINALS, Int8Linear, Int8Experts)]
@@ -292,6 +293,6 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
         if weights == "int8" and kind in INT8 and not _is_tied(module, model):
             to_int8(module)
         else:
-            module.__class__ = REPLACEMENTS[kind]
+            become(module, REPLACEMENTS[kind])
         modules.append(module)
     return Optimized(instructions, tuple(modules))
