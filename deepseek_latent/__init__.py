@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .compat_peft import keep_targets_of
+from .compat_peft import adapt_offloaded, keep_targets_of
 from .compat_transformers import lead_names_to
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .latent_cache import LatentCache
@@ -20,6 +20,7 @@ from .modeling_deepseek_v2 import (
     DeepseekV2Model,
     DeepseekV2PreTrainedModel,
 )
+from .moe import DeepseekV2Experts
 from .prompt_cache import PromptCache
 
 __version__ = "0.1.0"
@@ -50,3 +51,4 @@ lead_names_to(
     DeepseekV2ForTokenClassification,
 )
 keep_targets_of(DeepseekV2PreTrainedModel)
+adapt_offloaded(DeepseekV2PreTrainedModel, DeepseekV2Experts)

@@ -4,11 +4,12 @@
 `_old_forward`, and moves inputs, outputs or weights. tests/test_compat.py holds a canary for each thing said here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .compat_torch import is_forward_of_its_class
@@ -45,6 +46,67 @@ def _aligns_devices(hook: Any) -> bool:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether a module's own weights lie elsewhere between its calls."""
     return "_hf_hook" in vars(module) and any(getattr(hook, "offload", False) for hook in _hooks_of(module))
+
+
+def keep_changed(module: nn.Module) -> None:
+    """Has the weights of an offloaded module, changed while they are here, come back as they are now."""
+    weights = {name: weight.detach().cpu() for name, weight in module.named_parameters(recurse=False)}
+    for hook in _hooks_of(module) if is_offloaded(module) else ():
+        if getattr(hook, "offload", False):
+            hook.weights_map = weights
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[bool]:
+    """Has weights that lie elsewhere look as if they were where they are computed; gives whether there are any.
+
+    They have no memory of their own, and what is read of them is not a number.
+    """
+    own = []
+    for module in filter(is_offloaded, model.modules()):
+        device = next(hook.execution_device for hook in _hooks_of(module) if getattr(hook, "offload", False))
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and weight.is_floating_point():
+                own.append((module, name, weight))
+                nothing = torch.full((), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+                module._parameters[name] = nn.Parameter(nothing, weight.requires_grad)
+    try:
+        yield bool(own)
+    finally:
+        for module, name, weight in own:
+            module._parameters[name] = weight.requires_grad_(module._parameters[name].requires_grad)
+
+
+def lost_its_hooks(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module of a model with layers on disk can no longer fetch its weights."""
+    is_on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
+    return is_on_disk and not is_offloaded(module) and any(x.is_meta for x in module.parameters(recurse=False))
+
+
+@contextmanager
+def placed_where_computed(model: nn.Module) -> Iterator[None]:
+    """Has `hf_device_map` say of offloaded layers where they are computed: on the first device that does."""
+    placed = getattr(model, "hf_device_map", None)
+    if placed is None:
+        yield
+        return
+    first = next((device for device in placed.values() if device not in ("cpu", "disk")), "cpu")
+    model.hf_device_map = {name: first if device in ("cpu", "disk") else device for name, device in placed.items()}
+    try:
+        yield
+    finally:
+        model.hf_device_map = placed
+
+
+def lacks_weights(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether some of a module's own weights of these names lie nowhere: not here, and where a hook fetches them."""
+    if not any(getattr(module, name).is_meta for name in names):
+        return False
+    if "_hf_hook" not in vars(module):
+        return "forward" not in vars(module)
+    maps = [hook.weights_map for hook in _hooks_of(module) if getattr(hook, "weights_map", None) is not None]
+    # a map of the whole model has names of the whole model
+    return bool(maps) and not any(key.rpartition(".")[2] in names for one in maps for key in one)
 
 
 def weights_here(module: nn.Module) -> AbstractContextManager:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .compat_accelerate import is_offloaded, keep_changed, lost_its_hooks, stand_ins
+
 
 def is_lora_linear(module: nn.Module) -> bool:
     """Whether LoRA stands around a Linear, and no other method or kind of layer."""
@@ -66,6 +68,17 @@ def acting_adapters(layer: nn.Module) -> list[Adapter] | None:
     return adapters
 
 
+def acts_on_some_tokens(layer: nn.Module) -> bool:
+    """Whether an activated LoRA (aLoRA) is at work, which finds its tokens by their place from the end."""
+    if getattr(layer, "disable_adapters", True):
+        return False
+    kinds = getattr(layer, "lora_variant", {})
+    activated = [name for name, kind in kinds.items() if type(kind).__name__ == "ALoraLinearVariant"]
+    # of mixed batches, a hook says which adapters are at work
+    is_mixed = bool(layer._forward_pre_hooks)
+    return bool(activated) and (is_mixed or any(name in layer.active_adapters for name in activated))
+
+
 def stacked_factors(layer: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """A [e rank in] and B [e out rank] of an adapter on a stacked parameter; kept expert by expert and rank by rank."""
     a = adapter.a.weight.unflatten(0, (layer.num_experts, -1))
@@ -105,3 +118,60 @@ def keep_targets_of(model_class: type) -> None:
             convert(peft_config, model)
 
     conversion._convert_peft_config_moe = convert_others
+
+
+def adapt_offloaded(model_class: type, experts_class: type) -> None:
+    """Has peft make LoRA for layers of these models that lie on disk, or elsewhere, where accelerate computes them.
+
+    peft makes it where the weight is, and of one that is only there during a call there is nothing but its shape: the
+    factors came to nothing, and torch's products on a CPU read any memory in their place. And what it merges into
+    offloaded experts was forgotten, since it looks for accelerate's hook one layer above. Models of other classes are
+    left as they are.
+    """
+    tuner = import_module("peft.tuners.tuners_utils").BaseTuner
+    inject = tuner.inject_adapter
+    if hasattr(inject, "__wrapped__"):
+        return
+
+    @functools.wraps(inject)
+    def inject_where_computed(self, model, adapter_name, *args, **kwargs):
+        if not isinstance(model, model_class):
+            return inject(self, model, adapter_name, *args, **kwargs)
+        if any(isinstance(module, experts_class) and lost_its_hooks(module, model) for module in model.modules()):
+            raise ValueError(
+                "expected layers that accelerate brings in from disk, and PeftModel.from_pretrained has taken its "
+                "hooks off; open the model again and call model.load_adapter(folder) instead."
+            )
+        with stand_ins(model) as some_are_away:
+            if some_are_away and not _reads_no_weights(self.peft_config[adapter_name]):
+                raise ValueError(
+                    "expected plain LoRA for a model with layers on disk or offloaded, since other adapters read the "
+                    "weights when they are made; load the model with a device_map that offloads none."
+                )
+            return inject(self, model, adapter_name, *args, **kwargs)
+
+    tuner.inject_adapter = inject_where_computed
+    wrapper = import_module("peft.tuners.lora.layer").ParamWrapper
+    wrapper.merge = _and_kept(wrapper.merge, experts_class)
+    wrapper.unmerge = _and_kept(wrapper.unmerge, experts_class)
+
+
+def _reads_no_weights(config: Any) -> bool:
+    plainly = (True, False, None, "gaussian")
+    return config.peft_type == "LORA" and not config.use_dora and config.init_lora_weights in plainly
+
+
+def _and_kept(change: Callable, experts_class: type) -> Callable:
+    """Merging into a parameter, or taking that back."""
+
+    @functools.wraps(change)
+    def change_and_keep(self, *args, **kwargs):
+        experts = self.get_base_layer()
+        is_away = isinstance(experts, experts_class) and is_offloaded(experts)
+        if is_away and self.get_param().is_meta:
+            raise ValueError("expected offloaded experts to be brought in; merge by methods of peft's model.")
+        change(self, *args, **kwargs)
+        if is_away:
+            keep_changed(experts)
+
+    return change_and_keep

@@ -258,9 +258,12 @@ def experts_name(config: PreTrainedConfig) -> str:
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows [m in] times the weights [e out in] of their experts, whose rows end at `ends` [e]; in 5.17 to 5.24.
 
-    It chooses between torch's grouped product and a fallback by device and dtype, also when compiled.
+    It chooses between torch's grouped product and a fallback by device and dtype, also when compiled. The fallback is
+    asked for by name in float64, which torch's product does not take.
     TODO: take a public name when transformers has one.
     """
+    if weight.dtype == torch.float64:
+        return torch.ops.transformers.grouped_mm_fallback(x.to(weight.dtype), weight.transpose(1, 2), ends)
     return _grouped_linear(x, weight, ends)
 
 

@@ -77,7 +77,7 @@ def _added_by_groups(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Ten
 
 def _added_row_by_row(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Tensor:
     """In the factors' own dtype: what is gathered is small."""
-    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    expert = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
     rows = x[..., None]
     added = [torch.bmm(b[expert], torch.bmm(a[expert], rows.to(a.dtype))) * scaling for a, b, scaling in all_factors]
     return sum(added)[..., 0].to(x.dtype)

@@ -39,6 +39,6 @@ def routed_sum(
     gate, up = product(hidden_states[order // k], "gate_up_proj", ends).chunk(2, dim=-1)
     rows = product(act_fn(gate) * up, "down_proj", ends)
     # back into the order of tokens, so that a token's experts are summed without atomic additions
-    in_order = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    in_order = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
     weighed = rows[in_order].view(num_tokens, k, -1) * top_k_weights[..., None]
     return weighed.sum(dim=1).to(hidden_states.dtype)

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from .compat_accelerate import weights_here
+from .compat_peft import acts_on_some_tokens
 from .compat_torch import device_of
 from .compat_transformers import attention_name, takes_either_cache_name
 from .configuration_deepseek_v2 import DeepseekV2Config
@@ -106,8 +107,8 @@ class DeepseekV2Attention(nn.Module):
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
-        # gradients and dropout belong to the modules' own forward
-        may_read = not (wants_weights or dropout or torch.is_grad_enabled())
+        # gradients and dropout belong to the modules' own forward; a trace must not depend on whether they are wanted
+        may_read = not (wants_weights or dropout or torch.is_grad_enabled() or torch.jit.is_tracing())
         attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read else None
         if attend is not None:
             with weights_here(self.kv_b_proj):
@@ -117,6 +118,14 @@ class DeepseekV2Attention(nn.Module):
                     return attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
 
         latent, k_rotary = (x[:, None] for x in latents.dense(q_content.shape[0]))
+        if acts_on_some_tokens(self.kv_b_proj):
+            if num_tokens < latents.num_tokens:
+                raise ValueError(
+                    "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not tell what came "
+                    "after its invocation; leave kv_b_proj out of its target_modules."
+                )
+            # peft takes a view of it
+            latent = latent.contiguous()
         keys, values = self.expand_kv(latent, k_rotary)
         queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
         return self.attention_function(wants_weights)(

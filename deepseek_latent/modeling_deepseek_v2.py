@@ -19,6 +19,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
+from .compat_accelerate import placed_where_computed
 from .compat_transformers import (
     CACHE,
     CACHE_NAMES,
@@ -116,6 +117,12 @@ class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
                 if isinstance(module, DeepseekV2Experts):
                     module.check_saving()
         super().save_pretrained(*args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.load_adapter)
+    def load_adapter(self, *args, **kwargs):
+        # an adapter stays where its layer is computed
+        with placed_where_computed(self):
+            return super().load_adapter(*args, **kwargs)
 
     def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
         """Refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""

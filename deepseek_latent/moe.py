@@ -16,7 +16,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
 from .balance import TokenDropping
-from .compat_accelerate import weights_here
+from .compat_accelerate import is_offloaded, lacks_weights, weights_here
 from .compat_transformers import experts_name
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_lora import unwrapped, with_adapters
@@ -27,6 +27,10 @@ from .hooks import has_hooks
 ROWS_PER_BLOCK = 1 << 14
 # the parameters of all experts of a layer
 STACKED = ("gate_up_proj", "down_proj")
+NEVER_CAME = (
+    "expected the weights of all routed experts, and none came, as accelerate's load_checkpoint functions drop what "
+    "files have for each expert; load the model by from_pretrained(folder, device_map=...)."
+)
 _ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 
 
@@ -120,7 +124,9 @@ class DeepseekV2Experts(nn.Module):
         accumulator = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         output = torch.zeros_like(hidden_states, dtype=accumulator)
         # expert parallelism marks the choices of other ranks by an index past the last expert
-        for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
+        chosen = top_k_index[top_k_index < self.num_experts].unique().tolist()
+        # a trace is replayed with other tokens, whose experts are others
+        for expert in range(self.num_experts) if torch.jit.is_tracing() else chosen:
             token, slot = torch.where(top_k_index == expert)
             gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             result = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
@@ -156,6 +162,20 @@ class DeepseekV2Experts(nn.Module):
     def check_saving(self) -> None:
         """Raises ValueError where the files of a model would not hold the weights."""
 
+    def check_loaded(self) -> None:
+        """Raises ValueError where the weights never came, and torch's products on a CPU would read any memory."""
+        if lacks_weights(self, STACKED):
+            raise ValueError(NEVER_CAME)
+
+    def _apply(self, fn, recurse: bool = True):
+        try:
+            return super()._apply(fn, recurse)
+        except NotImplementedError as error:
+            # what torch says of every tensor without data
+            if self.down_proj.is_meta:
+                raise ValueError(NEVER_CAME) from error
+            raise
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Also takes experts by their names in files, all of them or those of one shard.
 
@@ -174,9 +194,13 @@ class DeepseekV2Experts(nn.Module):
             if one is None:
                 continue
             name = "down_proj" if one["projection"] == "down" else "gate_up_proj"
-            expert = stacked.setdefault(name, getattr(self, name).detach().clone())[int(one["expert"])]
+            tensor, own = state_dict.pop(key), getattr(self, name).detach()
+            if name not in stacked:
+                # a model made on the meta device has no others; what is missing then shows
+                stacked[name] = tensor.new_full(own.shape, torch.nan) if own.is_meta else own.clone()
+            expert = stacked[name][int(one["expert"])]
             place = expert if name == "down_proj" else expert.chunk(2)[one["projection"] == "up"]
-            place.copy_(state_dict.pop(key))
+            place.copy_(tensor)
         state_dict.update({prefix + name: tensor for name, tensor in stacked.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -186,6 +210,13 @@ def state_of(experts: nn.Module) -> str | None:
     if not isinstance(experts, DeepseekV2Experts):
         return "under adapters; merge these, or load the model without them"
     return experts.state
+
+
+def check_loaded(experts: nn.Module) -> None:
+    """Raises ValueError where the weights of these experts, adapters around them or not, never came."""
+    experts = experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
+    if isinstance(experts, DeepseekV2Experts):
+        experts.check_loaded()
 
 
 def check_plain(experts: nn.Module) -> None:
@@ -229,11 +260,13 @@ class DeepseekV2MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
+        if not tokens.is_meta:
+            check_loaded(self.experts)
         # adapters are put beside weights that are read here, and not only by the experts' own forward
         is_plain = isinstance(self.experts, DeepseekV2Experts)
         with nullcontext() if is_plain else weights_here(self.experts):
             multiply = self._multiplier()
-            if torch.is_grad_enabled() or tokens.shape[0] <= per_block:
+            if torch.is_grad_enabled() or torch.jit.is_tracing() or tokens.shape[0] <= per_block:
                 return multiply(tokens, experts, weights)
             blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
             return torch.cat([multiply(*block) for block in blocks])
@@ -241,9 +274,19 @@ class DeepseekV2MoE(nn.Module):
     def _multiplier(self) -> Callable[..., Tensor]:
         """The experts, with peft's adapters beside them where these can be read; else peft applies them as it does."""
         if isinstance(self.experts, DeepseekV2Experts):
+            if self.experts.dtype == torch.float64 and self.experts.takes_grouped_products():
+                return partial(self.experts.multiplied_by, self.experts.product)
             return self.experts
         experts, factors = unwrapped(self.experts) or (self.experts.get_base_layer(), None)
         if isinstance(experts, DeepseekV2Experts) and factors != {}:
+            if is_offloaded(experts):
+                if factors is None:
+                    raise ValueError(
+                        "expected plain LoRA, unmerged and the same for all rows, on offloaded routed experts; load "
+                        "the model with a device_map that offloads none."
+                    )
+                # whatever multiplies them else, calling them would fetch the weights without the adapters
+                return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
             if factors and experts.takes_grouped_products():
                 return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
             experts.check_weights_for_peft()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deepseek_latent import latent_attention
-from deepseek_latent.latent_attention import effective_weight
+from deepseek_latent.read_linear import effective_weight
 
 from .support import random_ids, relative_error, tiny_model
 

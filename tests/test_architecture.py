@@ -13,11 +13,11 @@ COMPAT = {"compat_accelerate", "compat_peft", "compat_torch", "compat_transforme
 # who may import whom inside the package, and all of them COMPAT; folders count as one
 ARROWS = {
     "compat_accelerate": {"compat_torch"},
-    "compat_peft": set(),
+    "compat_peft": {"compat_accelerate"},
     "compat_torch": set(),
     "compat_transformers": {"compat_torch"},
     "read_linear": {"hooks"},
-    "__init__": {"configuration_deepseek_v2", "latent_cache", "lora", "modeling_deepseek_v2", "prompt_cache"},
+    "__init__": {"configuration_deepseek_v2", "latent_cache", "lora", "modeling_deepseek_v2", "moe", "prompt_cache"},
     "lora": {"configuration_deepseek_v2"},
     "modeling_deepseek_v2": {
         "balance",

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepseek_latent import LatentCache
 
 from .support import random_ids, tiny_model
 
@@ -15,6 +18,8 @@ import sys, torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import deepseek_latent
+from deepseek_latent.kernels import optimize_for_inference
+from torch.utils.flop_counter import FlopCounterMode
 
 folder, sizes = sys.argv[1], eval(sys.argv[2])
 model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
@@ -27,6 +32,26 @@ if dist.get_rank() == 0:
     error = (logits - given["logits"]).abs().max() / given["logits"].abs().max()
     assert error < 1e-5, error
     assert torch.equal(tokens, given["tokens"]), (tokens, given["tokens"])
+if sizes == {"tp_size": 2}:
+    cache = deepseek_latent.LatentCache(model.config)
+    with torch.no_grad():
+        model(given["long"][:, :-1], cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            last = model(given["long"][:, -1:], cache=cache).logits
+    assert (last - given["last"]).abs().max() < 1e-5 * given["last"].abs().max()
+    # what every process computes alike is little beside its half of the heads
+    assert counter.get_total_flops() < 0.51 * given["flops"], counter.get_total_flops() / given["flops"]
+    try:
+        optimize_for_inference(model, "int8")
+    except ValueError as error:
+        assert "its forward was replaced before, as tensor parallelism does" in str(error), error
+    else:
+        raise AssertionError("layers would go on multiplying by weights that are gone")
+    with torch.no_grad():
+        assert torch.equal(model(given["ids"]).logits, logits)
+    optimize_for_inference(model)
+    with torch.no_grad():
+        assert (model(given["ids"]).logits - logits).abs().max() < 1e-5 * logits.abs().max()
 dist.destroy_process_group()
 """
 
@@ -39,7 +64,13 @@ def test_two_processes_compute_what_one_does(sizes, tmp_path):
     with torch.no_grad():
         logits = model(ids).logits
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    torch.save({"ids": ids, "logits": logits, "tokens": tokens}, tmp_path / "given.pt")
+    long, cache = random_ids(1, 2000), LatentCache(model.config)
+    with torch.no_grad():
+        model(long[:, :-1], cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            last = model(long[:, -1:], cache=cache).logits
+    given = {"ids": ids, "logits": logits, "tokens": tokens, "long": long, "last": last}
+    torch.save(given | {"flops": counter.get_total_flops()}, tmp_path / "given.pt")
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "program.py"), str(tmp_path), str(sizes)]

@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..balance import TokenDropping
 from ..compat_torch import become
-from ..hooks import has_hooks
+from ..hooks import has_hooks, has_own_forward
 from ..latent_attention import DeepseekV2Attention
 from ..latent_format import Latents, SeparateStretch, Stretch
 from ..latent_ops import UpProjection, absorbed_attention
@@ -27,7 +27,7 @@ SLOW_IN_TORCH: set[torch.dtype] = set()
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether our operators compute x [.. k] times this weight, and sooner than torch."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return False
     # a quantizer's or a sharded weight is another type
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_contiguous():
@@ -130,7 +130,9 @@ class KernelMoE(DeepseekV2MoE):
 class KernelAttention(DeepseekV2Attention):
     @staticmethod
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
+            return DeepseekV2Attention.rotate(x, cos, sin)
+        if x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
             return DeepseekV2Attention.rotate(x, cos, sin)
         return operators.rotate(x, cos, sin)
 
@@ -276,23 +278,48 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     instructions = load_operators()
     if not operators.has_bfloat16_products():
         SLOW_IN_TORCH.add(torch.bfloat16)
-    modules = []
-    for name, module in model.named_modules():
-        if isinstance(module, (Int8Linear, Int8Experts)):
-            modules.append(module)
-            continue
-        kind = ORIGINALS.get(type(module), type(module))
-        # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
-        if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
-            continue
-        # a quantizer's weights are its own to read
-        if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
-            continue
-        if kind in (DeepseekV2Experts, DeepseekV2MLP) and type(module.act_fn) is not type(ACT2FN["silu"]):
-            continue
-        if weights == "int8" and kind in INT8 and not _is_tied(module, model):
+    chosen = {name: module for name, module in model.named_modules() if _is_replaceable(name, module)}
+    rounded = {
+        name: module
+        for name, module in chosen.items()
+        if weights == "int8" and kind_of(module) in INT8 and not _is_tied(module, model)
+    }
+    for name, module in rounded.items():
+        _check_can_be_rounded(name, module)
+    for name, module in chosen.items():
+        if name in rounded:
             to_int8(module)
-        else:
-            become(module, REPLACEMENTS[kind])
-        modules.append(module)
-    return Optimized(instructions, tuple(modules))
+        elif not has_own_forward(module):
+            become(module, REPLACEMENTS[kind_of(module)])
+    already = [module for module in model.modules() if isinstance(module, (Int8Linear, Int8Experts))]
+    return Optimized(instructions, tuple({id(module): module for module in (*chosen.values(), *already)}.values()))
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was optimised."""
+    return ORIGINALS.get(type(module), type(module))
+
+
+def _is_replaceable(name: str, module: nn.Module) -> bool:
+    kind = kind_of(module)
+    # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
+    if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
+        return False
+    # a quantizer's weights are its own to read
+    if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
+        return False
+    return kind not in (DeepseekV2Experts, DeepseekV2MLP) or type(module.act_fn) is type(ACT2FN["silu"])
+
+
+def _check_can_be_rounded(name: str, module: nn.Module) -> None:
+    """Refuses what would go on being multiplied by weights that are no longer there."""
+    if any(weight.is_meta for weight in module.parameters(recurse=False)):
+        raise ValueError(
+            f"expected all weights in memory, and those of {name} are on disk or on another device; load the model "
+            "without device_map, or leave out weights='int8'."
+        )
+    if has_own_forward(module):
+        raise ValueError(
+            f"expected to replace what {name} computes, and its forward was replaced before, as tensor parallelism "
+            "does; leave out weights='int8'."
+        )
