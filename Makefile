@@ -1,8 +1,10 @@
 MODEL ?= examples/pydoc-tiny
 PROMPT ?= The import statement
 PYTHON ?= python3
+# of the suites on other versions, all tests or these files
+TESTS ?=
 
-.PHONY: demo test test-slow test-tools test-oldest check bench finetune clean
+.PHONY: demo test test-slow test-tools test-oldest test-middle test-newest outdated check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -14,6 +16,12 @@ PYTHON ?= python3
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+.venv-middle/installed: pyproject.toml constraints-middle.txt
+	$(PYTHON) -m venv .venv-middle
+	.venv-middle/bin/pip install --quiet --constraint constraints-middle.txt torch
+	.venv-middle/bin/pip install --quiet --constraint constraints-middle.txt --editable ".[dev]"
 	touch $@
 
 .venv-tools/installed: pyproject.toml constraints.txt
@@ -36,7 +44,22 @@ test-tools: .venv-tools/installed  ## with bitsandbytes, torchao and TRL, which 
 	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/test_quantised_linears.py tests/test_finetuning_examples.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)
+
+test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs beside
+	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
+
+test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-newest/bin/python -m tests.versions newest > .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --upgrade --requirement .venv-newest/requirements.txt
+	.venv-newest/bin/pip install --quiet --no-deps --editable .
+	.venv-newest/bin/python -m tests.versions installed
+	.venv-newest/bin/python -m pytest -m "not slow" $(TESTS)
+
+outdated: .venv-tools/installed  ## what of constraints.txt is behind the registry
+	.venv-tools/bin/python -m tests.versions outdated
 
 check: .venv/installed  ## lint and format
 	.venv/bin/ruff check .
@@ -53,4 +76,4 @@ finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and keep of
 	.venv/bin/python examples/finetune_esft.py
 
 clean:
-	rm -rf .venv .venv-tools .venv-oldest
+	rm -rf .venv .venv-tools .venv-oldest .venv-middle .venv-newest

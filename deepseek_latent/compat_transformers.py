@@ -296,12 +296,20 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 
 
 class LoadingHooks:
-    """Before PreTrainedModel: a say in what a checkpoint may leave out, and experts that can be dispatched."""
+    """Before PreTrainedModel: a say in what a checkpoint may lack, in dtypes, and experts that can be dispatched."""
+
+    # of weights of these names, the dtype that a file has is kept where others are loaded in 16 bits
+    dtype_of_files: tuple[str, ...] = ()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers would look for a decorator in the text of the module that defines the model (5.17 to 5.24)
         return True
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        # None casts nothing (5.17 to 5.24); `_keep_in_fp32_modules_strict` would also widen what is in 16 bits
+        kept = dict.fromkeys(self.dtype_of_files) if dtype in (torch.float16, torch.bfloat16) else {}
+        return super()._get_dtype_plan(dtype) | kept
 
     def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError; by name, what no file had, (name, shape there, shape here), and failed conversions."""

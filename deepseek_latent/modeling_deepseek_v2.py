@@ -78,6 +78,8 @@ class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both are computed in float32
+    dtype_of_files = ("gate.weight",)
     _no_split_modules = ["DeepseekV2DecoderLayer"]
     _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True

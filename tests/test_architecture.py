@@ -17,7 +17,16 @@ ARROWS = {
     "compat_torch": set(),
     "compat_transformers": {"compat_torch"},
     "read_linear": {"hooks"},
-    "__init__": {"configuration_deepseek_v2", "latent_cache", "lora", "modeling_deepseek_v2", "moe", "prompt_cache"},
+    "__init__": {
+        "configuration_deepseek_v2",
+        "latent_cache",
+        "lora",
+        "modeling_deepseek_v2",
+        "moe",
+        "prompt_cache",
+        "tested_versions",
+    },
+    "tested_versions": set(),
     "lora": {"configuration_deepseek_v2"},
     "modeling_deepseek_v2": {
         "balance",
@@ -90,6 +99,7 @@ AT_HOME = {
     "packed_experts",
     "prompt_cache",
     "router_statistics",
+    "tested_versions",
     "tool_runner",
     "trained_experts",
 }

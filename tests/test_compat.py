@@ -133,6 +133,7 @@ def test_grouped_products_take_rows_weights_and_ends():
 def test_what_a_checkpoint_lacks_is_told_before_it_is_initialised():
     hook = PreTrainedModel._adjust_missing_and_unexpected_keys
     assert [*inspect.signature(hook).parameters] == ["self", "loading_info"], "used by LoadingHooks"
+    assert [*inspect.signature(PreTrainedModel._get_dtype_plan).parameters] == ["self", "dtype"], "used by LoadingHooks"
     told = {"missing_keys", "mismatched_keys", "conversion_errors"}
     assert told <= set(transformers.utils.loading_report.LoadStateDictInfo.__dataclass_fields__), "used by LoadingHooks"
     assert PreTrainedModel._hf_peft_config_loaded is False, "used by has_adapters_of_transformers"

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
+from deepseek_latent.cli import main
 
 from .support import LITE, NATIVE, V2, official_state_dict, random_ids, relative_error, tiny_model
 
@@ -433,7 +434,9 @@ def test_dtype_of_the_file_is_kept(tmp_path):
     config = DeepseekV2Config(**V2)
     write_checkpoint(tmp_path, config, official_tensors(config, torch.bfloat16))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    # but to routers, which are in float32 in the file
+    others = [parameter for name, parameter in model.named_parameters() if not name.endswith("mlp.gate.weight")]
+    assert {parameter.dtype for parameter in others} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -566,3 +569,43 @@ def test_load_state_dict_takes_one_shard_after_another():
         target.load_state_dict(dict(shard), strict=False)
     for (name, ours), theirs in zip(target.named_parameters(), source.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+def routers(model) -> list[torch.Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if name.endswith("mlp.gate.weight")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_in_float32_stays_so_through_loading_and_saving(dtype, tmp_path):
+    """As transformers 5.24 trains it; rounded to 16 bits, tokens would go to other experts."""
+    model = tiny_model(dtype)
+    for weight in routers(model):
+        weight.data = weight.data.float() + 1e-4
+    model.save_pretrained(tmp_path / "first")
+    DeepseekV2ForCausalLM.from_pretrained(tmp_path / "first", dtype=dtype).save_pretrained(tmp_path / "second")
+    again = DeepseekV2ForCausalLM.from_pretrained(tmp_path / "second", dtype="auto").eval()
+    assert {weight.dtype for weight in routers(again)} == {torch.float32}
+    assert {x.dtype for x in again.parameters()} == {torch.float32, dtype}
+    assert all(torch.equal(one, other) for one, other in zip(routers(again), routers(model)))
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_router_in_bfloat16_is_computed_and_saved_as_it_is(tmp_path):
+    model, ids = tiny_model(torch.bfloat16), random_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    again = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert {x.dtype for x in again.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    wide = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {x.dtype for x in wide.parameters()} == {torch.float32}
+
+
+def test_inspect_takes_a_router_in_float32(tmp_path, capsys):
+    model = tiny_model(torch.bfloat16)
+    for weight in routers(model):
+        weight.data = weight.data.float()
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0, capsys.readouterr().out

@@ -53,10 +53,11 @@ class KernelRMSNorm(nn.RMSNorm):
 
 class KernelGate(DeepseekV2MoEGate):
     def logits(self, hidden_states: Tensor) -> Tensor:
-        if not _takes(hidden_states, self.weight):
+        wide = hidden_states.float()
+        if not (_takes(hidden_states, self.weight) or _takes(wide, self.weight)):
             return super().logits(hidden_states)
         # float32 times the weight as it is, so that neither is rounded
-        return multiply(hidden_states.float(), self.weight, None)
+        return multiply(wide, self.weight, None)
 
 
 class KernelExperts(DeepseekV2Experts):
