@@ -41,7 +41,7 @@ test-slow: .venv/installed  ## what takes longer: compilation with inductor, tra
 	.venv/bin/python -m pytest -m slow
 
 test-tools: .venv-tools/installed  ## with bitsandbytes, torchao and TRL, which every process that imports peft would load
-	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/test_quantised_linears.py tests/test_finetuning_examples.py
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/test_quantised_linears.py tests/test_finetuning_examples.py tests/test_by_class_name.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)

@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import GenerationConfig, GenerationMode
 
 from .compat_transformers import CACHE, GenerationHooks, takes_either_cache_name
-from .input_checks import check_begins_as_stored, check_cache_for_generation
+from .input_checks import check_begins_as_stored, check_cache_for_generation, room_needed
 from .latent_cache import LatentCache, check_offloading
 from .latent_format import check_bits
 from .paged_latents import check_batching_config, with_latent_pages
@@ -59,6 +59,8 @@ class LatentGenerationMixin(GenerationHooks):
         wanted = settings.cache_implementation
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
+        if wanted is not None and wanted.startswith("static"):
+            settings.max_cache_len = max(settings.max_cache_len or 0, room_needed(settings))
         if _bits_asked_for(settings) is not None and given is None:
             # to transformers it is the default cache, whose place ours takes
             settings.cache_implementation = None

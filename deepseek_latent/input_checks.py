@@ -123,8 +123,13 @@ def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig
             "ones behind those in the cache, or the new ones alone with an attention_mask over all."
         )
     if isinstance(cache, StaticCache):
-        # the last token is said and not read
-        check_room(cache, generation_config.max_length - 1)
+        check_room(cache, room_needed(generation_config))
+
+
+def room_needed(settings: GenerationConfig) -> int:
+    """Tokens that a static cache has to hold at most while `generate` runs."""
+    # the last token is said and not read; prompt lookup drafts beyond it, and takes that back (transformers 5.24)
+    return settings.max_length - 1 + (settings.prompt_lookup_num_tokens or 0)
 
 
 def check_begins_as_stored(cache: Cache, input_ids: Tensor) -> None:

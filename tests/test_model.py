@@ -275,3 +275,19 @@ def test_rotary_frequencies_survive_every_way_of_building():
         tiny_model(torch.bfloat16).float().model.rotary_emb(torch.zeros(1), torch.arange(3)[None])[0].dtype
         == torch.float32
     )
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["predict", "evaluate"])
+def test_trainer_predicts_logits_where_router_logits_are_asked_for(grouped, tmp_path):
+    """Neither the cache, nor the balance loss, nor router logits are predictions."""
+    model, ids = tiny_model(output_router_logits=True), random_ids(3, 9)
+    seen = {}
+    arguments = TrainingArguments(str(tmp_path), report_to="none", per_device_eval_batch_size=2, use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = Trainer(model, arguments, compute_metrics=lambda given: seen.update(given=given.predictions) or {})
+    predictions = trainer.predict(rows).predictions
+    if grouped:
+        trainer.evaluate(rows)
+        predictions = seen["given"]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(predictions), model(ids).logits)

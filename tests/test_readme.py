@@ -75,4 +75,8 @@ def test_every_make_target_named_exists(target):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
 def test_every_local_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+    file, _, heading = link.partition("#")
+    assert (ROOT / file).exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)", (ROOT / file).read_text(), flags=re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in headings]
