@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deepseek_latent import LatentCache
 from deepseek_latent.kernels import optimize_for_inference
-from deepseek_latent.kernels.optimized import attend_in_place
+from deepseek_latent.kernels.layers import attend_in_place
 from deepseek_latent.latent_cache_layer import LatentCacheLayer
 from deepseek_latent.latent_format import Latents, SeparateStretch
 from deepseek_latent.latent_ops import UpProjection, absorbed_attention

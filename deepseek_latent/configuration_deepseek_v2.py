@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
-from .compat_transformers import CACHE_NAMES, carries_its_code
+from .compat_cache_name import CACHE_NAMES
+from .compat_transformers import carries_its_code
 from .configuration_checks import check_fields, refuse_other_architectures
 from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 

@@ -5,7 +5,8 @@ import copy
 from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import GenerationConfig, GenerationMode
 
-from .compat_transformers import CACHE, GenerationHooks, takes_either_cache_name
+from .compat_cache_name import CACHE, takes_either_cache_name
+from .compat_transformers import GenerationHooks
 from .input_checks import check_begins_as_stored, check_cache_for_generation, room_needed
 from .latent_cache import LatentCache, check_offloading
 from .latent_format import check_bits

@@ -11,9 +11,10 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from .compat_accelerate import weights_here
+from .compat_cache_name import takes_either_cache_name
 from .compat_peft import acts_on_some_tokens
 from .compat_torch import device_of
-from .compat_transformers import attention_name, takes_either_cache_name
+from .compat_transformers import attention_name
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .input_checks import check_dense_mask
 from .latent_cache import LatentCache

@@ -20,15 +20,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
 from .compat_accelerate import placed_where_computed
-from .compat_transformers import (
+from .compat_cache_name import (
     CACHE,
     CACHE_NAMES,
-    LoadingHooks,
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
-    PagedAttentionCache,
     takes_either_cache_name,
 )
+from .compat_transformers import LoadingHooks, PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .generation import LatentGenerationMixin

@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
 # what others than this package may change, which everyone may ask
-COMPAT = {"compat_accelerate", "compat_peft", "compat_torch", "compat_transformers"}
+COMPAT = {"compat_accelerate", "compat_cache_name", "compat_peft", "compat_torch", "compat_transformers"}
 # who may import whom inside the package, and all of them COMPAT; folders count as one
 ARROWS = {
     "compat_accelerate": {"compat_torch"},
+    "compat_cache_name": set(),
     "compat_peft": {"compat_accelerate"},
     "compat_torch": set(),
-    "compat_transformers": {"compat_torch"},
+    "compat_transformers": {"compat_cache_name", "compat_torch"},
     "read_linear": {"hooks"},
     "__init__": {
         "configuration_deepseek_v2",

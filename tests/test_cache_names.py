@@ -13,7 +13,7 @@ from transformers import pipeline
 
 import deepseek_latent
 from deepseek_latent import DeepseekV2ForSequenceClassification, DeepseekV2ForTokenClassification, lora_config
-from deepseek_latent.compat_transformers import CACHE_NAMES
+from deepseek_latent.compat_cache_name import CACHE_NAMES
 from deepseek_latent.latent_cache import LatentCache
 
 from .support import random_ids, tiny_model

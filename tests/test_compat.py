@@ -28,7 +28,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 
 import deepseek_latent
 from deepseek_latent import compat_accelerate, compat_peft, compat_torch, compat_transformers
-from deepseek_latent.compat_transformers import CACHE
+from deepseek_latent.compat_cache_name import CACHE
 
 from .support import NATIVE, random_ids, tiny_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_latent.compat_transformers import CACHE
+from deepseek_latent.compat_cache_name import CACHE
 
 from . import reference
 from .support import LITE, V2, YARN, native_twin, official_state_dict, random_ids, relative_error, tiny_model

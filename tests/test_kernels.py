@@ -233,7 +233,7 @@ def mask_of(kind: str, b: int, s: int, h: int, t: int) -> Tensor | None:
     ids=str,
 )
 def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c, r, t):
-    from deepseek_latent.kernels.optimized import _additive, _as_pair
+    from deepseek_latent.kernels.layers import _additive, _as_pair
 
     queries, rows = noise(b, s, h, c + r) / c**0.5, noise(b, t, c + r, seed=1).to(dtype)
     rows_format = LatentFormat(c, r, dtype)
@@ -257,7 +257,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
-    from deepseek_latent.kernels.optimized import _as_pair, _bits_of
+    from deepseek_latent.kernels.layers import _as_pair, _bits_of
 
     b, s, h, r, t = 2, 2, 5, 6, 90
     rows_format = latent_format(bits, c, r, torch.bfloat16)

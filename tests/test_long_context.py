@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deepseek_latent import LatentCache, latent_attention
-from deepseek_latent.compat_transformers import CACHE
+from deepseek_latent.compat_cache_name import CACHE
 from deepseek_latent.rotary import softmax_scale
 
 from . import reference
