@@ -1,5 +1,8 @@
 """DeepSeek-V2 for transformers, attending to compressed latents. Importing registers it with every Auto class."""
 
+from .tested_versions import warn_of_untested_versions  # noqa: F401  (says it now, before an import may fail)
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,7 +25,6 @@ from .modeling_deepseek_v2 import (
 )
 from .moe import DeepseekV2Experts
 from .prompt_cache import PromptCache
-from .tested_versions import warn_of_untested_versions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +38,6 @@ __all__ = [
     "lora_config",
 ]
 
-warn_of_untested_versions()
 AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
 AutoConfig.register("deepseek", DeepseekFirstUploadConfig, exist_ok=True)
 AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)

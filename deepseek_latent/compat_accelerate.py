@@ -56,6 +56,12 @@ def keep_changed(module: nn.Module) -> None:
             hook.weights_map = weights
 
 
+def loads_whole_blocks(model: nn.Module) -> bool:
+    """Whether some hook brings in the weights of all modules inside its own by their names (preload_module_classes)."""
+    hooks = [hook for module in model.modules() if is_offloaded(module) for hook in _hooks_of(module)]
+    return any(getattr(hook, "offload", False) and hook.place_submodules for hook in hooks)
+
+
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[bool]:
     """Has weights that lie elsewhere look as if they were where they are computed; gives whether there are any.
@@ -77,10 +83,15 @@ def stand_ins(model: nn.Module) -> Iterator[bool]:
             module._parameters[name] = weight.requires_grad_(module._parameters[name].requires_grad)
 
 
-def lost_its_hooks(module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module of a model with layers on disk can no longer fetch its weights."""
-    is_on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-    return is_on_disk and not is_offloaded(module) and any(x.is_meta for x in module.parameters(recurse=False))
+@contextmanager
+def without_device_map(model: nn.Module) -> Iterator[None]:
+    """Hides where layers lie from who would take the hooks off and dispatch the model anew."""
+    placed = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if placed is not None:
+            model.hf_device_map = placed
 
 
 @contextmanager
@@ -110,8 +121,12 @@ def lacks_weights(module: nn.Module, names: Sequence[str]) -> bool:
 
 
 def weights_here(module: nn.Module) -> AbstractContextManager:
-    """Has the weights of a module and of those inside it lie where they are used, as in a call of each."""
-    offloaded = [inner for inner in module.modules() if is_offloaded(inner)]
+    """Has the weights of a module, also of one inside adapters, lie where they are used, as while it is called."""
+    offloaded = []
+    while module is not None:
+        if is_offloaded(module):
+            offloaded.append(module)
+        module = module._modules.get("base_layer")
     return _brought_here(offloaded) if offloaded else nullcontext()
 
 

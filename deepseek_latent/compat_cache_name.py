@@ -26,7 +26,8 @@ def with_cache_named(own: str, arguments: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError where two caches are given.
     """
     given = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
-    given = [cache for cache in given if cache is not None]
+    # peft reads the old name from what generate() prepares, so one and the same may come under both
+    given = [*{id(cache): cache for cache in given if cache is not None}.values()]
     if len(given) > 1:
         raise _two_caches()
     return arguments | {own: given[0]} if given else arguments
@@ -44,7 +45,9 @@ def takes_either_cache_name(function: Callable) -> Callable:
     def by_either_name(*args, **kwargs):
         kwargs = with_cache_named(own, kwargs)
         if own in kwargs and len(args) > place:
-            raise _two_caches()
+            if args[place] is not None:
+                raise _two_caches()
+            args = (*args[:place], kwargs.pop(own), *args[place + 1 :])
         return answering_to_both(function(*args, **kwargs))
 
     # generate() refuses arguments that no signature names
@@ -90,6 +93,6 @@ GenerateBeamDecoderOnlyOutput = _answering_class(generation_utils.GenerateBeamDe
 
 
 def answering_to_both(output: Any) -> Any:
-    """An output as one that has its cache under both names; what is none stays as it is."""
+    """An output of the classes above as one that has its cache under both names; anything else stays as it is."""
     ours = _OURS.get(type(output))
     return output if ours is None else ours(**{field.name: getattr(output, field.name) for field in fields(output)})

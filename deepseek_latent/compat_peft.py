@@ -6,12 +6,13 @@ tests/test_compat.py holds a canary for each thing said here.
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .compat_accelerate import is_offloaded, keep_changed, lost_its_hooks, stand_ins
+from .compat_accelerate import is_offloaded, keep_changed, loads_whole_blocks, stand_ins, without_device_map
 
 
 def is_lora_linear(module: nn.Module) -> bool:
@@ -109,7 +110,7 @@ def keep_targets_of(model_class: type) -> None:
     """
     conversion = import_module("peft.utils.transformers_weight_conversion")
     convert: Callable | None = getattr(conversion, "_convert_peft_config_moe", None)
-    if convert is None or hasattr(convert, "__wrapped__"):
+    if convert is None or hasattr(convert, "for_models_of"):
         return
 
     @functools.wraps(convert)
@@ -117,6 +118,7 @@ def keep_targets_of(model_class: type) -> None:
         if not isinstance(model, model_class):
             convert(peft_config, model)
 
+    convert_others.for_models_of = model_class
     conversion._convert_peft_config_moe = convert_others
 
 
@@ -124,54 +126,94 @@ def adapt_offloaded(model_class: type, experts_class: type) -> None:
     """Has peft make LoRA for layers of these models that lie on disk, or elsewhere, where accelerate computes them.
 
     peft makes it where the weight is, and of one that is only there during a call there is nothing but its shape: the
-    factors came to nothing, and torch's products on a CPU read any memory in their place. And what it merges into
-    offloaded experts was forgotten, since it looks for accelerate's hook one layer above. Models of other classes are
-    left as they are.
+    factors came to nothing, and torch's products on a CPU read any memory in their place. Where it loads one, it takes
+    accelerate's hooks off and looks for the files' names among modules, of which experts are none. And what it merges
+    into offloaded experts was forgotten, since it looks for accelerate's hook one layer above. Models of other classes
+    are left as they are.
     """
     tuner = import_module("peft.tuners.tuners_utils").BaseTuner
     inject = tuner.inject_adapter
-    if hasattr(inject, "__wrapped__"):
+    if hasattr(inject, "for_models_of"):
         return
+    peft = import_module("peft")
+    for kind in (peft.PeftModel, peft.PeftMixedModel):
+        kind.from_pretrained = classmethod(_as_it_is_dispatched(kind.from_pretrained.__func__, model_class))
+    peft.PeftModel.load_adapter = _as_it_is_dispatched(peft.PeftModel.load_adapter, model_class)
 
     @functools.wraps(inject)
     def inject_where_computed(self, model, adapter_name, *args, **kwargs):
         if not isinstance(model, model_class):
             return inject(self, model, adapter_name, *args, **kwargs)
-        if any(isinstance(module, experts_class) and lost_its_hooks(module, model) for module in model.modules()):
-            raise ValueError(
-                "expected layers that accelerate brings in from disk, and PeftModel.from_pretrained has taken its "
-                "hooks off; open the model again and call model.load_adapter(folder) instead."
-            )
         with stand_ins(model) as some_are_away:
-            if some_are_away and not _reads_no_weights(self.peft_config[adapter_name]):
-                raise ValueError(
-                    "expected plain LoRA for a model with layers on disk or offloaded, since other adapters read the "
-                    "weights when they are made; load the model with a device_map that offloads none."
-                )
+            if some_are_away:
+                _check_can_be_made_without_weights(self.peft_config[adapter_name], model)
             return inject(self, model, adapter_name, *args, **kwargs)
 
+    inject_where_computed.for_models_of = model_class
     tuner.inject_adapter = inject_where_computed
-    wrapper = import_module("peft.tuners.lora.layer").ParamWrapper
-    wrapper.merge = _and_kept(wrapper.merge, experts_class)
-    wrapper.unmerge = _and_kept(wrapper.unmerge, experts_class)
+    layers = import_module("peft.tuners.lora.layer")
+    for layer_class in (layers.Linear, layers.ParamWrapper):
+        layer_class.merge = _where_weights_are(layer_class.merge, experts_class)
+        layer_class.unmerge = _where_weights_are(layer_class.unmerge, experts_class)
 
 
-def _reads_no_weights(config: Any) -> bool:
+def _as_it_is_dispatched(load: Callable, model_class: type) -> Callable:
+    """Loading an adapter, which leaves the hooks of accelerate where they are."""
+
+    @functools.wraps(load)
+    def load_as_it_is(*args, **kwargs):
+        # of a class method the model is the second argument, or has a name
+        candidates = [one for one in (*args[:2], kwargs.get("model")) if isinstance(one, nn.Module)]
+        bases = [one.get_base_model() if hasattr(one, "get_base_model") else one for one in candidates]
+        model = next((base for base in bases if isinstance(base, model_class)), None)
+        with nullcontext() if model is None else without_device_map(model):
+            return load(*args, **kwargs)
+
+    return load_as_it_is
+
+
+def _check_can_be_made_without_weights(config: Any, model: nn.Module) -> None:
+    """Refuses adapters that would be made of numbers that are not there, while some weights lie elsewhere."""
     plainly = (True, False, None, "gaussian")
-    return config.peft_type == "LORA" and not config.use_dora and config.init_lora_weights in plainly
+    is_plain = config.peft_type == "LORA" and not config.use_dora and config.init_lora_weights in plainly
+    if not is_plain or config.trainable_token_indices:
+        raise ValueError(
+            "expected plain LoRA for a model with layers on disk or offloaded, and this adapter may be made of the "
+            "weights; load the model with a device_map that offloads none."
+        )
+    copied = set(config.modules_to_save or ())
+    away = [name for name, module in model.named_modules() if is_offloaded(module) and copied & {*name.split(".")}]
+    if away:
+        raise ValueError(
+            f"expected modules_to_save that are in memory, and {away[0]} is on disk or offloaded; load the model with "
+            "a device_map that keeps it."
+        )
+    if loads_whole_blocks(model):
+        raise ValueError(
+            "expected hooks that bring in each layer's own weights, and some bring in whole blocks, in which they find "
+            "no adapter; dispatch the model without preload_module_classes."
+        )
 
 
-def _and_kept(change: Callable, experts_class: type) -> Callable:
-    """Merging into a parameter, or taking that back."""
+def _where_weights_are(change: Callable, experts_class: type) -> Callable:
+    """Merging, or taking that back: refused where the weight is elsewhere, and kept for later where it was fetched.
+
+    peft fetches weights for its own methods, and looks for accelerate's hook one layer above, so that of experts what
+    was merged would be forgotten. Where a merged adapter is disabled, it takes merging back at the next call, before
+    the weight is fetched, and would subtract from nothing.
+    """
 
     @functools.wraps(change)
     def change_and_keep(self, *args, **kwargs):
-        experts = self.get_base_layer()
-        is_away = isinstance(experts, experts_class) and is_offloaded(experts)
-        if is_away and self.get_param().is_meta:
-            raise ValueError("expected offloaded experts to be brought in; merge by methods of peft's model.")
+        base = self.get_base_layer()
+        is_away = is_offloaded(base)
+        if is_away and any(weight.is_meta for weight in base.parameters(recurse=False)):
+            raise ValueError(
+                "expected an offloaded layer to be brought in for merging, or for taking it back as a disabled adapter "
+                "does; use the methods of peft's model, such as unmerge_adapter."
+            )
         change(self, *args, **kwargs)
-        if is_away:
-            keep_changed(experts)
+        if is_away and isinstance(base, experts_class):
+            keep_changed(base)
 
     return change_and_keep

@@ -220,8 +220,14 @@ class LoadingHooks:
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         # None casts nothing (5.17 to 5.24); `_keep_in_fp32_modules_strict` would also widen what is in 16 bits
-        kept = dict.fromkeys(self.dtype_of_files) if dtype in (torch.float16, torch.bfloat16) else {}
-        return super()._get_dtype_plan(dtype) | kept
+        if dtype not in (torch.float16, torch.bfloat16):
+            return super()._get_dtype_plan(dtype)
+        if getattr(self, "is_quantized", False):
+            # a quantizer casts what it leaves alone to the dtype of the parameter, whatever the plan says (5.24)
+            for name, parameter in self.named_parameters():
+                if name.endswith(self.dtype_of_files):
+                    parameter.data = parameter.data.float()
+        return super()._get_dtype_plan(dtype) | dict.fromkeys(self.dtype_of_files)
 
     def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError; by name, what no file had, (name, shape there, shape here), and failed conversions."""

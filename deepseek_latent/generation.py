@@ -5,7 +5,7 @@ import copy
 from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import GenerationConfig, GenerationMode
 
-from .compat_cache_name import CACHE, takes_either_cache_name
+from .compat_cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
 from .compat_transformers import GenerationHooks
 from .input_checks import check_begins_as_stored, check_cache_for_generation, room_needed
 from .latent_cache import LatentCache, check_offloading
@@ -40,7 +40,7 @@ class LatentGenerationMixin(GenerationHooks):
                 next_sequence_length = num_tokens - int(held)
         if is_first_iteration and held and next_sequence_length == input_ids.shape[1] - held:
             check_begins_as_stored(cache, input_ids)
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -49,6 +49,8 @@ class LatentGenerationMixin(GenerationHooks):
             **{CACHE: cache},
             **kwargs,
         )
+        # peft 0.21 tells by the old name whether a learned prompt is in the cache already
+        return inputs | {name: inputs[CACHE] for name in CACHE_NAMES if CACHE in inputs}
 
     def settings_for_cache(self, given, settings, mask):
         settings = copy.copy(settings)

@@ -3,6 +3,7 @@
 Letters: b batch, s tokens, d model width, e routed experts, f width of one expert, k experts per token.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,8 +29,8 @@ ROWS_PER_BLOCK = 1 << 14
 # the parameters of all experts of a layer
 STACKED = ("gate_up_proj", "down_proj")
 NEVER_CAME = (
-    "expected the weights of all routed experts, and none came, as accelerate's load_checkpoint functions drop what "
-    "files have for each expert; load the model by from_pretrained(folder, device_map=...)."
+    "expected the weights of all routed experts, and none came; accelerate's load_checkpoint functions drop what files "
+    "have for each expert, so load the model by from_pretrained(folder, device_map=...)."
 )
 _ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 
@@ -205,18 +206,25 @@ class DeepseekV2Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+_by_name = DeepseekV2Experts.forward
+
+
+@functools.wraps(_by_name)
+def _also_in_float64(self: DeepseekV2Experts, *routed: Tensor) -> Tensor:
+    """`forward` by the implementation that was named; torch's grouped products have no float64, and ours do."""
+    if self.dtype == torch.float64 and experts_name(self.config) == "grouped_mm":
+        return self.multiplied_by(self.product, *routed)
+    return _by_name(self, *routed)
+
+
+DeepseekV2Experts.forward = _also_in_float64
+
+
 def state_of(experts: nn.Module) -> str | None:
     """What became of a layer's experts and how they become plain ones again; None if they are."""
     if not isinstance(experts, DeepseekV2Experts):
         return "under adapters; merge these, or load the model without them"
     return experts.state
-
-
-def check_loaded(experts: nn.Module) -> None:
-    """Raises ValueError where the weights of these experts, adapters around them or not, never came."""
-    experts = experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
-    if isinstance(experts, DeepseekV2Experts):
-        experts.check_loaded()
 
 
 def check_plain(experts: nn.Module) -> None:
@@ -260,10 +268,11 @@ class DeepseekV2MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
-        if not tokens.is_meta:
-            check_loaded(self.experts)
         # adapters are put beside weights that are read here, and not only by the experts' own forward
         is_plain = isinstance(self.experts, DeepseekV2Experts)
+        inside = self.experts if is_plain else getattr(self.experts, "get_base_layer", lambda: None)()
+        if isinstance(inside, DeepseekV2Experts) and not tokens.is_meta:
+            inside.check_loaded()
         with nullcontext() if is_plain else weights_here(self.experts):
             multiply = self._multiplier()
             if torch.is_grad_enabled() or torch.jit.is_tracing() or tokens.shape[0] <= per_block:
@@ -274,8 +283,6 @@ class DeepseekV2MoE(nn.Module):
     def _multiplier(self) -> Callable[..., Tensor]:
         """The experts, with peft's adapters beside them where these can be read; else peft applies them as it does."""
         if isinstance(self.experts, DeepseekV2Experts):
-            if self.experts.dtype == torch.float64 and self.experts.takes_grouped_products():
-                return partial(self.experts.multiplied_by, self.experts.product)
             return self.experts
         experts, factors = unwrapped(self.experts) or (self.experts.get_base_layer(), None)
         if isinstance(experts, DeepseekV2Experts) and factors != {}:

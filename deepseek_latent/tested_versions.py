@@ -1,4 +1,7 @@
-"""What is said where another library is installed in a version that this package was not tested with."""
+"""Says where another library is installed in a version that this package was not tested with.
+
+It does so when it is imported, before what is imported after it may fail of that version.
+"""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -18,15 +21,25 @@ def warn_of_untested_versions(package: str = "deepseek-latent") -> None:
         return
     # of an extra, only what is asked for is installed
     wanted = [requirement for requirement in requirements if requirement.marker is None]
-    found = {requirement: version(requirement.name) for requirement in wanted}
+    found = {requirement: _installed(requirement.name) for requirement in wanted}
     outside = [
-        f"{requirement.name}{requirement.specifier}, and {found[requirement]} is installed"
+        f"{requirement.name}{requirement.specifier}, and {found[requirement] or 'none'} is installed"
         for requirement in wanted
-        if not requirement.specifier.contains(found[requirement], prereleases=True)
+        if found[requirement] is None or not requirement.specifier.contains(found[requirement], prereleases=True)
     ]
     if outside:
         warnings.warn(
             f"{package} was tested with {'; '.join(outside)}. If something fails, install a version of that range, or "
             f"open an issue of {package} with the traceback and what `pip list` prints.",
-            stacklevel=3,
+            stacklevel=2,
         )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+warn_of_untested_versions()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import pipeline
 
 import deepseek_latent
@@ -65,7 +65,9 @@ def test_two_caches_are_refused(model):
             model(IDS, *arguments[0], **arguments[1])
     # as a caller does who passes on all that it knows
     model(IDS, cache=one, past_key_values=None)
-    assert one.get_seq_length() == IDS.shape[1]
+    model(IDS, None, None, None, past_key_values=one)
+    model(IDS, cache=one, past_key_values=one)
+    assert one.get_seq_length() == 3 * IDS.shape[1]
     assert other.get_seq_length() == 0
 
 
@@ -120,11 +122,24 @@ def test_a_model_under_adapters_takes_its_cache_by_either_name(name):
     assert given.get_seq_length() == IDS.shape[1] + GREEDY["max_new_tokens"] - 1
 
 
+@pytest.mark.parametrize("method", [PromptTuningConfig, PromptEncoderConfig], ids=lambda method: method.__name__)
+def test_a_learned_prompt_is_put_in_once(method):
+    """peft looks for the cache by its old name to know whether the prompt is in it already."""
+    model = get_peft_model(tiny_model(), method(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    torch.nn.init.normal_(model.prompt_encoder.default.embedding.weight)
+    tokens = IDS
+    for _ in range(GREEDY["max_new_tokens"]):
+        with torch.no_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(dim=-1)), dim=1)
+    assert torch.equal(model.generate(input_ids=IDS, **GREEDY), tokens)
+
+
 @BY_EITHER_NAME
 def test_inputs_for_generation_are_prepared_by_either_name(name):
     model, cache = tiny_model(), LatentCache(tiny_model().config)
     inputs = model.prepare_inputs_for_generation(IDS, **{name: cache})
-    assert any(value is cache for value in inputs.values())
+    assert all(inputs[either] is cache for either in CACHE_NAMES)
     with torch.no_grad():
         model(**inputs)
     assert cache.get_seq_length() == IDS.shape[1]

@@ -9,7 +9,7 @@ import warnings
 import torch
 import transformers
 from accelerate import dispatch_model, hooks
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion
@@ -229,6 +229,11 @@ def test_the_functions_of_peft_that_attach_and_merge_are_where_they_are_wrapped(
     for method in (peft_lora.ParamWrapper.merge, peft_lora.ParamWrapper.unmerge):
         assert method.__wrapped__.__module__ == "peft.tuners.lora.layer", "used by adapt_offloaded"
     assert hasattr(peft_lora.ParamWrapper, "get_param"), "used by adapt_offloaded"
+    for kind in (PeftModel, PeftMixedModel):
+        load = kind.from_pretrained.__func__
+        assert [*inspect.signature(load).parameters][:3] == ["cls", "model", "model_id"], "used by adapt_offloaded"
+        assert load.__wrapped__.__module__.startswith("peft."), "used by adapt_offloaded"
+    assert takes(PeftModel.load_adapter, "model_id", "adapter_name"), "used by adapt_offloaded"
     config = LoraConfig()
     assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "adapt_offloaded"
 

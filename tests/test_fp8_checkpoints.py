@@ -93,3 +93,12 @@ def test_of_one_experts_weights_and_scales_what_is_missing_is_named(folders, los
     sentence = rf"{re.escape(lost)} is missing\." if names_all else r"_proj\.weight cannot be merged .*count mismatch"
     with pytest.raises(ValueError, match=sentence):
         DeepseekV2ForCausalLM.from_pretrained(folders[0], dtype=torch.float32, **DEQUANTIZED)
+
+
+def test_routers_in_float32_stay_so_beside_dequantized_weights(folders):
+    model = DeepseekV2ForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16, **DEQUANTIZED)
+    routers = {name: x for name, x in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    assert {x.dtype for x in routers.values()} == {torch.float32}
+    stored = load_file(folders[0] / "model.safetensors")
+    assert all(torch.equal(x, stored[name]) for name, x in routers.items())
+    assert model.lm_head.weight.dtype == torch.bfloat16

@@ -89,6 +89,15 @@ def test_in_float64_a_model_says_the_same(make):
         assert torch.equal(model.generate(input_ids=IDS, **GREEDY, **options), said)
 
 
+def test_in_float64_hooks_on_experts_run():
+    model, seen = tiny_model().double(), []
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        model.model.layers[1].mlp.experts.register_forward_hook(lambda *given: seen.append(given))
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert seen
+
+
 def test_in_float64_a_model_says_the_same_from_a_cache_in_8_bits():
     options = {**GREEDY, "cache_implementation": "quantized", "cache_config": LATENT}
     assert torch.equal(tiny_model().double().generate(IDS, **options), tiny_model().generate(IDS, **options))
