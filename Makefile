@@ -3,6 +3,8 @@ PROMPT ?= The import statement
 PYTHON ?= python3
 # of the suites on other versions, all tests or these files
 TESTS ?=
+# what `make test-newest` installs of torch: the build for CPUs that constraints.txt names
+TORCH ?= --constraint constraints.txt torch
 
 .PHONY: demo test test-slow test-tools test-oldest test-middle test-newest outdated check bench finetune clean
 
@@ -49,9 +51,9 @@ test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproje
 test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs beside
 	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
 
-test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits
+test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits (TORCH=torch: its newest too)
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-newest/bin/pip install --quiet $(TORCH)
 	.venv-newest/bin/python -m tests.versions newest > .venv-newest/requirements.txt
 	.venv-newest/bin/pip install --quiet --upgrade --requirement .venv-newest/requirements.txt
 	.venv-newest/bin/pip install --quiet --no-deps --editable .
