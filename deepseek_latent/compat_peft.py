@@ -129,7 +129,7 @@ def adapt_offloaded(model_class: type, experts_class: type) -> None:
     factors came to nothing, and torch's products on a CPU read any memory in their place. Where it loads one, it takes
     accelerate's hooks off and looks for the files' names among modules, of which experts are none. And what it merges
     into offloaded experts was forgotten, since it looks for accelerate's hook one layer above. Models of other classes
-    are left as they are.
+    are left as they are, except that merging into a weight that is not there is refused for them too.
     """
     tuner = import_module("peft.tuners.tuners_utils").BaseTuner
     inject = tuner.inject_adapter

@@ -1,6 +1,8 @@
 """Projections packed by bitsandbytes or torchao, as QLoRA trains on them: nothing of ours reads what is packed, and
 routed experts, which neither packs, stay as they are."""
 
+import importlib.util
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -18,6 +20,13 @@ each_kind = pytest.mark.parametrize("kind", ROUNDING)
 CACHED, NEW = 9, 4
 IDS = random_ids(2, CACHED + NEW)
 KV_B, OUT = "model.layers.1.self_attn.kv_b_proj", "model.layers.1.self_attn.o_proj"
+
+
+@pytest.fixture(autouse=True)
+def _packed_alike_on_every_processor(monkeypatch):
+    """On a CPU with AVX512-BF16, bitsandbytes packs NF4 anew, in bfloat16 and by 32 rows, which ours are not."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,8 @@ def test_projections_are_packed_and_experts_router_norms_and_head_are_those_of_t
             assert type(actual) is not nn.Parameter, name
         else:
             assert type(actual) is nn.Parameter, name
-            assert torch.equal(actual, expected), name
+            # routers keep the float32 of the file
+            assert torch.equal(actual.to(expected.dtype), expected), name
 
 
 # torchao looks for these patterns in names of parameters; naming any drops the default, which is the head
@@ -160,5 +170,7 @@ def test_operators_leave_what_is_packed_to_its_owner_under_adapters_too(kind, we
     before, expected = weight_by_calling(packed), decode(model)
     optimize_for_inference(model, weights=weights)
     assert torch.equal(weight_by_calling(packed), before)
+    # bitsandbytes rounds inputs to 8 bits as well, where the last bit of a float32 may decide
+    budget = ROUNDING[kind] if kind == "bitsandbytes-int8" else 1e-5
     # int8 are then the experts and the head
-    assert relative_error(decode(model), expected) < (1e-5 if weights is None else 0.1)
+    assert relative_error(decode(model), expected) < (budget if weights is None else 0.1)
