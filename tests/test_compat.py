@@ -16,6 +16,7 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.distributed import tensor_parallel
@@ -103,6 +104,14 @@ def test_continuous_batching_gives_its_pages_as_cache():
     assert isinstance(given["cache"], PagedAttentionCache), "pages come by another name or type; DeepseekV2Model"
     wanted = {"block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index"}
     assert wanted <= set(given), f"pages come without {wanted - set(given)}; used by PagedLatents"
+
+
+def test_caches_of_ours_have_what_those_have_whose_constructors_they_skip():
+    config = tiny_model().config
+    ours = deepseek_latent.LatentCache(config)
+    for theirs, own in ((DynamicLayer(), ours.layers[0]), (transformers.DynamicCache(config=config), ours)):
+        missing = [name for name in vars(theirs) if not hasattr(own, name)]
+        assert not missing, f"{type(theirs).__name__} has {missing} now; set it in {type(own).__name__}"
 
 
 def test_names_of_implementations_are_where_we_read_them():
