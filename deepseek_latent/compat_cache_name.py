@@ -40,19 +40,20 @@ def takes_either_cache_name(function: Callable) -> Callable:
     """
     signature = inspect.signature(function)
     place, own = next((i, name) for i, name in enumerate(signature.parameters) if name in CACHE_NAMES)
+    other = CACHE_NAMES[1 - CACHE_NAMES.index(own)]
 
     @functools.wraps(function)
     def by_either_name(*args, **kwargs):
-        kwargs = with_cache_named(own, kwargs)
-        if own in kwargs and len(args) > place:
-            if args[place] is not None:
-                raise _two_caches()
-            args = (*args[:place], kwargs.pop(own), *args[place + 1 :])
+        if other in kwargs or len(args) > place:
+            kwargs = with_cache_named(own, kwargs)
+            if own in kwargs and len(args) > place:
+                if args[place] is not None:
+                    raise _two_caches()
+                args = (*args[:place], kwargs.pop(own), *args[place + 1 :])
         return answering_to_both(function(*args, **kwargs))
 
     # generate() refuses arguments that no signature names
     *first, others = signature.parameters.values()
-    other = CACHE_NAMES[1 - CACHE_NAMES.index(own)]
     second_name = signature.parameters[own].replace(name=other, kind=inspect.Parameter.KEYWORD_ONLY)
     by_either_name.__signature__ = signature.replace(parameters=[*first, second_name, others])
     return by_either_name
