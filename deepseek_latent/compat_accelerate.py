@@ -45,21 +45,24 @@ def _aligns_devices(hook: Any) -> bool:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether a module's own weights lie elsewhere between its calls."""
-    return "_hf_hook" in vars(module) and any(getattr(hook, "offload", False) for hook in _hooks_of(module))
+    return bool(_offloading_hooks(module))
+
+
+def _offloading_hooks(module: nn.Module) -> list[Any]:
+    hooks = _hooks_of(module) if "_hf_hook" in vars(module) else []
+    return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 
 def keep_changed(module: nn.Module) -> None:
     """Has the weights of an offloaded module, changed while they are here, come back as they are now."""
     weights = {name: weight.detach().cpu() for name, weight in module.named_parameters(recurse=False)}
-    for hook in _hooks_of(module) if is_offloaded(module) else ():
-        if getattr(hook, "offload", False):
-            hook.weights_map = weights
+    for hook in _offloading_hooks(module):
+        hook.weights_map = weights
 
 
 def loads_whole_blocks(model: nn.Module) -> bool:
     """Whether some hook brings in the weights of all modules inside its own by their names (preload_module_classes)."""
-    hooks = [hook for module in model.modules() if is_offloaded(module) for hook in _hooks_of(module)]
-    return any(getattr(hook, "offload", False) and hook.place_submodules for hook in hooks)
+    return any(hook.place_submodules for module in model.modules() for hook in _offloading_hooks(module))
 
 
 @contextmanager
@@ -70,7 +73,7 @@ def stand_ins(model: nn.Module) -> Iterator[bool]:
     """
     own = []
     for module in filter(is_offloaded, model.modules()):
-        device = next(hook.execution_device for hook in _hooks_of(module) if getattr(hook, "offload", False))
+        device = _offloading_hooks(module)[0].execution_device
         for name, weight in module._parameters.items():
             if weight is not None and weight.is_meta and weight.is_floating_point():
                 own.append((module, name, weight))

@@ -286,15 +286,13 @@ class DeepseekV2MoE(nn.Module):
             return self.experts
         experts, factors = unwrapped(self.experts) or (self.experts.get_base_layer(), None)
         if isinstance(experts, DeepseekV2Experts) and factors != {}:
-            if is_offloaded(experts):
-                if factors is None:
-                    raise ValueError(
-                        "expected plain LoRA, unmerged and the same for all rows, on offloaded routed experts; load "
-                        "the model with a device_map that offloads none."
-                    )
-                # whatever multiplies them else, calling them would fetch the weights without the adapters
-                return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
-            if factors and experts.takes_grouped_products():
+            if is_offloaded(experts) and factors is None:
+                raise ValueError(
+                    "expected plain LoRA, unmerged and the same for all rows, on offloaded routed experts; load the "
+                    "model with a device_map that offloads none."
+                )
+            # calling offloaded ones would fetch the weights without the adapters, whatever multiplies them else
+            if factors and (is_offloaded(experts) or experts.takes_grouped_products()):
                 return partial(experts.multiplied_by, with_adapters(experts.product, factors, experts.dtype))
             experts.check_weights_for_peft()
         return self.experts

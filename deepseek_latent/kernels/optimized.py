@@ -56,7 +56,7 @@ class Optimized:
         if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            become(module, ORIGINALS.get(type(module), type(module)))
+            become(module, _kind_of(module))
 
     def __repr__(self) -> str:
         active = [type(module) for module in self.modules if type(module) in (*ORIGINALS, Int8Linear, Int8Experts)]
@@ -97,7 +97,7 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     rounded = {
         name: module
         for name, module in chosen.items()
-        if weights == "int8" and kind_of(module) in INT8 and not _is_tied(module, model)
+        if weights == "int8" and _kind_of(module) in INT8 and not _is_tied(module, model)
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
@@ -105,18 +105,18 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
         if name in rounded:
             to_int8(module)
         elif not has_own_forward(module):
-            become(module, REPLACEMENTS[kind_of(module)])
-    already = [module for module in model.modules() if isinstance(module, (Int8Linear, Int8Experts))]
-    return Optimized(instructions, tuple({id(module): module for module in (*chosen.values(), *already)}.values()))
+            become(module, REPLACEMENTS[_kind_of(module)])
+    ours = (*ORIGINALS, Int8Linear, Int8Experts)
+    return Optimized(instructions, tuple(module for module in model.modules() if type(module) in ours))
 
 
-def kind_of(module: nn.Module) -> type[nn.Module]:
+def _kind_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was optimised."""
     return ORIGINALS.get(type(module), type(module))
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:
-    kind = kind_of(module)
+    kind = _kind_of(module)
     # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
     if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
