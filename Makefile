@@ -6,7 +6,7 @@ TESTS ?=
 # what `make test-newest` installs of torch: the build for CPUs that constraints.txt names
 TORCH ?= --constraint constraints.txt torch
 
-.PHONY: demo test test-slow test-tools test-oldest test-middle test-newest outdated check bench finetune clean
+.PHONY: demo test test-slow test-tools test-oldest test-middle test-newest test-triton gpu outdated check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -50,6 +50,14 @@ test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproje
 
 test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs beside
 	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
+
+test-triton: .venv-oldest/installed  ## the kernels for GPUs, by Triton's interpreter on a CPU
+	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/test_triton_*.py
+
+gpu:  ## on a machine with a CUDA device, in its own environment: tests on it, then times into benchmarks/results (8 minutes)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -m "not slow" --device cuda tests/test_gpu.py
+	$(PYTHON) -m pytest -m "not slow" tests/test_triton_*.py
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
 
 test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits (TORCH=torch: its newest too)
 	$(PYTHON) -m venv .venv-newest

@@ -50,11 +50,11 @@ def balance_losses(
     num_sequences = present.any(dim=1).sum().clamp(min=1)
     is_chosen = torch.zeros_like(scores).scatter_(-1, chosen, 1.0) * present[..., None]
     # a token is sent once to every device that has one of its experts
-    is_sent = is_chosen.unflatten(-1, (num_devices, -1)).amax(dim=-1)
+    is_sent = torch.unflatten(is_chosen, -1, (num_devices, -1)).amax(dim=-1)
     mean_scores = (scores * present[..., None]).sum(dim=1) / num_tokens
     load = is_chosen.sum(dim=1) * e / (k * num_tokens)
-    of_devices = mean_scores.unflatten(-1, (num_devices, -1)).sum(dim=-1)
-    device_load = load.unflatten(-1, (num_devices, -1)).mean(dim=-1)
+    of_devices = torch.unflatten(mean_scores, -1, (num_devices, -1)).sum(dim=-1)
+    device_load = torch.unflatten(load, -1, (num_devices, -1)).mean(dim=-1)
     traffic = is_sent.sum(dim=1) * num_devices / (devices_per_token * num_tokens)
     pairs = ((load, mean_scores), (device_load, of_devices), (traffic, of_devices))
     return BalanceLosses(*((share * score).sum() / num_sequences for share, score in pairs))
@@ -74,8 +74,8 @@ def balance_of_layers(
         scores, (_, chosen) = logits.softmax(dim=-1), gate.choose(logits)
         layers.append(
             balance_losses(
-                scores.unflatten(0, shape),
-                chosen.unflatten(0, shape),
+                torch.unflatten(scores, 0, shape),
+                torch.unflatten(chosen, 0, shape),
                 present.to(logits.device),
                 num_devices=config.n_group,
                 devices_per_token=config.topk_group,

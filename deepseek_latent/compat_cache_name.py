@@ -27,8 +27,8 @@ def with_cache_named(own: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """
     given = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
     # peft reads the old name from what generate() prepares, so one and the same may come under both
-    given = [*{id(cache): cache for cache in given if cache is not None}.values()]
-    if len(given) > 1:
+    given = [cache for cache in given if cache is not None]
+    if len(given) > 1 and given[0] is not given[1]:
         raise _two_caches()
     return arguments | {own: given[0]} if given else arguments
 

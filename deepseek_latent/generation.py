@@ -1,13 +1,18 @@
 """What `generate()` has to be told: which cache to make, what to refuse, where transformers would misread a cache."""
 
 import copy
+import functools
+from collections.abc import Callable
 
-from transformers.cache_utils import DynamicCache, QuantizedCache
+import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMode
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
 
 from .compat_cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
 from .compat_transformers import GenerationHooks
-from .input_checks import check_begins_as_stored, check_cache_for_generation, room_needed
+from .input_checks import check_begins_as_stored, check_cache_for_generation, check_room, room_needed
 from .latent_cache import LatentCache, check_offloading
 from .latent_format import check_bits
 from .paged_latents import check_batching_config, with_latent_pages
@@ -15,6 +20,9 @@ from .paged_latents import check_batching_config, with_latent_pages
 
 class LatentGenerationMixin(GenerationHooks):
     """transformers' generation over latents; the cache is a `LatentCache` unless another is asked for."""
+
+    # makes of a model what replays its steps, where `optimize_for_inference(model, graphs=True)` was called
+    replayed_steps: type | None = None
 
     @takes_either_cache_name
     def prepare_inputs_for_generation(
@@ -27,7 +35,8 @@ class LatentGenerationMixin(GenerationHooks):
         is_first_iteration=False,
         **kwargs,
     ):
-        held = 0 if cache is None else cache.get_seq_length()
+        # later steps may be replayed, and nobody waits for their number
+        held = 0 if cache is None or not is_first_iteration else cache.get_seq_length()
         if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > held > 0:
             # assisted decoding begins with the whole prompt, whatever of it is in the cache already; a mask or, where
             # it was all ones and dropped, the last position says how many tokens there are with those in the cache
@@ -59,6 +68,8 @@ class LatentGenerationMixin(GenerationHooks):
             if settings.is_assistant:
                 # an assistant's own cache comes back with the settings it was made by
                 settings.cache_implementation = settings.cache_config = None
+        if self.replayed_steps is not None and given is None and settings.cache_implementation is None:
+            settings.cache_implementation = "static"
         wanted = settings.cache_implementation
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
@@ -75,15 +86,47 @@ class LatentGenerationMixin(GenerationHooks):
                 "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "
                 'use cache_config={"backend": "latent", "nbits": 8}.'
             )
+        if given is None and type(made) is StaticCache and not made.offloading:
+            room = made.layers[0].max_cache_len
+            return LatentCache(self.config, bits=_bits_asked_for(settings), max_cache_len=room)
         if given is not None or type(made) is not DynamicCache:
             return made
         return LatentCache(self.config, offloading=made.offloading, bits=_bits_asked_for(settings))
+
+    def create_masks_for_generate(self, attention_mask, **kwargs):
+        """The mask of one step over a cache that can be compiled, before `forward` makes it; ours is made there."""
+        caches = [kwargs[name] for name in CACHE_NAMES if name in kwargs]
+        if isinstance(caches[0], LatentCache):
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def get_compiled_call(self, compile_config):
+        """`forward` as `generate()` calls it after the prompt over a cache that can be compiled."""
+        if self.replayed_steps is None:
+            return functools.partial(_with_fixed_sizes, super().get_compiled_call(compile_config))
+        steps = self.replayed_steps(self)
+        return lambda **inputs: _with_fixed_sizes(steps, **inputs) if steps.takes(inputs) else self(**inputs)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
         """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
         check_batching_config(continuous_batching_config)
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         return with_latent_pages(manager)
+
+
+def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput:
+    """Calls a recorded `step` with inputs whose shapes stay the same as a static `LatentCache` fills."""
+    cache = inputs.get(CACHE)
+    if not isinstance(cache, LatentCache):
+        return step(**inputs)
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    check_room(cache.max_cache_len, cache.get_seq_length() + ids.shape[1])
+    if mask is not None and mask.dim() == 2:
+        inputs["attention_mask"] = F.pad(mask, (0, cache.max_cache_len - mask.shape[1]), value=1)
+    cache.count.to_device(ids.device)
+    output = step(**inputs)
+    cache.count.replayed(ids.shape[1])
+    return output
 
 
 def _bits_asked_for(settings: GenerationConfig) -> int | str | None:

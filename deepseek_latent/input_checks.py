@@ -30,10 +30,15 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, i
     # what follows reads numbers that a graph being recorded keeps as tensors
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
+    count = getattr(cache, "count", None)
+    if count is not None and count.is_recorded:
+        return
+    if count is not None:
+        check_room(cache.max_cache_len, int(cache.get_seq_length()) + hidden.shape[1])
     if isinstance(cache, StaticCache):
         if attention_name(config) == "flex_attention":
             raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
-        check_room(cache, int(cache.get_seq_length()) + hidden.shape[1])
+        check_room(cache.layers[0].max_cache_len, int(cache.get_seq_length()) + hidden.shape[1])
     else:
         lengths = {layer.get_seq_length() for layer in compress(cache.layers, is_here)}
         if len(lengths) > 1:
@@ -98,12 +103,11 @@ def _kind(thing: object) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
-def check_room(cache: StaticCache, num_tokens: int) -> None:
-    """Refuses a static cache that `num_tokens` in all do not fit into."""
-    room = cache.layers[0].max_cache_len
+def check_room(room: int, num_tokens: int) -> None:
+    """Refuses a static cache for `room` tokens that `num_tokens` in all do not fit into."""
     if num_tokens > room:
         raise ValueError(
-            f"this StaticCache has room for {room} tokens and would have to hold {num_tokens}; "
+            f"this static cache has room for {room} tokens and would have to hold {num_tokens}; "
             "make it with a larger max_cache_len."
         )
 
@@ -122,8 +126,8 @@ def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig
             f"this cache holds {held} tokens and the prompt has {given}; give the ids of all tokens, with new "
             "ones behind those in the cache, or the new ones alone with an attention_mask over all."
         )
-    if isinstance(cache, StaticCache):
-        check_room(cache, room_needed(generation_config))
+    if cache.is_compileable:
+        check_room(cache.layers[0].max_cache_len, room_needed(generation_config))
 
 
 def room_needed(settings: GenerationConfig) -> int:

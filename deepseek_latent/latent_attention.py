@@ -5,6 +5,7 @@ per head, c KV latent width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
@@ -105,6 +106,8 @@ class DeepseekV2Attention(nn.Module):
         """The context of every head by the cheapest route that is right here (see the class)."""
         num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
+        if latents.num_held is not None and (attention_mask is None or attention_mask.dim() != 4):
+            attention_mask = mask_of_held(attention_mask, num_tokens, latents)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
@@ -146,33 +149,36 @@ class DeepseekV2Attention(nn.Module):
         return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
 
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *self.project_queries(hidden_states, rotation), *self.project_latents(hidden_states, rotation)
+        """[b s d] to q_content [b s h n], q_rotary [b s h r], latent [b 1 s c] and k_rotary [b 1 s r], both rotated."""
+        q_content, q_rotary = self.project_queries(hidden_states)
+        latent, k_rotary = self.project_latents(hidden_states)
+        # the key as one more head, in steps that a GPU would have to start twice
+        rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
+        return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, :, -1][:, None]
 
-    def project_queries(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[b s d] to q_content [b s h n] and q_rotary [b s h r], rotated (eqs. 12-14)."""
+    def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
         project = self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries = project(self.query_input(hidden_states))
         # -1, since a tensor-parallel rank has only its share of the heads
-        queries = queries.view(*hidden_states.shape[:2], -1, self.n + self.r)
-        q_content, q_rotary = queries.split((self.n, self.r), dim=-1)
-        return q_content, self.rotate(q_rotary, *rotation)
+        return queries.view(*hidden_states.shape[:2], -1, self.n + self.r).split((self.n, self.r), dim=-1)
 
     def query_input(self, hidden_states: Tensor) -> Tensor:
         """What the last projection of queries is applied to: [b s d] as it is, or the query latent [b s a] (eq. 12)."""
         return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
 
-    def project_latents(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[b s d] to what is cached: latents [b 1 s c] after their norm, rotated keys [b 1 s r] (eqs. 9, 15)."""
+    def project_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_rotary = compressed.split((self.c, self.r), dim=-1)
-        return self.kv_a_layernorm(latent)[:, None], self.rotate(k_rotary, *rotation)[:, None]
+        return self.kv_a_layernorm(latent), k_rotary
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
         """[b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v], by calling `kv_b_proj` (eqs. 10-11, 17).
 
         Two arguments in, a pair out: by this shape vLLM's transformers backend finds the place to put its own MLA.
         """
-        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.n + self.v)).transpose(1, 2)
+        expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, self.n + self.v)).transpose(1, 2)
         k_content, values = expanded.split((self.n, self.v), dim=-1)
         return torch.cat((k_content, k_rotary.expand(-1, k_content.shape[1], -1, -1)), dim=-1), values
 
@@ -182,8 +188,10 @@ class DeepseekV2Attention(nn.Module):
         if effective is None:
             return None
         weight, factors = effective
-        w_uk, w_uv = weight.unflatten(0, (-1, self.n + self.v)).split((self.n, self.v), dim=1)
-        per_head = [(b.unflatten(0, (-1, self.n + self.v)).split((self.n, self.v), dim=1), a) for b, a in factors]
+        w_uk, w_uv = torch.unflatten(weight, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1)
+        per_head = [
+            (torch.unflatten(b, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1), a) for b, a in factors
+        ]
         return (
             UpProjection(w_uk, tuple((b_uk, a) for (b_uk, _), a in per_head)),
             UpProjection(w_uv, tuple((b_uv, a) for (_, b_uv), a in per_head)),
@@ -222,6 +230,19 @@ def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None
     present = mask[:, None, None, :].bool()
     order = causal_mask(s, t, None, mask.device)
     return present if order is None else present & order
+
+
+def mask_of_held(padding: Tensor | None, s: int, latents: Latents) -> Tensor:
+    """Which of a buffer's t places the last s of the tokens held may see, as [b 1 s t] or [1 1 s t], boolean.
+
+    `padding` [b t'] names padding among the first places, and may be shorter than the buffer.
+    """
+    places = torch.arange(latents.num_tokens, device=latents.num_held.device)
+    ends = latents.num_held + torch.arange(1 - s, 1, device=places.device)
+    held = (places < ends[:, None])[None, None]
+    if padding is None:
+        return held
+    return held & F.pad(padding.bool(), (0, latents.num_tokens - padding.shape[1]), value=True)[:, None, None]
 
 
 def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:

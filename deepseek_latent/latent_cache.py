@@ -16,6 +16,7 @@ from .cache_files import fingerprint, read_tensors, write_tensors
 from .input_checks import check_ids
 from .latent_cache_layer import LatentCacheLayer
 from .latent_format import Float8Format, Latents, check_bits, latent_format
+from .static_latent_layer import StaticLatentCacheLayer, TokenCount
 
 
 def check_offloading() -> None:
@@ -34,6 +35,8 @@ class LatentCache(DynamicCache):
         offloading: keep the layers on the CPU and fetch each one just before it is read (CUDA only).
         bits: 8, 6, 5 or 4 bits per latent element, or "fp8", with rotary keys in bfloat16; None keeps what the model
             computes. New tokens too are read as they were stored, so chunks of a prompt do not change what is said.
+        max_cache_len: makes it a static cache, for at most so many tokens in buffers that stay where they are, as
+            compiled and captured steps need it; None lets it grow.
     """
 
     def __init__(
@@ -41,10 +44,13 @@ class LatentCache(DynamicCache):
         config: PreTrainedConfig | Iterable[tuple[Tensor, ...]],
         offloading: bool = False,
         bits: int | str | None = None,
+        max_cache_len: int | None = None,
     ):
         check_bits(bits)
         if offloading:
             check_offloading()
+            if max_cache_len is not None:
+                raise ValueError("an offloaded cache moves, and a static one stays where it is; leave out one of both.")
         gathered = []
         if isinstance(config, PreTrainedConfig):
             num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -53,7 +59,13 @@ class LatentCache(DynamicCache):
             num_layers = len(gathered)
         else:
             raise TypeError(f"LatentCache is made from a model's config, got {type(config).__name__}.")
-        Cache.__init__(self, layers=[LatentCacheLayer(bits) for _ in range(num_layers)], offloading=offloading)
+        # of a static cache alone
+        self.count = None if max_cache_len is None else TokenCount()
+        if self.count is None:
+            layers = [LatentCacheLayer(bits) for _ in range(num_layers)]
+        else:
+            layers = [StaticLatentCacheLayer(max_cache_len, self.count, bits) for _ in range(num_layers)]
+        Cache.__init__(self, layers=layers, offloading=offloading)
         self.stored_tokens: Tensor | None = None
         for layer, (keys, values, *_) in zip(self.layers, gathered):
             if keys is not None:
@@ -64,12 +76,34 @@ class LatentCache(DynamicCache):
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
         return latents
 
+    @property
+    def is_static(self) -> bool:
+        return self.count is not None
+
+    @property
+    def max_cache_len(self) -> int | None:
+        return self.layers[0].max_cache_len if self.is_static else None
+
+    def begin_step(self, device: torch.device) -> None:
+        """Settles who counts the tokens of the next step, which is computed on `device`; see `TokenCount`."""
+        if self.is_static:
+            self.count.to_device(device) if self.count.is_recorded else self.count.to_host()
+
+    def advance(self, num_tokens: int) -> None:
+        """Counts a step's tokens before its first layer writes, where the device counts."""
+        if self.is_static and self.count.is_recorded:
+            self.count.advance(num_tokens)
+
     def crop(self, tokens_to_remove: int) -> None:
+        if self.is_static:
+            self.count.to_host()
         super().crop(tokens_to_remove)
         if self.stored_tokens is not None:
             self.stored_tokens = self.stored_tokens[:, : self.get_seq_length()]
 
     def reset(self) -> None:
+        if self.is_static:
+            self.count.to_host()
         super().reset()
         self.stored_tokens = None
 

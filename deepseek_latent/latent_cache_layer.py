@@ -25,6 +25,9 @@ class LatentCacheLayer(DynamicLayer):
     so generic code finds its layout. Source: paper 2.1.3, (d_c + d_h^R) l elements.
     """
 
+    # whether tokens of a wider dtype may follow
+    may_widen = True
+
     def __init__(self, bits: int | str | None = None):
         # not super().__init__: it would assign `keys` and `values`, which are computed here
         self.bits = bits
@@ -101,10 +104,32 @@ class LatentCacheLayer(DynamicLayer):
         # refused before anything changes
         wanted = self._format_for(key_states, value_states)
         rows = wanted.encode(key_states[:, 0], value_states[:, 0])
+        self._make_ready(wanted, key_states, value_states)
+        self._append(rows)
+        return (self.latents, None) if as_stored else (self.keys, self.values)
+
+    def claim(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Room for tokens like these, [b 1 s c] and [b 1 s r], which the caller writes there at once.
+
+        Returns the buffer [b capacity width] and the place of the first of them; they are held from now on.
+        """
+        self._make_ready(self._format_for(key_states, value_states), key_states, value_states)
+        return self._claim(key_states)
+
+    def _make_ready(self, wanted: LatentFormat, key_states: Tensor, value_states: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif wanted.dtype != self.dtype:
             self._widen(wanted.dtype)
+
+    def _claim(self, new: Tensor) -> tuple[Tensor, int]:
+        start, end = self._num_own, self._num_own + new.shape[2]
+        if end > self._own.shape[1] or self._in_place_is_wrong(new):
+            self._grow(end)
+        self._num_own = end
+        return self._own, start
+
+    def _append(self, rows: Tensor) -> None:
         start, end = self._num_own, self._num_own + rows.shape[1]
         if self._in_place_is_wrong(rows):
             self._own = torch.cat((self._own[:, :start], rows), dim=1)
@@ -114,14 +139,14 @@ class LatentCacheLayer(DynamicLayer):
             self._own[:, start:end] = rows
         self._num_own = end
         self._autograd_may_hold_it = torch.is_grad_enabled()
-        return (self.latents, None) if as_stored else (self.keys, self.values)
 
     def _format_for(self, key_states: Tensor, value_states: Tensor) -> LatentFormat:
         widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype
         if not self.is_initialized:
             return latent_format(self.bits, *widths, dtype)
         held = (self.batch_size, self._format.latent_width, self._format.rotary_width, self.dtype, self.device)
-        check_continues(held, (key_states.shape[0], *widths, dtype, key_states.device))
+        new = (key_states.shape[0], *widths, dtype, key_states.device)
+        check_continues(held, new, may_widen=self.may_widen)
         return self._format if dtype == self.dtype else replace(self._format, dtype=dtype)
 
     def _widen(self, dtype: torch.dtype) -> None:

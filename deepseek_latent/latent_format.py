@@ -3,7 +3,6 @@
 Letters: b batch, t tokens, c latent width, r rotary width. A plane is 128 neighbouring elements of a latent.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -113,7 +112,8 @@ class IntegerFormat(CodedFormat):
 
     @property
     def _shared_bits(self) -> int:
-        return math.gcd(self.bits, 8)
+        # gcd(bits, 8), by what torch.compile can follow
+        return self.bits & -self.bits
 
     @property
     def _code_plane(self) -> int:
@@ -133,7 +133,7 @@ class IntegerFormat(CodedFormat):
         codes = (scaled.floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
         g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
         missing = 8 // g * self._code_plane - self.latent_width
-        planes = F.pad(codes, (0, missing)).unflatten(-1, (8 // g, -1))
+        planes = torch.unflatten(F.pad(codes, (0, missing)), -1, (8 // g, -1))
         byte_planes = planes[..., :num_byte_planes, :].contiguous()
         for k, split_plane in enumerate(planes.unbind(-2)[num_byte_planes:]):
             for i, byte_plane in enumerate(byte_planes.unbind(-2)):
@@ -143,7 +143,7 @@ class IntegerFormat(CodedFormat):
 
     def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
         g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
-        byte_planes = code_bytes.unflatten(-1, (num_byte_planes, self._code_plane)).unbind(-2)
+        byte_planes = torch.unflatten(code_bytes, -1, (num_byte_planes, self._code_plane)).unbind(-2)
         code_planes = out.split(self._code_plane, dim=-1)
         for codes, x in zip(code_planes, byte_planes):
             lowest = x & ((1 << self.bits) - 1) if self.bits < 8 else x
@@ -172,7 +172,9 @@ class Float8Format(CodedFormat):
         return self.latent_width
 
     def _scales_of(self, largest: Tensor) -> Tensor:
-        return (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+        # by a tensor, since a GPU multiplies by the reciprocal of a number, and codes would depend on the device
+        scales = largest / largest.new_full((), torch.finfo(torch.float8_e4m3fn).max)
+        return scales.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _to_code_bytes(self, scaled: Tensor) -> Tensor:
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -180,7 +182,7 @@ class Float8Format(CodedFormat):
     def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
         # the bits of e4m3 are those of a float16 whose exponent is 8 less; torch's own conversion is five times slower
         halves = (code_bytes.view(torch.int8).to(torch.int16) << 7 & ~0x4000).view(torch.float16)
-        torch.mul(halves.to(out.dtype), 2.0**8, out=out)
+        out.copy_(halves).mul_(2.0**8)
 
     def check_finite(self, rows: Tensor, name: str) -> None:
         """Refuses rows of another writer with a NaN among the codes, which `decode` takes for 480, or a scale."""
@@ -249,10 +251,14 @@ class SeparateStretch:
 
 
 class Latents:
-    """All tokens that queries may see, in order, as they are stored."""
+    """All tokens that queries may see, in order, as they are stored.
 
-    def __init__(self, *stretches: Stretch | SeparateStretch):
-        self.stretches = stretches
+    Where only the device knows how many tokens a buffer holds, `num_held` [] int64 is that number; what is stored
+    after them says nothing yet, and the last of s queries sees those held.
+    """
+
+    def __init__(self, *stretches: Stretch | SeparateStretch, num_held: Tensor | None = None):
+        self.stretches, self.num_held = stretches, num_held
 
     @property
     def num_tokens(self) -> int:

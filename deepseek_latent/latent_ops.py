@@ -33,7 +33,7 @@ class UpProjection(NamedTuple):
 
     def absorb(self, x: Tensor) -> Tensor:
         """x W: [b s h m] to [b s h c], in the dtype of x."""
-        return self.with_adapters_absorbed(_per_head("bshm,hmc->bshc", x, self.weight), x)
+        return self.with_adapters_absorbed(_per_head(x, self.weight), x)
 
     def with_adapters_absorbed(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b s h c], the weight's share of `absorb(x)`, with that of the adapters added."""
@@ -43,7 +43,7 @@ class UpProjection(NamedTuple):
 
     def expand(self, x: Tensor) -> Tensor:
         """W x: latents or latent contexts [b s h c] to [b s h m], in the dtype of x."""
-        return self.with_adapters_expanded(_per_head("bshc,hmc->bshm", x, self.weight), x)
+        return self.with_adapters_expanded(_per_head(x, self.weight.mT), x)
 
     def with_adapters_expanded(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b s h m], the weight's share of `expand(x)`, with that of the adapters added."""
@@ -62,12 +62,14 @@ class UpProjection(NamedTuple):
         return weight
 
 
-def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-    """In the dtype of x; on a CPU by way of float32, since half precision takes up to three times as long."""
-    if x.device.type != "cpu":
-        return torch.einsum(equation, x, weight)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.einsum(equation, x.to(wide), weight.to(wide)).to(x.dtype)
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """[b s h i] times [h i o] to [b s h o], in the dtype of x.
+
+    On a CPU by way of float32, since half precision takes up to three times as long.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    product = x.flatten(0, 1).transpose(0, 1).to(wide) @ weight.to(wide)
+    return torch.unflatten(product.transpose(0, 1), 0, x.shape[:2]).to(x.dtype)
 
 
 def absorbed_attention(
@@ -93,13 +95,18 @@ def absorbed_attention(
     queries = torch.cat((w_uk.absorb(q_content), q_rotary), dim=-1)  # [b s h c+r]
     # autocast would turn the products back into half precision
     with maybe_autocast(queries.device.type, enabled=False):
-        accumulator = torch.promote_types(queries.dtype, torch.float32)
-        context = _attend_to_blocks(queries.to(accumulator) * scale, latents, mask, w_uv.weight.shape[-1])
+        if queries.device.type == "cpu":
+            accumulator = torch.promote_types(queries.dtype, torch.float32)
+            context = _attend_to_blocks(queries.to(accumulator) * scale, latents, mask, w_uv.weight.shape[-1])
+        else:
+            context = _attend_to_blocks(queries, latents, mask, w_uv.weight.shape[-1], scale)
     return w_uv.expand(context.to(queries.dtype))
 
 
-def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c: int) -> Tensor:
-    """Scaled queries [b s h c+r] to weighted sums of latents [b s h c]; a query that may look nowhere gets zeros.
+def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c: int, scale: float = 1.0) -> Tensor:
+    """Queries [b s h c+r] to weighted sums of latents [b s h c]; a query that may look nowhere gets zeros.
+
+    Latents are multiplied in the dtype of the queries, and summed in float32 or wider.
 
     A block gives its largest score, and total and context in units of exp(that score); blocks are merged when many
     have come together. Source: Milakov and Gimelshein, arXiv:1805.02867, section 3.1.
@@ -107,10 +114,15 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
     (b, s, h, width), t = queries.shape, latents.num_tokens
     # all heads read the same latents, so tokens and heads together are the rows of one product
     rows = queries.flatten(1, 2)
-    first, parts, lowest = 0, [], torch.finfo(rows.dtype).min
-    for block in latents.blocks(_tokens_per_block(b, s * h, width, queries.device), rows.dtype):
+    first, parts, lowest = 0, [], torch.finfo(torch.float32).min
+    per_block = _tokens_per_block(b, s * h, width, queries.device)
+    for block in latents.blocks(per_block, rows.dtype):
         last = first + block.shape[1]
-        scores = _hide(_score(rows, block).unflatten(1, (s, h)), mask, first, last, t).flatten(1, 2)
+        scores = _score(rows, block) if scale == 1 else _score(rows, block).mul_(scale)
+        scores = _hide(torch.unflatten(scores, 1, (s, h)), mask, first, last, t).flatten(1, 2)
+        if last == t and not parts and mask is None:
+            # one block, and every query sees some of it: fewer and larger steps
+            return torch.unflatten(_sum(scores.softmax(dim=-1), block[..., :c]), 1, (s, h))
         # finite, so that a row which sees nothing of this block gives zeros and not NaN
         largest = scores.amax(dim=-1, keepdim=True).clamp(min=lowest)
         weights = (scores - largest).exp_()
@@ -119,7 +131,7 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
             parts = [_merge(parts)]
         first = last
     _, total, context = _merge(parts)
-    return (context / total.where(total > 0, 1.0)).unflatten(1, (s, h))
+    return torch.unflatten(context / total.where(total > 0, 1.0), 1, (s, h))
 
 
 def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,15 +151,24 @@ def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.devic
 def _score(rows: Tensor, block: Tensor) -> Tensor:
     """Queries [b m w] times tokens [b k w] to [b m k]; tokens [1 k w] in one product for all sequences."""
     folded = rows if block.shape[0] == rows.shape[0] else rows.flatten(0, 1)[None]
+    if rows.device.type != "cpu":
+        return _wide_product(folded, block.mT).view(*rows.shape[:2], -1)
     # a CPU multiplies many tokens by few queries faster than the other way round
     return (block @ folded.mT).mT.contiguous().view(*rows.shape[:2], -1)
 
 
 def _sum(weights: Tensor, block: Tensor) -> Tensor:
     """Weights [b m k] times latents [b k c] to [b m c]; latents [1 k c] in one product for all sequences."""
-    if block.shape[0] == weights.shape[0]:
-        return weights @ block
-    return (weights.flatten(0, 1) @ block[0]).unflatten(0, weights.shape[:2])
+    folded = weights if block.shape[0] == weights.shape[0] else weights.flatten(0, 1)[None]
+    return _wide_product(folded.to(block.dtype), block).view(*weights.shape[:2], -1)
+
+
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """[b m k] times [b k n] in float32 or wider; halves are multiplied as they are where the device can sum them so."""
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta"):
+        return torch.bmm(x, y, out_dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) @ y.to(wide)
 
 
 def _hide(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
@@ -200,7 +221,7 @@ def expanded_attention(
 def _expand_latents(latent: Tensor, w: UpProjection) -> Tensor:
     """[b t c] and [h m c] to [b h t m]."""
     weight = w.effective_weight()
-    return F.linear(latent, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+    return torch.unflatten(F.linear(latent, weight.flatten(0, 1)), -1, weight.shape[:2]).transpose(1, 2)
 
 
 def fused_attention(
@@ -212,14 +233,16 @@ def fused_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:  # [b h s v]
-    """Scaled dot-product attention whose narrower side is padded, so that torch takes a kernel without a t x t matrix.
+    """Scaled dot-product attention; on a CPU with its narrower side padded, so that no t x t matrix is made.
 
-    With 192-wide keys and 128-wide values torch falls back to explicit scores; zeros change no score and no value.
+    There, with 192-wide keys and 128-wide values, torch falls back to explicit scores; zeros change no score and no
+    value. On a GPU it has kernels for widths that differ.
     """
     qk_width, v_width = queries.shape[-1], values.shape[-1]
-    if v_width < qk_width:
+    pads = queries.device.type != "cuda"
+    if pads and v_width < qk_width:
         values = F.pad(values, (0, qk_width - v_width))
-    elif v_width > qk_width:
+    elif pads and v_width > qk_width:
         queries, keys = F.pad(queries, (0, v_width - qk_width)), F.pad(keys, (0, v_width - qk_width))
     if queries.shape[2] < keys.shape[2]:
         # torch aligns its causal mask with the first key
@@ -228,6 +251,9 @@ def fused_attention(
     context = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
     )
+    if mask is not None and mask.dtype == torch.bool and not pads:
+        # of a query that may look nowhere, as padding is one, some kernels for GPUs make what is no zero
+        context = context.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return context[..., :v_width]
 
 

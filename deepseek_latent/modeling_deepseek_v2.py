@@ -174,6 +174,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         # a pipeline leaves stand-ins for the layers of other stages
         is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
+        is_ours = isinstance(cache, LatentCache)
+        if is_ours:
+            cache.begin_step(inputs_embeds.device)
         check_cache(cache, self.config, inputs_embeds, is_here)
         cached = cache.get_seq_length() if cache is not None else 0
         check_padding_mask(attention_mask, inputs_embeds, cached)
@@ -193,8 +196,10 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 # transformers looks for packed sequences in position_ids only where nothing is cached
-                **{CACHE: None if isinstance(cache, LatentCache) and cached == 0 else cache},
+                **{CACHE: None if is_ours and isinstance(cached, int) and cached == 0 else cache},
             )
+        if is_ours:
+            cache.advance(inputs_embeds.shape[1])
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -211,7 +216,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
-class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, LatentGenerationMixin):
+class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
     """DeepSeek-V2 with its language-model head: token ids [b s] to logits [b s vocab] in the model's dtype."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -24,8 +24,10 @@ from .expert_lora import unwrapped, with_adapters
 from .expert_products import Product, grouped_product, routed_sum
 from .hooks import has_hooks
 
-# routed rows (tokens x k) that pass through the experts at once where no gradient is wanted
+# routed rows (tokens x k) that pass through the experts at once where no gradient is wanted; a GPU reads all experts
+# anew for each block, and has more to do in one
 ROWS_PER_BLOCK = 1 << 14
+ROWS_PER_BLOCK_OFF_CPU = 1 << 16
 # the parameters of all experts of a layer
 STACKED = ("gate_up_proj", "down_proj")
 NEVER_CAME = (
@@ -96,7 +98,7 @@ class DeepseekV2MoEGate(nn.Module):
 
     def _mask_of_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens e], 1 for every expert of the kept groups and 0 elsewhere."""
-        best_in_group = scores.unflatten(-1, (self.n_group, -1)).amax(dim=-1)
+        best_in_group = torch.unflatten(scores, -1, (self.n_group, -1)).amax(dim=-1)
         kept = best_in_group.topk(self.topk_group, dim=-1, sorted=False).indices
         mask = torch.zeros_like(best_in_group).scatter_(-1, kept, 1.0)
         return mask.repeat_interleave(scores.shape[-1] // self.n_group, dim=-1)
@@ -151,14 +153,15 @@ class DeepseekV2Experts(nn.Module):
         """Raises ValueError where peft would add adapters to stacked weights that are not what is multiplied."""
 
     def takes_grouped_products(self) -> bool:
-        """Whether "grouped_mm" is what computes them, on weights that are all here as they are."""
+        """Whether all weights are here as they are, and multiplied by grouped products or what stands for these."""
         weights = (self.gate_up_proj, self.down_proj)
         # a rank of expert parallelism has fewer
         is_whole = all(
             type(x) in (nn.Parameter, Tensor) and x.shape[0] == self.config.n_routed_experts and not x.is_meta
             for x in weights
         )
-        return is_whole and not has_hooks(self) and experts_name(self.config) == "grouped_mm"
+        # generate() puts the second name in place of the first while it decodes on a GPU
+        return is_whole and not has_hooks(self) and experts_name(self.config) in ("grouped_mm", "batched_mm")
 
     def check_saving(self) -> None:
         """Raises ValueError where the files of a model would not hold the weights."""
@@ -267,7 +270,8 @@ class DeepseekV2MoE(nn.Module):
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 
     def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        per_block = max(ROWS_PER_BLOCK // self.num_experts_per_tok, 1)
+        rows = ROWS_PER_BLOCK if tokens.device.type == "cpu" else ROWS_PER_BLOCK_OFF_CPU
+        per_block = max(rows // self.num_experts_per_tok, 1)
         # adapters are put beside weights that are read here, and not only by the experts' own forward
         is_plain = isinstance(self.experts, DeepseekV2Experts)
         inside = self.experts if is_plain else getattr(self.experts, "get_base_layer", lambda: None)()

@@ -62,8 +62,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     per_token = cos.shape[:2] + (1,) * (x.dim() - 3) + cos.shape[2:]
     cos, sin = cos.view(per_token), sin.view(per_token)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class DeepseekV2RotaryEmbedding(nn.Module):

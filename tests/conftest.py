@@ -2,6 +2,15 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where the tests make models and tensors, such as cuda; by default the CPU")
+
+
+def pytest_configure(config):
+    if config.getoption("--device"):
+        torch.set_default_device(config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

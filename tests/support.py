@@ -77,9 +77,14 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -
     return model.to(dtype).eval()
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the device that the suite runs on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def random_ids(batch: int, length: int, seed: int = 1) -> Tensor:
     """Token ids [b s], none of them special."""
-    return torch.randint(2, V2["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, V2["vocab_size"], (batch, length), generator=seeded(seed))
 
 
 def official_state_dict(model: transformers.PreTrainedModel) -> dict[str, Tensor]:

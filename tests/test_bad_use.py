@@ -131,14 +131,14 @@ def compiled() -> CompileConfig:
 def test_a_static_cache_without_room_for_the_answer_is_refused_before_it_begins(room, options):
     model = tiny_model()
     cache = StaticCache(model.config, max_cache_len=room)
-    with refused(f"StaticCache has room for {room} tokens and would have to hold 16.*max_cache_len", cache):
+    with refused(f"static cache has room for {room} tokens and would have to hold 16.*max_cache_len", cache):
         answer(model, cache, **options)
 
 
 def test_a_static_cache_without_room_for_the_next_turn_is_refused_before_it_begins():
     model = tiny_model()
     cache = filled(CACHES["StaticCache"], model)
-    with refused("StaticCache has room for 30 tokens and would have to hold 31", cache):
+    with refused("static cache has room for 30 tokens and would have to hold 31", cache):
         answer(model, cache, torch.cat((LONGER, LONGER, LONGER[:, :3]), dim=1))
 
 
@@ -147,7 +147,7 @@ def test_a_static_cache_that_is_full_is_not_continued(tokens):
     model = tiny_model()
     cache = StaticCache(model.config, max_cache_len=HELD)
     step(model, cache, tokens=HELD)
-    with refused(f"StaticCache has room for 9 tokens and would have to hold {9 + tokens}", cache):
+    with refused(f"static cache has room for 9 tokens and would have to hold {9 + tokens}", cache):
         step(model, cache, tokens=tokens)
 
 

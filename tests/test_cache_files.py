@@ -24,13 +24,13 @@ from transformers import PreTrainedConfig
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, cache_files
 from deepseek_latent.cache_files import fingerprint, read_metadata, read_tensors, write_tensors
 
-from .support import V2, tiny_model
+from .support import V2, seeded, tiny_model
 
 METADATA = {"tokens": [[3, 1, 2]], "text": "naïve", "scale": 0.1, "nested": {"none": None}}
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return {
         "half": torch.randn(3, 5, generator=generator).bfloat16(),
         "bytes": torch.randint(0, 256, (7,), dtype=torch.uint8, generator=generator),

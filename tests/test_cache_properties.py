@@ -28,7 +28,7 @@ from deepseek_latent import LatentCache, latent_ops
 from deepseek_latent.latent_format import Latents, SeparateStretch, latent_format
 
 from . import reference
-from .support import assert_within_rounding, random_ids, tiny_model
+from .support import assert_within_rounding, random_ids, seeded, tiny_model
 
 LAYERS, H, N, R, V, C = 2, 3, 5, 6, 4, 130  # two planes, the second of two elements
 LARGEST_BATCH, LARGEST_LENGTH = 6, 120
@@ -171,7 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
     def new_tokens(self, b: int, s: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer [b 1 s c] and [b 1 s r]; tokens of unlike size."""
         self.steps += 1
-        generator = torch.Generator().manual_seed(self.steps)
+        generator = seeded(self.steps)
         sizes = torch.rand(LAYERS, b, 1, s, 1, generator=generator) * 4
         x = torch.randn(LAYERS, b, 1, s, C + R, generator=generator) * sizes
         return [layer.to(self.plain.dtype).split((C, R), dim=-1) for layer in x]
@@ -298,7 +298,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def attend(self, s, layer, tokens_per_block, elements_per_block):
         b, dtype, latents = self.plain.batch, self.plain.dtype, self.cache.layers[layer].latents
-        generator = torch.Generator().manual_seed(self.steps)
+        generator = seeded(self.steps)
         q_content, q_rotary = torch.randn(b, s, H, N + R, generator=generator).to(dtype).split((N, R), dim=-1)
         w_uk, w_uv = (torch.randn(H, N + V, C, generator=generator) * C**-0.5).to(dtype).split((N, V), dim=1)
         scale = (N + R) ** -0.5

@@ -15,7 +15,7 @@ from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.judge import compressed, model_of
 from deepseek_latent.conversion.source import Source
 
-from .support import NATIVE, random_ids, relative_error
+from .support import NATIVE, random_ids, relative_error, seeded
 from .test_conversion import LLAMA3, SMALL, SOURCES, YARN, saved
 from .test_examples import FOLDER as TOKENIZER
 
@@ -26,7 +26,7 @@ LONG = {"max_position_embeddings": WINDOW, "vocab_size": 2048}
 def calibrated(folder: Path, config_class, **options) -> tuple[transformers.PreTrainedModel, list[LayerStatistics]]:
     saved(folder, config_class, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    windows = torch.randint(0, model.config.vocab_size, (6, WINDOW), generator=torch.Generator().manual_seed(1))
+    windows = torch.randint(0, model.config.vocab_size, (6, WINDOW), generator=seeded(1))
     return model, statistics_of(model, windows)
 
 
@@ -109,7 +109,7 @@ def test_mixtures_of_heads_that_are_alike_need_one_rotation_for_all(tmp_path):
 def test_more_width_loses_less(tmp_path, rope):
     options = {} if rope is None else {"rope_parameters": rope}
     model, statistics = calibrated(tmp_path, LlamaConfig, num_key_value_heads=4, **options)
-    files, windows = Source(tmp_path), torch.randint(0, 96, (2, 100), generator=torch.Generator().manual_seed(2))
+    files, windows = Source(tmp_path), torch.randint(0, 96, (2, 100), generator=seeded(2))
     expected = model(windows).logits
 
     def error(r: int, c: int | None) -> float:
@@ -125,7 +125,7 @@ def test_more_width_loses_less(tmp_path, rope):
 @torch.no_grad()
 def test_statistics_are_those_of_the_layers(tmp_path):
     model, _ = calibrated(tmp_path, LlamaConfig)
-    windows = torch.randint(0, 96, (5, WINDOW), generator=torch.Generator().manual_seed(3))
+    windows = torch.randint(0, 96, (5, WINDOW), generator=seeded(3))
     found = statistics_of(model, windows)
     outputs = model(windows, output_hidden_states=True, output_attentions=True)
     for i, layer in enumerate(found):

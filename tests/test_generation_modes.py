@@ -34,7 +34,7 @@ from deepseek_latent import LatentCache
 from deepseek_latent.latent_attention import DeepseekV2Attention
 from deepseek_latent.latent_format import latent_format
 
-from .support import native_twin, random_ids, tiny_model
+from .support import native_twin, random_ids, seeded, tiny_model
 
 PROMPT, NEW = 11, 10
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -44,7 +44,7 @@ QUESTIONS = [random_ids(2, length, seed=length) for length in (3, 6, 1)]
 # `subject` continues it with tokens that stand in it, but not always with those that follow there
 REPETITIVE = random_ids(1, 4, seed=1).repeat(1, 3)
 # embeddings that belong to no token
-SOFT_PROMPT = torch.randn(2, PROMPT, 72, generator=torch.Generator().manual_seed(2)) / 4
+SOFT_PROMPT = torch.randn(2, PROMPT, 72, generator=seeded(2)) / 4
 
 
 @functools.cache
@@ -407,8 +407,8 @@ def conversation_in_new_tokens(model, new_cache):
 LONGEST = PROMPT + sum(6 + question.shape[1] for question in QUESTIONS) + 6
 
 
-def rounding_passed(bits: int | str):
-    return lambda model: {"cache": LatentCache(model.config, bits=bits)}
+def rounding_passed(bits: int | str, **options):
+    return lambda model: {"cache": LatentCache(model.config, bits=bits, **options)}
 
 
 def rounding_made(bits: int | str):
@@ -428,8 +428,13 @@ CACHES = {
     "5 bits": rounding_passed(5),
     "4 bits": rounding_made(4),
     "fp8": rounding_made("fp8"),
+    "static LatentCache": lambda model: {"cache": LatentCache(model.config, max_cache_len=LONGEST)},
+    "static in 8 bits": rounding_passed(8, max_cache_len=LONGEST),
+    "static in 4 bits": rounding_passed(4, max_cache_len=LONGEST),
+    "static in fp8": rounding_passed("fp8", max_cache_len=LONGEST),
 }
 BITS = {"8 bits": 8, "6 bits": 6, "5 bits": 5, "4 bits": 4, "fp8": "fp8"}
+BITS |= {"static in 8 bits": 8, "static in 4 bits": 4, "static in fp8": "fp8"}
 
 CANDIDATES = (
     "prompt lookup",
@@ -444,9 +449,8 @@ STATIC_CAN_BE_CROPPED = hasattr(StaticLayer, "crop")
 # what is refused instead, in which words
 REFUSED = {
     **{
-        (way, cache): (ValueError, "assisted generate is not supported with Static cache")
+        (way, "StaticCache"): (ValueError, "assisted generate is not supported with Static cache")
         for way in CANDIDATES
-        for cache in ("static", "StaticCache")
         if not STATIC_CAN_BE_CROPPED
     },
     **{
@@ -455,9 +459,8 @@ REFUSED = {
     },
     # methods that the user calls and transformers' own caches do not have, or do not have right
     **{
-        (way, cache): (AttributeError, "'StaticLayer' object has no attribute")
+        (way, "StaticCache"): (AttributeError, "'StaticLayer' object has no attribute")
         for way in ("cropping back to a prefix", "one prefix for several rows", "beams behind one prefix")
-        for cache in ("static", "StaticCache")
         if not (STATIC_CAN_BE_CROPPED and way == "cropping back to a prefix")
     },
     ("cropping back to a prefix", "fp8 of transformers"): (IndexError, "too many indices"),
@@ -475,7 +478,15 @@ SINCE = {
 
 
 # columns that take the same path as one beside them, run by `make test-slow`
-LIKE_ANOTHER = ("DynamicCache", "StaticCache", "5 bits", "fp8 of transformers")
+LIKE_ANOTHER = (
+    "DynamicCache",
+    "StaticCache",
+    "5 bits",
+    "fp8 of transformers",
+    "static LatentCache",
+    "static in 4 bits",
+    "static in fp8",
+)
 
 
 def cell(way: str, cache: str):
@@ -493,16 +504,16 @@ CELLS = [cell(way, cache) for way in MODES for cache in CACHES if way != "guidan
 @contextlib.contextmanager
 def latents_rounded_to(bits: int | str | None):
     """Attention sees what `bits` bits leave of latents and rotary keys, although nothing is cached."""
-    compute = DeepseekV2Attention.project_latents
+    compute = DeepseekV2Attention.project
 
     def compute_and_round(self, *args):
-        latent, k_rotary = compute(self, *args)
+        *queries, latent, k_rotary = compute(self, *args)
         widths = latent.shape[-1], k_rotary.shape[-1]
         rounding = latent_format(bits, *widths, latent.dtype)
-        return rounding.decode(rounding.encode(latent, k_rotary), latent.dtype).split(widths, dim=-1)
+        return *queries, *rounding.decode(rounding.encode(latent, k_rotary), latent.dtype).split(widths, dim=-1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeepseekV2Attention, "project_latents", compute_and_round)
+        patch.setattr(DeepseekV2Attention, "project", compute_and_round)
         yield
 
 
@@ -560,7 +571,6 @@ def test_what_is_said_varies(way):
     assert len(set(said if isinstance(said, str) else said[:, -5:].flatten().tolist())) > 3
 
 
-@pytest.mark.skipif(not STATIC_CAN_BE_CROPPED, reason="transformers takes nothing back from a static cache")
 @pytest.mark.parametrize("new_tokens", range(1, 12))
 def test_prompt_lookup_goes_to_the_end_of_a_static_cache(new_tokens):
     """Drafts reach beyond the last token that is to be said, and what `generate` makes has room for them."""
@@ -569,13 +579,13 @@ def test_prompt_lookup_goes_to_the_end_of_a_static_cache(new_tokens):
     assert torch.equal(said, model.generate(REPETITIVE, **options))
     length = REPETITIVE.shape[1] + new_tokens - 1
     options |= {"prompt_lookup_num_tokens": 4}
-    roomy, narrow = (StaticCache(model.config, max_cache_len=length + more) for more in (4, 3))
+    roomy, narrow = (LatentCache(model.config, max_cache_len=length + more) for more in (4, 3))
     assert torch.equal(model.generate(REPETITIVE, **options, cache=roomy), said)
     with pytest.raises(ValueError, match=f"room for {length + 3} tokens and would have to hold {length + 4}"):
         model.generate(REPETITIVE, **options, cache=narrow)
 
 
-@pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
 def test_both_ways_to_ask_for_bits_make_the_same_cache(bits):
     model = subject()
     made = prefilled(model, lambda: rounding_made(bits)(model), IDS)
@@ -596,17 +606,30 @@ def test_an_offloaded_cache_without_cuda_is_refused(implementation):
 COMPILED = {
     "greedy": [NEW - 1],
     "left padding": [NEW - 1],
+    "sampling": [NEW - 1],
     # the first chunk finds an empty cache, the second a filled one, and the last is shorter
     "chunked prefill": [1, 1, 1, NEW - 1],
 }
 
 
+def as_recorded(graph, inputs):
+    return graph
+
+
 @pytest.mark.parametrize(
-    ("way", "compile_graph"),
-    [*((way, lambda graph, inputs: graph) for way in COMPILED), ("greedy", compile_fx)],
-    ids=[*COMPILED, "greedy by inductor"],
+    ("way", "cache", "compile_graph"),
+    [
+        *((way, "static", as_recorded) for way in COMPILED),
+        *(
+            (way, cache, as_recorded)
+            for way in ("greedy", "left padding")
+            for cache in ("static in 8 bits", "StaticCache")
+        ),
+        ("greedy", "static", compile_fx),
+        ("greedy", "static in 8 bits", compile_fx),
+    ],
 )
-def test_a_static_cache_decodes_in_one_compiled_graph(way, compile_graph):
+def test_a_static_cache_decodes_in_one_compiled_graph(way, cache, compile_graph):
     torch.compiler.reset()
     counters.clear()
     runs = []
@@ -624,8 +647,10 @@ def test_a_static_cache_decodes_in_one_compiled_graph(way, compile_graph):
     compile_config = CompileConfig(fullgraph=True, backend=compile_and_count, mode=None)
     compile_config._compile_all_devices = True
     model = copy.deepcopy(subject())
-    said = MODES[way](model, lambda: CACHES["static"](model) | {"compile_config": compile_config})
-    assert_same(said, said_without_cache(way))
+    if cache in BITS:
+        model = model.double()
+    said = MODES[way](model, lambda: CACHES[cache](model) | {"compile_config": compile_config})
+    assert_same(said, said_without_cache(way, BITS.get(cache)))
     assert runs == COMPILED[way]
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]

@@ -18,7 +18,7 @@ from deepseek_latent.latent_format import LatentFormat, Latents, SeparateStretch
 from deepseek_latent.latent_ops import _attend_to_blocks
 from deepseek_latent.rotary import rotate
 
-from .support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, tiny_model
+from .support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, seeded, tiny_model
 
 pytestmark = needs_compiler
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -32,7 +32,7 @@ def operators():
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=seeded(seed))
 
 
 def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_products_are_those_of_torch(dtype, m, n, k, operators):
 @pytest.mark.parametrize(("n", "k"), [(7, 5), (33, 16), (65, 300)])
 def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m, n, k, operators):
     x, scales = noise(m, k).to(dtype), noise(n, seed=2).abs()
-    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seeded(3))
     exact = x.double() @ (weight.double() * scales[:, None].double()).T
     yardstick = summed_in_order(x, weight * scales[:, None])
     assert_within_rounding(operators.linear(x, weight, scales), exact, yardstick)
@@ -233,7 +233,7 @@ def mask_of(kind: str, b: int, s: int, h: int, t: int) -> Tensor | None:
     ids=str,
 )
 def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c, r, t):
-    from deepseek_latent.kernels.layers import _additive, _as_pair
+    from deepseek_latent.kernels.layers import _additive, as_pair
 
     queries, rows = noise(b, s, h, c + r) / c**0.5, noise(b, t, c + r, seed=1).to(dtype)
     rows_format = LatentFormat(c, r, dtype)
@@ -247,7 +247,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
         latents = Latents(Stretch(rows[:1, : t // 2], rows_format), Stretch(rows[:, t // 2 :], rows_format))
     mask = mask_of(kind, b, s, h, t)
     exact = _attend_to_blocks(queries.double(), latents, mask, c)
-    pairs = zip(*map(_as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.stretches))
     absorbed, q_rotary = (2 * queries).split((c, r), dim=-1)
     result = torch.ops.deepseek_latent.attend(absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, _additive(mask))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
@@ -257,7 +257,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
-    from deepseek_latent.kernels.layers import _as_pair, _bits_of
+    from deepseek_latent.kernels.layers import bits_of, as_pair
 
     b, s, h, r, t = 2, 2, 5, 6, 90
     rows_format = latent_format(bits, c, r, torch.bfloat16)
@@ -267,9 +267,9 @@ def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
     latents = Latents(*(Stretch(part, rows_format) for part in parts))
     queries = noise(b, s, h, c + r, seed=2) / c**0.5
     exact = _attend_to_blocks(queries.double(), latents, None, c)
-    pairs = zip(*map(_as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.stretches))
     absorbed, q_rotary = queries[..., :c].contiguous(), queries[..., c:]
-    result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, _bits_of(latents))
+    result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, bits_of(latents))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
 
 

@@ -16,7 +16,7 @@ from deepseek_latent import DeepseekV2Config, LatentCache
 from deepseek_latent.latent_cache_layer import LatentCacheLayer
 from deepseek_latent.latent_format import Latents, Stretch, latent_format
 
-from .support import V2
+from .support import V2, seeded
 
 INTEGERS = (8, 6, 5, 4)
 CODED = (*INTEGERS, "fp8")
@@ -34,7 +34,7 @@ examples = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def decoded(bits: int | str | None, latent: Tensor, k_rotary: Tensor, dtype: torch.dtype | None = None):
@@ -307,7 +307,7 @@ def test_any_codes_read_the_same_bit_by_bit(bits, c, seed):
     # patterns that no encoder of ours need ever write
     rows_format = latent_format(bits, c, 2, torch.float32)
     row = rows_format.encode(noise(c, seed=seed), torch.ones(2))
-    random = torch.randint(256, (num_code_bytes(bits, c),), generator=torch.Generator().manual_seed(seed))
+    random = torch.randint(256, (num_code_bytes(bits, c),), generator=seeded(seed))
     row[: len(random)] = random
     _, by_hand = read_by_hand(bits, bytes(row.tolist()), c, 2)
     assert rows_format.decode(row, torch.float64).tolist() == by_hand

@@ -23,7 +23,7 @@ from transformers import (
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
 from deepseek_latent.cli import main
 
-from .support import LITE, NATIVE, V2, official_state_dict, random_ids, relative_error, tiny_model
+from .support import LITE, NATIVE, V2, official_state_dict, random_ids, relative_error, seeded, tiny_model
 
 VARIANTS = {
     "V2": V2,
@@ -80,7 +80,7 @@ def official_tensors(config: DeepseekV2Config, dtype: torch.dtype, seed: int = 0
         if config.n_shared_experts is not None:
             shapes |= mlp(f"{ff}.shared_experts", config.n_shared_experts * config.moe_intermediate_size)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     tensors = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: (t + 1 if "norm" in name else t).to(dtype) for name, t in tensors.items()}
 

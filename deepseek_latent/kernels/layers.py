@@ -151,7 +151,7 @@ class KernelAttention(DeepseekV2Attention):
             *rotation,
             self.n + self.r,
         )
-        queries = queries.unflatten(-1, (-1, self.n + self.r))
+        queries = torch.unflatten(queries, -1, (-1, self.n + self.r))
         return *queries.split((self.n, self.r), dim=-1), *rows[:, None].split((self.c, self.r), dim=-1)
 
     def choose_path(self, s: int, t: int, mask):
@@ -170,20 +170,20 @@ def attend_in_place(
     scale: float,
 ) -> Tensor:  # [b s h v]
     """`absorbed_attention` by our operators, in float32 throughout."""
-    pairs, bits = [_as_pair(stretch) for stretch in latents.stretches], _bits_of(latents)
+    pairs, bits = [as_pair(stretch) for stretch in latents.stretches], bits_of(latents)
     if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
     past = (*map(list, zip(*pairs)), scale, _additive(mask), bits)
     if not w_uk.factors:
         return operators.attention(q_content, q_rotary, w_uk.weight, w_uv.weight, *past)
     q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
-    absorbed = operators.absorb(q_content_flat, w_uk.weight).unflatten(0, (b, s))
+    absorbed = torch.unflatten(operators.absorb(q_content_flat, w_uk.weight), 0, (b, s))
     context = operators.attend(w_uk.with_adapters_absorbed(absorbed, q_content), q_rotary, *past)
-    expanded = operators.expand(context.flatten(0, 1), w_uv.weight).unflatten(0, (b, s))
+    expanded = torch.unflatten(operators.expand(context.flatten(0, 1), w_uv.weight), 0, (b, s))
     return w_uv.with_adapters_expanded(expanded, context)
 
 
-def _as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
+def as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
     """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
     if isinstance(stretch, SeparateStretch):
         return stretch.latent, stretch.k_rotary
@@ -193,7 +193,7 @@ def _as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
     return stretch.rows[..., :-rotary_bytes], stretch.rows[..., -rotary_bytes:].view(torch.bfloat16)
 
 
-def _bits_of(latents: Latents) -> str:
+def bits_of(latents: Latents) -> str:
     first = latents.stretches[0]
     return str(first.format.bits) if isinstance(first, Stretch) and first.format.bits is not None else ""
 

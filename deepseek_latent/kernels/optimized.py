@@ -2,15 +2,19 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
+from ..compat_accelerate import is_offloaded
 from ..compat_torch import become
+from ..generation import LatentGenerationMixin
 from ..hooks import has_own_forward
 from ..latent_attention import DeepseekV2Attention
+from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
 from .int8 import Int8Experts, Int8Linear, to_int8
 from .layers import (
@@ -25,6 +29,7 @@ from .layers import (
     KernelRMSNorm,
 )
 from .library import load_operators, operators
+from .replayed_steps import ReplayedSteps
 
 REPLACEMENTS = {
     nn.Linear: KernelLinear,
@@ -36,6 +41,7 @@ REPLACEMENTS = {
     DeepseekV2Attention: KernelAttention,
 }
 ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the router stays as it is: it is small, and decides
 INT8 = (nn.Linear, DeepseekV2Experts)
 
@@ -50,6 +56,7 @@ class Optimized:
 
     instructions: str
     modules: tuple[nn.Module, ...]
+    replaying: LatentGenerationMixin | None = None
 
     def undo(self) -> None:
         """Raises ValueError where weights are in int8: what was rounded away is gone."""
@@ -57,19 +64,25 @@ class Optimized:
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
             become(module, _kind_of(module))
+        if self.replaying is not None:
+            self.replaying.replayed_steps = None
 
     def __repr__(self) -> str:
-        active = [type(module) for module in self.modules if type(module) in (*ORIGINALS, Int8Linear, Int8Experts)]
-        counts = Counter(kind.__name__.removeprefix("Kernel") for kind in active)
+        active = [type(module) for module in self.modules if _is_ours(module)]
+        counts = Counter(kind.__name__.removeprefix("Kernel").removeprefix("Gpu") for kind in active)
         changed = ", ".join(f"{count} {name}" for name, count in counts.items())
         return f"Optimized({self.instructions}; {changed or 'nothing'})"
 
 
-def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -> Optimized:
-    """Lets the layers of a model on the CPU compute by our operators wherever no gradient is wanted.
+def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, graphs: bool = False) -> Optimized:
+    """Lets the layers of a model compute by our operators wherever no gradient is wanted.
 
     Weights, names and files stay as they are, and the operators read the weights where they lie: saving, loading,
     training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
+
+    On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
+    `generate()` also takes a static cache where none is named, captures one step of decoding over it as a CUDA graph
+    and replays that for every token.
 
     With `weights="int8"`, projections (but `kv_b_proj`) and experts are rounded to int8 with a scale per row and take
     half the memory of bfloat16. That cannot be undone; such a model gives the rounded weights when it is saved, cannot
@@ -78,13 +91,18 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     Raises:
         RuntimeError: without a C++ compiler, or if it fails.
         TypeError: for what is no model.
-        ValueError: for a model on another device or in another dtype than bfloat16 or float32, or other `weights`.
+        ValueError: for a model on another device or in another dtype than bfloat16 or float32 (on a CUDA device also
+            float16), other `weights`, or what only the other kind of device has.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
     if weights not in (None, "int8"):
         raise ValueError(f"weights must be None (as they are) or 'int8', got {weights!r}.")
     weight = model.get_input_embeddings().weight
+    if weight.device.type == "cuda":
+        return _optimize_for_gpu(model, weights, graphs)
+    if graphs:
+        raise ValueError(f"graphs=True captures CUDA graphs, and this model is on {weight.device}; move it to a GPU.")
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         raise ValueError(
             f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load "
@@ -110,9 +128,43 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None) -
     return Optimized(instructions, tuple(module for module in model.modules() if type(module) in ours))
 
 
+def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool) -> Optimized:
+    if weights is not None:
+        raise ValueError("weights='int8' is for models on the CPU; leave it out on a GPU.")
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype not in GPU_DTYPES:
+        raise ValueError(
+            f"expected a model in bfloat16, float16 or float32 on a GPU, got {dtype}; load it in one of these."
+        )
+    if find_spec("triton") is None:
+        raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
+    from .gpu_layers import GpuDecoderLayer
+
+    layers = [module for module in model.modules() if type(module) in (DeepseekV2DecoderLayer, GpuDecoderLayer)]
+    for layer in layers:
+        if not has_own_forward(layer):
+            become(layer, GpuDecoderLayer)
+    replaying = None
+    if graphs:
+        if any(map(is_offloaded, model.modules())):
+            raise ValueError(
+                "expected all weights on the GPU, and some are fetched for each step, which no CUDA graph can do; "
+                "leave out graphs=True, or load the model without offloading."
+            )
+        replaying = next(module for module in model.modules() if isinstance(module, LatentGenerationMixin))
+        replaying.replayed_steps = ReplayedSteps
+    return Optimized("Triton", tuple(layers), replaying)
+
+
 def _kind_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was optimised."""
+    if type(module).__name__ == "GpuDecoderLayer":
+        return DeepseekV2DecoderLayer
     return ORIGINALS.get(type(module), type(module))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module) in (Int8Linear, Int8Experts) or _kind_of(module) is not type(module)
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:

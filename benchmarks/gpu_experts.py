@@ -1,0 +1,305 @@
+"""The chosen experts of few tokens, a dense MLP and single products on a GPU: our kernels beside torch's.
+
+Weights of several layers pass in turn, as in a model, so that none is found in the GPU's cache. Times are of replayed
+CUDA graphs.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_latent.expert_products import grouped_product, routed_sum
+from deepseek_latent.kernels import triton_experts
+from deepseek_latent.kernels.triton_experts import Plan, Tiles
+
+# DeepSeek-V2-Lite
+D, INNER, E, K, SHARED = 2048, 1408, 64, 6, 2816
+DENSE, VOCABULARY = 10944, 102400
+LAYERS = 4
+VECTOR_INNER = [
+    Tiles(8, 512, 4, 3),
+    Tiles(4, 1024, 4, 3),
+    Tiles(4, 512, 4, 4),
+    Tiles(8, 256, 4, 5),
+    Tiles(8, 1024, 8, 3),
+    Tiles(2, 2048, 4, 1),
+    Tiles(4, 2048, 4, 1),
+]
+VECTOR_OUTER = [
+    Tiles(8, 512, 4, 4),
+    Tiles(4, 512, 4, 5),
+    Tiles(4, 1024, 4, 4),
+    Tiles(8, 1024, 8, 4),
+    Tiles(16, 512, 8, 4),
+]
+MATRIX_INNER = [Tiles(32, 128, 4, 4), Tiles(64, 128, 4, 3), Tiles(32, 256, 4, 3), Tiles(16, 256, 4, 4)]
+MATRIX_OUTER = [Tiles(32, 128, 4, 6), Tiles(64, 128, 4, 4), Tiles(32, 256, 4, 4), Tiles(128, 128, 8, 3)]
+ROWS = [Tiles(8, 512, 4, 4), Tiles(4, 1024, 4, 3), Tiles(2, 2048, 4, 1), Tiles(4, 2048, 4, 1)]
+MATRIX_ROWS = [Tiles(16, 256, 4, 4), Tiles(32, 128, 4, 4)]
+PRODUCTS = [(3648, D), (3072, D), (576, D), (D, D)]
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def microseconds(works: list[Callable[[], object]], budget: float = 0.03) -> float:
+    """Of one work, when all follow one another in a replayed graph; median of replays for `budget` seconds."""
+    for work in works:
+        work()
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for work in works:
+                work()
+        finally:
+            graph.capture_end()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    taken = []
+    while len(taken) < 5 or (sum(taken) < budget * 1e3 and len(taken) < 200):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end))
+    # the first replay uploads the graph
+    return statistics.median(taken[1:]) * 1e3 / len(works)
+
+
+class Rows:
+    """What was measured; a case that fails says why, and the others go on."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        # the fastest so far
+        self.vector, self.matrix = triton_experts.VECTOR, triton_experts.MATRIX
+
+    def add(
+        self, case: dict, works: list[Callable[[], Tensor]], num_bytes: float, truth: Tensor | None = None
+    ) -> float:
+        """Microseconds, infinite where it failed; `truth` is what the first work should give."""
+        row, us = dict(case), float("inf")
+        try:
+            if truth is not None:
+                error = ((works[0]().double() - truth.double()).norm() / truth.double().norm()).item()
+                row["relative_error"] = error
+                if not error < 1e-2:
+                    row["failed"] = f"relative error {error:.3g}"
+            us = microseconds(works)
+            row |= {"us": round(us, 2), "MB": round(num_bytes / 1e6, 2), "GB/s": round(num_bytes / us / 1e3)}
+        # whatever a compiler or a launch says is the result of this case
+        except Exception as problem:
+            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
+            torch.cuda.synchronize()
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        return us if "failed" not in row else float("inf")
+
+
+class Layer:
+    def __init__(self, bits: int):
+        def weight(*shape):
+            values = torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
+            if bits == 16:
+                return values, None
+            scales = torch.full(shape[:-1], 0.03 / 40, device="cuda")
+            return (values / (0.03 / 40)).round_().clamp_(-127, 127).to(torch.int8), scales
+
+        stored = [weight(E, 2 * INNER, D), weight(E, D, INNER), weight(SHARED, D), weight(SHARED, D), weight(D, SHARED)]
+        (self.gate_up, self.down, *shared), scales = zip(*stored)
+        self.shared = tuple(shared)
+        self.scales = None if bits == 16 else scales[:2]
+        self.shared_scales = None if bits == 16 else scales[2:]
+
+
+class Tokens:
+    """m tokens and their choices in every layer."""
+
+    def __init__(self, m: int, layers: list[Layer]):
+        self.x = torch.randn(m, D, device="cuda", dtype=torch.bfloat16)
+        self.chosen = [torch.rand(m, E, device="cuda").topk(K).indices for _ in layers]
+        self.weights = torch.rand(m, K, device="cuda") / K
+        self.layers = layers
+        distinct = sum(len(chosen.unique()) for chosen in self.chosen) / len(layers)
+        self.num_bytes = (distinct * INNER + SHARED) * 3 * D * layers[0].down.itemsize
+
+    def works(self, compute: Callable) -> list[Callable[[], Tensor]]:
+        return [
+            lambda layer=layer, chosen=chosen: compute(self.x, layer, chosen, self.weights)
+            for layer, chosen in zip(self.layers, self.chosen)
+        ]
+
+    def truth(self) -> Tensor:
+        """Of the first layer, in float32."""
+        layer, x = self.layers[0], self.x.float()
+
+        def wide(weights, scales, at=...):
+            return weights[at].float() if scales is None else weights[at].float() * scales[at].float()[..., None]
+
+        in_scales, out_scales = layer.scales or (None, None)
+        total = swiglu(x, *map(wide, layer.shared, layer.shared_scales or (None,) * 3))
+        for e in self.chosen[0].unique().tolist():
+            share = (self.weights * (self.chosen[0] == e)).sum(1, keepdim=True)
+            gate, up = wide(layer.gate_up, in_scales, e).chunk(2)
+            total += share * swiglu(x, gate, up, wide(layer.down, out_scales, e))
+        return total
+
+
+def ours(plan: Plan) -> Callable:
+    def compute(x, layer, chosen, weights):
+        stored = layer.gate_up, layer.down, chosen, weights, layer.shared
+        return triton_experts.experts(x, *stored, layer.scales, layer.shared_scales, plan=plan)
+
+    return compute
+
+
+def batched(x: Tensor, layer: Layer, chosen: Tensor, weights: Tensor) -> Tensor:
+    """transformers' "batched_mm", which copies the chosen experts."""
+    of_pair, rows = chosen.flatten(), x.repeat_interleave(K, dim=0)
+    gate, up = torch.bmm(layer.gate_up[of_pair], rows[..., None]).squeeze(-1).chunk(2, dim=-1)
+    out = torch.bmm(layer.down[of_pair], (F.silu(gate) * up)[..., None]).squeeze(-1)
+    routed = (out.unflatten(0, (-1, K)) * weights[..., None]).sum(1).to(x.dtype)
+    return routed + swiglu(x, *layer.shared)
+
+
+def grouped(x: Tensor, layer: Layer, chosen: Tensor, weights: Tensor) -> Tensor:
+    def product(rows, name, ends):
+        return grouped_product(rows, layer.gate_up if name == "gate_up_proj" else layer.down, ends)
+
+    return routed_sum(product, nn.SiLU(), x, chosen, weights, num_experts=E) + swiglu(x, *layer.shared)
+
+
+def run_experts(rows: Rows, quick: bool) -> None:
+    layers = [Layer(16) for _ in range(LAYERS)]
+    tokens = {m: Tokens(m, layers) for m in (1, 2, 4, 8, 16, 32, 64)}
+    truths = {m: some.truth() for m, some in tokens.items()}
+
+    def measure(name: str, m: int, compute: Callable, **case) -> float:
+        some = tokens[m]
+        return rows.add({"case": name, "m": m} | case, some.works(compute), some.num_bytes, truths[m])
+
+    def tuned(name: str, m: int, inners: list[Tiles], outers: list[Tiles]) -> Plan:
+        """The best inner tiles with the first outer ones, then the best outer ones with these."""
+
+        def taken(plan: Plan) -> float:
+            return measure(name, m, ours(plan), inner=list(plan.inner), outer=list(plan.outer))
+
+        inners, outers = (inners[:2], outers[:2]) if quick else (inners, outers)
+        times = {inner: taken(Plan(inner, outers[0])) for inner in inners}
+        inner = min(times, key=times.get)
+        rest = {outer: taken(Plan(inner, outer)) for outer in outers[1:]}
+        return Plan(inner, min({outers[0]: times[inner]} | rest, key=({outers[0]: times[inner]} | rest).get))
+
+    vector = rows.vector = tuned("experts, vector", 1, VECTOR_INNER, VECTOR_OUTER)
+    matrix = rows.matrix = tuned("experts, matrix", 4, MATRIX_INNER, MATRIX_OUTER)
+    for tokens_at_once in (8, 16):
+        measure("experts, matrix", 8, ours(matrix._replace(tokens=tokens_at_once)), tokens_at_once=tokens_at_once)
+    for inner, outer in (
+        (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4)),
+        (Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 4)),
+        (Tiles(64, 64, 8, 4), Tiles(128, 64, 8, 4)),
+        (Tiles(32, 128, 4, 4), Tiles(32, 128, 4, 5)),
+    ):
+        measure("experts, matrix", 64, ours(Plan(inner, outer)), inner=list(inner), outer=list(outer))
+    for m in tokens:
+        if m <= 4:
+            measure("experts, vector, tuned", m, ours(vector), plan=vector)
+        measure("experts, matrix, tuned", m, ours(matrix), plan=matrix)
+    for m in tokens:
+        measure("experts, batched in torch", m, batched)
+    for m in tokens:
+        measure("experts, grouped in torch", m, grouped)
+
+    layers = tokens = None
+    layers = [Layer(8) for _ in range(LAYERS)]
+    tokens = {m: Tokens(m, layers) for m in (1, 8, 16)}
+    truths = {m: some.truth() for m, some in tokens.items()}
+    others = [Plan(Tiles(8, 512, 4, 4), Tiles(8, 512, 4, 4)), Plan(Tiles(4, 1024, 4, 4), Tiles(8, 1024, 8, 4))]
+    for plan in (vector, *others):
+        measure("experts, vector, int8", 1, ours(plan), plan=plan)
+    others = [
+        Plan(Tiles(32, 128, 4, 4), Tiles(32, 128, 4, 6)),
+        Plan(Tiles(32, 128, 4, 5), Tiles(32, 256, 4, 4)),
+        Plan(Tiles(64, 128, 4, 4), Tiles(64, 256, 4, 4)),
+    ]
+    for m in (8, 16):
+        for plan in (matrix, *others):
+            measure("experts, matrix, int8", m, ours(plan), plan=plan)
+
+
+def run_products(rows: Rows, quick: bool) -> None:
+    """Single products and the dense MLP; all weights are stretches of the same 1.3 GB."""
+    room = torch.empty(3 * VOCABULARY * D, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
+
+    def stretches(n: int, width: int) -> list[Tensor]:
+        count = min(len(room) // (n * width), 32)
+        return [room[i * n * width : (i + 1) * n * width].view(n, width) for i in range(count)]
+
+    def measure(name: str, m: int, n: int, width: int, product: Callable, **case) -> None:
+        x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
+        weights = stretches(n, width)
+        works = [lambda weight=weight: product(x, weight) for weight in weights]
+        truth = F.linear(x.float(), weights[0].float())
+        rows.add({"case": name, "m": m, "n": n, "width": width} | case, works, 2 * n * width, truth)
+
+    for n, width in PRODUCTS:
+        for m in (1, 4):
+            measure("linear in torch", m, n, width, F.linear)
+        cases = [(1, tiles) for tiles in ROWS] + [(4, tiles) for tiles in (*ROWS[:2], *MATRIX_ROWS)]
+        for m, tiles in cases[:2] if quick else cases:
+            measure("linear", m, n, width, partial(triton_experts.linear, tiles=tiles), tiles=tiles)
+
+    weights = stretches(DENSE, D)
+    dense = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
+    for m in (1, 4):
+        x = torch.randn(m, D, device="cuda", dtype=torch.bfloat16)
+        truth = swiglu(x.float(), *(weight.float() for weight in dense[0]))
+        for name, compute in (("mlp in torch", swiglu), ("mlp", triton_experts.mlp)):
+            works = [partial(compute, x, *weights) for weights in dense]
+            rows.add({"case": name, "m": m}, works, 6 * D * DENSE, truth)
+
+
+def run_overlapping(rows: Rows, quick: bool) -> None:
+    """Kernels that start while the ones before them end, beside such that do not."""
+    layers = [Layer(16) for _ in range(LAYERS)]
+    tokens = {m: Tokens(m, layers) for m in (1, 4)}
+    x = torch.randn(1, D, device="cuda", dtype=torch.bfloat16)
+    squares = layers[0].gate_up.view(-1, D, D)[:16]
+    for overlaps in (False, True):
+        triton_experts.OVERLAPS, case = overlaps, {"overlaps": overlaps}
+        try:
+            for m, plan in ((1, rows.vector), (4, rows.matrix)):
+                works, truth = tokens[m].works(ours(plan)), tokens[m].truth()
+                rows.add({"case": "experts, one after another", "m": m} | case, works, tokens[m].num_bytes, truth)
+            works = [partial(triton_experts.linear, x, square) for square in squares]
+            truth = F.linear(x.float(), squares[0].float())
+            rows.add({"case": "linear, one after another", "m": 1, "n": D} | case, works, 2 * D * D, truth)
+        finally:
+            triton_experts.OVERLAPS = False
+
+
+def run(quick: bool) -> list[dict]:
+    rows = Rows()
+    torch.manual_seed(0)
+    source, target = torch.ones(2, 1 << 28, device="cuda", dtype=torch.bfloat16)
+    rows.add({"case": "copy"}, [lambda: target.copy_(source)], 2 * source.nbytes)
+    source = target = None
+    for part in (run_experts, run_overlapping, run_products):
+        try:
+            with torch.no_grad():
+                part(rows, quick)
+        # the other part is a result too
+        except Exception as problem:
+            rows.rows.append({"case": part.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]})
+    return rows.rows
+
+
+if __name__ == "__main__":
+    run(quick=False)

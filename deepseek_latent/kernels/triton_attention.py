@@ -1,0 +1,203 @@
+"""Absorbed attention of few query tokens over cached latents on a GPU, read once, where they lie.
+
+Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
+query token: all rows read the same latents. The cache is cut into splits, one program each, and what they gave is
+combined. The grid depends on shapes alone, so a captured graph stays right while `length` grows.
+
+A piece is a stretch of a latent's elements that have one scale, 128 of them at DeepSeek-V2's widths: programs keep one
+accumulator per piece, since Triton's shapes are powers of two and 512 + 64 would be padded to 1024. Scales multiply
+scores and weights, never elements. Softmax in base 2 with a running maximum (Milakov and Gimelshein,
+arXiv:1805.02867), float32 throughout but for the operands of products.
+Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2; splits as in Flash-Decoding (Dao et al., 2023).
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_codes import has_words, layout
+from .triton_splits import _attend_to_splits, _combine
+
+LOG2_E = 1.4426950408889634
+
+
+class Tiling(NamedTuple):
+    """How the work is cut: what a program takes at a time, and how many programs a multiprocessor holds."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    tokens_per_split: int  # fewest that are worth a split of their own
+    tokens_first: bool = False  # products have tokens as rows and queries as columns
+
+
+def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capacity: int = 1 << 15) -> Tiling:
+    """One for shapes and formats, since a step of decoding has no time to search."""
+    if dtype == torch.float32:
+        # without tensor cores, and twice the shared memory
+        return Tiling(16, 16, 4, 2, 1, 128)
+    if bits:
+        return Tiling(16, 64, 4, 2, 2, 128) if num_rows <= 16 else Tiling(32, 32, 8, 2, 1, 256)
+    if num_rows <= 16:
+        # as many bytes on the way as shared memory holds; where tokens are few, as many programs as there are tiles
+        return Tiling(16, 32, 4, 5, 1, 32 if capacity <= 2048 else 64)
+    return Tiling(32, 64, 8, 3, 1, 128) if num_rows <= 32 else Tiling(64, 64, 8, 2, 1, 256)
+
+
+def attend(
+    q_absorbed: Tensor,  # [b s h c]
+    q_rotary: Tensor,  # [b s h r]  rotated
+    latents: list[Tensor],  # one or two stretches of tokens in order, [b t c] or [1 t c], or bytes of codes and scales
+    k_rotary: list[Tensor],  # [b t r]  of the same tokens
+    *,
+    scale: float,
+    mask: Tensor | None = None,  # [b 1 s t] or [1 1 s t]  bool, True where a query may look
+    bits: str = "",
+    length: Tensor | None = None,  # [1]  how many tokens of the last stretch are held
+    first: Tensor | None = None,  # [b]  tokens before it are hidden
+    cut: Tiling | None = None,
+) -> Tensor:  # [b s h c]
+    """Weighted sums of latents, in the dtype of the queries; without a mask the last query token sees all tokens held.
+
+    Tokens behind `length` and before `first` are never read. A query that may look nowhere gives zeros. No
+    synchronisation: `length` and `first` stay on the device, and how many splits share the work is decided there.
+    """
+    b, s, h, c = q_absorbed.shape
+    pairs = [pair for pair in zip(latents, k_rotary) if pair[0].shape[1] > 0]
+    out = torch.empty(b, s, h, c, dtype=q_absorbed.dtype, device=q_absorbed.device)
+    if not pairs or out.numel() == 0:
+        return out.zero_()
+    assert len(pairs) <= 2
+    assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
+    assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    # a stretch that came with no tokens may have been the one that `length` counts
+    length = length if latents[-1].shape[1] > 0 else None
+
+    capacity = sum(latent.shape[1] for latent, _ in pairs)
+    form, cut = layout(bits, c), cut or tiling(s * h, bits, q_absorbed.dtype, capacity)
+    num_tiles = triton.cdiv(s * h, cut.rows)
+    splits = num_splits(b * num_tiles, capacity, cut, q_absorbed.device)
+    if splits > 1:
+        parts = torch.empty(b, splits, s * h, c, dtype=torch.float32, device=out.device)
+        sizes = torch.empty(b, splits, s * h, dtype=torch.float32, device=out.device)
+    else:
+        parts, sizes = out, None
+    overlaps = splits > 1 and has_dependent_launch(out.device)
+
+    (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
+    _attend_to_splits[(num_tiles * splits * b,)](
+        q_absorbed,
+        q_rotary,
+        latent_0,
+        rotary_0,
+        latent_1,
+        rotary_1,
+        mask.view(torch.int8) if mask is not None else None,
+        length,
+        first,
+        parts,
+        sizes,
+        scale * LOG2_E,
+        s,
+        latent_0.shape[1],
+        latent_1.shape[1] if len(pairs) > 1 else 0,
+        splits,
+        max(cut.tokens_per_split // cut.tokens, 1),
+        *q_absorbed.stride()[:3],
+        *q_rotary.stride()[:3],
+        *(step for x in (latent_0, rotary_0, latent_1, rotary_1) for step in token_steps(x)),
+        *((mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[2:]) if mask is not None else (0, 0, 0)),
+        H=h,
+        C=c,
+        R=q_rotary.shape[3],
+        HAS_TWO=len(pairs) > 1,
+        BITS=form.bits,
+        BYTE_PLANES=form.byte_planes,
+        CODE_PLANES=form.code_planes,
+        CODE_PLANE=form.plane,
+        PIECE=form.piece,
+        SCALES=form.scales,
+        LATENT_ALIGNMENT=alignment(latent_0, latent_1),
+        ROTARY_ALIGNMENT=alignment(rotary_0, rotary_1),
+        DOT=product_dtype(q_absorbed),
+        WORDS=bool(bits) and has_words(form, q_rotary.shape[3], alignment(latent_0, latent_1, rotary_0, rotary_1)),
+        PTX=q_absorbed.is_cuda and torch.version.hip is None,
+        TOKENS_FIRST=cut.tokens_first,
+        OVERLAPS=overlaps,
+        BM=cut.rows,
+        BN=cut.tokens,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        **registers(cut),
+    )
+    if splits > 1:
+        # some 32 numbers per thread: all splits of a row are on the way at once, whether they are few or many
+        at_once = min(triton.next_power_of_2(splits), 64)
+        columns = min(4096 // at_once, triton.next_power_of_2(c))
+        grid = (b * s * h, triton.cdiv(c, columns))
+        _combine[grid](
+            parts,
+            sizes,
+            out,
+            s * h,
+            splits,
+            C=c,
+            BC=columns,
+            SPLITS=triton.cdiv(splits, at_once) * at_once,
+            BS=triton.next_power_of_2(splits),
+            AT_ONCE=at_once,
+            OVERLAPS=overlaps,
+            num_warps=4,
+            **({"launch_pdl": True} if overlaps else {}),
+        )
+    return out
+
+
+def num_splits(num_programs: int, capacity: int, cut: Tiling, device: torch.device) -> int:
+    """Never more programs than are resident at once, since the first one above takes as long again as all of them."""
+    resident = cut.programs_per_sm * num_multiprocessors(device)
+    return max(min(resident // num_programs, triton.cdiv(capacity, cut.tokens_per_split)), 1)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be set up while the one before it runs, and wait for it by itself."""
+    if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def registers(cut: Tiling) -> dict[str, int]:
+    """As many per thread as let `programs_per_sm` programs stay on a multiprocessor; compilers take more."""
+    most = 65536 // (32 * cut.num_warps * cut.programs_per_sm)
+    return {"maxnreg": most // 8 * 8} if most < 255 and torch.version.hip is None else {}
+
+
+def token_steps(x: Tensor) -> tuple[int, int]:
+    """Elements from sequence to sequence, none where one is common to all, and from token to token."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+
+
+def alignment(*stretches: Tensor) -> int:
+    """Bytes that the address of every token is a multiple of, at most 16: what one load can take."""
+    steps = [step * x.element_size() for x in stretches for step in token_steps(x)]
+    return math.gcd(16, *steps, *(x.data_ptr() for x in stretches))
+
+
+def product_dtype(x: Tensor) -> tl.dtype:
+    """Of the operands of products. Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
+    if x.dtype == torch.bfloat16:
+        return tl.bfloat16 if x.is_cuda else tl.float32
+    return tl.float16 if x.dtype == torch.float16 else tl.float32

@@ -1,0 +1,262 @@
+"""How a kernel reads cached rows of codes: four bytes at a time, and as what products take.
+
+Codes are fetched a tile ahead, in registers: Triton itself fetches ahead what products take, not what is converted
+before. Scales multiply scores and weights, never elements.
+"""
+
+# Triton knows no (*tuple, x)
+# ruff: noqa: RUF005, SIM300
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+PLANE = 128
+
+
+class Layout(NamedTuple):
+    """Where a cached row holds what, as `latent_format` writes it."""
+
+    bits: int  # of a code; 0 for elements as they are
+    byte_planes: int
+    code_planes: int
+    plane: int  # elements of a code plane
+    piece: int  # elements that share a scale and are multiplied at once
+    scales: int  # where scales start, bytes
+
+
+def layout(bits: str, c: int) -> Layout:
+    """Layout of rows of `bits` ("", "8", "6", "5", "4" or "fp8") with latents of width c."""
+    if not bits:
+        return Layout(0, 1, 1, c, min(c, PLANE), 0)
+    width = 8 if bits == "fp8" else int(bits)
+    shared = math.gcd(width, 8)
+    plane = -(-c * shared // 8)
+    piece = plane if c <= PLANE else math.gcd(plane, PLANE)
+    if piece < 16 and c > PLANE:
+        raise ValueError(f"latents in {bits} bits need a width that is a multiple of 128, or at most 128, got {c}.")
+    num_bytes = plane * width // shared
+    return Layout(9 if bits == "fp8" else width, width // shared, 8 // shared, plane, piece, -(-num_bytes // 4) * 4)
+
+
+def has_words(form: Layout, r: int, aligned_to: int) -> bool:
+    """Whether pieces and rotary keys consist of whole words of four bytes, and of a power of two."""
+    is_whole = form.piece >= 16 and form.piece & (form.piece - 1) == 0 and form.plane % form.piece == 0
+    return is_whole and r >= 32 and r & (r - 1) == 0 and aligned_to % 4 == 0
+
+
+@triton.jit
+def _code_plane(x, k: tl.constexpr, BITS: tl.constexpr, BYTE_PLANES: tl.constexpr, ONES: tl.constexpr):
+    """Code plane k from the byte planes x, as unsigned bytes; ONES is 1 in every byte of an element of x."""
+    SHARED: tl.constexpr = BITS // BYTE_PLANES
+    if k < BYTE_PLANES:
+        return x[k] & (((1 << BITS) - 1) * ONES)
+    else:
+        ABOVE: tl.constexpr = BITS + SHARED * (k - BYTE_PLANES)
+        codes = (x[0] >> ABOVE) & (((1 << SHARED) - 1) * ONES)
+        for i in tl.static_range(1, BYTE_PLANES):
+            codes |= (x[i] >> (ABOVE - SHARED * i)) & ((((1 << SHARED) - 1) << (SHARED * i)) * ONES)
+        return codes
+
+
+@triton.jit
+def _value(codes, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Bytes as numbers that a scale turns into elements."""
+    if BITS == 9:
+        # the bits of e4m3 are those of a float16 whose exponent is 8 less, which the scale makes good
+        halves = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
+        return halves.to(tl.int16).to(tl.float16, bitcast=True).to(DOT)
+    else:
+        # the middles of cells: half integers of up to 8 bits, which bfloat16 holds
+        return (codes.to(tl.float32) + (0.5 - (1 << (BITS - 1)))).to(DOT)
+
+
+@triton.jit
+def _values(words, BITS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
+    """`_value` of the four bytes of words [BN w], next to each other: [BN 4w]."""
+    if PTX and DOT == tl.bfloat16:
+        if BITS == 9:
+            a, b, c, d = _float8_by_ptx(words)
+        elif BITS == 8:
+            a, b, c, d = _middles_by_ptx(words, BITS)
+        else:
+            a, b, c, d = _small_middles_by_ptx(words, BITS)
+    else:
+        a = _value((words & 0xFF).to(tl.uint8), BITS, DOT)
+        b = _value(((words >> 8) & 0xFF).to(tl.uint8), BITS, DOT)
+        c = _value(((words >> 16) & 0xFF).to(tl.uint8), BITS, DOT)
+        d = _value(((words >> 24) & 0xFF).to(tl.uint8), BITS, DOT)
+    values = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [words.shape[0], 4 * words.shape[1]])
+    return _wall(values, PTX)
+
+
+@triton.jit
+def _wall(values, PTX: tl.constexpr):
+    """Nothing else: what is joined Triton takes for narrower, and would lay out twice, once for each product."""
+    if PTX and values.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=2)
+    else:
+        return values
+
+
+@triton.jit
+def _middles_by_ptx(words, BITS: tl.constexpr):
+    """A byte in the second place of 2^15 as float32 is added to it: two instructions and a half per element."""
+    middle = tl.full(words.shape, 32768 + (1 << (BITS - 1)) - 0.5, tl.float32)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b;
+        .reg .b32 t;
+        prmt.b32 t, $4, 0x47000000, 0x7404; mov.b32 a, t; sub.f32 a, a, $5;
+        prmt.b32 t, $4, 0x47000000, 0x7414; mov.b32 b, t; sub.f32 b, b, $5;
+        cvt.rn.bf16x2.f32 t, b, a; mov.b32 {$0, $1}, t;
+        prmt.b32 t, $4, 0x47000000, 0x7424; mov.b32 a, t; sub.f32 a, a, $5;
+        prmt.b32 t, $4, 0x47000000, 0x7434; mov.b32 b, t; sub.f32 b, b, $5;
+        cvt.rn.bf16x2.f32 t, b, a; mov.b32 {$2, $3}, t;
+        }""",
+        "=h,=h,=h,=h,r,f",
+        [words, middle],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _small_middles_by_ptx(words, BITS: tl.constexpr):
+    """A byte below 64 in the last places of the bfloat16 64 is added to it: an instruction and a half per element."""
+    middle = tl.full(words.shape, (0x4280 + (1 << BITS) - 1) * 0x10001 | 0x80008000, tl.uint32)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 w, p, one;
+        mov.b32 one, 0x3F803F80;
+        shl.b32 w, $4, 1; or.b32 w, w, 0x80808080;
+        prmt.b32 p, w, 0x42424242, 0x4140; fma.rn.bf16x2 p, p, one, $5; mov.b32 {$0, $1}, p;
+        prmt.b32 p, w, 0x42424242, 0x4342; fma.rn.bf16x2 p, p, one, $5; mov.b32 {$2, $3}, p;
+        }""",
+        "=h,=h,=h,=h,r,r",
+        [words, middle],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _float8_by_ptx(words):
+    """The bits of e4m3 as those of a bfloat16 have an exponent that is 120 less; 112 of it are made good here."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 p, s, factor, none;
+        mov.b32 factor, 0x77807780;
+        mov.b32 none, 0x80008000;
+        prmt.b32 p, $4, 0, 0x1404; and.b32 s, p, 0x80008000; shr.b32 p, p, 4; and.b32 p, p, 0x07F007F0;
+        or.b32 p, p, s; fma.rn.bf16x2 p, p, factor, none; mov.b32 {$0, $1}, p;
+        prmt.b32 p, $4, 0, 0x3424; and.b32 s, p, 0x80008000; shr.b32 p, p, 4; and.b32 p, p, 0x07F007F0;
+        or.b32 p, p, s; fma.rn.bf16x2 p, p, factor, none; mov.b32 {$2, $3}, p;
+        }""",
+        "=h,=h,=h,=h,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _convert(
+    loaded, BITS: tl.constexpr, PIECES: tl.constexpr, BYTE_PLANES: tl.constexpr, CODE_PLANES: tl.constexpr,
+    DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Loaded tiles, of elements, bytes or words, as PIECES CODE_PLANES operands of products."""
+    pieces = ()
+    for j in tl.static_range(PIECES):
+        for k in tl.static_range(CODE_PLANES):
+            if BITS == 0:
+                pieces = pieces + (loaded[j].to(DOT),)
+            else:
+                codes = loaded[j]
+                if BITS < 8:
+                    of_piece = loaded[j * BYTE_PLANES : (j + 1) * BYTE_PLANES]
+                    codes = _code_plane(of_piece, k, BITS, BYTE_PLANES, 0x01010101 if WORDS else 1)
+                pieces = pieces + (_values(codes, BITS, DOT, PTX) if WORDS else _value(codes, BITS, DOT),)
+    return pieces
+
+
+@triton.jit
+def _load_codes(
+    rows, shown, column, BYTE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr, PIECE: tl.constexpr,
+    WORDS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Byte planes, four bytes at a time where rows allow, since a byte would wait in a register of its own."""
+    if WORDS:
+        rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
+        return _load(rows, shown, tl.arange(0, PIECE // 4), BYTE_PLANES, CODE_PLANE // 4, PIECE // 4)
+    else:
+        return _load(rows, shown, column, BYTE_PLANES, CODE_PLANE, PIECE)
+
+
+@triton.jit
+def _load_keys(
+    rows, shown, rotary, R: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
+):  # fmt: skip
+    """Rotary keys in bfloat16, two at a time where rows allow."""
+    if WORDS:
+        rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
+        return _load(rows, shown, tl.arange(0, R // 2), 1, R // 2, R // 2)[0]
+    else:
+        return _load(rows, shown, rotary, 1, R, R)[0]
+
+
+@triton.jit
+def _unpack(keys, DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
+    """What `_load_keys` gives as an operand of products."""
+    if WORDS:
+        if PTX and DOT == tl.bfloat16:
+            a, b = tl.inline_asm_elementwise(
+                "mov.b32 {$0, $1}, $2;", "=h,=h,r", [keys], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+            )
+        else:
+            # a bfloat16 is the upper half of a float32
+            a = (keys << 16).to(tl.float32, bitcast=True).to(DOT)
+            b = (keys & 0xFFFF0000).to(tl.float32, bitcast=True).to(DOT)
+        return _wall(tl.reshape(tl.join(a, b), [keys.shape[0], 2 * keys.shape[1]]), PTX)
+    else:
+        return keys.to(DOT)
+
+
+@triton.jit
+def _load(rows, shown, column, PLANES: tl.constexpr, PLANE_WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """Columns of PLANES planes, one piece of a plane after the other: ceil(PLANE_WIDTH / PIECE) PLANES tiles."""
+    tiles = ()
+    for j in tl.static_range((PLANE_WIDTH + PIECE - 1) // PIECE):
+        for i in tl.static_range(PLANES):
+            at = rows[:, None] + (i * PLANE_WIDTH + j * PIECE + column)[None, :]
+            if column.shape[0] == PIECE and PLANE_WIDTH % PIECE == 0:
+                tiles = tiles + (tl.load(at, shown[:, None], 0),)
+            else:
+                inside = (column < PIECE) & (j * PIECE + column < PLANE_WIDTH)
+                tiles = tiles + (tl.load(at, shown[:, None] & inside[None, :], 0),)
+    return tiles
+
+
+@triton.jit
+def _load_scales(
+    rows, shown, BITS: tl.constexpr, SCALES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    CODE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr,
+):  # fmt: skip
+    """Scales [BN] of all pieces, as they are stored."""
+    scales = ()
+    for j in tl.static_range(PIECES if BITS else 0):
+        for k in tl.static_range(CODE_PLANES):
+            of_plane = (rows + SCALES).to(tl.pointer_type(tl.float32 if BITS == 9 else tl.uint16))
+            scales = scales + (tl.load(of_plane + (k * CODE_PLANE + j * PIECE) // 128, shown, 0),)
+    return scales
+
+
+@triton.jit
+def _scale(stored, BITS: tl.constexpr):
+    # a bfloat16 is the upper half of a float32
+    return stored * 256.0 if BITS == 9 else (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)

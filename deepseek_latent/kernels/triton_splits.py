@@ -1,0 +1,336 @@
+"""The kernels of absorbed attention: programs that each attend to a split of the cache, and what combines them.
+
+Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
+query token: all rows read the same latents.
+"""
+
+# Triton knows neither (*tuple, x) nor a return within two conditions joined by `and`, of which one is known beforehand
+# ruff: noqa: RUF005, SIM102, RUF059
+
+import triton
+import triton.language as tl
+
+from .triton_codes import _convert, _load, _load_codes, _load_keys, _load_scales, _scale, _unpack
+
+# a score that no score is below, finite so that a row which has seen nothing gives zeros and not NaN
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr, rotary_alignment: tl.constexpr):
+    """Where the tokens of a tile are: rows of latents and rotary keys, which of them are shown, and their positions.
+
+    A stretch is (latents, step, rotary keys, step, tokens held). Tiles of the second, None if there is no second,
+    follow the `tiles_0` of the first, so no tile has tokens of both.
+    """
+    latent, latent_step, rotary, rotary_step, held = one
+    start = tile * token.shape[0]
+    position = start + token
+    if two is not None:
+        latent_1, latent_step_1, rotary_1, rotary_step_1, held_1 = two
+        in_second = tile >= tiles_0
+        start = tl.where(in_second, (tile - tiles_0) * token.shape[0], start)
+        position = tl.where(in_second, held, 0) + start + token
+        latent = tl.where(in_second, latent_1, latent)
+        rotary = tl.where(in_second, rotary_1, rotary)
+        latent_step = tl.where(in_second, latent_step_1, latent_step)
+        rotary_step = tl.where(in_second, rotary_step_1, rotary_step)
+        held = tl.where(in_second, held_1, held)
+    shown = start + token < held
+    if hidden is not None:
+        shown = shown & (position >= hidden)
+    latent_rows = latent + start.to(tl.int64) * latent_step + token * latent_step
+    rotary_rows = rotary + start.to(tl.int64) * rotary_step + token * rotary_step
+    latent_rows = tl.multiple_of(latent_rows, latent_alignment)
+    return latent_rows, tl.multiple_of(rotary_rows, rotary_alignment), shown, position
+
+
+@triton.jit
+def _of_tokens(x, TOKENS_FIRST: tl.constexpr):
+    """[BN] beside scores."""
+    return x[:, None] if TOKENS_FIRST else x[None, :]
+
+
+@triton.jit
+def _of_rows(x, TOKENS_FIRST: tl.constexpr):
+    """[BM] beside scores, or beside context."""
+    return x[None, :] if TOKENS_FIRST else x[:, None]
+
+
+@triton.jit
+def _product(a, b, total, TOKENS_FIRST: tl.constexpr):
+    """`total` and the product a b, or all three turned, in which tokens or columns come before rows."""
+    if TOKENS_FIRST:
+        return tl.dot(tl.trans(b), tl.trans(a), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """Of one tile of tokens, [BM BN] or turned."""
+    scores = _product(queries_rotary, tl.trans(keys), None, TOKENS_FIRST)
+    for n in tl.static_range(len(pieces)):
+        keys_of_piece = tl.trans(pieces[n].to(queries[n].dtype))
+        if BITS:
+            product = _product(queries[n], keys_of_piece, None, TOKENS_FIRST)
+            scores += product * _of_tokens(_scale(scales[n], BITS), TOKENS_FIRST)
+        else:
+            scores = _product(queries[n], keys_of_piece, scores, TOKENS_FIRST)
+    return scores
+
+
+@triton.jit
+def _weigh(
+    scores, pieces, scales, largest, total, context,
+    BITS: tl.constexpr, DOT: tl.constexpr, TOKENS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The largest score so far, and all weights and weighted sums relative to it, after one more tile of tokens."""
+    larger = tl.maximum(largest, tl.max(scores, 0 if TOKENS_FIRST else 1))
+    weights = tl.exp2(scores - _of_rows(larger, TOKENS_FIRST))
+    kept = _of_rows(tl.exp2(largest - larger), TOKENS_FIRST)
+    # all of them before the first product, so that threads wait for each other once
+    scaled = ()
+    for n in tl.static_range(len(pieces) if BITS else 1):
+        by_scale = weights * _of_tokens(_scale(scales[n], BITS), TOKENS_FIRST) if BITS else weights
+        by_scale = by_scale.to(DOT)
+        scaled = scaled + (tl.trans(by_scale) if TOKENS_FIRST else by_scale,)
+    added = ()
+    for n in tl.static_range(len(pieces)):
+        added = added + (_product(scaled[n if BITS else 0], pieces[n].to(DOT), context[n] * kept, TOKENS_FIRST),)
+    return larger, total * kept + weights, added
+
+
+@triton.jit
+def _zeros(tiles):
+    zeros = ()
+    for n in tl.static_range(len(tiles)):
+        zeros = zeros + (tl.zeros_like(tiles[n]),)
+    return zeros
+
+
+@triton.jit(
+    do_not_specialize=["s", "t_0", "t_1", "num_splits", "tiles_per_split", "l0_b", "r0_b", "l1_b", "r1_b", "m_b", "m_s"]
+)
+def _attend_to_splits(
+    q_absorbed,
+    q_rotary,
+    latent_0,
+    rotary_0,
+    latent_1,
+    rotary_1,
+    mask,
+    length,
+    first,
+    parts,  # [b splits s h c]
+    sizes,  # [b splits s h]  base-2 logarithm of the sum of weights
+    scale,
+    s,
+    t_0,
+    t_1,
+    num_splits,
+    tiles_per_split,
+    qa_b,
+    qa_s,
+    qa_h,
+    qr_b,
+    qr_s,
+    qr_h,
+    l0_b,
+    l0_t,
+    r0_b,
+    r0_t,
+    l1_b,
+    l1_t,
+    r1_b,
+    r1_t,
+    m_b,
+    m_s,
+    m_t,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    HAS_TWO: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTE_PLANES: tl.constexpr,
+    CODE_PLANES: tl.constexpr,
+    CODE_PLANE: tl.constexpr,
+    PIECE: tl.constexpr,
+    SCALES: tl.constexpr,
+    LATENT_ALIGNMENT: tl.constexpr,
+    ROTARY_ALIGNMENT: tl.constexpr,
+    DOT: tl.constexpr,
+    WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    if OVERLAPS:
+        # what combines may be set up from here on; it waits for the end of all of these before it reads
+        tl.extra.cuda.gdc_launch_dependents()
+    BP: tl.constexpr = max(triton.next_power_of_2(PIECE), 16)
+    BR: tl.constexpr = max(triton.next_power_of_2(R), 16)
+    PIECES: tl.constexpr = (CODE_PLANE + PIECE - 1) // PIECE  # of a code plane
+    # programs that read the same tokens stand side by side, so that the second finds them in the second cache
+    num_tiles = tl.cdiv(s * H, BM)
+    program = tl.program_id(0)
+    row = program % num_tiles * BM + tl.arange(0, BM)
+    split = program // num_tiles % num_splits
+    sequence = (program // num_tiles // num_splits).to(tl.int64)
+    is_row = row < s * H
+    query, head = row // H, row % H
+    piece = tl.arange(0, BP)
+    rotary = tl.arange(0, BR)
+    rotary_inside = rotary < R
+
+    # queries stay for the whole split, and are on their way while `length` is
+    q_base = q_absorbed + sequence * qa_b + query * qa_s + head * qa_h
+    queries = ()
+    for j in tl.static_range(PIECES):
+        for k in tl.static_range(CODE_PLANES):
+            q_inside = (piece < PIECE) & (j * PIECE + piece < CODE_PLANE) & (k * CODE_PLANE + j * PIECE + piece < C)
+            q_at = q_base[:, None] + (k * CODE_PLANE + j * PIECE + piece)[None, :]
+            queries = queries + (tl.load(q_at, is_row[:, None] & q_inside[None, :], 0.0).to(DOT),)
+    qr_at = (q_rotary + sequence * qr_b + query * qr_s + head * qr_h)[:, None] + rotary[None, :]
+    queries_rotary = tl.load(qr_at, is_row[:, None] & rotary_inside[None, :], 0.0).to(DOT)
+
+    held_0 = t_0
+    held_1 = t_1
+    if length is not None:
+        if HAS_TWO:
+            held_1 = tl.minimum(tl.load(length).to(tl.int32), t_1)
+        else:
+            held_0 = tl.minimum(tl.load(length).to(tl.int32), t_0)
+    hidden = 0
+    if first is not None:
+        hidden = tl.load(first + sequence).to(tl.int32)
+    total = held_0 + held_1
+    tiles_0 = tl.cdiv(held_0, BN)
+    end = tiles_0
+    begin = hidden // BN
+    if HAS_TWO:
+        end = tiles_0 + tl.cdiv(held_1, BN)
+        begin = tl.where(hidden < held_0, begin, tiles_0 + tl.maximum(hidden - held_0, 0) // BN)
+    wanted = tl.maximum(end - begin, 0)
+    used = tl.minimum(num_splits, tl.cdiv(wanted, tiles_per_split))
+    part = (sequence * num_splits + split) * (s * H) + row
+    if split >= used:
+        if sizes is not None:
+            tl.store(sizes + part, tl.full([BM], -float("inf"), tl.float32), is_row)
+            return
+    used = tl.maximum(used, 1)
+    last_tile = begin + (split + 1) * wanted // used
+    first_tile = begin + split * wanted // used
+
+    largest = tl.full([BM], LOWEST, tl.float32)
+    weights = tl.zeros([BN, BM] if TOKENS_FIRST else [BM, BN], tl.float32)
+    context = ()
+    for _ in tl.static_range(PIECES * CODE_PLANES):
+        context = context + (tl.zeros([BP, BM] if TOKENS_FIRST else [BM, BP], tl.float32),)
+
+    one = (latent_0 + sequence * l0_b, l0_t, rotary_0 + sequence * r0_b, r0_t, held_0)
+    two = (latent_1 + sequence * l1_b, l1_t, rotary_1 + sequence * r1_b, r1_t, held_1) if HAS_TWO else None
+    before = hidden if first is not None else None
+    token = tl.arange(0, BN)
+    if BITS:
+        rows, rows_of_keys, shown, place = _find(
+            first_tile, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT
+        )
+        shown = shown & (first_tile < last_tile)
+        codes = _load_codes(rows, shown, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
+        packed_keys = _load_keys(rows_of_keys, shown, rotary, R, WORDS, ROTARY_ALIGNMENT)
+        scales_ahead = _load_scales(rows, shown, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
+
+    for tile in range(first_tile, last_tile):
+        here = _find(tile, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
+        latent_rows, rotary_rows, shown, position = here
+        visible = _of_tokens(shown, TOKENS_FIRST)
+        if mask is not None:
+            mask_at = mask + sequence * m_b + _of_rows(query * m_s, TOKENS_FIRST)
+            mask_at += _of_tokens(position * m_t, TOKENS_FIRST)
+            visible = tl.load(mask_at, visible & _of_rows(is_row, TOKENS_FIRST), 0) != 0
+        else:
+            visible = visible & (_of_tokens(position, TOKENS_FIRST) <= _of_rows(total - s + query, TOKENS_FIRST))
+
+        if BITS:
+            pieces = _convert(codes, BITS, PIECES, BYTE_PLANES, CODE_PLANES, DOT, WORDS, PTX)
+            keys = _unpack(packed_keys, DOT, WORDS, PTX)
+            scales = scales_ahead
+            ahead = _find(tile + 1, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
+            is_ahead = ahead[2] & (tile + 1 < last_tile)
+            scales_ahead = _load_scales(ahead[0], is_ahead, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
+            # Triton leaves a product's first operand in shared memory only if it comes from a load or into a loop, and
+            # keeps any other in registers, once per product. So this is a loop, which LLVM finds to have one round.
+            for once in range(1 + ((tile & 1) >> 1)):
+                scores = _scores(queries, queries_rotary, pieces, keys, scales, BITS, TOKENS_FIRST)
+                # The registers of this tile's codes are free for the next one's; `once` is 0, and keeps loads in here.
+                ahead = _find(tile + 1 + once, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
+                is_ahead = ahead[2] & (tile + 1 < last_tile)
+                codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
+                packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
+                scores = tl.where(visible, scores * scale, -float("inf"))
+                largest, weights, context = _weigh(
+                    scores, pieces, scales, largest, weights, context, BITS, DOT, TOKENS_FIRST
+                )
+                pieces, keys = _zeros(pieces), tl.zeros_like(keys)
+        else:
+            keys = _load(rotary_rows, shown, rotary, 1, R, R)[0].to(DOT)
+            pieces = _load(latent_rows, shown, piece, 1, C, PIECE)
+            scores = _scores(queries, queries_rotary, pieces, keys, (), BITS, TOKENS_FIRST)
+            scores = tl.where(visible, scores * scale, -float("inf"))
+            largest, weights, context = _weigh(scores, pieces, (), largest, weights, context, BITS, DOT, TOKENS_FIRST)
+    weight = tl.sum(weights, 0 if TOKENS_FIRST else 1)
+    share = 1.0 / tl.where(weight > 0, weight, 1.0)
+    for j in tl.static_range(PIECES):
+        for k in tl.static_range(CODE_PLANES):
+            out_inside = (piece < PIECE) & (j * PIECE + piece < CODE_PLANE) & (k * CODE_PLANE + j * PIECE + piece < C)
+            out_at = parts + part[:, None] * C + (k * CODE_PLANE + j * PIECE + piece)[None, :]
+            value = context[j * CODE_PLANES + k]
+            value = (tl.trans(value) if TOKENS_FIRST else value) * share[:, None]
+            tl.store(out_at, value.to(parts.dtype.element_ty), is_row[:, None] & out_inside[None, :])
+    if sizes is not None:
+        size = tl.where(weight > 0, largest + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
+        tl.store(sizes + part, size, is_row)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def _combine(
+    parts,  # [b splits rows c]
+    sizes,  # [b splits rows]
+    out,  # [b rows c]
+    num_rows,
+    num_splits,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    SPLITS: tl.constexpr,  # no less than num_splits, a multiple of AT_ONCE
+    BS: tl.constexpr,  # a power of two, no less than num_splits
+    AT_ONCE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One row's sums over all splits as the one over all tokens; what splits that saw nothing left is dropped."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    sequence = (tl.program_id(0) // num_rows).to(tl.int64)
+    row = tl.program_id(0) % num_rows
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    sizes += sequence * num_splits * num_rows + row
+    split = tl.arange(0, BS)
+    size = tl.load(sizes + split * num_rows, split < num_splits, -float("inf"))
+    largest = tl.maximum(tl.max(size, 0), LOWEST)
+    total = tl.sum(tl.exp2(size - largest), 0)
+    # a query that may look nowhere gives zeros
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+
+    parts += (sequence * num_splits * num_rows + row) * C
+    context = tl.zeros([BC], tl.float32)
+    for start in tl.static_range(0, SPLITS, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)
+        weight = tl.exp2(tl.load(sizes + split * num_rows, split < num_splits, -float("inf")) - largest)
+        # not by weight, so that no load waits for another one
+        shown = (split < num_splits)[:, None] & (column < C)[None, :]
+        value = tl.load(parts + (split.to(tl.int64) * num_rows * C)[:, None] + column[None, :], shown, 0.0)
+        context += tl.sum(tl.where((weight > 0)[:, None], value * weight[:, None], 0.0), 0)
+    at = out + (sequence * num_rows + row) * C + column
+    tl.store(at, (context * share).to(out.dtype.element_ty), column < C)
