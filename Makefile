@@ -55,8 +55,7 @@ test-triton: .venv-oldest/installed  ## the kernels for GPUs, by Triton's interp
 	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/test_triton_*.py
 
 gpu:  ## on a machine with a CUDA device, in its own environment: tests on it, then times into benchmarks/results (8 minutes)
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest -m "not slow" --device cuda tests/test_gpu.py
-	$(PYTHON) -m pytest -m "not slow" tests/test_triton_*.py
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton_*.py
 	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
 
 test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits (TORCH=torch: its newest too)

@@ -14,24 +14,23 @@ import torch
 import triton
 from torch import Tensor
 
-from deepseek_latent.kernels import triton_attention
 from deepseek_latent.kernels.triton_attention import Tiling, attend, tiling
 from deepseek_latent.latent_format import latent_format
 
 C, R, SCALE = 512, 64, 0.1147
 BETWEEN = 256 << 20  # bytes that pass before a buffer comes again
-# (rows, tokens, warps, stages, programs per multiprocessor, fewest tokens per split, tokens first)
-CODED = [Tiling(16, 64, 4, 2, 2, 128, True), Tiling(16, 32, 4, 2, 2, 128)]
+# (rows, tokens, warps, stages, programs per multiprocessor, fewest tokens per split)
+CODED = [Tiling(16, 32, 4, 2, 2, 128)]
 # bits, heads, sequences, cached tokens, cuts beside the default; what decides comes first
 CASES = [
-    ("", 16, 8, 1 << 15, [Tiling(16, 64, 4, 2, 1, 64, True)]),
+    ("", 16, 8, 1 << 15, []),
     ("4", 16, 8, 1 << 15, [*CODED, Tiling(16, 32, 4, 2, 3, 128), Tiling(16, 64, 4, 2, 1, 128)]),
     ("8", 16, 8, 1 << 15, CODED),
     ("", 16, 1, 1 << 17, []),
-    ("4", 16, 1, 1 << 17, CODED[:1]),
-    ("8", 16, 1, 1 << 17, CODED[:1]),
-    ("", 16, 1, 1 << 15, [Tiling(16, 32, 4, 3, 2, 64), Tiling(16, 64, 4, 2, 1, 64, True)]),
-    ("", 16, 8, 1 << 13, [Tiling(16, 64, 4, 2, 1, 64, True)]),
+    ("4", 16, 1, 1 << 17, []),
+    ("8", 16, 1, 1 << 17, []),
+    ("", 16, 1, 1 << 15, [Tiling(16, 32, 4, 3, 2, 64)]),
+    ("", 16, 8, 1 << 13, []),
     ("", 16, 1, 1 << 10, []),
     ("", 16, 1, 1 << 13, [Tiling(16, 32, 4, 5, 1, 32), Tiling(16, 32, 4, 5, 1, 128)]),
     ("", 16, 64, 1 << 12, [Tiling(16, 32, 4, 3, 2, 64)]),
@@ -42,11 +41,9 @@ CASES = [
     ("4", 16, 1, 1 << 19, []),
     ("8", 16, 1, 1 << 19, []),
     ("", 128, 1, 1 << 15, []),
-    ("fp8", 16, 8, 1 << 15, CODED[:1]),
+    ("fp8", 16, 8, 1 << 15, []),
     ("6", 16, 8, 1 << 15, []),
 ]
-# set up only after what they depend on, as where the device cannot do it before
-ONE_AFTER_ANOTHER = [(1, 1 << 10), (1, 1 << 15), (8, 1 << 13)]
 QUICK = 6
 
 
@@ -187,8 +184,6 @@ def run(quick: bool) -> list[dict]:
         truth = case.exact()
         for cut in [None, *cuts]:
             rows += [case.row(truth, cut, copied)]
-        if not bits and h == 16 and (b, t) in ONE_AFTER_ANOTHER:
-            rows += [one_after_another(case, truth, copied)]
         if not bits and (b, t) == (8, 1 << 13):
             rows += [case.torch_row(copied)]
     if not quick:
@@ -196,16 +191,6 @@ def run(quick: bool) -> list[dict]:
         case = Case(pools[""], "", 16, 1, 1 << 15, s=4)
         rows += [case.row(case_truth_causal(case), None, copied)]
     return rows
-
-
-def one_after_another(case: Case, truth: Tensor, copied: float) -> dict:
-    """The default without the overlap of the two kernels."""
-    has_dependent_launch = triton_attention.has_dependent_launch
-    triton_attention.has_dependent_launch = lambda _: False
-    try:
-        return case.row(truth, None, copied) | {"default": False, "overlaps": False}
-    finally:
-        triton_attention.has_dependent_launch = has_dependent_launch
 
 
 def case_truth_causal(case: Case) -> Tensor:

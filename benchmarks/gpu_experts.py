@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from deepseek_latent.expert_products import grouped_product, routed_sum
 from deepseek_latent.kernels import triton_experts
-from deepseek_latent.kernels.triton_experts import Plan, Tiles
+from deepseek_latent.kernels.triton_experts import Plan
+from deepseek_latent.kernels.triton_linear import linear
+from deepseek_latent.kernels.triton_tiles import Tiles
 
 # DeepSeek-V2-Lite
 D, INNER, E, K, SHARED = 2048, 1408, 64, 6, 2816
 DENSE, VOCABULARY = 10944, 102400
 LAYERS = 4
 VECTOR_INNER = [
-    Tiles(8, 512, 4, 3),
-    Tiles(4, 1024, 4, 3),
-    Tiles(4, 512, 4, 4),
-    Tiles(8, 256, 4, 5),
-    Tiles(8, 1024, 8, 3),
     Tiles(2, 2048, 4, 1),
+    Tiles(1, 2048, 4, 1),
+    Tiles(1, 2048, 2, 1),
+    Tiles(2, 2048, 2, 1),
+    Tiles(4, 2048, 8, 1),
     Tiles(4, 2048, 4, 1),
 ]
 VECTOR_OUTER = [
@@ -78,8 +79,6 @@ class Rows:
 
     def __init__(self):
         self.rows: list[dict] = []
-        # the fastest so far
-        self.vector, self.matrix = triton_experts.VECTOR, triton_experts.MATRIX
 
     def add(
         self, case: dict, works: list[Callable[[], Tensor]], num_bytes: float, truth: Tensor | None = None
@@ -197,8 +196,8 @@ def run_experts(rows: Rows, quick: bool) -> None:
         rest = {outer: taken(Plan(inner, outer)) for outer in outers[1:]}
         return Plan(inner, min({outers[0]: times[inner]} | rest, key=({outers[0]: times[inner]} | rest).get))
 
-    vector = rows.vector = tuned("experts, vector", 1, VECTOR_INNER, VECTOR_OUTER)
-    matrix = rows.matrix = tuned("experts, matrix", 4, MATRIX_INNER, MATRIX_OUTER)
+    vector = tuned("experts, vector", 1, VECTOR_INNER, VECTOR_OUTER)
+    matrix = tuned("experts, matrix", 4, MATRIX_INNER, MATRIX_OUTER)
     for tokens_at_once in (8, 16):
         measure("experts, matrix", 8, ours(matrix._replace(tokens=tokens_at_once)), tokens_at_once=tokens_at_once)
     for inner, outer in (
@@ -221,7 +220,7 @@ def run_experts(rows: Rows, quick: bool) -> None:
     layers = [Layer(8) for _ in range(LAYERS)]
     tokens = {m: Tokens(m, layers) for m in (1, 8, 16)}
     truths = {m: some.truth() for m, some in tokens.items()}
-    others = [Plan(Tiles(8, 512, 4, 4), Tiles(8, 512, 4, 4)), Plan(Tiles(4, 1024, 4, 4), Tiles(8, 1024, 8, 4))]
+    others = [Plan(Tiles(4, 2048, 4, 1), Tiles(8, 512, 4, 4)), Plan(Tiles(4, 2048, 8, 1), Tiles(8, 1024, 8, 4))]
     for plan in (vector, *others):
         measure("experts, vector, int8", 1, ours(plan), plan=plan)
     others = [
@@ -254,7 +253,7 @@ def run_products(rows: Rows, quick: bool) -> None:
             measure("linear in torch", m, n, width, F.linear)
         cases = [(1, tiles) for tiles in ROWS] + [(4, tiles) for tiles in (*ROWS[:2], *MATRIX_ROWS)]
         for m, tiles in cases[:2] if quick else cases:
-            measure("linear", m, n, width, partial(triton_experts.linear, tiles=tiles), tiles=tiles)
+            measure("linear", m, n, width, partial(linear, tiles=tiles), tiles=tiles)
 
     weights = stretches(DENSE, D)
     dense = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
@@ -266,32 +265,13 @@ def run_products(rows: Rows, quick: bool) -> None:
             rows.add({"case": name, "m": m}, works, 6 * D * DENSE, truth)
 
 
-def run_overlapping(rows: Rows, quick: bool) -> None:
-    """Kernels that start while the ones before them end, beside such that do not."""
-    layers = [Layer(16) for _ in range(LAYERS)]
-    tokens = {m: Tokens(m, layers) for m in (1, 4)}
-    x = torch.randn(1, D, device="cuda", dtype=torch.bfloat16)
-    squares = layers[0].gate_up.view(-1, D, D)[:16]
-    for overlaps in (False, True):
-        triton_experts.OVERLAPS, case = overlaps, {"overlaps": overlaps}
-        try:
-            for m, plan in ((1, rows.vector), (4, rows.matrix)):
-                works, truth = tokens[m].works(ours(plan)), tokens[m].truth()
-                rows.add({"case": "experts, one after another", "m": m} | case, works, tokens[m].num_bytes, truth)
-            works = [partial(triton_experts.linear, x, square) for square in squares]
-            truth = F.linear(x.float(), squares[0].float())
-            rows.add({"case": "linear, one after another", "m": 1, "n": D} | case, works, 2 * D * D, truth)
-        finally:
-            triton_experts.OVERLAPS = False
-
-
 def run(quick: bool) -> list[dict]:
     rows = Rows()
     torch.manual_seed(0)
     source, target = torch.ones(2, 1 << 28, device="cuda", dtype=torch.bfloat16)
     rows.add({"case": "copy"}, [lambda: target.copy_(source)], 2 * source.nbytes)
     source = target = None
-    for part in (run_experts, run_overlapping, run_products):
+    for part in (run_experts, run_products):
         try:
             with torch.no_grad():
                 part(rows, quick)

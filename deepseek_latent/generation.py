@@ -68,7 +68,9 @@ class LatentGenerationMixin(GenerationHooks):
             if settings.is_assistant:
                 # an assistant's own cache comes back with the settings it was made by
                 settings.cache_implementation = settings.cache_config = None
-        if self.replayed_steps is not None and given is None and settings.cache_implementation is None:
+        # an assistant is called for a few tokens at a time, too few for a graph of their own
+        replays = self.replayed_steps is not None and not settings.is_assistant
+        if replays and given is None and settings.cache_implementation is None:
             settings.cache_implementation = "static"
         wanted = settings.cache_implementation
         if wanted is not None and wanted.startswith("offloaded"):
@@ -124,7 +126,11 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     if mask is not None and mask.dim() == 2:
         inputs["attention_mask"] = F.pad(mask, (0, cache.max_cache_len - mask.shape[1]), value=1)
     cache.count.to_device(ids.device)
-    output = step(**inputs)
+    try:
+        output = step(**inputs)
+    except BaseException:
+        cache.count.take_back()
+        raise
     cache.count.replayed(ids.shape[1])
     return output
 

@@ -30,10 +30,9 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, i
     # what follows reads numbers that a graph being recorded keeps as tensors
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
-    count = getattr(cache, "count", None)
-    if count is not None and count.is_recorded:
+    if getattr(cache, "is_recorded", False):
         return
-    if count is not None:
+    if getattr(cache, "is_static", False):
         check_room(cache.max_cache_len, int(cache.get_seq_length()) + hidden.shape[1])
     if isinstance(cache, StaticCache):
         if attention_name(config) == "flex_attention":

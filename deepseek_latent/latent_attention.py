@@ -106,7 +106,7 @@ class DeepseekV2Attention(nn.Module):
         """The context of every head by the cheapest route that is right here (see the class)."""
         num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
-        if latents.num_held is not None and (attention_mask is None or attention_mask.dim() != 4):
+        if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
             attention_mask = mask_of_held(attention_mask, num_tokens, latents)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)

@@ -81,17 +81,22 @@ class LatentCache(DynamicCache):
         return self.count is not None
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether the step being computed will be replayed, over whole buffers; see `TokenCount`."""
+        return self.is_static and self.count.is_recorded
+
+    @property
     def max_cache_len(self) -> int | None:
         return self.layers[0].max_cache_len if self.is_static else None
 
     def begin_step(self, device: torch.device) -> None:
         """Settles who counts the tokens of the next step, which is computed on `device`; see `TokenCount`."""
         if self.is_static:
-            self.count.to_device(device) if self.count.is_recorded else self.count.to_host()
+            self.count.to_device(device) if self.is_recorded else self.count.to_host()
 
     def advance(self, num_tokens: int) -> None:
         """Counts a step's tokens before its first layer writes, where the device counts."""
-        if self.is_static and self.count.is_recorded:
+        if self.is_recorded:
             self.count.advance(num_tokens)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -190,14 +190,16 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         else:
             past = cache
             check_unpaged(self.config)
-            attention_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                # transformers looks for packed sequences in position_ids only where nothing is cached
-                **{CACHE: None if is_ours and isinstance(cached, int) and cached == 0 else cache},
-            )
+            # over a whole buffer, attention goes by the number of tokens held
+            if attention_mask is not None or not is_ours or not cache.is_recorded:
+                attention_mask = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    # transformers looks for packed sequences in position_ids only where nothing is cached
+                    **{CACHE: None if is_ours and isinstance(cached, int) and cached == 0 else cache},
+                )
         if is_ours:
             cache.advance(inputs_embeds.shape[1])
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)

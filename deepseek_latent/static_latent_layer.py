@@ -67,6 +67,10 @@ class TokenCount:
         """Tells the host that a recorded step of so many tokens was computed, which has counted on the device."""
         self._set_host(self.layers[0].num_held + num_tokens)
 
+    def take_back(self) -> None:
+        """Forgets a recorded step that did not come to its end; what it wrote is beyond the tokens held."""
+        self.host_is_right, self.device_is_right = True, False
+
     def _set_host(self, num_tokens: int) -> None:
         self.host_is_right = True
         for layer in self.layers:

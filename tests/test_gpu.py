@@ -111,7 +111,8 @@ def test_undo_gives_the_classes_back():
 
 @torch.no_grad()
 def test_padding_in_half_precision_leaves_no_trace():
-    model = plain(torch.bfloat16)
+    # without a router, which near a tie may choose otherwise
+    model = tiny_model(torch.bfloat16, n_routed_experts=None).cuda()
     alone = model(ids()[:1, 4:], use_cache=False).logits
     padded = model(ids(), attention_mask=PADDED.cuda(), use_cache=False).logits
     assert padded.isfinite().all()

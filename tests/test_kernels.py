@@ -257,7 +257,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
-    from deepseek_latent.kernels.layers import bits_of, as_pair
+    from deepseek_latent.kernels.layers import as_pair, bits_of
 
     b, s, h, r, t = 2, 2, 5, 6, 90
     rows_format = latent_format(bits, c, r, torch.bfloat16)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from .support import needs_compiler
 
@@ -44,7 +45,13 @@ def test_every_python_block_runs_and_prints_what_its_comments_say(block):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("caches.md", 6), ("fine-tuning.md", 7), pytest.param("speed.md", 2, marks=needs_compiler)]
+    ("name", "count"),
+    [
+        ("caches.md", 6),
+        ("fine-tuning.md", 7),
+        pytest.param("speed.md", 2, marks=needs_compiler),
+        pytest.param("gpu.md", 1, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
+    ],
 )
 def test_a_page_of_the_docs_runs_from_top_to_bottom(name, count, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), flags=re.DOTALL)

@@ -4,20 +4,20 @@ Letters: b batch, s new tokens, h heads, d model width, n/r/v content, rotary an
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..balance import TokenDropping
-from ..compat_accelerate import is_offloaded
 from ..compat_cache_name import takes_either_cache_name
 from ..hooks import has_hooks
 from ..latent_attention import DeepseekV2Attention
 from ..latent_cache import LatentCache
 from ..latent_format import Latents
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ..moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from .gpu_one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
+from .gpu_plain import are_plain_experts, is_plain_norm, weights_of_mlp
 from .layers import as_pair, bits_of
 from .triton_attention import attend
 from .triton_experts import experts, mlp
@@ -27,9 +27,6 @@ from .triton_rows import add_rms_norm, norm_rotate, norm_rotate_write, rms_norm,
 FEW_QUERIES, FEW_TOKENS = 16, 64
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SILU = type(ACT2FN["silu"])
-# formats of rows that `norm_rotate_write` writes itself
-WRITTEN = (None, 8, 4)
 
 
 class GpuDecoderLayer(DeepseekV2DecoderLayer):
@@ -61,12 +58,25 @@ class GpuDecoderLayer(DeepseekV2DecoderLayer):
                 dropping=dropping,
                 **kwargs,
             )
+        decode = self._one_token if hidden_states.shape[:2] == (1, 1) else self._few_tokens
+        return decode(hidden_states, position_embeddings, cache, attention_mask, *up_projections)
+
+    def _few_tokens(self, x: Tensor, *given) -> Tensor:
         norm = self.input_layernorm
-        normed = rms_norm(hidden_states, norm.weight, norm.eps)
-        attended = attention(self.self_attn, normed, position_embeddings, cache, attention_mask, *up_projections)
+        attended = attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
         norm = self.post_attention_layernorm
-        hidden_states, normed = add_rms_norm(attended, hidden_states, norm.weight, norm.eps)
-        return feed_forward(self.mlp, normed, hidden_states)
+        x, normed = add_rms_norm(attended, x, norm.weight, norm.eps)
+        return feed_forward(self.mlp, normed, x)
+
+    def _one_token(self, x: Tensor, *given) -> Tensor:
+        """Each half of the layer in as few launches as its parts allow."""
+        norm = self.input_layernorm
+        attended = attended_by_one_token(self.self_attn, norm, x, *given)
+        if attended is None:
+            attended = x + attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+        norm = self.post_attention_layernorm
+        out = fed_forward_by_one_token(self.mlp, norm, attended)
+        return feed_forward(self.mlp, rms_norm(attended, norm.weight, norm.eps), attended) if out is None else out
 
     def _decodes(self, x: Tensor, mask: Tensor | BlockMask | None, cache: object) -> bool:
         if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
@@ -78,21 +88,12 @@ class GpuDecoderLayer(DeepseekV2DecoderLayer):
         attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
         if attention.config.output_attentions or has_hooks(attention) or has_hooks(self.mlp):
             return False
-        return all(_is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
+        return all(is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
 
 
 def _is_readable(mask: Tensor | BlockMask | None) -> bool:
     return mask is None or (
         isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.dtype == torch.bool
-    )
-
-
-def _is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
-    return (
-        type(norm) is nn.RMSNorm
-        and not has_hooks(norm)
-        and norm.weight.dtype == x.dtype
-        and norm.weight.device == x.device
     )
 
 
@@ -147,10 +148,10 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
     if len(tokens) > FEW_TOKENS:
         return residual + module(x)
     if isinstance(module, DeepseekV2MLP):
-        weights = _weights_of(module, x)
+        weights = weights_of_mlp(module, x)
         return residual + module(x) if weights is None else mlp(tokens, *weights, residual=added).view_as(x)
-    shared = () if module.shared_experts is None else _weights_of(module.shared_experts, x)
-    if shared is None or not _are_plain_experts(module.experts, x):
+    shared = () if module.shared_experts is None else weights_of_mlp(module.shared_experts, x)
+    if shared is None or not are_plain_experts(module.experts, x):
         return residual + module(x)
     _, weights, chosen = _routed(module.gate, tokens)
     stacked = module.experts.gate_up_proj, module.experts.down_proj
@@ -161,28 +162,4 @@ def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Te
     # whoever watches the router sees its own call
     if type(gate) is not DeepseekV2MoEGate or has_hooks(gate):
         return gate(tokens)
-    n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
-    choice = {"normalise": gate.is_normalised, "scaling_factor": gate.routed_scaling_factor}
-    return route(tokens, gate.weight, gate.num_experts_per_tok, n_group, topk_group, **choice)
-
-
-def _weights_of(module: DeepseekV2MLP, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """gate, up and down of an MLP whose parts do nothing but multiply."""
-    parts = module.gate_proj, module.up_proj, module.down_proj
-    if type(module) is not DeepseekV2MLP or has_hooks(module) or type(module.act_fn) is not SILU:
-        return None
-    for part in parts:
-        if type(part) is not nn.Linear or part.bias is not None or has_hooks(part) or not _is_plain(part.weight, x):
-            return None
-    return tuple(part.weight for part in parts)
-
-
-def _are_plain_experts(module: nn.Module, x: Tensor) -> bool:
-    if type(module) is not DeepseekV2Experts or type(module.act_fn) is not SILU or is_offloaded(module):
-        return False
-    return module.takes_grouped_products() and all(_is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
-
-
-def _is_plain(weight: Tensor, x: Tensor) -> bool:
-    is_here = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
-    return is_here and weight.dtype == x.dtype and weight.is_contiguous()
+    return route(tokens, gate.weight, **choice_of(gate))

@@ -1,5 +1,7 @@
 """Steps of decoding as one CUDA graph: a launch per token instead of hundreds."""
 
+import warnings
+
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -10,7 +12,8 @@ from ..latent_cache import LatentCache
 
 # what a step is computed from; a step that is asked for more is not replayed
 INPUTS = ("input_ids", "position_ids", "attention_mask")
-IGNORED = ("use_cache", "return_dict", *CACHE_NAMES)
+# of one token there is one position's logits to keep
+IGNORED = ("use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)
 
 
 class ReplayedSteps:
@@ -26,7 +29,9 @@ class ReplayedSteps:
         self.model = model
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: dict[str, Tensor] | None = None
+        self._cannot = False
+        self._names: list[str] = []
+        self._inputs: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
     def takes(self, inputs: dict) -> bool:
@@ -39,22 +44,53 @@ class ReplayedSteps:
 
     def __call__(self, **inputs) -> ModelOutput:
         """One step; its logits [b 1 vocab] are the caller's to keep."""
-        cache, given = inputs[CACHE], {name: inputs[name] for name in INPUTS if inputs.get(name) is not None}
-        if self._inputs is None:
-            self._inputs = {name: x.clone() for name, x in given.items()}
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream), cache.count.recorded():
-                output = self._step(cache)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return output
-        for name, x in given.items():
-            self._inputs[name].copy_(x)
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._logits = self._step(cache).logits
+        cache = inputs[CACHE]
+        if not self._inputs:
+            return self._first(cache, inputs)
+        for name in self._names:
+            self._inputs[name].copy_(inputs[name])
+        if self._graph is None and not self._capture(cache):
+            with cache.count.recorded():
+                return self._step(cache)
         self._graph.replay()
         return MoeCausalLMOutputWithPast(logits=self._logits.clone(), **{CACHE: cache})
+
+    def _first(self, cache: LatentCache, inputs: dict) -> ModelOutput:
+        self._names = [name for name in INPUTS if inputs.get(name) is not None]
+        # without padding the number of tokens says it all; generate() only adds ones to a mask
+        if "attention_mask" in self._names and bool(inputs["attention_mask"].all()):
+            self._names.remove("attention_mask")
+        self._inputs = {name: inputs[name].clone() for name in self._names}
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), cache.count.recorded():
+            output = self._step(cache)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return output
+
+    def _capture(self, cache: LatentCache) -> bool:
+        """Whether a step could be captured; if not, steps go on being computed, and the user is told why."""
+        if self._cannot:
+            return False
+        # not by `with torch.cuda.graph(...)`, which first gives back the free memory that the next prompt would take
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._logits = self._step(cache).logits
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            self._cannot = True
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"steps are computed and not replayed, since one could not be captured: {reason}", stacklevel=2
+            )
+            return False
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graph = graph
+        return True
 
     def _step(self, cache: LatentCache) -> ModelOutput:
         return self.model(**self._inputs, **{CACHE: cache}, use_cache=True, return_dict=True)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_codes import has_words, layout
+from .triton_overlap import launch_options
 from .triton_splits import _attend_to_splits, _combine
 
 LOG2_E = 1.4426950408889634
@@ -35,7 +36,6 @@ class Tiling(NamedTuple):
     num_stages: int
     programs_per_sm: int
     tokens_per_split: int  # fewest that are worth a split of their own
-    tokens_first: bool = False  # products have tokens as rows and queries as columns
 
 
 def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capacity: int = 1 << 15) -> Tiling:
@@ -69,11 +69,30 @@ def attend(
     Tokens behind `length` and before `first` are never read. A query that may look nowhere gives zeros. No
     synchronisation: `length` and `first` stay on the device, and how many splits share the work is decided there.
     """
+    if q_absorbed.numel() == 0 or all(latent.shape[1] == 0 for latent in latents):
+        return q_absorbed.new_zeros(q_absorbed.shape)
+    given = {"scale": scale, "mask": mask, "bits": bits, "length": length, "first": first, "cut": cut}
+    parts, sizes = attend_in_splits(q_absorbed, q_rotary, latents, k_rotary, **given)
+    return parts if sizes is None else combine(parts, sizes, q_absorbed.dtype, overlap=True)
+
+
+def attend_in_splits(
+    q_absorbed: Tensor,
+    q_rotary: Tensor,
+    latents: list[Tensor],
+    k_rotary: list[Tensor],
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    bits: str = "",
+    length: Tensor | None = None,
+    first: Tensor | None = None,
+    cut: Tiling | None = None,
+    overlap: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` without its last step: what `combine` takes, or the result and None where there is one split."""
     b, s, h, c = q_absorbed.shape
     pairs = [pair for pair in zip(latents, k_rotary) if pair[0].shape[1] > 0]
-    out = torch.empty(b, s, h, c, dtype=q_absorbed.dtype, device=q_absorbed.device)
-    if not pairs or out.numel() == 0:
-        return out.zero_()
     assert len(pairs) <= 2
     assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
     assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
@@ -85,11 +104,10 @@ def attend(
     num_tiles = triton.cdiv(s * h, cut.rows)
     splits = num_splits(b * num_tiles, capacity, cut, q_absorbed.device)
     if splits > 1:
-        parts = torch.empty(b, splits, s * h, c, dtype=torch.float32, device=out.device)
-        sizes = torch.empty(b, splits, s * h, dtype=torch.float32, device=out.device)
+        parts = q_absorbed.new_empty(b, splits, s, h, c, dtype=torch.float32)
+        sizes = q_absorbed.new_empty(b, splits, s, h, dtype=torch.float32)
     else:
-        parts, sizes = out, None
-    overlaps = splits > 1 and has_dependent_launch(out.device)
+        parts, sizes = q_absorbed.new_empty(b, s, h, c), None
 
     (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
     _attend_to_splits[(num_tiles * splits * b,)](
@@ -129,34 +147,43 @@ def attend(
         DOT=product_dtype(q_absorbed),
         WORDS=bool(bits) and has_words(form, q_rotary.shape[3], alignment(latent_0, latent_1, rotary_0, rotary_1)),
         PTX=q_absorbed.is_cuda and torch.version.hip is None,
-        TOKENS_FIRST=cut.tokens_first,
-        OVERLAPS=overlaps,
         BM=cut.rows,
         BN=cut.tokens,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
         **registers(cut),
+        **launch_options(q_absorbed, overlap),
     )
-    if splits > 1:
-        # some 32 numbers per thread: all splits of a row are on the way at once, whether they are few or many
-        at_once = min(triton.next_power_of_2(splits), 64)
-        columns = min(4096 // at_once, triton.next_power_of_2(c))
-        grid = (b * s * h, triton.cdiv(c, columns))
-        _combine[grid](
-            parts,
-            sizes,
-            out,
-            s * h,
-            splits,
-            C=c,
-            BC=columns,
-            SPLITS=triton.cdiv(splits, at_once) * at_once,
-            BS=triton.next_power_of_2(splits),
-            AT_ONCE=at_once,
-            OVERLAPS=overlaps,
-            num_warps=4,
-            **({"launch_pdl": True} if overlaps else {}),
-        )
+    return parts, sizes
+
+
+def combine(
+    parts: Tensor,  # [b splits s h c]  float32
+    sizes: Tensor,  # [b splits s h]  base-2 logarithm of the sum of weights
+    dtype: torch.dtype,
+    *,
+    overlap: bool = False,
+) -> Tensor:  # [b s h c]
+    """What `attend_in_splits` gave as the weighted sums over all tokens."""
+    b, splits, s, h, c = parts.shape
+    out = parts.new_empty(b, s, h, c, dtype=dtype)
+    # some 32 numbers per thread: all splits of a row are on the way at once, whether they are few or many
+    at_once = min(triton.next_power_of_2(splits), 64)
+    columns = min(4096 // at_once, triton.next_power_of_2(c))
+    _combine[(b * s * h, triton.cdiv(c, columns))](
+        parts,
+        sizes,
+        out,
+        s * h,
+        splits,
+        C=c,
+        BC=columns,
+        SPLITS=triton.cdiv(splits, at_once) * at_once,
+        BS=triton.next_power_of_2(splits),
+        AT_ONCE=at_once,
+        num_warps=4,
+        **launch_options(parts, overlap),
+    )
     return out
 
 
@@ -169,14 +196,6 @@ def num_splits(num_programs: int, capacity: int, cut: Tiling, device: torch.devi
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@cache
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may be set up while the one before it runs, and wait for it by itself."""
-    if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def registers(cut: Tiling) -> dict[str, int]:

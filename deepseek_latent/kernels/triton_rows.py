@@ -5,40 +5,22 @@ e routed experts, k experts per token, t rows of a cache's buffer.
 
 These kernels move a few kilobytes, so what they cost is latency: a program issues all its loads before the first use,
 and nothing here waits for the host. Grids depend on shapes only, so every launch may be captured in a CUDA graph.
-With `overlap=True` a launch hides behind the kernel ahead of it, see `_launch_options`.
+With `overlap=True` a launch hides behind the kernel ahead of it, see `launch_options`.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..latent_format import PLANE, IntegerFormat
+from .triton_overlap import launch_options, wait_for_inputs
 
 # 16 bytes of half precision, what one thread loads at a time
 VECTOR = 8
 # above this, matrix units beat products that share no weight among tokens
 MOST_SPLIT_TOKENS = 16
-
-
-@functools.cache
-def _has_dependent_launches(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch_options(x: Tensor, overlap: bool) -> dict:
-    """`overlap` lets a kernel start, and load its weights, while the kernel ahead of it in the stream is at work.
-
-    Right after any kernel that changes no weight, in a stream or a captured graph: all else is read, and everything
-    is written, when that kernel has ended (programmatic dependent launch, from compute capability 9.0 on; before,
-    nothing overlaps). Every kernel here lets the next one start as early.
-    """
-    can = _has_dependent_launches(x.device)
-    return {"OVERLAPS": can} | ({"launch_pdl": True} if can and overlap else {})
 
 
 def add_rms_norm(
@@ -100,20 +82,8 @@ def _launch_rms_norm(
         BLOCK=block,
         ADDS=residual is not None,
         num_warps=num_warps or min(max(block // (32 * VECTOR), 1), 16),
-        **_launch_options(x, overlap),
+        **launch_options(x, overlap),
     )
-
-
-@triton.jit
-def _wait_for_inputs(OVERLAPS: tl.constexpr):
-    """Stands after the loads of weights and before all else: what is loaded before is not put off by the assembler.
-
-    In a launch with `overlap=True` a program comes here while the kernel before is at work, and waits for its end; in
-    other launches this waits for nothing.
-    """
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -136,7 +106,7 @@ def _rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0.0)
-    _wait_for_inputs(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     if ADDS:
         other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
@@ -173,14 +143,7 @@ def norm_rotate_write(
     r = compressed.shape[-1] - c
     s = compressed.shape[1]
     assert start.numel() == 1 if isinstance(start, Tensor) else 0 <= start <= rows.shape[1] - s
-    if bits is None:
-        assert rows.dtype == compressed.dtype
-        assert rows.shape[2] == c + r
-        latent, scales, k_rotary = rows[..., :c], rows, rows[..., c:]
-    else:
-        assert rows.dtype == torch.uint8
-        assert bits in (8, 4)
-        latent, scales, k_rotary = _coded_parts(rows, IntegerFormat(c, r, compressed.dtype, bits))
+    latent, scales, k_rotary = parts_of_rows(rows, c, r, compressed.dtype, bits)
     inputs = queries, compressed, norm_weight, cos, sin
     _launch_norm_rotate(inputs, (latent, scales, k_rotary), eps, start, bits, overlap, heads_per_program, num_warps)
 
@@ -206,8 +169,15 @@ def norm_rotate(
     return latent, k_rotary
 
 
-def _coded_parts(rows: Tensor, format: IntegerFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [b t ..], scales [b t planes] and rotary keys [b t r] as views of rows of bytes."""
+def parts_of_rows(rows: Tensor, c: int, r: int, dtype: torch.dtype, bits: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents or codes [b t ..], scales [b t planes] (anything without bits) and rotary keys [b t r], as views."""
+    if bits is None:
+        assert rows.dtype == dtype
+        assert rows.shape[2] == c + r
+        return rows[..., :c], rows, rows[..., c:]
+    assert rows.dtype == torch.uint8
+    assert bits in (8, 4)
+    format = IntegerFormat(c, r, dtype, bits)
     assert rows.shape[2] == format.row_width
     scales = format._scales
     return rows, rows[..., scales].view(torch.bfloat16), rows[..., scales.stop :].view(torch.bfloat16)
@@ -271,7 +241,7 @@ def _launch_norm_rotate(
         num_warps=num_warps,
         # torch rounds a product before it adds, and so must we to write the same bytes
         enable_fp_fusion=False,
-        **_launch_options(queries, overlap),
+        **launch_options(queries, overlap),
     )
 
 
@@ -317,28 +287,82 @@ def _norm_rotate_kernel(
     token, part, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     angle = sequence * cos_b + token * cos_s
     if part > 0:
-        _wait_for_inputs(OVERLAPS)
+        wait_for_inputs(OVERLAPS)
         head = (part - 1) * HEADS + tl.arange(0, HEADS)
         row = queries + sequence * queries_b + token * queries_s
-        _turn_heads(row, cos + angle, sin + angle, head, H, N, R, R_BLOCK)
+        turn_heads(row, cos + angle, sin + angle, head, H, N, R, R_BLOCK)
     else:
-        column = tl.arange(0, PLANES)[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
-        weight = tl.load(norm_weight + column, mask=column < C, other=0.0)
-        _wait_for_inputs(OVERLAPS)
-        position = token + (tl.load(start).to(tl.int64) if START_IS_POINTER else start)
-        is_inside = (position >= 0) & (position < num_rows)
         source = compressed + sequence * compressed_b + token * compressed_s
-        # before the first store, which no later load may overtake
-        value = tl.load(source + column, mask=column < C, other=0.0)
-        latent += sequence * latent_b + position * LATENT_STRIDE
-        scales += sequence * scales_b + position * SCALES_STRIDE
-        k_rotary += sequence * key_b + position * KEY_STRIDE
-        _write_key(source + C, cos + angle, sin + angle, k_rotary, is_inside, R, R_BLOCK)
-        _write_latent(value, weight, eps, latent, scales, column, is_inside, C, BITS, PLANE)
+        latent += sequence * latent_b
+        scales += sequence * scales_b
+        k_rotary += sequence * key_b
+        write_row(
+            source,
+            norm_weight,
+            cos + angle,
+            sin + angle,
+            latent,
+            scales,
+            k_rotary,
+            start,
+            token,
+            num_rows,
+            eps,
+            LATENT_STRIDE,
+            SCALES_STRIDE,
+            KEY_STRIDE,
+            START_IS_POINTER,
+            R,
+            C,
+            BITS,
+            PLANE,
+            PLANES,
+            R_BLOCK,
+            OVERLAPS,
+        )
 
 
 @triton.jit
-def _turn_heads(row, cos, sin, head, H: tl.constexpr, N: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr):
+def write_row(
+    source,
+    norm_weight,
+    cos,
+    sin,
+    latent,
+    scales,
+    k_rotary,
+    start,
+    token,
+    num_rows,
+    eps,
+    LATENT_STRIDE: tl.constexpr,
+    SCALES_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    START_IS_POINTER: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    PLANES: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """The latent and the key of one token, normed and rotated, to its row of one sequence's buffer."""
+    column = tl.arange(0, PLANES)[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
+    weight = tl.load(norm_weight + column, mask=column < C, other=0.0)
+    wait_for_inputs(OVERLAPS)
+    position = token + (tl.load(start).to(tl.int64) if START_IS_POINTER else start)
+    is_inside = (position >= 0) & (position < num_rows)
+    # before the first store, which no later load may overtake
+    value = tl.load(source + column, mask=column < C, other=0.0)
+    _write_key(source + C, cos, sin, k_rotary + position * KEY_STRIDE, is_inside, R, R_BLOCK)
+    latent += position * LATENT_STRIDE
+    scales += position * SCALES_STRIDE
+    _write_latent(value, weight, eps, latent, scales, column, is_inside, C, BITS, PLANE)
+
+
+@triton.jit
+def turn_heads(row, cos, sin, head, H: tl.constexpr, N: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr):
     """Rotates pairs (2i, 2i+1) of some heads, in place."""
     head, rotary, pair = head[:, None], tl.arange(0, R_BLOCK)[None, :], tl.arange(0, R_BLOCK // 2)[None, :]
     at = row + head * (N + R) + N + rotary
@@ -468,7 +492,7 @@ def split_logits(x: Tensor, weight: Tensor, *, overlap: bool = False, experts_pe
         EXPERTS=experts,
         BLOCK=min(triton.next_power_of_2(d), 32 * 4 * VECTOR),
         num_warps=4,
-        **_launch_options(x, overlap),
+        **launch_options(x, overlap),
     )
     return logits
 
@@ -498,7 +522,7 @@ def _split_logits_kernel(
     parts = ()
     for first in tl.static_range(0, D, BLOCK):
         parts += (tl.load(w_at + first, mask=(expert < E) & (first + column < D), other=0.0),)
-    _wait_for_inputs(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     total = tl.zeros((TOKENS, EXPERTS, BLOCK), tl.float32)
     for first in tl.static_range(0, D, BLOCK):
         value = tl.load(x_at + first, mask=(token < m) & (first + column < D), other=0.0)
@@ -541,7 +565,7 @@ def multiplied_logits(
         WIDENS=not x.is_cuda,
         num_warps=num_warps,
         num_stages=num_stages,
-        **_launch_options(x, overlap),
+        **launch_options(x, overlap),
     )
     return logits
 
@@ -569,7 +593,7 @@ def _multiplied_logits_kernel(
     x_at = x + token[:, None].to(tl.int64) * x_stride + column[None, :]
     w_at = weight + expert[None, :].to(tl.int64) * weight_stride + column[:, None]
     total = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    _wait_for_inputs(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     for first in range(0, D, COLUMNS):
         is_column = first + column < D
         value = tl.load(x_at + first, mask=(token < m)[:, None] & is_column[None, :], other=0.0)
@@ -615,7 +639,7 @@ def choose(
         NORMALISES=normalise,
         # one warp reduces without a barrier
         num_warps=1,
-        **_launch_options(logits, overlap),
+        **launch_options(logits, overlap),
     )
     return weights, experts
 
@@ -646,7 +670,7 @@ def _choose_kernel(
     group, member = tl.arange(0, GROUPS_BLOCK), tl.arange(0, PER_GROUP_BLOCK)
     exists = (group < GROUPS)[:, None] & (member < PER_GROUP)[None, :]
     at = logits + token * (GROUPS * PER_GROUP) + group[:, None] * PER_GROUP + member[None, :]
-    _wait_for_inputs(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     logit = tl.load(at, mask=exists, other=float("-inf"))
     keys = tl.where(exists, _ordered(logit), NO_EXPERT)
     largest = _logit_of(tl.max(tl.max(keys, axis=1), axis=0))

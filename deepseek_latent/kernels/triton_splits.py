@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_codes import _convert, _load, _load_codes, _load_keys, _load_scales, _scale, _unpack
+from .triton_overlap import wait_for_inputs
 
 # a score that no score is below, finite so that a row which has seen nothing gives zeros and not NaN
 LOWEST = tl.constexpr(-1.0e30)
@@ -46,67 +47,35 @@ def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr
 
 
 @triton.jit
-def _of_tokens(x, TOKENS_FIRST: tl.constexpr):
-    """[BN] beside scores."""
-    return x[:, None] if TOKENS_FIRST else x[None, :]
-
-
-@triton.jit
-def _of_rows(x, TOKENS_FIRST: tl.constexpr):
-    """[BM] beside scores, or beside context."""
-    return x[None, :] if TOKENS_FIRST else x[:, None]
-
-
-@triton.jit
-def _product(a, b, total, TOKENS_FIRST: tl.constexpr):
-    """`total` and the product a b, or all three turned, in which tokens or columns come before rows."""
-    if TOKENS_FIRST:
-        return tl.dot(tl.trans(b), tl.trans(a), total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr, TOKENS_FIRST: tl.constexpr):
-    """Of one tile of tokens, [BM BN] or turned."""
-    scores = _product(queries_rotary, tl.trans(keys), None, TOKENS_FIRST)
+def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
+    """Of one tile of tokens, [BM BN]."""
+    scores = tl.dot(queries_rotary, tl.trans(keys), input_precision="ieee")
     for n in tl.static_range(len(pieces)):
         keys_of_piece = tl.trans(pieces[n].to(queries[n].dtype))
         if BITS:
-            product = _product(queries[n], keys_of_piece, None, TOKENS_FIRST)
-            scores += product * _of_tokens(_scale(scales[n], BITS), TOKENS_FIRST)
+            product = tl.dot(queries[n], keys_of_piece, input_precision="ieee")
+            scores += product * _scale(scales[n], BITS)[None, :]
         else:
-            scores = _product(queries[n], keys_of_piece, scores, TOKENS_FIRST)
+            scores = tl.dot(queries[n], keys_of_piece, scores, input_precision="ieee")
     return scores
 
 
 @triton.jit
-def _weigh(
-    scores, pieces, scales, largest, total, context,
-    BITS: tl.constexpr, DOT: tl.constexpr, TOKENS_FIRST: tl.constexpr,
-):  # fmt: skip
+def _weigh(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
     """The largest score so far, and all weights and weighted sums relative to it, after one more tile of tokens."""
-    larger = tl.maximum(largest, tl.max(scores, 0 if TOKENS_FIRST else 1))
-    weights = tl.exp2(scores - _of_rows(larger, TOKENS_FIRST))
-    kept = _of_rows(tl.exp2(largest - larger), TOKENS_FIRST)
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    kept = tl.exp2(largest - larger)[:, None]
     # all of them before the first product, so that threads wait for each other once
     scaled = ()
     for n in tl.static_range(len(pieces) if BITS else 1):
-        by_scale = weights * _of_tokens(_scale(scales[n], BITS), TOKENS_FIRST) if BITS else weights
-        by_scale = by_scale.to(DOT)
-        scaled = scaled + (tl.trans(by_scale) if TOKENS_FIRST else by_scale,)
+        by_scale = weights * _scale(scales[n], BITS)[None, :] if BITS else weights
+        scaled = scaled + (by_scale.to(DOT),)
     added = ()
     for n in tl.static_range(len(pieces)):
-        added = added + (_product(scaled[n if BITS else 0], pieces[n].to(DOT), context[n] * kept, TOKENS_FIRST),)
+        product = tl.dot(scaled[n if BITS else 0], pieces[n].to(DOT), context[n] * kept, input_precision="ieee")
+        added = added + (product,)
     return larger, total * kept + weights, added
-
-
-@triton.jit
-def _zeros(tiles):
-    zeros = ()
-    for n in tl.static_range(len(tiles)):
-        zeros = zeros + (tl.zeros_like(tiles[n]),)
-    return zeros
 
 
 @triton.jit(
@@ -162,14 +131,11 @@ def _attend_to_splits(
     DOT: tl.constexpr,
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
-    TOKENS_FIRST: tl.constexpr,
     OVERLAPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    if OVERLAPS:
-        # what combines may be set up from here on; it waits for the end of all of these before it reads
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAPS)
     BP: tl.constexpr = max(triton.next_power_of_2(PIECE), 16)
     BR: tl.constexpr = max(triton.next_power_of_2(R), 16)
     PIECES: tl.constexpr = (CODE_PLANE + PIECE - 1) // PIECE  # of a code plane
@@ -225,10 +191,10 @@ def _attend_to_splits(
     first_tile = begin + split * wanted // used
 
     largest = tl.full([BM], LOWEST, tl.float32)
-    weights = tl.zeros([BN, BM] if TOKENS_FIRST else [BM, BN], tl.float32)
+    weights = tl.zeros([BM, BN], tl.float32)
     context = ()
     for _ in tl.static_range(PIECES * CODE_PLANES):
-        context = context + (tl.zeros([BP, BM] if TOKENS_FIRST else [BM, BP], tl.float32),)
+        context = context + (tl.zeros([BM, BP], tl.float32),)
 
     one = (latent_0 + sequence * l0_b, l0_t, rotary_0 + sequence * r0_b, r0_t, held_0)
     two = (latent_1 + sequence * l1_b, l1_t, rotary_1 + sequence * r1_b, r1_t, held_1) if HAS_TWO else None
@@ -246,13 +212,12 @@ def _attend_to_splits(
     for tile in range(first_tile, last_tile):
         here = _find(tile, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
         latent_rows, rotary_rows, shown, position = here
-        visible = _of_tokens(shown, TOKENS_FIRST)
+        visible = shown[None, :]
         if mask is not None:
-            mask_at = mask + sequence * m_b + _of_rows(query * m_s, TOKENS_FIRST)
-            mask_at += _of_tokens(position * m_t, TOKENS_FIRST)
-            visible = tl.load(mask_at, visible & _of_rows(is_row, TOKENS_FIRST), 0) != 0
+            mask_at = mask + sequence * m_b + (query * m_s)[:, None] + (position * m_t)[None, :]
+            visible = tl.load(mask_at, visible & is_row[:, None], 0) != 0
         else:
-            visible = visible & (_of_tokens(position, TOKENS_FIRST) <= _of_rows(total - s + query, TOKENS_FIRST))
+            visible = visible & (position[None, :] <= (total - s + query)[:, None])
 
         if BITS:
             pieces = _convert(codes, BITS, PIECES, BYTE_PLANES, CODE_PLANES, DOT, WORDS, PTX)
@@ -261,34 +226,25 @@ def _attend_to_splits(
             ahead = _find(tile + 1, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
             is_ahead = ahead[2] & (tile + 1 < last_tile)
             scales_ahead = _load_scales(ahead[0], is_ahead, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
-            # Triton leaves a product's first operand in shared memory only if it comes from a load or into a loop, and
-            # keeps any other in registers, once per product. So this is a loop, which LLVM finds to have one round.
-            for once in range(1 + ((tile & 1) >> 1)):
-                scores = _scores(queries, queries_rotary, pieces, keys, scales, BITS, TOKENS_FIRST)
-                # The registers of this tile's codes are free for the next one's; `once` is 0, and keeps loads in here.
-                ahead = _find(tile + 1 + once, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
-                is_ahead = ahead[2] & (tile + 1 < last_tile)
-                codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
-                packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
-                scores = tl.where(visible, scores * scale, -float("inf"))
-                largest, weights, context = _weigh(
-                    scores, pieces, scales, largest, weights, context, BITS, DOT, TOKENS_FIRST
-                )
-                pieces, keys = _zeros(pieces), tl.zeros_like(keys)
+            scores = _scores(queries, queries_rotary, pieces, keys, scales, BITS)
+            # the registers of this tile's codes are free for the next one's
+            codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
+            packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
+            scores = tl.where(visible, scores * scale, -float("inf"))
+            largest, weights, context = _weigh(scores, pieces, scales, largest, weights, context, BITS, DOT)
         else:
             keys = _load(rotary_rows, shown, rotary, 1, R, R)[0].to(DOT)
             pieces = _load(latent_rows, shown, piece, 1, C, PIECE)
-            scores = _scores(queries, queries_rotary, pieces, keys, (), BITS, TOKENS_FIRST)
+            scores = _scores(queries, queries_rotary, pieces, keys, (), BITS)
             scores = tl.where(visible, scores * scale, -float("inf"))
-            largest, weights, context = _weigh(scores, pieces, (), largest, weights, context, BITS, DOT, TOKENS_FIRST)
-    weight = tl.sum(weights, 0 if TOKENS_FIRST else 1)
+            largest, weights, context = _weigh(scores, pieces, (), largest, weights, context, BITS, DOT)
+    weight = tl.sum(weights, 1)
     share = 1.0 / tl.where(weight > 0, weight, 1.0)
     for j in tl.static_range(PIECES):
         for k in tl.static_range(CODE_PLANES):
             out_inside = (piece < PIECE) & (j * PIECE + piece < CODE_PLANE) & (k * CODE_PLANE + j * PIECE + piece < C)
             out_at = parts + part[:, None] * C + (k * CODE_PLANE + j * PIECE + piece)[None, :]
-            value = context[j * CODE_PLANES + k]
-            value = (tl.trans(value) if TOKENS_FIRST else value) * share[:, None]
+            value = context[j * CODE_PLANES + k] * share[:, None]
             tl.store(out_at, value.to(parts.dtype.element_ty), is_row[:, None] & out_inside[None, :])
     if sizes is not None:
         size = tl.where(weight > 0, largest + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
@@ -310,8 +266,7 @@ def _combine(
     OVERLAPS: tl.constexpr,
 ):
     """One row's sums over all splits as the one over all tokens; what splits that saw nothing left is dropped."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(OVERLAPS)
     sequence = (tl.program_id(0) // num_rows).to(tl.int64)
     row = tl.program_id(0) % num_rows
     column = tl.program_id(1) * BC + tl.arange(0, BC)

@@ -1,0 +1,197 @@
+"""Experts of one token: matrix-vector products, multiplied and added up in registers.
+
+Letters as in `triton_experts`.
+"""
+
+import triton.language as tl
+
+from .triton_tiles import (
+    gate_and_up,
+    is_here,
+    kernel,
+    load_row,
+    load_rows,
+    load_tile,
+    normed,
+    partial_product,
+    partly_summed,
+    product,
+    silu,
+)
+
+
+@kernel
+def activate_vector(
+    x,
+    x_stride,
+    norm_weight,
+    chosen,
+    weights,
+    gate_up,
+    gate_up_scales,
+    gate,
+    up,
+    gate_scales,
+    up_scales,
+    hidden,
+    m,
+    num_experts,
+    f,
+    g,
+    eps,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """weight * silu(gate x) * up x for ROWS of one expert of one token; the shared experts follow with weight 1.
+
+    Where there is a norm, x is normed first, while the rows of gate and up are on their way.
+    """
+    block, token = tl.program_id(0), tl.program_id(1)
+    row = load_row(x + token * x_stride, D, WIDTH)
+    if norm_weight is not None:
+        scale = load_row(norm_weight, D, WIDTH)
+    blocks = tl.cdiv(f, ROWS)
+    is_routed = block < K * blocks
+    e, share = tl.cast(0, tl.int64), 1.0
+    if K > 0:
+        pair = token * K + block // tl.maximum(blocks, 1)
+        e = tl.load(chosen + pair, mask=is_routed, other=0)
+        share = tl.load(weights + pair, mask=is_routed, other=1.0)
+        if is_routed & (not is_here(e, num_experts)):
+            return
+        first = tl.where(is_routed, block % tl.maximum(blocks, 1), block - K * blocks) * ROWS
+        height = tl.where(is_routed, f, g)
+        out = hidden + tl.where(is_routed, pair * f, m * K * f + token * g)
+    else:
+        first = block * ROWS
+        height = g
+        out = hidden + token * g
+    rows = first + tl.arange(0, ROWS)
+    inside = tl.minimum(rows, height - 1)
+    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, D, f, K, SHARED)
+    gates, ups = load_rows(gate_rows, inside, D, WIDTH), load_rows(up_rows, inside, D, WIDTH)
+    if norm_weight is not None:
+        row = normed(row, scale, eps, D, WIDTH)
+    gated, value = product(gates, row, ROWS, D, WIDTH), product(ups, row, ROWS, D, WIDTH)
+    if SCALED:
+        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, gate_scales, up_scales, 1, f, K, SHARED)
+        gated *= tl.load(gate_at + inside)
+        value *= tl.load(up_at + inside)
+    result = silu(gated) * value * share
+    tl.store(out + rows, result.to(hidden.dtype.element_ty), mask=rows < height)
+
+
+@kernel
+def down_vector(
+    hidden,
+    chosen,
+    down,
+    down_scales,
+    shared_down,
+    shared_scales,
+    residual,
+    residual_stride,
+    out,
+    m,
+    num_experts,
+    d,
+    f,
+    g,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """ROWS of the result of one token: its experts and the shared ones as one long product."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.minimum(rows, d - 1)
+    token = tl.program_id(1)
+    total = tl.zeros((ROWS, WIDTH // 8), tl.float32)
+    if SHARED:
+        inputs_at = hidden + m * K * f + token * g
+        for start in tl.range(0, g, WIDTH, num_stages=STAGES):
+            columns = start + tl.arange(0, WIDTH)
+            inputs = tl.load(inputs_at + columns, mask=columns < g, other=0).to(tl.float32)
+            tile = load_tile(shared_down, inside, g, start, True, WIDTH, EVEN).to(tl.float32)
+            total += partly_summed(tile * inputs[None, :], ROWS, WIDTH)
+        if SCALED:
+            total *= tl.load(shared_scales + inside)[:, None]
+    if K > 0:
+        steps = tl.cdiv(f, WIDTH)
+        # one loop over all experts, so that the first tile of the next one is on its way in time
+        for step in tl.range(0, K * steps, num_stages=STAGES):
+            pair, start = token * K + step // steps, step % steps * WIDTH
+            e = tl.load(chosen + pair)
+            is_ours = is_here(e, num_experts)
+            columns = start + tl.arange(0, WIDTH)
+            inputs = tl.load(hidden + pair * f + columns, mask=is_ours & (columns < f), other=0).to(tl.float32)
+            tile = load_tile(down + e * d * f, inside, f, start, is_ours, WIDTH, EVEN).to(tl.float32)
+            part = partly_summed(tile * inputs[None, :], ROWS, WIDTH)
+            if SCALED:
+                part *= tl.load(down_scales + e * d + inside, mask=is_ours, other=0)[:, None]
+            total += part
+    result = tl.sum(total, 1)
+    if residual is not None:
+        result += tl.load(residual + token * residual_stride + inside).to(tl.float32)
+    tl.store(out + token * d + rows, result.to(out.dtype.element_ty), mask=rows < d)
+
+
+@kernel
+def down_at_once(
+    hidden,
+    chosen,
+    down,
+    down_scales,
+    shared_down,
+    shared_scales,
+    residual,
+    residual_stride,
+    out,
+    m,
+    num_experts,
+    d,
+    F: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`down_vector` with whole rows of all experts on their way at once."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.minimum(rows, d - 1)
+    token = tl.program_id(1)
+    CHUNKS: tl.constexpr = (F + WIDTH - 1) // WIDTH
+    tiles = ()
+    for slot in tl.static_range(K):
+        e = tl.load(chosen + token * K + slot)
+        # for another rank's choice any expert is read, and adds nothing
+        tiles += load_rows(down + tl.where(is_here(e, num_experts), e, 0) * d * F, inside, F, WIDTH)
+    total = tl.zeros((ROWS, WIDTH // 8), tl.float32)
+    if SHARED:
+        shared_tiles = load_rows(shared_down, inside, G, WIDTH)
+        row = load_row(hidden + m * K * F + token * G, G, WIDTH)
+        total += partial_product(shared_tiles, row, ROWS, G, WIDTH)
+        if SCALED:
+            total *= tl.load(shared_scales + inside)[:, None]
+    for slot in tl.static_range(K):
+        pair = token * K + slot
+        e = tl.load(chosen + pair)
+        is_ours = is_here(e, num_experts)
+        row = load_row(hidden + pair * F, F, WIDTH)
+        part = partial_product(tiles[slot * CHUNKS : (slot + 1) * CHUNKS], row, ROWS, F, WIDTH)
+        if SCALED:
+            part *= tl.load(down_scales + e * d + inside, mask=is_ours, other=0)[:, None]
+        total += tl.where(is_ours, part, 0.0)
+    result = tl.sum(total, axis=1)
+    if residual is not None:
+        result += tl.load(residual + token * residual_stride + inside).to(tl.float32)
+    tl.store(out + token * d + rows, result.to(out.dtype.element_ty), mask=rows < d)
