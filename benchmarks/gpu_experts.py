@@ -1,4 +1,4 @@
-"""The chosen experts of few tokens, a dense MLP and single products on a GPU: our kernels beside torch's.
+"""The chosen experts of few tokens and a dense MLP on a GPU: our kernels beside torch's.
 
 Weights of several layers pass in turn, as in a model, so that none is found in the GPU's cache. Times are of replayed
 CUDA graphs.
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from deepseek_latent.expert_products import grouped_product, routed_sum
 from deepseek_latent.kernels import triton_experts
 from deepseek_latent.kernels.triton_experts import Plan
-from deepseek_latent.kernels.triton_linear import linear
 from deepseek_latent.kernels.triton_tiles import Tiles
 
 # DeepSeek-V2-Lite
 D, INNER, E, K, SHARED = 2048, 1408, 64, 6, 2816
-DENSE, VOCABULARY = 10944, 102400
+DENSE = 10944
 LAYERS = 4
 VECTOR_INNER = [
     Tiles(2, 2048, 4, 1),
@@ -40,9 +39,6 @@ VECTOR_OUTER = [
 ]
 MATRIX_INNER = [Tiles(32, 128, 4, 4), Tiles(64, 128, 4, 3), Tiles(32, 256, 4, 3), Tiles(16, 256, 4, 4)]
 MATRIX_OUTER = [Tiles(32, 128, 4, 6), Tiles(64, 128, 4, 4), Tiles(32, 256, 4, 4), Tiles(128, 128, 8, 3)]
-ROWS = [Tiles(8, 512, 4, 4), Tiles(4, 1024, 4, 3), Tiles(2, 2048, 4, 1), Tiles(4, 2048, 4, 1)]
-MATRIX_ROWS = [Tiles(16, 256, 4, 4), Tiles(32, 128, 4, 4)]
-PRODUCTS = [(3648, D), (3072, D), (576, D), (D, D)]
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -198,8 +194,6 @@ def run_experts(rows: Rows, quick: bool) -> None:
 
     vector = tuned("experts, vector", 1, VECTOR_INNER, VECTOR_OUTER)
     matrix = tuned("experts, matrix", 4, MATRIX_INNER, MATRIX_OUTER)
-    for tokens_at_once in (8, 16):
-        measure("experts, matrix", 8, ours(matrix._replace(tokens=tokens_at_once)), tokens_at_once=tokens_at_once)
     for inner, outer in (
         (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4)),
         (Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 4)),
@@ -233,29 +227,9 @@ def run_experts(rows: Rows, quick: bool) -> None:
             measure("experts, matrix, int8", m, ours(plan), plan=plan)
 
 
-def run_products(rows: Rows, quick: bool) -> None:
-    """Single products and the dense MLP; all weights are stretches of the same 1.3 GB."""
-    room = torch.empty(3 * VOCABULARY * D, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
-
-    def stretches(n: int, width: int) -> list[Tensor]:
-        count = min(len(room) // (n * width), 32)
-        return [room[i * n * width : (i + 1) * n * width].view(n, width) for i in range(count)]
-
-    def measure(name: str, m: int, n: int, width: int, product: Callable, **case) -> None:
-        x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
-        weights = stretches(n, width)
-        works = [lambda weight=weight: product(x, weight) for weight in weights]
-        truth = F.linear(x.float(), weights[0].float())
-        rows.add({"case": name, "m": m, "n": n, "width": width} | case, works, 2 * n * width, truth)
-
-    for n, width in PRODUCTS:
-        for m in (1, 4):
-            measure("linear in torch", m, n, width, F.linear)
-        cases = [(1, tiles) for tiles in ROWS] + [(4, tiles) for tiles in (*ROWS[:2], *MATRIX_ROWS)]
-        for m, tiles in cases[:2] if quick else cases:
-            measure("linear", m, n, width, partial(linear, tiles=tiles), tiles=tiles)
-
-    weights = stretches(DENSE, D)
+def run_dense(rows: Rows) -> None:
+    """The dense MLP, over nine copies of its weights, 1.2 GB."""
+    weights = torch.empty(27, DENSE, D, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
     dense = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
     for m in (1, 4):
         x = torch.randn(m, D, device="cuda", dtype=torch.bfloat16)
@@ -271,13 +245,13 @@ def run(quick: bool) -> list[dict]:
     source, target = torch.ones(2, 1 << 28, device="cuda", dtype=torch.bfloat16)
     rows.add({"case": "copy"}, [lambda: target.copy_(source)], 2 * source.nbytes)
     source = target = None
-    for part in (run_experts, run_products):
+    for part in (partial(run_experts, rows, quick), partial(run_dense, rows)):
         try:
             with torch.no_grad():
-                part(rows, quick)
+                part()
         # the other part is a result too
         except Exception as problem:
-            rows.rows.append({"case": part.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]})
+            rows.rows.append({"case": part.func.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]})
     return rows.rows
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels for rows of tokens beside the torch forms that the modules use, on a GPU.
+"""The Triton kernels of norms, cached rows and the router beside the torch forms that the modules use, on a GPU.
 
     python -m benchmarks.gpu_rows [--quick]
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_latent import DeepseekV2Config
-from deepseek_latent.kernels import triton_rows
+from deepseek_latent.kernels.triton_norm import add_rms_norm
+from deepseek_latent.kernels.triton_router import choose, route, router_logits
+from deepseek_latent.kernels.triton_write import norm_rotate_write
 from deepseek_latent.latent_format import latent_format
 from deepseek_latent.moe import DeepseekV2MoEGate
 from deepseek_latent.rotary import rotate
@@ -41,7 +43,7 @@ def run(quick: bool) -> list[dict]:
     for (model, widths), m in itertools.product(MODELS.items(), tokens):
         for case in (add_norm, norm_rotate, routing, chain):
             try:
-                rows += [{"model": model, "m": m} | row for row in case(m, quick=quick, **widths)]
+                rows += [{"model": model, "m": m} | row for row in case(m, **widths)]
             except Exception as error:
                 rows.append({"model": model, "m": m, "kernel": case.__name__, "error": f"{error!r:.500}"})
             torch.cuda.empty_cache()
@@ -75,9 +77,9 @@ def filler() -> Tensor:
     return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
 
-def row(kernel: str, config: str, call: Callable, sets: list[tuple], num_bytes: int, error: Callable | None) -> dict:
-    """What one config takes; `error`, called first, says how far the result on the first set is from the truth."""
-    result = {"kernel": kernel, "config": config, "bytes": num_bytes}
+def row(kernel: str, by: str, call: Callable, sets: list[tuple], num_bytes: int, error: Callable | None) -> dict:
+    """What one call takes; `error`, called first, says how far the result on the first set is from the truth."""
+    result = {"kernel": kernel, "by": by, "bytes": num_bytes}
     try:
         if error is not None:
             result["relative_error"] = error(call)
@@ -101,7 +103,7 @@ def sets_of(make: Callable[[], tuple], num_bytes: int) -> list[tuple]:
     return [make() for _ in range(int(min(max(ROTATING // num_bytes, 4), CALLS)))]
 
 
-def add_norm(m: int, *, d: int, quick: bool, **_) -> Iterator[dict]:
+def add_norm(m: int, *, d: int, **_) -> Iterator[dict]:
     num_bytes = 2 * (4 * m * d + d)
     shared = normal(m, d), normal(m, d)
     sets = sets_of(lambda: (*(shared if m <= 64 else (normal(m, d), normal(m, d))), 1 + 0.1 * normal(d)), num_bytes)
@@ -117,14 +119,10 @@ def add_norm(m: int, *, d: int, quick: bool, **_) -> Iterator[dict]:
         return total, nn.functional.rms_norm(total, (d,), weight, EPS)
 
     yield row("add_rms_norm", "torch", plain, sets, num_bytes, error)
-    for warps, overlap in (
-        ((None, False), (None, True)) if quick else ((None, False), (4, False), (8, False), (None, True))
-    ):
-        call = partial(triton_rows.add_rms_norm, eps=EPS, num_warps=warps, overlap=overlap)
-        yield row("add_rms_norm", f"warps={warps} overlap={overlap}", call, sets, num_bytes, error)
+    yield row("add_rms_norm", "ours", partial(add_rms_norm, eps=EPS), sets, num_bytes, error)
 
 
-def norm_rotate(m: int, *, h: int, quick: bool, **_) -> Iterator[dict]:
+def norm_rotate(m: int, *, h: int, **_) -> Iterator[dict]:
     b, s = (1, m) if m > 64 else (m, 1)
     capacity = max(2 * s, 1024)
     start = torch.tensor(capacity // 2 - 3, device="cuda")
@@ -162,20 +160,14 @@ def norm_rotate(m: int, *, h: int, quick: bool, **_) -> Iterator[dict]:
 
         name = f"norm_rotate_write bits={bits}"
         yield row(name, "torch", plain, sets, num_bytes, error)
-        plans = [(16, 4, False), (16, 4, True)]
-        if bits is None and not quick:
-            plans[1:1] = [(16, 2, False), *([(32, 8, False)] if h > 16 else [])]
-        for heads, warps, overlap in plans if bits is None else plans[:1]:
 
-            def ours(queries, compressed, weight, heads=heads, warps=warps, overlap=overlap, bits=bits, buffer=buffer):
-                options = {"bits": bits, "heads_per_program": heads, "num_warps": warps, "overlap": overlap}
-                triton_rows.norm_rotate_write(queries, compressed, weight, EPS, cos, sin, buffer, start, **options)
+        def ours(queries, compressed, weight, bits=bits, buffer=buffer):
+            norm_rotate_write(queries, compressed, weight, EPS, cos, sin, buffer, start, bits=bits)
 
-            config = f"heads={heads} warps={warps} overlap={overlap}"
-            yield row(name, config, ours, sets, num_bytes, error)
+        yield row(name, "ours", ours, sets, num_bytes, error)
 
 
-def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: float, quick: bool, **_) -> Iterator[dict]:
+def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: float, **_) -> Iterator[dict]:
     config = DeepseekV2Config(
         hidden_size=d,
         n_routed_experts=e,
@@ -207,9 +199,7 @@ def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: flo
 
     options = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
     yield row("route", "torch", plain, sets, num_bytes, error)
-    for overlap in (False, True):
-        call = partial(triton_rows.route, overlap=overlap, **options)
-        yield row("route", f"overlap={overlap}", call, sets, num_bytes, error)
+    yield row("route", "ours", partial(route, **options), sets, num_bytes, error)
 
     def error_of_logits(call) -> float:
         x, weight = sets[0]
@@ -219,20 +209,14 @@ def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: flo
         return nn.functional.linear(x.float(), weight.float())
 
     yield row("router_logits", "torch", plain_logits, sets, num_bytes, error_of_logits)
-    for experts in () if quick or m > triton_rows.MOST_SPLIT_TOKENS else ((1, 2) if m == 1 else (2, 4)):
-        call = partial(triton_rows.split_logits, experts_per_program=experts)
-        yield row("router_logits", f"split experts={experts}", call, sets, num_bytes, error_of_logits)
-    blocks = [(16, 16, 256), (16, 32, 256)] if m <= 512 else [(32, 64, 128), (64, 64, 64)]
-    for block in () if quick or m == 1 else blocks:
-        call = partial(triton_rows.multiplied_logits, block=block)
-        yield row("router_logits", f"multiplied {block}", call, sets, num_bytes, error_of_logits)
+    yield row("router_logits", "ours", router_logits, sets, num_bytes, error_of_logits)
     logits = [(normal(m, e).float(),) for _ in range(4)]
     yield row("choose", "torch", module.choose, logits, m * (4 * e + 12 * K), None)
-    yield row("choose", "", partial(triton_rows.choose, **options), logits, m * (4 * e + 12 * K), None)
+    yield row("choose", "ours", partial(choose, **options), logits, m * (4 * e + 12 * K), None)
 
 
 def chain(m: int, *, d: int, h: int, e: int, n_group: int, topk_group: int, scale: float, **_) -> Iterator[dict]:
-    """All three kernels, each reading what the one before wrote; with and without overlap the same comes out."""
+    """All three kernels, each reading what the one before wrote."""
     b, s = (1, m) if m > 64 else (m, 1)
     angles = torch.rand(1, s, R // 2, device="cuda") * 100
     cos, sin = angles.cos(), angles.sin()
@@ -240,24 +224,15 @@ def chain(m: int, *, d: int, h: int, e: int, n_group: int, topk_group: int, scal
     start = torch.tensor(0, device="cuda")
     x, residual, queries = normal(m, d), normal(m, d), normal(b, s, h, N + R)
     choice = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
-    results, kept = {}, {}
-    for overlap in (False, True):
-        state, turning = [x, residual], queries.clone()
-        rows = torch.zeros(b, s, C + R, device="cuda", dtype=torch.bfloat16)
+    state, rows = [x, residual], torch.zeros(b, s, C + R, device="cuda", dtype=torch.bfloat16)
 
-        def layer(norm, router, latent_norm, state=state, turning=turning, rows=rows, overlap=overlap):
-            total, normed = triton_rows.add_rms_norm(*state, norm, EPS, overlap=overlap)
-            routed = triton_rows.route(normed, router, overlap=overlap, **choice)
-            compressed = normed.view(b, s, d)[..., : C + R]
-            inputs = turning, compressed, latent_norm, EPS, cos, sin, rows, start
-            triton_rows.norm_rotate_write(*inputs, overlap=overlap)
-            state[:] = total, normed
-            results[overlap] = *state, turning, rows, *routed
+    def layer(norm, router, latent_norm):
+        total, normed = add_rms_norm(*state, norm, EPS)
+        route(normed, router, **choice)
+        norm_rotate_write(queries, normed.view(b, s, d)[..., : C + R], latent_norm, EPS, cos, sin, rows, start)
+        state[:] = total, normed
 
-        kept[overlap] = row("chain of three", f"overlap={overlap}", layer, weights, 0, None)
-    same = all(torch.equal(first, second) for first, second in zip(results[False], results[True]))
-    for one in kept.values():
-        yield one | {"same_with_overlap": same}
+    yield row("chain of three", "ours", layer, weights, 0, None)
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from deepseek_latent import LatentCache
 from deepseek_latent.compat_torch import become
 from deepseek_latent.kernels import gpu_layers, gpu_one_token
 from deepseek_latent.kernels.triton_attention import attend_in_splits, combine, tiling
-from deepseek_latent.kernels.triton_experts import Plan, experts
+from deepseek_latent.kernels.triton_experts import VECTOR, experts
 from deepseek_latent.kernels.triton_one_token import expand, rotate_write_absorb
 from deepseek_latent.kernels.triton_project import project
-from deepseek_latent.kernels.triton_rows import choose
+from deepseek_latent.kernels.triton_router import choose
 from deepseek_latent.kernels.triton_tiles import Norm, Tiles
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 
@@ -28,8 +28,6 @@ from .gpu_experts import Rows
 from .lite4 import build
 
 ROWS = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(4, 2048, 4, 1), Tiles(2, 2048, 2, 1)]
-ABSORBED = [Tiles(128, 64, 4, 1), Tiles(128, 32, 4, 1), Tiles(128, 64, 8, 1)]
-EXPANDED = [Tiles(16, 512, 8, 1), Tiles(16, 512, 4, 1), Tiles(8, 512, 8, 1)]
 INNER = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(1, 2048, 2, 1), Tiles(4, 2048, 8, 1), Tiles(2, 2048, 2, 1)]
 # alone, kernels of this many copies of their weights follow one another
 COPIES = 32
@@ -162,10 +160,9 @@ def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:
 
     truth = layer(moe[0], normed)
     measure({"case": "experts, normed before"}, [partial(layer, mlp, normed) for mlp in moe], num_bytes, truth)
-    outers = [Tiles(8, 512, 4, 4), Tiles(1, 1024, 4, 1), Tiles(2, 1024, 4, 1), Tiles(1, 512, 2, 1)]
-    for inner, outer in [(inner, outers[0]) for inner in INNER] + [(INNER[0], outer) for outer in outers[1:]]:
-        works = [partial(layer, mlp, x, norm=norm, plan=Plan(inner, outer)) for mlp in moe]
-        measure({"case": "experts, normed by the way", "inner": inner, "outer": outer}, works, num_bytes, truth)
+    for inner in INNER:
+        works = [partial(layer, mlp, x, norm=norm, plan=VECTOR._replace(inner=inner)) for mlp in moe]
+        measure({"case": "experts and their norm", "inner": inner}, works, num_bytes, truth)
 
 
 def _first(function: Callable, *args, **options) -> Tensor:
@@ -188,9 +185,8 @@ def _absorbing(up: list[Tensor], h: int, n: int, r: int, c: int) -> Iterator[tup
     given = queries, compressed, norm, angles.cos(), angles.sin(), rows, start
     works = [partial(lambda w: torch.bmm(queries[0].transpose(0, 1)[..., :n], w[:, :n]), w) for w in up]
     yield {"case": "absorb in torch"}, works, 2 * h * n * c
-    for tiles in ABSORBED:
-        works = [partial(rotate_write_absorb, *given, w[:, :n], tiles=tiles) for w in up]
-        yield {"case": "rotate, write, absorb", "tiles": tiles}, works, 2 * h * n * c, truth
+    works = [partial(rotate_write_absorb, *given, w[:, :n]) for w in up]
+    yield {"case": "rotate, write, absorb"}, works, 2 * h * n * c, truth
 
 
 def _expanding(up: list[Tensor], h: int, n: int, c: int, r: int) -> Iterator[tuple]:
@@ -209,9 +205,8 @@ def _expanding(up: list[Tensor], h: int, n: int, c: int, r: int) -> Iterator[tup
         case |= {"splits": parts.shape[1]}
         works = [partial(_combined, parts, sizes, w[:, n:]) for w in up]
         yield case | {"case": "combine, then expand"}, works, num_bytes, truth
-        for tiles in EXPANDED if tokens < 2000 and per_split > 32 else EXPANDED[:1]:
-            works = [partial(expand, parts, sizes, w[:, n:], tiles=tiles) for w in up]
-            yield case | {"case": "combine and expand", "tiles": tiles}, works, num_bytes, truth
+        works = [partial(expand, parts, sizes, w[:, n:]) for w in up]
+        yield case | {"case": "combine and expand"}, works, num_bytes, truth
 
 
 def _combined(parts: Tensor, sizes: Tensor, w_uv: Tensor) -> Tensor:

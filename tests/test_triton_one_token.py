@@ -17,10 +17,12 @@ from deepseek_latent.compat_torch import become  # noqa: E402
 from deepseek_latent.kernels import gpu_layers, gpu_one_token, triton_experts, triton_project  # noqa: E402
 from deepseek_latent.kernels.triton_attention import Tiling, attend, attend_in_splits  # noqa: E402
 from deepseek_latent.kernels.triton_experts import Plan, experts, mlp  # noqa: E402
+from deepseek_latent.kernels.triton_norm import rms_norm  # noqa: E402
 from deepseek_latent.kernels.triton_one_token import expand, rotate_write_absorb  # noqa: E402
 from deepseek_latent.kernels.triton_project import project  # noqa: E402
-from deepseek_latent.kernels.triton_rows import norm_rotate_write, rms_norm  # noqa: E402
+from deepseek_latent.kernels.triton_router import choose  # noqa: E402
 from deepseek_latent.kernels.triton_tiles import Norm, Tiles  # noqa: E402
+from deepseek_latent.kernels.triton_write import norm_rotate_write  # noqa: E402
 from deepseek_latent.latent_format import latent_format  # noqa: E402
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer  # noqa: E402
 
@@ -95,6 +97,22 @@ def test_router_logits_are_float32(dtype):
     assert_near(out, rms_norm(x, *norm).double() @ weight.double().T, torch.float32)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU overlaps launches")
+def test_overlapping_launches_give_the_same_bytes():
+    first, router = random(1, 2048, dtype=torch.bfloat16), random(64, 2048, dtype=torch.bfloat16) / 64
+    norms = [Norm(random(2048, dtype=torch.bfloat16), EPS) for _ in range(20)]
+    square = random(2048, 2048, dtype=torch.bfloat16) / 64
+    results = []
+    for overlap in (False, True):
+        x = first
+        for norm in norms:
+            (x,) = project(x, [square], norm, x, overlap=overlap)
+            (logits,) = project(x, [router], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER, overlap=overlap)
+            chosen = choose(logits, 6, 1, 1, normalise=True, scaling_factor=1.0, overlap=overlap)
+        results.append((x, logits, *chosen))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
 @pytest.mark.parametrize("on_device", [True, False], ids=["tensor", "int"])
 @pytest.mark.parametrize("bits", [None, 8, 4], ids="bits{}".format)
 @pytest.mark.parametrize(("h", "n", "r", "c"), [(3, 12, 8, 40), (17, 16, 4, 300)], ids=str)
@@ -110,9 +128,7 @@ def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, on_device):
     start, turned = torch.tensor(4, device=DEVICE) if on_device else 4, queries.clone()
     rotation = angles.cos(), angles.sin()
     norm_rotate_write(turned, compressed, *norm, *rotation, rows[0], start, bits=bits)
-    out = rotate_write_absorb(
-        queries, compressed, norm, *rotation, rows[1], start, up[:, :n], bits=bits, tiles=Tiles(128, 64, 4, 1)
-    )
+    out = rotate_write_absorb(queries, compressed, norm, *rotation, rows[1], start, up[:, :n], bits=bits)
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(queries, turned)
     truth = torch.einsum("bshn,hnc->bshc", queries[..., :n].double(), up[:, :n].double())
@@ -133,7 +149,7 @@ def test_expansion_combines_splits_by_the_way(per_split, held, dtype):
     given = [[x] for x in rows.split((c, r), dim=-1)]
     options = {"scale": 0.2, "length": torch.tensor([held], device=DEVICE), "cut": cut}
     context = attend(*queries, *given, **options)
-    out = expand(*attend_in_splits(*queries, *given, **options), up[:, 6:], tiles=Tiles(8, 64, 4, 1))
+    out = expand(*attend_in_splits(*queries, *given, **options), up[:, 6:])
     assert_near(out, torch.einsum("bshc,hvc->bshv", context.double(), up[:, 6:].double()).flatten(1), dtype)
 
 

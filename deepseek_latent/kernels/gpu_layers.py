@@ -1,4 +1,4 @@
-"""A decoder layer as it decodes on a GPU: a dozen launches, where what it is made of does nothing but its own work.
+"""A decoder layer that decodes on a GPU in a dozen launches, where its parts do nothing but their own work.
 
 Letters: b batch, s new tokens, h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -21,16 +21,18 @@ from .gpu_plain import are_plain_experts, is_plain_norm, weights_of_mlp
 from .layers import as_pair, bits_of
 from .triton_attention import attend
 from .triton_experts import experts, mlp
-from .triton_rows import add_rms_norm, norm_rotate, norm_rotate_write, rms_norm, route
+from .triton_norm import add_rms_norm, rms_norm
+from .triton_router import route
+from .triton_write import norm_rotate, norm_rotate_write
 
-# query tokens of a sequence up to which attention absorbs here, and tokens up to which experts are read where they lie
+# query tokens of a sequence up to which attention is absorbed, and tokens up to which our kernels compute the experts
 FEW_QUERIES, FEW_TOKENS = 16, 64
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class GpuDecoderLayer(DeepseekV2DecoderLayer):
-    """Few tokens over a `LatentCache` without gradients; everything else is computed as before."""
+    """Computes few tokens over a `LatentCache` without gradients by our kernels, all else as its base class."""
 
     @takes_either_cache_name
     def forward(
@@ -59,7 +61,9 @@ class GpuDecoderLayer(DeepseekV2DecoderLayer):
                 **kwargs,
             )
         decode = self._one_token if hidden_states.shape[:2] == (1, 1) else self._few_tokens
-        return decode(hidden_states, position_embeddings, cache, attention_mask, *up_projections)
+        # Triton launches on the current device, which need not be the one of this layer
+        with torch.cuda.device_of(hidden_states):
+            return decode(hidden_states, position_embeddings, cache, attention_mask, *up_projections)
 
     def _few_tokens(self, x: Tensor, *given) -> Tensor:
         norm = self.input_layernorm
@@ -69,7 +73,7 @@ class GpuDecoderLayer(DeepseekV2DecoderLayer):
         return feed_forward(self.mlp, normed, x)
 
     def _one_token(self, x: Tensor, *given) -> Tensor:
-        """Each half of the layer in as few launches as its parts allow."""
+        """Computes each half of the layer in fewer launches, or as `_few_tokens` where a part does other work too."""
         norm = self.input_layernorm
         attended = attended_by_one_token(self.self_attn, norm, x, *given)
         if attended is None:
@@ -80,6 +84,9 @@ class GpuDecoderLayer(DeepseekV2DecoderLayer):
 
     def _decodes(self, x: Tensor, mask: Tensor | BlockMask | None, cache: object) -> bool:
         if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+            return False
+        # how a kernel is launched depends on addresses, which no compiled graph knows
+        if torch.compiler.is_compiling():
             return False
         if x.device.type not in DEVICES or x.dtype not in DTYPES or not 0 < x.shape[1] <= FEW_QUERIES:
             return False
@@ -106,7 +113,7 @@ def attention(
     w_uk,
     w_uv,
 ) -> Tensor:  # [b s d]
-    """`DeepseekV2Attention.forward` by the absorbed form; its projections are called as the modules that they are."""
+    """`DeepseekV2Attention.forward` in the absorbed form; its projections stay modules, which may have adapters."""
     project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
     queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.n + module.r))
     compressed = module.kv_a_proj_with_mqa(hidden_states)
@@ -132,7 +139,7 @@ def write(
     rotation: tuple[Tensor, Tensor],
     cache: LatentCache,
 ) -> Latents:
-    """Rotates queries and keys and puts the new tokens into the cache."""
+    """Rotates queries and keys, and appends the new tokens to the cache."""
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
     if layer.bits in WRITTEN and not cache.offloading:
         rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
@@ -143,7 +150,7 @@ def write(
 
 
 def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x), [b s d], in two launches for few tokens, and one or two for the router."""
+    """residual + module(x), [b s d]: few tokens take two launches, and one or two more for a router."""
     tokens, added = x.flatten(0, 1), residual.flatten(0, 1)
     if len(tokens) > FEW_TOKENS:
         return residual + module(x)
@@ -159,7 +166,7 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
 
 
 def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # whoever watches the router sees its own call
+    # a router with a hook or of another class is called as a module, so that whoever watches it sees the call
     if type(gate) is not DeepseekV2MoEGate or has_hooks(gate):
         return gate(tokens)
     return route(tokens, gate.weight, **choice_of(gate))

@@ -1,4 +1,4 @@
-"""One token's way through a decoder layer whose parts do nothing but their own work: nine launches instead of fourteen.
+"""One token passes a decoder layer in nine launches instead of fourteen, where parts do nothing but their own work.
 
 Letters: h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -15,16 +15,16 @@ from .gpu_plain import are_plain_experts, is_plain, is_plain_norm, weights_of, w
 from .layers import as_pair, bits_of
 from .triton_attention import attend_in_splits, combine
 from .triton_experts import experts, mlp
-from .triton_one_token import expand, is_combined_by_the_way, rotate_write_absorb
+from .triton_one_token import expand, is_combined_by_expand, rotate_write_absorb
 from .triton_project import project
-from .triton_rows import choose
+from .triton_router import choose
 from .triton_tiles import Norm, Tiles
 
-# formats of rows that kernels write themselves
+# bits of cached rows that kernels write themselves
 WRITTEN = (None, 8, 4)
-# whether small kernels start while the ones ahead of them end
+# whether a small kernel starts before the one ahead of it has ended
 OVERLAPS = True
-# one row for each program, since there are few
+# one row per program, since a router has few
 ROUTER = Tiles(1, 2048, 4, 1)
 
 
@@ -38,7 +38,7 @@ def attended_by_one_token(
     w_uk: UpProjection,
     w_uv: UpProjection,
 ) -> Tensor | None:  # [1 1 d]
-    """x + module(norm(x)), or None where a part is more than its weight."""
+    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
     layer, kv_a_norm = cache.layers[module.layer_idx], module.kv_a_layernorm
     weights = _projections_of(module, x)
     if weights is None or layer.bits not in WRITTEN or cache.offloading or not _are_plain(w_uk, w_uv, x):
@@ -65,7 +65,7 @@ def attended_by_one_token(
         length=None if latents.num_held is None else latents.num_held.view(1),
         **options,
     )
-    if sizes is not None and not is_combined_by_the_way(parts, w_uv.weight):
+    if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None
     context = expand(parts, sizes, w_uv.weight, **options)
     (out,) = project(context, [o_proj], residual=row, **options)
@@ -77,7 +77,7 @@ def fed_forward_by_one_token(
     norm: nn.RMSNorm,
     x: Tensor,  # [1 1 d]  before the norm
 ) -> Tensor | None:  # [1 1 d]
-    """x + module(norm(x)), or None where a part is more than its weight."""
+    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
     row, norm = x.view(1, -1), Norm(norm.weight, norm.eps)
     if isinstance(module, DeepseekV2MLP):
         weights = weights_of_mlp(module, x)
@@ -87,7 +87,7 @@ def fed_forward_by_one_token(
         shared = weights_of_mlp(module.shared_experts, x)
     if shared is None or not are_plain_experts(module.experts, x):
         return None
-    # whoever watches the router sees its own call
+    # a router with a hook or of another class is called as a module, so that whoever watches it sees the call
     if type(gate) is not DeepseekV2MoEGate or has_hooks(gate) or not is_plain(gate.weight, x):
         return None
     (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER, overlap=OVERLAPS)
@@ -97,14 +97,14 @@ def fed_forward_by_one_token(
 
 
 def choice_of(gate: DeepseekV2MoEGate) -> dict:
-    """How the gate chooses, as `route` and `choose` take it."""
+    """The arguments of `route` and `choose` that say how the gate chooses."""
     n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
     of_groups = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
     return of_groups | {"normalise": gate.is_normalised, "scaling_factor": gate.routed_scaling_factor}
 
 
 def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weights of the query's one or two projections, of that of the latent and of the output's."""
+    """Weights of the query's one or two projections, the latent's and the output's, or None where one is not plain."""
     if module.q_lora_rank is None:
         return weights_of(x, module.q_proj, module.kv_a_proj_with_mqa, module.o_proj)
     if not is_plain_norm(module.q_a_layernorm, x):
@@ -113,7 +113,7 @@ def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...
 
 
 def _are_plain(w_uk: UpProjection, w_uv: UpProjection, x: Tensor) -> bool:
-    """Whether no adapter acts on them, and their rows may be read."""
+    """Whether no adapter acts on the up-projections, and kernels may read their rows."""
     weights = w_uk.weight, w_uv.weight
     return not (w_uk.factors or w_uv.factors) and all(
         type(w) in (nn.Parameter, Tensor) and w.dtype == x.dtype and w.device == x.device and w.stride(2) == 1

@@ -1,4 +1,4 @@
-"""Whether the parts of a layer do nothing but their own work, so that kernels may read their weights instead."""
+"""Whether the parts of a layer do nothing but their own work, so that kernels may read their weights directly."""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -21,7 +21,7 @@ def is_plain(weight: Tensor, x: Tensor) -> bool:
 
 
 def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
-    """Weights of projections that do nothing but multiply."""
+    """Weights of projections, or None where one does more than multiply."""
     for part in projections:
         if type(part) is not nn.Linear or part.bias is not None or has_hooks(part) or not is_plain(part.weight, x):
             return None
@@ -29,7 +29,7 @@ def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
 
 
 def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
-    """gate, up and down of an MLP whose parts do nothing but multiply."""
+    """gate, up and down of an MLP, or None where a part does more than its own work."""
     if type(module) is not DeepseekV2MLP or has_hooks(module) or type(module.act_fn) is not SILU:
         return None
     return weights_of(x, module.gate_proj, module.up_proj, module.down_proj)

@@ -138,22 +138,38 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
         )
     if find_spec("triton") is None:
         raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
+    replaying = _what_can_be_replayed(model) if graphs else None
     from .gpu_layers import GpuDecoderLayer
 
     layers = [module for module in model.modules() if type(module) in (DeepseekV2DecoderLayer, GpuDecoderLayer)]
     for layer in layers:
         if not has_own_forward(layer):
             become(layer, GpuDecoderLayer)
-    replaying = None
-    if graphs:
-        if any(map(is_offloaded, model.modules())):
-            raise ValueError(
-                "expected all weights on the GPU, and some are fetched for each step, which no CUDA graph can do; "
-                "leave out graphs=True, or load the model without offloading."
-            )
-        replaying = next(module for module in model.modules() if isinstance(module, LatentGenerationMixin))
+    if replaying is not None:
         replaying.replayed_steps = ReplayedSteps
     return Optimized("Triton", tuple(layers), replaying)
+
+
+def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
+    """The causal language model in `model`. Raises ValueError where no step of it could be captured."""
+    if any(map(is_offloaded, model.modules())):
+        raise ValueError(
+            "expected all weights on the GPU, and some are fetched for each step, which no CUDA graph can do; "
+            "leave out graphs=True, or load the model without offloading."
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"expected all weights on one GPU, where a CUDA graph is captured, and they are on {len(devices)} devices; "
+            "leave out graphs=True."
+        )
+    found = next((module for module in model.modules() if isinstance(module, LatentGenerationMixin)), None)
+    if found is None:
+        raise ValueError(
+            f"expected a model that generates, whose steps can be replayed, got {type(model).__name__}; leave out "
+            "graphs=True."
+        )
+    return found
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module]:

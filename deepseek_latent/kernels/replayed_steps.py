@@ -1,4 +1,4 @@
-"""Steps of decoding as one CUDA graph: a launch per token instead of hundreds."""
+"""Steps of decoding as a CUDA graph, which takes one launch per token instead of hundreds."""
 
 import warnings
 
@@ -10,19 +10,19 @@ from transformers.utils import ModelOutput
 from ..compat_cache_name import CACHE, CACHE_NAMES, MoeCausalLMOutputWithPast
 from ..latent_cache import LatentCache
 
-# what a step is computed from; a step that is asked for more is not replayed
+# the inputs of a step that is replayed; a step with any other input is computed
 INPUTS = ("input_ids", "position_ids", "attention_mask")
-# of one token there is one position's logits to keep
+# inputs that do not change what is computed for a single token
 IGNORED = ("use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)
 
 
 class ReplayedSteps:
     """`forward` for the single tokens of one call of `generate()` over a static `LatentCache`.
 
-    A graph reads weights, cache and inputs at fixed addresses. Within one call these do not move, and whatever is done
-    to a model between calls (adapters, another device) finds no graph that still knows the old ones. The first step
-    runs as it will be recorded, so that all is compiled and allocated; the second is captured, and all further ones are
-    replayed.
+    A graph reads weights, cache and inputs at fixed addresses. Within one call these do not move. Between calls a model
+    may get adapters or move to another device, so the next call records a graph of its own. The first step is computed
+    just as it will be captured, so that everything is compiled and allocated; the second is captured, and from then on
+    steps are replayed.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -43,7 +43,7 @@ class ReplayedSteps:
         return all(x is None or x is False for name, x in inputs.items() if name not in (*INPUTS, *IGNORED))
 
     def __call__(self, **inputs) -> ModelOutput:
-        """One step; its logits [b 1 vocab] are the caller's to keep."""
+        """Computes or replays one step; no later step overwrites its logits [b 1 vocab]."""
         cache = inputs[CACHE]
         if not self._inputs:
             return self._first(cache, inputs)
@@ -57,7 +57,7 @@ class ReplayedSteps:
 
     def _first(self, cache: LatentCache, inputs: dict) -> ModelOutput:
         self._names = [name for name in INPUTS if inputs.get(name) is not None]
-        # without padding the number of tokens says it all; generate() only adds ones to a mask
+        # a mask of ones hides nothing, and generate() appends only ones to it
         if "attention_mask" in self._names and bool(inputs["attention_mask"].all()):
             self._names.remove("attention_mask")
         self._inputs = {name: inputs[name].clone() for name in self._names}
@@ -68,10 +68,10 @@ class ReplayedSteps:
         return output
 
     def _capture(self, cache: LatentCache) -> bool:
-        """Whether a step could be captured; if not, steps go on being computed, and the user is told why."""
+        """Captures a step and says whether it could; if not, a warning says why, and steps go on being computed."""
         if self._cannot:
             return False
-        # not by `with torch.cuda.graph(...)`, which first gives back the free memory that the next prompt would take
+        # `with torch.cuda.graph(...)` would first free cached memory, which the next prompt would have to allocate
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         try:

@@ -1,13 +1,14 @@
-"""Absorbed attention of few query tokens over cached latents on a GPU, read once, where they lie.
+"""Absorbed attention of few query tokens over cached latents on a GPU; latents are read once, where they lie.
 
 Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
-query token: all rows read the same latents. The cache is cut into splits, one program each, and what they gave is
-combined. The grid depends on shapes alone, so a captured graph stays right while `length` grows.
+query token; all rows of a sequence read the same latents. The cache is cut into splits, each of which a program
+attends to, and their partial sums are combined. The grid depends on shapes alone, so a captured graph stays right while
+`length` grows.
 
-A piece is a stretch of a latent's elements that have one scale, 128 of them at DeepSeek-V2's widths: programs keep one
+A piece is a group of a latent's elements that share one scale, 128 of them at DeepSeek-V2's widths. Programs keep one
 accumulator per piece, since Triton's shapes are powers of two and 512 + 64 would be padded to 1024. Scales multiply
-scores and weights, never elements. Softmax in base 2 with a running maximum (Milakov and Gimelshein,
-arXiv:1805.02867), float32 throughout but for the operands of products.
+scores and weights, never elements. The softmax has base 2 and a running maximum (Milakov and Gimelshein,
+arXiv:1805.02867). All is computed in float32 except the operands of products.
 Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2; splits as in Flash-Decoding (Dao et al., 2023).
 """
 
@@ -28,25 +29,25 @@ LOG2_E = 1.4426950408889634
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: what a program takes at a time, and how many programs a multiprocessor holds."""
+    """How the work is cut: the tile that a program takes at a time, and how many programs a multiprocessor holds."""
 
     rows: int
     tokens: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    tokens_per_split: int  # fewest that are worth a split of their own
+    tokens_per_split: int  # the fewest that are worth a split
 
 
 def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capacity: int = 1 << 15) -> Tiling:
-    """One for shapes and formats, since a step of decoding has no time to search."""
+    """One tiling per kind of shape and format, chosen beforehand, since a step of decoding has no time to search."""
     if dtype == torch.float32:
-        # without tensor cores, and twice the shared memory
+        # float32 has no tensor cores, and takes twice the shared memory
         return Tiling(16, 16, 4, 2, 1, 128)
     if bits:
         return Tiling(16, 64, 4, 2, 2, 128) if num_rows <= 16 else Tiling(32, 32, 8, 2, 1, 256)
     if num_rows <= 16:
-        # as many bytes on the way as shared memory holds; where tokens are few, as many programs as there are tiles
+        # stages prefetch as many bytes as shared memory holds; where tokens are few, every tile gets its own program
         return Tiling(16, 32, 4, 5, 1, 32 if capacity <= 2048 else 64)
     return Tiling(32, 64, 8, 3, 1, 128) if num_rows <= 32 else Tiling(64, 64, 8, 2, 1, 256)
 
@@ -54,20 +55,20 @@ def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capaci
 def attend(
     q_absorbed: Tensor,  # [b s h c]
     q_rotary: Tensor,  # [b s h r]  rotated
-    latents: list[Tensor],  # one or two stretches of tokens in order, [b t c] or [1 t c], or bytes of codes and scales
+    latents: list[Tensor],  # one or two stretches of tokens, [b t c] or [1 t c], or bytes of codes and scales
     k_rotary: list[Tensor],  # [b t r]  of the same tokens
     *,
     scale: float,
     mask: Tensor | None = None,  # [b 1 s t] or [1 1 s t]  bool, True where a query may look
     bits: str = "",
-    length: Tensor | None = None,  # [1]  how many tokens of the last stretch are held
-    first: Tensor | None = None,  # [b]  tokens before it are hidden
+    length: Tensor | None = None,  # [1]  tokens that the last stretch holds
+    first: Tensor | None = None,  # [b]  tokens before this one are hidden
     cut: Tiling | None = None,
 ) -> Tensor:  # [b s h c]
-    """Weighted sums of latents, in the dtype of the queries; without a mask the last query token sees all tokens held.
+    """Weighted sums of latents, in the dtype of the queries; without a mask attention is causal.
 
-    Tokens behind `length` and before `first` are never read. A query that may look nowhere gives zeros. No
-    synchronisation: `length` and `first` stay on the device, and how many splits share the work is decided there.
+    Tokens behind `length` and before `first` are never read. A query that sees no token gives zeros. The host does not
+    wait: `length` and `first` stay on the device, and there it is decided how many splits share the work.
     """
     if q_absorbed.numel() == 0 or all(latent.shape[1] == 0 for latent in latents):
         return q_absorbed.new_zeros(q_absorbed.shape)
@@ -90,13 +91,13 @@ def attend_in_splits(
     cut: Tiling | None = None,
     overlap: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` without its last step: what `combine` takes, or the result and None where there is one split."""
+    """`attend` without its last step: parts and sizes for `combine`, or with a single split the result and None."""
     b, s, h, c = q_absorbed.shape
     pairs = [pair for pair in zip(latents, k_rotary) if pair[0].shape[1] > 0]
     assert len(pairs) <= 2
     assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
     assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    # a stretch that came with no tokens may have been the one that `length` counts
+    # `length` belongs to the last stretch, so it means nothing where that one is empty and was dropped above
     length = length if latents[-1].shape[1] > 0 else None
 
     capacity = sum(latent.shape[1] for latent, _ in pairs)
@@ -164,10 +165,10 @@ def combine(
     *,
     overlap: bool = False,
 ) -> Tensor:  # [b s h c]
-    """What `attend_in_splits` gave as the weighted sums over all tokens."""
+    """Combines the partial sums of `attend_in_splits` to the weighted sums over all tokens."""
     b, splits, s, h, c = parts.shape
     out = parts.new_empty(b, s, h, c, dtype=dtype)
-    # some 32 numbers per thread: all splits of a row are on the way at once, whether they are few or many
+    # 32 numbers per thread, so that up to 64 splits of a row are loaded before any is used
     at_once = min(triton.next_power_of_2(splits), 64)
     columns = min(4096 // at_once, triton.next_power_of_2(c))
     _combine[(b * s * h, triton.cdiv(c, columns))](
@@ -188,7 +189,7 @@ def combine(
 
 
 def num_splits(num_programs: int, capacity: int, cut: Tiling, device: torch.device) -> int:
-    """Never more programs than are resident at once, since the first one above takes as long again as all of them."""
+    """Splits of the cache: never more programs than are resident at once, since a single one more doubles the time."""
     resident = cut.programs_per_sm * num_multiprocessors(device)
     return max(min(resident // num_programs, triton.cdiv(capacity, cut.tokens_per_split)), 1)
 
@@ -199,24 +200,24 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def registers(cut: Tiling) -> dict[str, int]:
-    """As many per thread as let `programs_per_sm` programs stay on a multiprocessor; compilers take more."""
+    """A limit per thread for the compiler, so that `programs_per_sm` programs fit on a multiprocessor."""
     most = 65536 // (32 * cut.num_warps * cut.programs_per_sm)
     return {"maxnreg": most // 8 * 8} if most < 255 and torch.version.hip is None else {}
 
 
 def token_steps(x: Tensor) -> tuple[int, int]:
-    """Elements from sequence to sequence, none where one is common to all, and from token to token."""
+    """Strides of sequences and of tokens; that of sequences is 0 where all share one."""
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
 def alignment(*stretches: Tensor) -> int:
-    """Bytes that the address of every token is a multiple of, at most 16: what one load can take."""
+    """The bytes, up to the 16 of the widest load, of which every token's address is a multiple."""
     steps = [step * x.element_size() for x in stretches for step in token_steps(x)]
     return math.gcd(16, *steps, *(x.data_ptr() for x in stretches))
 
 
 def product_dtype(x: Tensor) -> tl.dtype:
-    """Of the operands of products. Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
+    """The dtype of operands; Triton's interpreter multiplies bfloat16 as if its bits were integers."""
     if x.dtype == torch.bfloat16:
         return tl.bfloat16 if x.is_cuda else tl.float32
     return tl.float16 if x.dtype == torch.float16 else tl.float32

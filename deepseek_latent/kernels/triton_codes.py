@@ -1,10 +1,10 @@
-"""How a kernel reads cached rows of codes: four bytes at a time, and as what products take.
+"""How a kernel reads the codes of cached rows and converts them to operands of products, and how it writes codes.
 
-Codes are fetched a tile ahead, in registers: Triton itself fetches ahead what products take, not what is converted
-before. Scales multiply scores and weights, never elements.
+Codes are read as words of four bytes, one tile ahead, into registers: Triton prefetches only operands that a product
+takes as they were loaded, not operands that are converted first. Scales multiply scores and weights, never elements.
 """
 
-# Triton knows no (*tuple, x)
+# Triton cannot compile (*tuple, x)
 # ruff: noqa: RUF005, SIM300
 
 import math
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-PLANE = 128
+from ..latent_format import PLANE
 
 
 class Layout(NamedTuple):
-    """Where a cached row holds what, as `latent_format` writes it."""
+    """Where a cached row holds its codes and scales, as `latent_format` writes them."""
 
-    bits: int  # of a code; 0 for elements as they are
+    bits: int  # of a code; 9 for fp8, and 0 for elements that are not coded
     byte_planes: int
     code_planes: int
     plane: int  # elements of a code plane
     piece: int  # elements that share a scale and are multiplied at once
-    scales: int  # where scales start, bytes
+    scales: int  # offset of the scales, bytes
 
 
 def layout(bits: str, c: int) -> Layout:
@@ -42,14 +42,14 @@ def layout(bits: str, c: int) -> Layout:
 
 
 def has_words(form: Layout, r: int, aligned_to: int) -> bool:
-    """Whether pieces and rotary keys consist of whole words of four bytes, and of a power of two."""
+    """Whether rows can be read as words of four bytes, in pieces and rotary keys whose widths are powers of two."""
     is_whole = form.piece >= 16 and form.piece & (form.piece - 1) == 0 and form.plane % form.piece == 0
     return is_whole and r >= 32 and r & (r - 1) == 0 and aligned_to % 4 == 0
 
 
 @triton.jit
 def _code_plane(x, k: tl.constexpr, BITS: tl.constexpr, BYTE_PLANES: tl.constexpr, ONES: tl.constexpr):
-    """Code plane k from the byte planes x, as unsigned bytes; ONES is 1 in every byte of an element of x."""
+    """The codes of plane k, one in each byte, from the byte planes x; ONES has a 1 in every byte of an element of x."""
     SHARED: tl.constexpr = BITS // BYTE_PLANES
     if k < BYTE_PLANES:
         return x[k] & (((1 << BITS) - 1) * ONES)
@@ -63,19 +63,19 @@ def _code_plane(x, k: tl.constexpr, BITS: tl.constexpr, BYTE_PLANES: tl.constexp
 
 @triton.jit
 def _value(codes, BITS: tl.constexpr, DOT: tl.constexpr):
-    """Bytes as numbers that a scale turns into elements."""
+    """The numbers that codes, one in each byte, stand for before they are multiplied by their scale."""
     if BITS == 9:
-        # the bits of e4m3 are those of a float16 whose exponent is 8 less, which the scale makes good
+        # shifted to where float16 has them, the bits of an e4m3 are 256 times less; `_scale` multiplies by 256
         halves = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
         return halves.to(tl.int16).to(tl.float16, bitcast=True).to(DOT)
     else:
-        # the middles of cells: half integers of up to 8 bits, which bfloat16 holds
+        # a code stands for the middle of its cell, a half integer of at most 8 bits, which bfloat16 holds exactly
         return (codes.to(tl.float32) + (0.5 - (1 << (BITS - 1)))).to(DOT)
 
 
 @triton.jit
 def _values(words, BITS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
-    """`_value` of the four bytes of words [BN w], next to each other: [BN 4w]."""
+    """`_value` of the bytes of words [BN w], in the order of the bytes: [BN 4w]."""
     if PTX and DOT == tl.bfloat16:
         if BITS == 9:
             a, b, c, d = _float8_by_ptx(words)
@@ -94,7 +94,10 @@ def _values(words, BITS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _wall(values, PTX: tl.constexpr):
-    """Nothing else: what is joined Triton takes for narrower, and would lay out twice, once for each product."""
+    """Returns the values unchanged, but hides from Triton that they were joined.
+
+    Otherwise Triton would take them for elements of fewer bits, and convert them to another layout for each product.
+    """
     if PTX and values.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=2)
     else:
@@ -103,7 +106,11 @@ def _wall(values, PTX: tl.constexpr):
 
 @triton.jit
 def _middles_by_ptx(words, BITS: tl.constexpr):
-    """A byte in the second place of 2^15 as float32 is added to it: two instructions and a half per element."""
+    """`_value` of codes of up to 8 bits, as four bfloat16 of each word, in two and a half instructions per element.
+
+    The bits of 2^15 as float32, with a code in their second lowest byte, are those of 2^15 + code. What is subtracted
+    then is 2^15 and the offset between a code and its value.
+    """
     middle = tl.full(words.shape, 32768 + (1 << (BITS - 1)) - 0.5, tl.float32)
     return tl.inline_asm_elementwise(
         """{
@@ -126,7 +133,11 @@ def _middles_by_ptx(words, BITS: tl.constexpr):
 
 @triton.jit
 def _small_middles_by_ptx(words, BITS: tl.constexpr):
-    """A byte below 64 in the last places of the bfloat16 64 is added to it: an instruction and a half per element."""
+    """`_value` of codes of up to 6 bits, as four bfloat16 of each word, in one and a half instructions per element.
+
+    The bits of 64 as bfloat16, with twice a code in their lowest seven, are those of 64 + code. What is subtracted then
+    is 64 and the offset between a code and its value.
+    """
     middle = tl.full(words.shape, (0x4280 + (1 << BITS) - 1) * 0x10001 | 0x80008000, tl.uint32)
     return tl.inline_asm_elementwise(
         """{
@@ -146,7 +157,11 @@ def _small_middles_by_ptx(words, BITS: tl.constexpr):
 
 @triton.jit
 def _float8_by_ptx(words):
-    """The bits of e4m3 as those of a bfloat16 have an exponent that is 120 less; 112 of it are made good here."""
+    """`_value` of e4m3, as four bfloat16 of each word.
+
+    Shifted to where bfloat16 has them, the bits of an e4m3 are 2^120 times less. A factor of 2^112 is restored here,
+    and the other 2^8 by `_scale`, as for `_value`.
+    """
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 p, s, factor, none;
@@ -170,7 +185,7 @@ def _convert(
     loaded, BITS: tl.constexpr, PIECES: tl.constexpr, BYTE_PLANES: tl.constexpr, CODE_PLANES: tl.constexpr,
     DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Loaded tiles, of elements, bytes or words, as PIECES CODE_PLANES operands of products."""
+    """Converts loaded tiles of elements, bytes or words to the operands of products, one per piece and code plane."""
     pieces = ()
     for j in tl.static_range(PIECES):
         for k in tl.static_range(CODE_PLANES):
@@ -190,7 +205,7 @@ def _load_codes(
     rows, shown, column, BYTE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr, PIECE: tl.constexpr,
     WORDS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Byte planes, four bytes at a time where rows allow, since a byte would wait in a register of its own."""
+    """Loads byte planes, where possible as words, since each single byte would occupy a register of its own."""
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
         return _load(rows, shown, tl.arange(0, PIECE // 4), BYTE_PLANES, CODE_PLANE // 4, PIECE // 4)
@@ -202,7 +217,7 @@ def _load_codes(
 def _load_keys(
     rows, shown, rotary, R: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
 ):  # fmt: skip
-    """Rotary keys in bfloat16, two at a time where rows allow."""
+    """Loads rotary keys in bfloat16, where possible as words of two."""
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
         return _load(rows, shown, tl.arange(0, R // 2), 1, R // 2, R // 2)[0]
@@ -212,7 +227,7 @@ def _load_keys(
 
 @triton.jit
 def _unpack(keys, DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
-    """What `_load_keys` gives as an operand of products."""
+    """Converts what `_load_keys` loaded to an operand of products."""
     if WORDS:
         if PTX and DOT == tl.bfloat16:
             a, b = tl.inline_asm_elementwise(
@@ -229,7 +244,7 @@ def _unpack(keys, DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _load(rows, shown, column, PLANES: tl.constexpr, PLANE_WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """Columns of PLANES planes, one piece of a plane after the other: ceil(PLANE_WIDTH / PIECE) PLANES tiles."""
+    """Loads the first piece of each of PLANES planes, then the second of each, and so on, each as one tile."""
     tiles = ()
     for j in tl.static_range((PLANE_WIDTH + PIECE - 1) // PIECE):
         for i in tl.static_range(PLANES):
@@ -247,7 +262,7 @@ def _load_scales(
     rows, shown, BITS: tl.constexpr, SCALES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
     CODE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr,
 ):  # fmt: skip
-    """Scales [BN] of all pieces, as they are stored."""
+    """Loads the scales [BN] of each piece, in the dtype in which they are stored."""
     scales = ()
     for j in tl.static_range(PIECES if BITS else 0):
         for k in tl.static_range(CODE_PLANES):
@@ -258,5 +273,36 @@ def _load_scales(
 
 @triton.jit
 def _scale(stored, BITS: tl.constexpr):
+    """Stored scales as float32; those of fp8 also restore the factor that `_value` leaves out."""
     # a bfloat16 is the upper half of a float32
     return stored * 256.0 if BITS == 9 else (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _coded(latent, BITS: tl.constexpr):
+    """Codes and scales of latents [PLANES PLANE] as `IntegerFormat` computes them."""
+    largest = tl.max(tl.abs(latent), axis=1)
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    # a plane of zeros gets the smallest normal bfloat16 as its scale, since elements are divided by it
+    scales = tl.maximum(largest * (1.004 / HALF), 1.1754943508222875e-38).to(tl.bfloat16)
+    # the correctly rounded quotient, since one that lies on the border of two codes decides between them
+    scaled = tl.div_rn(latent, tl.broadcast_to(scales.to(tl.float32)[:, None], latent.shape))
+    codes = tl.minimum(tl.maximum(tl.floor(scaled) + HALF, 0.0), 2.0 * HALF - 1)
+    return codes.to(tl.int32), scales
+
+
+@triton.jit
+def _write_codes(codes, column, out, is_inside, C: tl.constexpr, BITS: tl.constexpr):
+    """Stores codes [PLANES PLANE] as bytes, and zeros between the last code and the first scale, as the format does."""
+    PADDED: tl.constexpr = ((C * BITS + 7) // 8 + 3) // 4 * 4
+    if BITS == 8:
+        tl.store(out + column, codes.to(tl.uint8), mask=(column < PADDED) & is_inside)
+    else:
+        # a byte holds the codes of elements j and j + c/2, which are gathered since other threads computed them
+        HALF: tl.constexpr = (C + 1) // 2
+        WIDTH: tl.constexpr = codes.numel
+        byte = tl.arange(0, WIDTH // 2)
+        flat = tl.reshape(codes, (WIDTH,))
+        low = tl.where(byte < HALF, tl.gather(flat, byte, 0), 0)
+        high = tl.where(byte + HALF < C, tl.gather(flat, tl.minimum(byte + HALF, C - 1), 0), 0)
+        tl.store(out + byte, (low | high << 4).to(tl.uint8), mask=(byte < PADDED) & is_inside)

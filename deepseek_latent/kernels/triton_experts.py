@@ -1,10 +1,10 @@
-"""Products of few tokens with weights read once, where they lie: the chosen experts, the shared ones, a dense MLP.
+"""The chosen experts, the shared ones or a dense MLP for few tokens, with each weight read once, where it lies.
 
-Reading the weights is what takes the time, so each program streams a block of rows of one weight. A single token is a
-matrix-vector product, multiplied and added up in registers ("vector"). For more tokens a program takes the rows of one
-expert for all tokens that chose it, by products on tensor cores ("matrix"), so that every chosen expert is read once.
+Reading the weights takes most of the time, so each program streams a block of rows of one weight. For a single token it
+computes a matrix-vector product in registers ("vector"). For more tokens it multiplies rows of one expert with all
+tokens that chose this expert, on tensor cores ("matrix"), so that every chosen expert is read once.
 
-Nothing here depends on data but addresses and masks: grids follow from shapes, and no two programs add to one place.
+Only addresses and masks depend on data: grids follow from shapes, and no two programs add to the same element.
 
 Letters: m tokens, e routed experts, k experts per token, d model width, f width of one expert, g width of the shared
 ones.
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .triton_matrix import activate_matrix, down_matrix, sum_parts
 from .triton_tiles import Norm, Tiles, block_at_once, block_of, check, dot_dtype, is_vector, tokens_at_once
-from .triton_vector import activate_vector, down_at_once, down_vector
+from .triton_vector import activate_vector, down_vector
 
-# columns of a wide down projection that one program takes for more tokens; DeepSeek-V2-Lite's experts are 1408 wide
+# columns of the shared experts' down projection that one program of a matrix product takes; 1408 is as many as one
+# routed expert of DeepSeek-V2-Lite has, so that all programs have the same work
 PIECE = 1408
 # elements of one output that a program sums
 SUMMED = 256
@@ -29,17 +30,16 @@ SUMMED = 256
 class Plan(NamedTuple):
     inner: Tiles  # gate and up
     outer: Tiles  # down
-    tokens: int | None = None  # in a tile of a product on tensor cores; by default few for few tokens
 
 
-# what took least on an H200 at DeepSeek-V2-Lite's widths
+# the fastest on an H200 at DeepSeek-V2-Lite's widths
 VECTOR = Plan(Tiles(2, 2048, 4, 1), Tiles(8, 512, 4, 4))
 MATRIX = Plan(Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 4))
 MATRIX_FOR_MANY = Plan(Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4))
 
 
 def plan_for(m: int) -> Plan:
-    """A single token reads its own experts; several share what they read."""
+    """A single token shares no expert with others, so only several tokens gain from tensor cores."""
     return VECTOR if m == 1 else MATRIX if m <= 32 else MATRIX_FOR_MANY
 
 
@@ -47,7 +47,7 @@ def experts(
     x: Tensor,  # [m d]
     gate_up: Tensor,  # [e 2f d]  gate rows first
     down: Tensor,  # [e d f]
-    chosen: Tensor,  # [m k]  int64, a token's own all different
+    chosen: Tensor,  # [m k]  int64, a token chooses no expert twice
     weights: Tensor,  # [m k]  float32
     shared: tuple[Tensor, Tensor, Tensor] | None = None,  # gate [g d], up [g d], down [d g]
     scales: tuple[Tensor, Tensor] | None = None,  # float32 [e 2f], [e d], of int8 weights
@@ -59,9 +59,9 @@ def experts(
 ) -> Tensor:  # [m d]  in the dtype of x
     """The weighted sum of each token's experts, plus the shared experts, plus the residual.
 
-    With a norm, which takes a plan for single tokens, all that is for the normed x; the residual is added as it is.
-    A choice below 0 or past the last expert is another rank's, and adds nothing. Sums run in float32, in an order that
-    the shapes decide; what lies between the two products is in the dtype of x.
+    A norm is applied to x first, but not to the residual; only a vector plan takes one. A choice below 0 or past the
+    last expert belongs to another rank and adds nothing. Sums are in float32 and their order depends on shapes alone;
+    activations between the two products are in the dtype of x.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.1, eq. 20.
     """
     assert gate_up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
@@ -83,7 +83,7 @@ def mlp(
     norm: Norm | None = None,
     plan: Plan | None = None,
 ) -> Tensor:  # [m d]  in the dtype of x
-    """down(silu(gate x) * up x) plus the residual: what `experts` does with shared experts alone."""
+    """down(silu(gate x) * up x) plus the residual, as `experts` computes shared experts."""
     return _swiglu(x, None, (gate, up, down), None, scales, residual, norm, plan)
 
 
@@ -128,28 +128,24 @@ def _swiglu(
 
 
 def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
-    """Each token by itself."""
+    """Computes each token by itself."""
     m, e, d, f, g = sizes
-    inner, outer, _ = plan
+    inner, outer = plan
     weight, eps = norm or (None, 0.0)
     blocks = kinds["K"] * triton.cdiv(f, inner.rows) + triton.cdiv(g, inner.rows)
     block = block_at_once(inner, d)
     activate_vector[blocks, m](x, x.stride(0), weight, *inputs, hidden, m, e, f, g, eps, **kinds, **block)
     grid = triton.cdiv(d, outer.rows), m
-    if outer.stages > 1:
-        down_vector[grid](hidden, *outputs, *added, out, *sizes, **kinds, **block_of(outer, f, g))
-    else:
-        block = {"ROWS": outer.rows, "WIDTH": outer.width, "num_warps": outer.warps}
-        down_at_once[grid](hidden, *outputs, *added, out, m, e, d, F=f, G=g, **kinds, **block)
+    down_vector[grid](hidden, *outputs, *added, out, *sizes, **kinds, **block_of(outer, f, g))
 
 
 def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
-    """All tokens that chose an expert at once."""
+    """Computes all tokens that chose an expert at once."""
     m, e, d, f, g = sizes
-    k, (inner, outer, tokens) = kinds["K"], plan
-    tokens = tokens or tokens_at_once(m)
+    k, (inner, outer) = kinds["K"], plan
+    tokens = tokens_at_once(m)
     tiles = triton.cdiv(m, tokens)
-    # as many groups of tokens with one expert as there can be: one for each pair, or one for each expert
+    # a group is the tokens that chose one expert; there are at most as many as pairs of token and choice, or as experts
     groups = min(min(tokens, m) * k, e)
     of_groups = {"TOKENS": tokens, "BY_PAIR": groups < e, "K_PADDED": triton.next_power_of_2(max(k, 1))}
     kinds = kinds | of_groups | {"DOT": dot_dtype(out)}
@@ -157,7 +153,7 @@ def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: P
     activate_matrix[blocks, tiles](x, x.stride(0), *inputs, hidden, *sizes, groups, **kinds, **block_of(inner, d))
     piece = triton.cdiv(PIECE, outer.width) * outer.width
     pieces = triton.cdiv(g, piece)
-    # one row for each routed pair [mk d], then for the tokens [m d] of each piece of the shared experts
+    # a row for each routed pair [mk d], then for each piece of the shared experts the rows of all tokens [m d]
     parts = out.new_empty(m * (k + pieces), d, dtype=torch.float32)
     grid = triton.cdiv(d, outer.rows) * (groups + pieces), tiles
     block = block_of(outer, f, g) | {"PIECE": piece}

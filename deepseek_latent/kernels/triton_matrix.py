@@ -1,4 +1,4 @@
-"""Experts of several tokens: a program has the rows of one expert for all tokens that chose it, on tensor cores.
+"""Experts of several tokens: a program multiplies rows of one expert with all tokens that chose it, on tensor cores.
 
 Letters as in `triton_experts`.
 """
@@ -11,10 +11,10 @@ from .triton_tiles import gate_and_up, is_here, kernel, load_tile, silu
 
 @triton.jit
 def _group(chosen, tile, group, m, num_experts, K: tl.constexpr, K_PADDED: tl.constexpr, TOKENS: tl.constexpr, BY_PAIR):
-    """Which expert a group is, whether a program has it to compute, and at which slot tokens chose it, -1 where none.
+    """The expert of a group, whether the group is to be computed, and at which slot each token chose it, -1 for none.
 
-    Groups are numbered by experts, or by pairs of a token and its choice where these are fewer; the first pair with an
-    expert then stands for all.
+    There is a group for each expert or, where these are fewer, for each pair of a token and its choice. Then several
+    pairs may name the same expert, and only the group of the first is computed, for all of them.
     """
     tokens, slots = tile * TOKENS + tl.arange(0, TOKENS), tl.arange(0, K_PADDED)
     is_pair = (tokens < m)[:, None] & (slots < K)[None, :]
@@ -64,7 +64,7 @@ def activate_matrix(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """weight * silu(gate x) * up x for ROWS of one expert and all of TOKENS tokens that chose it."""
+    """weight * silu(gate x) * up x for ROWS of one expert and those of TOKENS tokens that chose it."""
     block, tile = tl.program_id(0), tl.program_id(1)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(f, ROWS)
@@ -132,7 +132,7 @@ def down_matrix(
     STAGES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """ROWS of what one expert, or one piece of the shared ones, gives to the tokens that chose it."""
+    """ROWS of the partial sums that one expert, or one piece of the shared ones, gives to the tokens that chose it."""
     tile = tl.program_id(1)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(d, ROWS)
@@ -187,7 +187,7 @@ def sum_parts(
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All that was computed for one token, in the order of its choices."""
+    """Adds up all partial sums of one token, in the order of its choices, so that equal inputs give equal bits."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d

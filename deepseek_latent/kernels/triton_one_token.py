@@ -1,8 +1,8 @@
-"""What stands around a single token's attention, in one launch ahead of it and one behind.
+"""The steps of a single token between its projections and attention: one launch ahead of attention, one behind it.
 
-With few numbers to compute, each launch costs as much as a megabyte of weights; so what does not depend on one another
-shares a grid, and what is cheap to compute again is computed by each program that needs it. `overlap` is explained at
-`launch_options`: weights are loaded before the kernel ahead has ended.
+For one token, each launch takes as long as reading a megabyte of weights. So steps that do not depend on one another
+share a grid, and results that are cheap to recompute are computed by each program that needs them. With `overlap`
+weights are loaded before the kernel ahead has ended (`launch_options`).
 
 Letters: h heads, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -14,17 +14,15 @@ from torch import Tensor
 
 from ..latent_format import PLANE
 from .triton_overlap import launch_options, wait_for_inputs
-from .triton_rows import parts_of_rows, turn_heads, write_row
 from .triton_splits import LOWEST
-from .triton_tiles import Norm, Tiles
+from .triton_tiles import Norm
+from .triton_write import HEADS, parts_of_rows, turn_heads, write_row
 
-# heads whose queries one program rotates
-HEADS = 16
 # columns of W^UK that one program takes: 128 bytes of a row, and at DeepSeek-V2-Lite's widths one program per SM
-ABSORBED = Tiles(rows=128, width=64, warps=4, stages=1)
-# rows of W^UV
-EXPANDED = Tiles(rows=16, width=512, warps=8, stages=1)
-# bytes of partial sums that programs of one head may read again for each other before a launch of its own is cheaper
+COLUMNS = 64
+# rows of W^UV that one program takes, and its warps
+ROWS, WARPS = 16, 8
+# bytes of partial sums that programs may read more than once before it is cheaper to combine them in another launch
 MOST_READ_AGAIN = 16 << 20
 
 
@@ -39,10 +37,9 @@ def rotate_write_absorb(
     w_uk: Tensor,  # [h n c]
     *,
     bits: int | None = None,
-    tiles: Tiles = ABSORBED,
     overlap: bool = False,
 ) -> Tensor:  # [1 1 h c]
-    """`norm_rotate_write` of one token, and q_content W^UK: neither reads what the other writes."""
+    """`norm_rotate_write` of one token, and returns q_content W^UK; neither reads what the other writes."""
     (h, n, c), width = w_uk.shape, queries.shape[3]
     r = width - n
     latent, scales, k_rotary = parts_of_rows(rows, c, r, compressed.dtype, bits)
@@ -56,7 +53,7 @@ def rotate_write_absorb(
     assert queries.dtype == compressed.dtype == w_uk.dtype
     assert latent.stride(2) == scales.stride(2) == k_rotary.stride(2) == 1
     q_absorbed = queries.new_empty(1, 1, h, c)
-    columns, heads = min(tiles.width, triton.next_power_of_2(c)), min(HEADS, triton.next_power_of_2(h))
+    columns, heads = min(COLUMNS, triton.next_power_of_2(c)), min(HEADS, triton.next_power_of_2(h))
     _rotate_write_absorb_kernel[(1 + triton.cdiv(h, heads) + h * triton.cdiv(c, columns),)](
         queries,
         compressed,
@@ -88,15 +85,15 @@ def rotate_write_absorb(
         N_BLOCK=triton.next_power_of_2(n),
         HEADS=heads,
         COLUMNS=columns,
-        num_warps=tiles.warps,
-        # torch rounds a product before it adds, and so must we to write the same bytes
+        num_warps=4,
+        # torch rounds a product before it adds it, and the same bytes need the same roundings
         enable_fp_fusion=False,
         **launch_options(queries, overlap),
     )
     return q_absorbed
 
 
-# one compiled kernel for every length and every place in the cache
+# one compiled kernel serves every length and every place in the cache
 @triton.jit(do_not_specialize=["start", "num_rows"])
 def _rotate_write_absorb_kernel(
     queries,
@@ -131,7 +128,7 @@ def _rotate_write_absorb_kernel(
     COLUMNS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """The first program is for the latent and its key, the next ones rotate queries, the others absorb."""
+    """The first program writes the latent and its key, the next ones rotate queries, the others multiply by W^UK."""
     program = tl.program_id(0)
     TURNING: tl.constexpr = (H + HEADS - 1) // HEADS
     if program == 0:
@@ -180,13 +177,12 @@ def expand(
     sizes: Tensor | None,  # [1 splits 1 h], or None for contexts
     w_uv: Tensor,  # [h v c]
     *,
-    tiles: Tiles = EXPANDED,
     overlap: bool = False,
 ) -> Tensor:  # [1 hv]
-    """`combine` and the product with W^UV, of one token.
+    """`combine` and the product with W^UV, for one token.
 
-    Programs of one head each combine its partial sums for themselves, and round them to the dtype of the weight, as
-    `combine` does.
+    Each program combines the partial sums of its head itself, and rounds them to the dtype of the weight, as `combine`
+    rounds them.
     """
     (h, v, c), splits = w_uv.shape, 1 if sizes is None else parts.shape[1]
     assert w_uv.stride(2) == 1
@@ -194,9 +190,9 @@ def expand(
     assert parts.numel() == splits * h * c
     assert sizes is None or (sizes.is_contiguous() and parts.dtype == torch.float32)
     out = w_uv.new_empty(1, h * v)
-    rows, c_block = min(tiles.rows, triton.next_power_of_2(v)), triton.next_power_of_2(c)
-    # 64 numbers per thread
-    at_once = max(64 * 32 * tiles.warps // c_block, 1)
+    rows, c_block = min(ROWS, triton.next_power_of_2(v)), triton.next_power_of_2(c)
+    # splits that are loaded at once, so many that each thread holds 64 numbers
+    at_once = max(64 * 32 * WARPS // c_block, 1)
     _expand_kernel[(h * triton.cdiv(v, rows),)](
         parts,
         sizes,
@@ -212,15 +208,15 @@ def expand(
         C_BLOCK=c_block,
         SPLITS=triton.next_power_of_2(splits),
         AT_ONCE=min(triton.next_power_of_2(splits), at_once),
-        num_warps=tiles.warps,
+        num_warps=WARPS,
         **launch_options(parts, overlap),
     )
     return out
 
 
-def is_combined_by_the_way(parts: Tensor, w_uv: Tensor, tiles: Tiles = EXPANDED) -> bool:
-    """Whether `expand` should take partial sums as they are, since few of them are read again."""
-    return (triton.cdiv(w_uv.shape[1], tiles.rows) - 1) * parts.nbytes <= MOST_READ_AGAIN
+def is_combined_by_expand(parts: Tensor, w_uv: Tensor) -> bool:
+    """Whether `expand` should combine partial sums itself, since its programs read few of them more than once."""
+    return (triton.cdiv(w_uv.shape[1], ROWS) - 1) * parts.nbytes <= MOST_READ_AGAIN
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -241,7 +237,7 @@ def _expand_kernel(
     AT_ONCE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """ROWS of the values of one head."""
+    """ROWS elements of the value of one head."""
     BLOCKS: tl.constexpr = (V + ROWS - 1) // ROWS
     head = tl.program_id(0) // BLOCKS
     row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
@@ -269,7 +265,7 @@ def _combined(
     SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """What `combine` computes for one head; what splits that saw nothing left is not looked at."""
+    """What `combine` computes for one head; the memory of splits that saw no token is uninitialised and not used."""
     every = tl.arange(0, SPLITS)
     all_sizes = tl.load(sizes + every * H + head, mask=every < num_splits, other=-float("inf"))
     largest = tl.maximum(tl.max(all_sizes, axis=0), LOWEST)
@@ -281,10 +277,10 @@ def _combined(
         is_split = split < num_splits
         size = tl.load(sizes + split * H + head, mask=is_split, other=-float("inf"))
         weight = tl.exp2(size - largest)
-        # the first ones are on their way together with the sizes, on which the others wait
+        # the first parts are loaded together with the sizes; later loads wait for sizes, and skip parts without weight
         wanted = is_split if start == 0 else weight > 0
         at = parts + (split * (H * C) + head * C)[:, None] + column[None, :]
         value = tl.load(at, mask=wanted[:, None] & (column < C)[None, :], other=0)
         context += tl.sum(tl.where((weight > 0)[:, None], value * weight[:, None], 0.0), axis=0)
-    # a query that may look nowhere gives zeros
+    # a query that sees no token gives zeros
     return context * (1.0 / tl.where(total > 0, total, 1.0))

@@ -1,4 +1,4 @@
-"""Kernels that start while the kernel ahead of them is at work (programmatic dependent launch)."""
+"""Kernels that start while the kernel ahead of them still runs (programmatic dependent launch)."""
 
 import functools
 
@@ -14,12 +14,12 @@ def _has_dependent_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(x: Tensor, overlap: bool) -> dict:
-    """`overlap` lets a kernel start, and load its weights, while the kernel ahead of it in the stream is at work.
+def launch_options(x: Tensor, overlap: bool = False) -> dict:
+    """With `overlap` a kernel starts, and loads its weights, while the kernel ahead of it in the stream still runs.
 
-    Right after any kernel that changes no weight, in a stream or a captured graph: all else is read, and everything
-    is written, when that kernel has ended (programmatic dependent launch, from compute capability 9.0 on; before,
-    nothing overlaps). Every kernel here lets the next one start as early.
+    It reads everything else, and writes, only after that kernel has ended. So `overlap` is right behind any kernel that
+    changes no weight, in a stream or in a captured graph. Below compute capability 9.0 nothing overlaps. Every kernel
+    that takes these options lets the next one start early.
     """
     can = _has_dependent_launches(x.device)
     return {"OVERLAPS": can} | ({"launch_pdl": True} if can and overlap else {})
@@ -27,10 +27,10 @@ def launch_options(x: Tensor, overlap: bool) -> dict:
 
 @triton.jit
 def wait_for_inputs(OVERLAPS: tl.constexpr):
-    """Stands after the loads of weights and before all else: what is loaded before is not put off by the assembler.
+    """Waits until the kernel ahead has ended, if this one was launched with `overlap=True`; otherwise does not wait.
 
-    In a launch with `overlap=True` a program comes here while the kernel before is at work, and waits for its end; in
-    other launches this waits for nothing.
+    A kernel calls it after its loads of weights, which the assembler does not move behind it, and before everything
+    else.
     """
     if OVERLAPS:
         gdc_launch_dependents()

@@ -1,10 +1,9 @@
-"""Products of a single token, with the norm ahead of them and the residual behind in the same launch.
+"""Projections of a single token, with the norm ahead of them and the residual behind them in the same launch.
 
-Every program norms the whole row for itself, while its rows of the weight are on their way: that saves a launch and
-should take no time of its own. `overlap` is explained at `launch_options`: weights are loaded before the kernel ahead
-has ended.
+Every program norms the whole row for itself while its rows of the weight are being loaded. That saves a launch, and
+should take no time of its own. With `overlap` weights are loaded before the kernel ahead has ended (`launch_options`).
 
-Letters: n rows of a weight and w their width.
+Letters: n rows of a weight, w their width.
 """
 
 import torch
@@ -28,7 +27,7 @@ def project(
 ) -> list[Tensor]:  # [1 n]
     """`F.linear(norm(x), weight)` for each weight, plus the residual, in one launch.
 
-    The norm is rounded to the dtype of x, as what a module would hand on; products are summed in float32.
+    The normed row is rounded to the dtype of x, as `nn.RMSNorm` rounds it; products are summed in float32.
     """
     first, last = weights[0], weights[-1]
     tiles = tiles or tiles_for(x.shape[1])
@@ -56,9 +55,10 @@ def project(
 
 
 def tiles_for(width: int) -> Tiles:
-    """Whole rows wait in registers, in chunks that all warps share: 256 elements of a row are 16 bytes per thread."""
+    """Whole rows are held in registers, so very wide ones need more warps and fewer rows."""
     if width > 8192:
         return Tiles(1, 2048, 8, 1)
+    # a warp takes 256 elements of a chunk, and a width that 1024 does not divide has chunks of at most 512
     return Tiles(2, 2048, 2 if width % 1024 else 4, 1)
 
 
@@ -80,7 +80,7 @@ def _project_kernel(
     WIDTH: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """ROWS of one of the weights."""
+    """The products of ROWS rows of one of the weights."""
     block = tl.program_id(0)
     weight, out, n = weight_0, out_0, n_0
     if HAS_TWO:

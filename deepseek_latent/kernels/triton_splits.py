@@ -1,10 +1,10 @@
-"""The kernels of absorbed attention: programs that each attend to a split of the cache, and what combines them.
+"""The kernels of absorbed attention: one attends to a split of the cache in each program, one combines the splits.
 
 Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
-query token: all rows read the same latents.
+query token; all rows of a sequence read the same latents.
 """
 
-# Triton knows neither (*tuple, x) nor a return within two conditions joined by `and`, of which one is known beforehand
+# Triton compiles neither (*tuple, x) nor a return under `a and b` where only one of the two is known when it compiles
 # ruff: noqa: RUF005, SIM102, RUF059
 
 import triton
@@ -13,16 +13,16 @@ import triton.language as tl
 from .triton_codes import _convert, _load, _load_codes, _load_keys, _load_scales, _scale, _unpack
 from .triton_overlap import wait_for_inputs
 
-# a score that no score is below, finite so that a row which has seen nothing gives zeros and not NaN
+# where the running maximum starts: below any score, but finite, so that a row that sees no token gives zeros, not NaN
 LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr, rotary_alignment: tl.constexpr):
-    """Where the tokens of a tile are: rows of latents and rotary keys, which of them are shown, and their positions.
+    """Pointers to the latents and rotary keys of a tile's tokens, which of these are shown, and their positions.
 
-    A stretch is (latents, step, rotary keys, step, tokens held). Tiles of the second, None if there is no second,
-    follow the `tiles_0` of the first, so no tile has tokens of both.
+    A stretch, `one` or `two`, is (latents, step, rotary keys, step, tokens held); `two` may be None. Its tiles follow
+    the `tiles_0` tiles of `one`, so no tile has tokens of both.
     """
     latent, latent_step, rotary, rotary_step, held = one
     start = tile * token.shape[0]
@@ -48,7 +48,7 @@ def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr
 
 @triton.jit
 def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
-    """Of one tile of tokens, [BM BN]."""
+    """Scores [BM BN] of one tile of tokens, before the softmax scale."""
     scores = tl.dot(queries_rotary, tl.trans(keys), input_precision="ieee")
     for n in tl.static_range(len(pieces)):
         keys_of_piece = tl.trans(pieces[n].to(queries[n].dtype))
@@ -62,11 +62,11 @@ def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
 
 @triton.jit
 def _weigh(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
-    """The largest score so far, and all weights and weighted sums relative to it, after one more tile of tokens."""
+    """Adds a tile of tokens: the largest score so far, and sums of weights and of weighted latents relative to it."""
     larger = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - larger[:, None])
     kept = tl.exp2(largest - larger)[:, None]
-    # all of them before the first product, so that threads wait for each other once
+    # all scaled weights come before the first product, so that one barrier serves all products
     scaled = ()
     for n in tl.static_range(len(pieces) if BITS else 1):
         by_scale = weights * _scale(scales[n], BITS)[None, :] if BITS else weights
@@ -135,11 +135,12 @@ def _attend_to_splits(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """BM rows of one sequence attend to one split, a tile of BN tokens at a time."""
     wait_for_inputs(OVERLAPS)
     BP: tl.constexpr = max(triton.next_power_of_2(PIECE), 16)
     BR: tl.constexpr = max(triton.next_power_of_2(R), 16)
     PIECES: tl.constexpr = (CODE_PLANE + PIECE - 1) // PIECE  # of a code plane
-    # programs that read the same tokens stand side by side, so that the second finds them in the second cache
+    # programs that read the same tokens are neighbours in the grid, so that all but the first find them in the L2 cache
     num_tiles = tl.cdiv(s * H, BM)
     program = tl.program_id(0)
     row = program % num_tiles * BM + tl.arange(0, BM)
@@ -151,7 +152,7 @@ def _attend_to_splits(
     rotary = tl.arange(0, BR)
     rotary_inside = rotary < R
 
-    # queries stay for the whole split, and are on their way while `length` is
+    # queries are loaded once for the whole split, and before `length` is used, so that neither load waits for the other
     q_base = q_absorbed + sequence * qa_b + query * qa_s + head * qa_h
     queries = ()
     for j in tl.static_range(PIECES):
@@ -227,7 +228,7 @@ def _attend_to_splits(
             is_ahead = ahead[2] & (tile + 1 < last_tile)
             scales_ahead = _load_scales(ahead[0], is_ahead, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
             scores = _scores(queries, queries_rotary, pieces, keys, scales, BITS)
-            # the registers of this tile's codes are free for the next one's
+            # after the scores, the registers that held this tile's codes are free for those of the next
             codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
             packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
             scores = tl.where(visible, scores * scale, -float("inf"))
@@ -265,7 +266,7 @@ def _combine(
     AT_ONCE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One row's sums over all splits as the one over all tokens; what splits that saw nothing left is dropped."""
+    """Combines one row's sums of all splits; the memory of splits that saw no token is uninitialised and not used."""
     wait_for_inputs(OVERLAPS)
     sequence = (tl.program_id(0) // num_rows).to(tl.int64)
     row = tl.program_id(0) % num_rows
@@ -275,7 +276,7 @@ def _combine(
     size = tl.load(sizes + split * num_rows, split < num_splits, -float("inf"))
     largest = tl.maximum(tl.max(size, 0), LOWEST)
     total = tl.sum(tl.exp2(size - largest), 0)
-    # a query that may look nowhere gives zeros
+    # a query that sees no token gives zeros
     share = 1.0 / tl.where(total > 0, total, 1.0)
 
     parts += (sequence * num_splits * num_rows + row) * C
@@ -283,7 +284,7 @@ def _combine(
     for start in tl.static_range(0, SPLITS, AT_ONCE):
         split = start + tl.arange(0, AT_ONCE)
         weight = tl.exp2(tl.load(sizes + split * num_rows, split < num_splits, -float("inf")) - largest)
-        # not by weight, so that no load waits for another one
+        # masked by number and not by weight, so that these loads do not wait for those of the sizes
         shown = (split < num_splits)[:, None] & (column < C)[None, :]
         value = tl.load(parts + (split.to(tl.int64) * num_rows * C)[:, None] + column[None, :], shown, 0.0)
         context += tl.sum(tl.where((weight > 0)[:, None], value * weight[:, None], 0.0), 0)

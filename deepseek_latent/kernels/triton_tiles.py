@@ -1,4 +1,4 @@
-"""What kernels of products share: how work is cut into tiles, how a tile of a weight is read, and the norm of a row.
+"""What the kernels of products share: how work is cut into tiles, how tiles are loaded, and the norm of a row.
 
 Letters: m tokens, e routed experts, d model width, f width of one expert.
 """
@@ -10,52 +10,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# one compiled form for any number of tokens
+# elements of half precision in 16 bytes, the most that one thread loads at a time
+ELEMENTS_PER_LOAD = 8
+# one compiled kernel serves any number of tokens
 kernel = triton.jit(do_not_specialize=["m", "groups"])
 
 
 class Tiles(NamedTuple):
-    """What one program works on at a time, and how many such tiles are on their way to it."""
+    """The tile of a weight that one program loads at a time, and how many such tiles it loads ahead."""
 
     rows: int
     width: int
     warps: int
-    stages: int
+    stages: int  # 1 where a program loads whole rows before it uses any
 
 
 class Norm(NamedTuple):
-    """An `nn.RMSNorm` that a kernel computes by the way: every program norms the whole row for itself."""
+    """An `nn.RMSNorm` ahead of a product, in the same kernel: every program norms the whole row for itself."""
 
     weight: Tensor  # [d]
     eps: float
 
 
 def block_of(tiles: Tiles, *widths: int) -> dict:
-    """Constants of a kernel that goes along rows of these widths in a loop."""
+    """Constants of a kernel that loops over the tiles of rows of these widths."""
     is_even = all(width % tiles.width == 0 for width in widths)
     sizes = {"ROWS": tiles.rows, "WIDTH": tiles.width, "EVEN": is_even, "STAGES": tiles.stages}
     return sizes | {"num_warps": tiles.warps}
 
 
 def block_at_once(tiles: Tiles, width: int) -> dict:
-    """Constants of a kernel that has whole rows of this width on their way at once, in chunks that divide them."""
+    """Constants of a kernel that loads whole rows of this width before it uses any, as chunks of a power of two.
+
+    Chunks divide the width where they can, since a chunk past its end needs a mask.
+    """
     divisor = width & -width
     chunk = min(divisor if divisor >= 512 else max(triton.next_power_of_2(width), 16), tiles.width)
     return {"ROWS": tiles.rows, "D": width, "WIDTH": chunk, "num_warps": tiles.warps}
 
 
 def is_vector(tiles: Tiles) -> bool:
-    """Tensor cores take 16 rows at least."""
+    """Whether products are computed in registers; tensor cores take no fewer than 16 rows."""
     return tiles.rows < 16
 
 
 def tokens_at_once(m: int) -> int:
-    """Wide enough that every weight is read once, up to 64 tokens; tensor cores take no fewer than 8."""
+    """Tokens of a tile: up to 64 all of them, so that weights are read once; tensor cores take no fewer than 8."""
     return min(max(triton.next_power_of_2(m), 8), 64)
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """In which tiles are multiplied; the interpreter, which alone takes CPU tensors, has no products in bfloat16."""
+    """The dtype of operands; Triton's interpreter, which alone takes CPU tensors, cannot multiply bfloat16."""
     known = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return tl.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else known[x.dtype]
 
@@ -73,7 +78,7 @@ def check(x: Tensor, present: list[Tensor], scales: list[Tensor | None], norm: N
 
 @triton.jit
 def load_tile(base, rows, width, start, mask, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Columns start.. of the given rows of a weight whose rows are `width` long; 0 past their end or where masked."""
+    """Loads columns start .. start+WIDTH-1 of some rows of a weight [.. width]; 0 past their end or where masked."""
     columns = start + tl.arange(0, WIDTH)
     at = base + rows.to(tl.int64)[:, None] * width + columns[None, :]
     if not EVEN:
@@ -83,7 +88,7 @@ def load_tile(base, rows, width, start, mask, WIDTH: tl.constexpr, EVEN: tl.cons
 
 @triton.jit
 def load_row(base, D: tl.constexpr, WIDTH: tl.constexpr):
-    """A row of D elements as chunks [WIDTH], all on their way at once; 0 past its end."""
+    """Loads a row of D elements as chunks [WIDTH], all of them before any is used; 0 past its end."""
     chunks = ()
     for first in tl.static_range(0, D, WIDTH):
         columns = first + tl.arange(0, WIDTH)
@@ -96,7 +101,7 @@ def load_row(base, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The given rows of a weight whose rows are D long, as `load_row`: chunks [rows WIDTH]."""
+    """Loads some rows of a weight [.. D] as chunks [rows WIDTH], as `load_row` does."""
     chunks = ()
     for first in tl.static_range(0, D, WIDTH):
         chunks += (load_tile(base, rows, D, first, True, WIDTH, first + WIDTH <= D),)
@@ -105,7 +110,7 @@ def load_rows(base, rows, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def normed(row, weight, eps, D: tl.constexpr, WIDTH: tl.constexpr):
-    """`nn.RMSNorm` of what `load_row` gave: in float32, and rounded once, after the weight, to the dtype of the row."""
+    """`nn.RMSNorm` of a row in chunks: in float32, and rounded once, after the weight, to the dtype of the row."""
     squares = tl.zeros((WIDTH,), tl.float32)
     for i in tl.static_range((D + WIDTH - 1) // WIDTH):
         squares += row[i].to(tl.float32) * row[i].to(tl.float32)
@@ -119,27 +124,21 @@ def normed(row, weight, eps, D: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def product(rows, row, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows [ROWS D] times a row [D], both in chunks: [ROWS]."""
-    return tl.sum(partial_product(rows, row, ROWS, D, WIDTH), axis=1)
-
-
-@triton.jit
-def partial_product(rows, row, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """`product` as sums of what each thread holds, [ROWS WIDTH/8]."""
     total = tl.zeros((ROWS, WIDTH // 8), tl.float32)
     for i in tl.static_range((D + WIDTH - 1) // WIDTH):
         total += partly_summed(rows[i].to(tl.float32) * row[i].to(tl.float32)[None, :], ROWS, WIDTH)
-    return total
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
 def partly_summed(products, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows width] to [rows width/8]: sums of what one thread holds, so that totals take few registers."""
+    """[rows width] to [rows width/8]: adds the eight products of each thread, so that sums take few registers."""
     return tl.sum(tl.reshape(products, (ROWS, WIDTH // 8, 8)), 2)
 
 
 @triton.jit
 def gate_and_up(e, is_routed, gate_up, gate, up, stride, f, K: tl.constexpr, SHARED: tl.constexpr):
-    """Where gate and up rows of an expert or of the shared ones begin, `stride` elements each: weights or scales."""
+    """Pointers to the gate and up rows of an expert or of the shared ones: to weights or scales, `stride` to a row."""
     if K > 0:
         gate_rows = gate_up + e * (2 * f * stride)
         up_rows = gate_rows + f * stride
@@ -153,7 +152,7 @@ def gate_and_up(e, is_routed, gate_up, gate, up, stride, f, K: tl.constexpr, SHA
 
 @triton.jit
 def is_here(e, num_experts):
-    """Whether a choice is of an expert of this rank."""
+    """Whether a choice names an expert of this rank."""
     return (e >= 0) & (e < num_experts)
 
 

@@ -1,4 +1,4 @@
-"""Experts of one token: matrix-vector products, multiplied and added up in registers.
+"""Experts of one token: matrix-vector products, computed in registers.
 
 Letters as in `triton_experts`.
 """
@@ -13,7 +13,6 @@ from .triton_tiles import (
     load_rows,
     load_tile,
     normed,
-    partial_product,
     partly_summed,
     product,
     silu,
@@ -46,9 +45,9 @@ def activate_vector(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """weight * silu(gate x) * up x for ROWS of one expert of one token; the shared experts follow with weight 1.
+    """weight * silu(gate x) * up x for ROWS of one expert of one token; later programs do shared experts, of weight 1.
 
-    Where there is a norm, x is normed first, while the rows of gate and up are on their way.
+    With a norm, x is normed first, while the rows of gate and up are being loaded.
     """
     block, token = tl.program_id(0), tl.program_id(1)
     row = load_row(x + token * x_stride, D, WIDTH)
@@ -109,7 +108,7 @@ def down_vector(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """ROWS of the result of one token: its experts and the shared ones as one long product."""
+    """ROWS of the result for one token, summed over its experts and the shared ones."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = tl.minimum(rows, d - 1)
     token = tl.program_id(1)
@@ -125,7 +124,7 @@ def down_vector(
             total *= tl.load(shared_scales + inside)[:, None]
     if K > 0:
         steps = tl.cdiv(f, WIDTH)
-        # one loop over all experts, so that the first tile of the next one is on its way in time
+        # one loop over all experts, so that the first tile of an expert is prefetched during the one before
         for step in tl.range(0, K * steps, num_stages=STAGES):
             pair, start = token * K + step // steps, step % steps * WIDTH
             e = tl.load(chosen + pair)
@@ -138,60 +137,6 @@ def down_vector(
                 part *= tl.load(down_scales + e * d + inside, mask=is_ours, other=0)[:, None]
             total += part
     result = tl.sum(total, 1)
-    if residual is not None:
-        result += tl.load(residual + token * residual_stride + inside).to(tl.float32)
-    tl.store(out + token * d + rows, result.to(out.dtype.element_ty), mask=rows < d)
-
-
-@kernel
-def down_at_once(
-    hidden,
-    chosen,
-    down,
-    down_scales,
-    shared_down,
-    shared_scales,
-    residual,
-    residual_stride,
-    out,
-    m,
-    num_experts,
-    d,
-    F: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """`down_vector` with whole rows of all experts on their way at once."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = tl.minimum(rows, d - 1)
-    token = tl.program_id(1)
-    CHUNKS: tl.constexpr = (F + WIDTH - 1) // WIDTH
-    tiles = ()
-    for slot in tl.static_range(K):
-        e = tl.load(chosen + token * K + slot)
-        # for another rank's choice any expert is read, and adds nothing
-        tiles += load_rows(down + tl.where(is_here(e, num_experts), e, 0) * d * F, inside, F, WIDTH)
-    total = tl.zeros((ROWS, WIDTH // 8), tl.float32)
-    if SHARED:
-        shared_tiles = load_rows(shared_down, inside, G, WIDTH)
-        row = load_row(hidden + m * K * F + token * G, G, WIDTH)
-        total += partial_product(shared_tiles, row, ROWS, G, WIDTH)
-        if SCALED:
-            total *= tl.load(shared_scales + inside)[:, None]
-    for slot in tl.static_range(K):
-        pair = token * K + slot
-        e = tl.load(chosen + pair)
-        is_ours = is_here(e, num_experts)
-        row = load_row(hidden + pair * F, F, WIDTH)
-        part = partial_product(tiles[slot * CHUNKS : (slot + 1) * CHUNKS], row, ROWS, F, WIDTH)
-        if SCALED:
-            part *= tl.load(down_scales + e * d + inside, mask=is_ours, other=0)[:, None]
-        total += tl.where(is_ours, part, 0.0)
-    result = tl.sum(total, axis=1)
     if residual is not None:
         result += tl.load(residual + token * residual_stride + inside).to(tl.float32)
     tl.store(out + token * d + rows, result.to(out.dtype.element_ty), mask=rows < d)
