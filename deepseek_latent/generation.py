@@ -77,7 +77,8 @@ class LatentGenerationMixin(GenerationHooks):
             check_offloading()
         if wanted is not None and wanted.startswith("static"):
             settings.max_cache_len = max(settings.max_cache_len or 0, room_needed(settings))
-        if _bits_asked_for(settings) is not None and given is None:
+        asks_for_bits = _bits_asked_for(settings) is not None
+        if asks_for_bits and given is None and settings.cache_implementation == "quantized":
             # to transformers it is the default cache, whose place ours takes
             settings.cache_implementation = None
         return settings
@@ -97,8 +98,7 @@ class LatentGenerationMixin(GenerationHooks):
 
     def create_masks_for_generate(self, attention_mask, **kwargs):
         """The mask of one step over a cache that can be compiled, before `forward` makes it; ours is made there."""
-        caches = [kwargs[name] for name in CACHE_NAMES if name in kwargs]
-        if isinstance(caches[0], LatentCache):
+        if any(isinstance(kwargs.get(name), LatentCache) for name in CACHE_NAMES):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
@@ -152,9 +152,9 @@ def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
         )
     if backend != "latent":
         return None
-    if cache_implementation != "quantized":
+    if cache_implementation not in ("quantized", "static"):
         raise ValueError(
-            f'the latent backend goes with cache_implementation="quantized", got {cache_implementation!r}.'
+            f'the latent backend goes with cache_implementation="quantized" or "static", got {cache_implementation!r}.'
         )
     if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
         raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')

@@ -44,18 +44,29 @@ class TokenCount:
             self._is_recorded = False
 
     def to_device(self, device: torch.device) -> None:
-        if self.on_device is None:
+        # a compiled step does not look at the host's numbers, which change with every step
+        lengths = set() if torch.compiler.is_compiling() else {layer.num_held for layer in self.layers}
+        if self.host_is_right and len(lengths) > 1:
+            raise ValueError(
+                f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "
+                "step leaves it; fill a new one."
+            )
+        if self.on_device is None or _is_left_by_inference_mode(self.on_device):
             self.on_device, self.before_step = torch.zeros(2, dtype=torch.int64, device=device).unbind()
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.on_device)
                 torch._dynamo.mark_static_address(self.before_step)
+            self.device_is_right = False
         if not self.device_is_right:
             self.on_device.fill_(self.layers[0].num_held)
             self.device_is_right = True
 
     def to_host(self) -> None:
         if not self.host_is_right:
-            self._set_host(int(self.on_device))
+            num_tokens, room = int(self.on_device), self.layers[0].max_cache_len
+            if num_tokens > room:
+                raise _too_small(room, num_tokens)
+            self._set_host(num_tokens)
 
     def advance(self, num_tokens: int) -> None:
         """Counts the tokens of a recorded step, before its first layer writes."""
@@ -84,6 +95,8 @@ class StaticLatentCacheLayer(LatentCacheLayer):
     may_widen = False
 
     def __init__(self, max_cache_len: int, count: TokenCount, bits: int | str | None = None):
+        if type(max_cache_len) is not int or max_cache_len < 1:
+            raise ValueError(f"max_cache_len must be a number of tokens, at least 1, got {max_cache_len!r}.")
         self.max_cache_len, self.count, self.num_held = max_cache_len, count, 0
         count.layers.append(self)
         super().__init__(bits)
@@ -95,6 +108,10 @@ class StaticLatentCacheLayer(LatentCacheLayer):
 
     @_num_own.setter
     def _num_own(self, num_tokens: int) -> None:
+        if num_tokens < self.num_held:
+            self._make_writable()
+            # what is forgotten may not have been finite, and a recorded step multiplies it by 0
+            self._own[:, num_tokens : self.num_held].zero_()
         self.num_held, self.count.device_is_right = num_tokens, False
 
     def reset(self) -> None:
@@ -119,7 +136,8 @@ class StaticLatentCacheLayer(LatentCacheLayer):
     def latents(self) -> Latents:
         if not self.count.is_recorded:
             return super().latents
-        return Latents(Stretch(self._own, self._format), num_held=self.count.on_device)
+        # layers may lie on several devices, and the count on that of the first
+        return Latents(Stretch(self._own, self._format), num_held=self.count.on_device.to(self._own.device))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -129,22 +147,28 @@ class StaticLatentCacheLayer(LatentCacheLayer):
             torch._dynamo.mark_static_address(self._own)
 
     def _append(self, rows: Tensor) -> None:
-        if self.count.is_recorded:
-            places = self.count.before_step + torch.arange(rows.shape[1], device=rows.device)
-            self._own.index_copy_(1, places, rows)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            raise ValueError(
+                "a static LatentCache carries no gradient: generate or evaluate under torch.no_grad(), or use a "
+                "LatentCache without max_cache_len."
+            )
+        own, start = self._claim(rows[:, None])
+        if isinstance(start, Tensor):
+            own.index_copy_(1, start + torch.arange(rows.shape[1], device=rows.device), rows)
         else:
-            own, start = self._claim(rows[:, None])
             own[:, start : start + rows.shape[1]] = rows
 
+    def _make_writable(self) -> None:
+        if _is_left_by_inference_mode(self._own):
+            self._own = self._own.clone()
+
     def _claim(self, new: Tensor) -> tuple[Tensor, int | Tensor]:
+        self._make_writable()
         if self.count.is_recorded:
-            return self._own, self.count.before_step
+            return self._own, self.count.before_step.to(self._own.device)
         start, end = self._num_own, self._num_own + new.shape[2]
         if end > self.max_cache_len:
-            raise ValueError(
-                f"this static LatentCache has room for {self.max_cache_len} tokens and would have to hold {end}; make "
-                "it with a larger max_cache_len."
-            )
+            raise _too_small(self.max_cache_len, end)
         self._num_own = end
         return self._own, start
 
@@ -160,3 +184,18 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         chosen = self._own[indices.to(self._own.device)]
         # beams change places all the time, in the buffer that they have
         self._own = self._own.copy_(chosen) if chosen.shape == self._own.shape else chosen
+
+
+def _is_left_by_inference_mode(buffer: Tensor) -> bool:
+    """Whether a buffer was made in inference mode and cannot be written here, outside of it."""
+    # dynamo cannot ask
+    if torch.compiler.is_compiling():
+        return False
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _too_small(room: int, num_tokens: int) -> ValueError:
+    return ValueError(
+        f"this static LatentCache has room for {room} tokens and would have to hold {num_tokens}; make it with a "
+        "larger max_cache_len."
+    )

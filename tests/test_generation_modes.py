@@ -429,7 +429,7 @@ CACHES = {
     "4 bits": rounding_made(4),
     "fp8": rounding_made("fp8"),
     "static LatentCache": lambda model: {"cache": LatentCache(model.config, max_cache_len=LONGEST)},
-    "static in 8 bits": rounding_passed(8, max_cache_len=LONGEST),
+    "static in 8 bits": lambda model: rounding_made(8)(model) | CACHES["static"](model),
     "static in 4 bits": rounding_passed(4, max_cache_len=LONGEST),
     "static in fp8": rounding_passed("fp8", max_cache_len=LONGEST),
 }

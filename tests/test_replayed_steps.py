@@ -55,11 +55,10 @@ def model(monkeypatch):
 
         def __init__(self, model):
             super().__init__(model)
-            graph.steps = self
             self.made.append(self)
 
         def __call__(self, **inputs):
-            graph.cache = inputs[CACHE]
+            graph.steps, graph.cache = self, inputs[CACHE]
             return super().__call__(**inputs)
 
     for name, stub in {
@@ -90,8 +89,15 @@ def test_replayed_steps_say_what_computed_ones_say(model, bits, mask):
     assert torch.equal(model.generate(random_ids(2, 7), **NEW, **given, cache=cache), expected)
     (steps,) = model.steps.made
     assert steps._graph is not None
-    assert ("attention_mask" in steps._names) == (mask is PADDED)
     assert cache.get_seq_length() == 15
+
+
+def test_chunks_of_one_token_see_the_holes_of_their_prompt(model):
+    holes = torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
+    given = NEW | {"attention_mask": holes, "prefill_chunk_size": 1}
+    expected = tiny_model().generate(random_ids(1, 7), **NEW, attention_mask=holes)
+    cache = LatentCache(model.config, max_cache_len=20)
+    assert torch.equal(model.generate(random_ids(1, 7), **given, cache=cache), expected)
 
 
 def test_a_static_cache_is_taken_where_none_is_named(model):
@@ -126,17 +132,17 @@ def test_what_cannot_be_captured_is_computed_and_said(model):
     assert torch.equal(said, tiny_model().generate(random_ids(2, 7), **NEW))
 
 
+@torch.no_grad()
 def test_a_step_that_fails_leaves_the_cache_as_it_was(model):
     cache, ids = LatentCache(model.config, max_cache_len=20), random_ids(2, 8)
     model(ids[:, :7], cache=cache)
     held, call = cache.layers[0].rows().clone(), model.get_compiled_call(None)
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):
         call(input_ids=ids[:, 7:], **{CACHE: cache})
     hook.remove()
     assert cache.get_seq_length() == 7
     assert torch.equal(cache.layers[0].rows(), held)
-    with torch.no_grad():
-        said = model.get_compiled_call(None)(input_ids=ids[:, 7:], **{CACHE: cache}).logits
-        expected = tiny_model()(ids, use_cache=False).logits[:, -1:]
+    said = model.get_compiled_call(None)(input_ids=ids[:, 7:], **{CACHE: cache}).logits
+    expected = tiny_model()(ids, use_cache=False).logits[:, -1:]
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)

@@ -196,6 +196,56 @@ def test_wider_tokens_are_refused():
         cache.update(*tokens(2), 0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("forget", [lambda cache: cache.reset(), lambda cache: cache.crop(-11)], ids=["reset", "crop"])
+def test_what_was_forgotten_is_not_multiplied(forget):
+    cache, ids = static(), random_ids(B, 12)
+    for layer in range(3):
+        cache.update(*(torch.full_like(x, torch.nan) for x in tokens(11)), layer)
+    forget(cache)
+    model()(ids[:, :11], cache=cache)
+    cache.crop(-6)
+    with cache.count.recorded():
+        said = model()(ids[:, 5:6], cache=cache).logits
+    assert relative_error(said, model()(ids[:, :6], use_cache=False).logits[:, -1:]) < 1e-5
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside_it():
+    cache, ids = static(), random_ids(B, 12)
+    expected = model()(ids, use_cache=False).logits
+    with torch.inference_mode(), cache.count.recorded():
+        model()(ids[:, :9], cache=cache)
+    with torch.no_grad():
+        model()(ids[:, 9:10], cache=cache)
+        with cache.count.recorded():
+            said = [model()(ids[:, i : i + 1], cache=cache).logits for i in (10, 11)]
+    assert relative_error(torch.cat(said, dim=1), expected[:, 10:]) < 1e-5
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9
+
+
+def test_gradients_are_refused_and_nothing_is_written():
+    cache = static()
+    with pytest.raises(ValueError, match="carries no gradient"):
+        model()(random_ids(B, 4), cache=cache)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_cache_that_a_step_left_unequal_is_not_continued_by_a_recorded_one():
+    cache = static()
+    model()(random_ids(B, 4), cache=cache)
+    cache.update(*tokens(1), 0)
+    with cache.count.recorded(), pytest.raises(ValueError, match="holds 5 tokens in one layer and 4 in another"):
+        model()(random_ids(B, 1), cache=cache)
+
+
+@pytest.mark.parametrize("room", [0, -3, True, 2.5, "64"], ids=repr)
+def test_room_is_a_number_of_tokens(room):
+    with pytest.raises(ValueError, match="max_cache_len must be a number of tokens, at least 1"):
+        LatentCache(model().config, max_cache_len=room)
+
+
 def test_a_static_cache_does_not_move():
     with pytest.raises(ValueError, match=r"moves.*stays where it is|CUDA"):
         static(offloading=True)

@@ -57,9 +57,6 @@ class ReplayedSteps:
 
     def _first(self, cache: LatentCache, inputs: dict) -> ModelOutput:
         self._names = [name for name in INPUTS if inputs.get(name) is not None]
-        # a mask of ones hides nothing, and generate() appends only ones to it
-        if "attention_mask" in self._names and bool(inputs["attention_mask"].all()):
-            self._names.remove("attention_mask")
         self._inputs = {name: inputs[name].clone() for name in self._names}
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), cache.count.recorded():
