@@ -455,8 +455,9 @@ REFUSED = {
     },
     # by its name, before it is made; not a static LatentCache that is given
     **{
-        (way, "static"): (ValueError, "assisted generate is not supported with Static cache")
+        (way, cache): (ValueError, "assisted generate is not supported with Static cache")
         for way in ("prompt lookup", "assisted", "assisted sampling", "early exit")
+        for cache in ("static", "static in 8 bits")
         if not STATIC_CAN_BE_CROPPED
     },
     **{
