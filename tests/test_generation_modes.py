@@ -621,6 +621,12 @@ COMPILED = {
 }
 
 
+inductor_views_bytes = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"),
+    reason="inductor of torch 2.10 refuses to view one scale of a row as bytes, where a latent has one plane",
+)
+
+
 def as_recorded(graph, inputs):
     return graph
 
@@ -635,7 +641,7 @@ def as_recorded(graph, inputs):
             for cache in ("static in 8 bits", "StaticCache")
         ),
         ("greedy", "static", compile_fx),
-        ("greedy", "static in 8 bits", compile_fx),
+        pytest.param("greedy", "static in 8 bits", compile_fx, marks=inductor_views_bytes),
     ],
 )
 def test_a_static_cache_decodes_in_one_compiled_graph(way, cache, compile_graph):
