@@ -188,15 +188,16 @@ def profiled(model: PreTrainedModel, context: int, tokens: int = 20) -> list[dic
     return [row | {"megabytes": round(megabytes[row["part"]], 1)} if row["part"] in megabytes else row for row in rows]
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(rows: list[dict], sides: dict[str, str], title: str, path: Path) -> None:
+    """Milliseconds of one sequence's token against context, for every side and the floor."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    rows = [row for row in result["rows"] if row["batch"] == 1]
-    for name, label in (*SIDES.items(), ("floor", "floor")):
-        points = [(row["context"], row[f"{name}_milliseconds"]) for row in rows if f"{name}_milliseconds" in row]
+    single = [row for row in rows if row["batch"] == 1]
+    for name, label in (*sides.items(), ("floor", "floor")):
+        points = [(row["context"], row[f"{name}_milliseconds"]) for row in single if f"{name}_milliseconds" in row]
         axes.plot(*zip(*points), "--" if name == "floor" else "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds per decoded token")
     axes.set_xscale("log", base=2)
-    axes.set_title(f"{result['model']}, {result['threads']} threads of a CPU", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.grid(True, alpha=0.3)
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
@@ -226,7 +227,8 @@ def main() -> None:
         print(json.dumps(result["rows"][-1], indent=2))
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        plot(result, options.out.with_suffix(".png"))
+        title = f"{result['model']}, {result['threads']} threads of a CPU"
+        plot(result["rows"], SIDES, title, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +23,7 @@ from deepseek_latent import LatentCache
 from deepseek_latent.compat_cache_name import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
+from .decode import as_native, plot, weight_bytes_per_token
 from .expert_lora import LAYERS, LORA
 from .lite4 import build, twin
 from .machine import described
@@ -149,13 +146,6 @@ def random_cache(model: PreTrainedModel, batch: int, tokens: int, bits: int | st
     return cache
 
 
-def as_native(cache: LatentCache) -> DynamicCache:
-    native = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        native.update(layer.keys.clone(), layer.values.clone(), i)
-    return native
-
-
 def static(cache: LatentCache, model: PreTrainedModel, room: int = 64) -> LatentCache:
     length = cache.get_seq_length()
     fixed = LatentCache(model.config, bits=cache.bits, max_cache_len=length + room)
@@ -179,12 +169,8 @@ def stepping(name: str, model: PreTrainedModel, cache: DynamicCache, tokens: Ten
 def bytes_per_step(model: PreTrainedModel, batch: int, tokens: int) -> int:
     """The fewest bytes that one step reads: the weights it needs, once, and the cache, once."""
     config = model.config
-    share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
-    weights = 0
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" not in name:
-            weights += int(parameter.nbytes * (share if ".mlp.experts." in name else 1))
-    return weights + batch * tokens * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
+    row = (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize
+    return weight_bytes_per_token(model, batch) + batch * tokens * config.num_hidden_layers * row
 
 
 @torch.inference_mode()
@@ -287,20 +273,6 @@ def prefill(models: dict[str, PreTrainedModel]) -> list[dict]:
     return rows
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    single = [row for row in rows if row["batch"] == 1]
-    for name, label in (*SIDES.items(), ("floor", "weights and cache read once")):
-        points = [(row["context"], row[f"{name}_milliseconds"]) for row in single if f"{name}_milliseconds" in row]
-        axes.plot(*zip(*points), "--" if name == "floor" else "o-", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds per decoded token")
-    axes.set_xscale("log", base=2)
-    axes.set_title(f"DeepSeek-V2-Lite, bfloat16, one sequence, {torch.cuda.get_device_name()}", fontsize=9)
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 def lora(tokens: int = 4096) -> list[dict]:
     """A training step with LoRA on all routed experts, by this package and by stock peft on transformers' class."""
     ours = build("ours", device="cuda", **LAYERS)
@@ -354,7 +326,8 @@ def main() -> None:
                 result |= machine()
             elif part == "decode":
                 result["rows"] = decode(models, copy_bandwidth())
-                plot(result["rows"], options.out / "gpu-decode.png")
+                title = f"DeepSeek-V2-Lite, bfloat16, one sequence, {torch.cuda.get_device_name()}"
+                plot(result["rows"], SIDES, title, options.out / "gpu-decode.png")
             elif part == "kernels":
                 result["rows"] = kernels(models["graphs"])
             elif part == "generate":

@@ -39,12 +39,7 @@ def check_cache(cache: Cache | None, config: DeepseekV2Config, hidden: Tensor, i
             raise ValueError("flex_attention cannot read a StaticCache, whose length moves under its mask; use sdpa.")
         check_room(cache.layers[0].max_cache_len, int(cache.get_seq_length()) + hidden.shape[1])
     else:
-        lengths = {layer.get_seq_length() for layer in compress(cache.layers, is_here)}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "
-                "step leaves it; fill a new one."
-            )
+        check_same_length({layer.get_seq_length() for layer in compress(cache.layers, is_here)})
     for layer in cache.layers[:1]:
         # a layer of ours looks for itself
         if type(layer) in (DynamicLayer, StaticLayer) and layer.is_initialized:
@@ -100,6 +95,15 @@ def _dtype_of_latents(hidden: Tensor) -> torch.dtype:
 
 def _kind(thing: object) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+
+
+def check_same_length(lengths: set[int]) -> None:
+    """Refuses a cache whose layers hold different numbers of tokens."""
+    if len(lengths) > 1:
+        raise ValueError(
+            f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "
+            "step leaves it; fill a new one."
+        )
 
 
 def check_room(room: int, num_tokens: int) -> None:

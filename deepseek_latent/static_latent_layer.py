@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .input_checks import check_room, check_same_length
 from .latent_cache_layer import LatentCacheLayer
 from .latent_format import Latents, Stretch
 
@@ -45,12 +46,8 @@ class TokenCount:
 
     def to_device(self, device: torch.device) -> None:
         # a compiled step does not look at the host's numbers, which change with every step
-        lengths = set() if torch.compiler.is_compiling() else {layer.num_held for layer in self.layers}
-        if self.host_is_right and len(lengths) > 1:
-            raise ValueError(
-                f"this cache holds {max(lengths)} tokens in one layer and {min(lengths)} in another, as an interrupted "
-                "step leaves it; fill a new one."
-            )
+        if self.host_is_right and not torch.compiler.is_compiling():
+            check_same_length({layer.num_held for layer in self.layers})
         if self.on_device is None or _is_left_by_inference_mode(self.on_device):
             self.on_device, self.before_step = torch.zeros(2, dtype=torch.int64, device=device).unbind()
             if not torch.compiler.is_compiling():
@@ -63,9 +60,8 @@ class TokenCount:
 
     def to_host(self) -> None:
         if not self.host_is_right:
-            num_tokens, room = int(self.on_device), self.layers[0].max_cache_len
-            if num_tokens > room:
-                raise _too_small(room, num_tokens)
+            num_tokens = int(self.on_device)
+            check_room(self.layers[0].max_cache_len, num_tokens)
             self._set_host(num_tokens)
 
     def advance(self, num_tokens: int) -> None:
@@ -167,8 +163,7 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         if self.count.is_recorded:
             return self._own, self.count.before_step.to(self._own.device)
         start, end = self._num_own, self._num_own + new.shape[2]
-        if end > self.max_cache_len:
-            raise _too_small(self.max_cache_len, end)
+        check_room(self.max_cache_len, end)
         self._num_own = end
         return self._own, start
 
@@ -192,10 +187,3 @@ def _is_left_by_inference_mode(buffer: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def _too_small(room: int, num_tokens: int) -> ValueError:
-    return ValueError(
-        f"this static LatentCache has room for {room} tokens and would have to hold {num_tokens}; make it with a "
-        "larger max_cache_len."
-    )

@@ -61,7 +61,7 @@ ARROWS = {
     "rotary": {"configuration_deepseek_v2"},
     "latent_ops": {"latent_format"},
     "latent_cache": {"cache_files", "input_checks", "latent_cache_layer", "latent_format", "static_latent_layer"},
-    "static_latent_layer": {"latent_cache_layer", "latent_format"},
+    "static_latent_layer": {"input_checks", "latent_cache_layer", "latent_format"},
     "latent_cache_layer": {"input_checks", "latent_format"},
     "latent_format": set(),
     "paged_latents": set(),

@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,24 +30,6 @@ from .support import random_ids, relative_error, tiny_model  # noqa: E402
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 BUDGET = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(autouse=True)
-def rounding_to_bfloat16(monkeypatch):
-    """The interpreter cuts float32 off at 16 bits where a GPU rounds to the nearest, ties to even."""
-    if DEVICE == "cuda":
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def cast(builder, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-            return TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
-        return as_it_was(builder, source, dtype)
-
-    as_it_was = InterpreterBuilder.cast_impl
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
 
 
 def random(*shape, dtype=torch.float32):

@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,24 +22,6 @@ from deepseek_latent.kernels.triton_router import choose, multiplied_logits, rou
 from deepseek_latent.kernels.triton_write import norm_rotate, norm_rotate_write  # noqa: E402
 
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def rounding_to_bfloat16(monkeypatch):
-    """The interpreter cuts float32 off at 16 bits where a GPU rounds to the nearest, ties to even."""
-    if DEVICE == "cuda":
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def cast(builder, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-            return TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
-        return as_it_was(builder, source, dtype)
-
-    as_it_was = InterpreterBuilder.cast_impl
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

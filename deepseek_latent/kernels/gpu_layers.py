@@ -17,8 +17,7 @@ from ..latent_format import Latents
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from ..moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
 from .gpu_one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
-from .gpu_plain import are_plain_experts, is_plain_norm, weights_of_mlp
-from .layers import as_pair, bits_of
+from .gpu_plain import are_plain_experts, as_stored, is_plain_gate, is_plain_norm, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
 from .triton_norm import add_rms_norm, rms_norm
@@ -119,16 +118,7 @@ def attention(
     compressed = module.kv_a_proj_with_mqa(hidden_states)
     latents = write(module, queries, compressed, rotation, cache)
     q_content, q_rotary = queries.split((module.n, module.r), dim=-1)
-    pairs = [as_pair(stretch) for stretch in latents.stretches]
-    context = attend(
-        w_uk.absorb(q_content),
-        q_rotary,
-        *map(list, zip(*pairs)),
-        scale=module.scaling,
-        mask=mask,
-        bits=bits_of(latents),
-        length=None if latents.num_held is None else latents.num_held.view(1),
-    )
+    context = attend(w_uk.absorb(q_content), q_rotary, scale=module.scaling, mask=mask, **as_stored(latents))
     return module.o_proj(w_uv.expand(context).flatten(2))
 
 
@@ -166,7 +156,4 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
 
 
 def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # a router with a hook or of another class is called as a module, so that whoever watches it sees the call
-    if type(gate) is not DeepseekV2MoEGate or has_hooks(gate):
-        return gate(tokens)
-    return route(tokens, gate.weight, **choice_of(gate))
+    return route(tokens, gate.weight, **choice_of(gate)) if is_plain_gate(gate) else gate(tokens)

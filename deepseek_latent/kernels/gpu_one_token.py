@@ -6,13 +6,11 @@ Letters: h heads, d model width, n/r/v content, rotary and value width per head,
 import torch
 from torch import Tensor, nn
 
-from ..hooks import has_hooks
 from ..latent_attention import DeepseekV2Attention
 from ..latent_cache import LatentCache
 from ..latent_ops import UpProjection
 from ..moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .gpu_plain import are_plain_experts, is_plain, is_plain_norm, weights_of, weights_of_mlp
-from .layers import as_pair, bits_of
+from .gpu_plain import are_plain_experts, as_stored, is_plain, is_plain_gate, is_plain_norm, weights_of, weights_of_mlp
 from .triton_attention import attend_in_splits, combine
 from .triton_experts import experts, mlp
 from .triton_one_token import expand, is_combined_by_expand, rotate_write_absorb
@@ -54,17 +52,8 @@ def attended_by_one_token(
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
     q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=layer.bits, **options)
-    latents = layer.latents
-    parts, sizes = attend_in_splits(
-        q_absorbed,
-        queries[..., module.n :],
-        *map(list, zip(*[as_pair(stretch) for stretch in latents.stretches])),
-        scale=module.scaling,
-        mask=mask,
-        bits=bits_of(latents),
-        length=None if latents.num_held is None else latents.num_held.view(1),
-        **options,
-    )
+    q_rotary, past = queries[..., module.n :], as_stored(layer.latents)
+    parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None
     context = expand(parts, sizes, w_uv.weight, **options)
@@ -87,8 +76,7 @@ def fed_forward_by_one_token(
         shared = weights_of_mlp(module.shared_experts, x)
     if shared is None or not are_plain_experts(module.experts, x):
         return None
-    # a router with a hook or of another class is called as a module, so that whoever watches it sees the call
-    if type(gate) is not DeepseekV2MoEGate or has_hooks(gate) or not is_plain(gate.weight, x):
+    if not is_plain_gate(gate) or not is_plain(gate.weight, x):
         return None
     (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER, overlap=OVERLAPS)
     weights, chosen = choose(logits, **choice_of(gate), overlap=OVERLAPS)

@@ -1,18 +1,24 @@
-"""Whether the parts of a layer do nothing but their own work, so that kernels may read their weights directly."""
+"""What kernels read directly: weights of parts that do nothing but their own work, and latents as they are stored."""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..compat_accelerate import is_offloaded
 from ..hooks import has_hooks
-from ..moe import DeepseekV2Experts, DeepseekV2MLP
+from ..latent_format import Latents
+from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
+from .layers import as_pair, bits_of
 
 SILU = type(ACT2FN["silu"])
 
 
 def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
-    is_its_own = type(norm) is nn.RMSNorm and not has_hooks(norm)
-    return is_its_own and norm.weight.dtype == x.dtype and norm.weight.device == x.device
+    return type(norm) is nn.RMSNorm and not has_hooks(norm) and is_plain(norm.weight, x)
+
+
+def is_plain_gate(gate: nn.Module) -> bool:
+    """A router with a hook or of another class is called as a module, so that whoever watches it sees the call."""
+    return type(gate) is DeepseekV2MoEGate and not has_hooks(gate)
 
 
 def is_plain(weight: Tensor, x: Tensor) -> bool:
@@ -39,3 +45,10 @@ def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
     if type(module) is not DeepseekV2Experts or type(module.act_fn) is not SILU or is_offloaded(module):
         return False
     return module.takes_grouped_products() and all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
+
+
+def as_stored(latents: Latents) -> dict:
+    """Latents by the arguments of `triton_attention.attend`: rows in one or two stretches, their format and length."""
+    stretches, k_rotary = zip(*map(as_pair, latents.stretches))
+    length = None if latents.num_held is None else latents.num_held.view(1)
+    return {"latents": [*stretches], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}

@@ -30,7 +30,6 @@ class ReplayedSteps:
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cannot = False
-        self._names: list[str] = []
         self._inputs: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
@@ -47,8 +46,8 @@ class ReplayedSteps:
         cache = inputs[CACHE]
         if not self._inputs:
             return self._first(cache, inputs)
-        for name in self._names:
-            self._inputs[name].copy_(inputs[name])
+        for name, kept in self._inputs.items():
+            kept.copy_(inputs[name])
         if self._graph is None and not self._capture(cache):
             with cache.count.recorded():
                 return self._step(cache)
@@ -56,8 +55,7 @@ class ReplayedSteps:
         return MoeCausalLMOutputWithPast(logits=self._logits.clone(), **{CACHE: cache})
 
     def _first(self, cache: LatentCache, inputs: dict) -> ModelOutput:
-        self._names = [name for name in INPUTS if inputs.get(name) is not None]
-        self._inputs = {name: inputs[name].clone() for name in self._names}
+        self._inputs = {name: inputs[name].clone() for name in INPUTS if inputs.get(name) is not None}
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), cache.count.recorded():
             output = self._step(cache)

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .triton_codes import has_words, layout
 from .triton_overlap import launch_options
 from .triton_splits import _attend_to_splits, _combine
+from .triton_tiles import dot_dtype
 
 LOG2_E = 1.4426950408889634
 
@@ -145,7 +145,7 @@ def attend_in_splits(
         SCALES=form.scales,
         LATENT_ALIGNMENT=alignment(latent_0, latent_1),
         ROTARY_ALIGNMENT=alignment(rotary_0, rotary_1),
-        DOT=product_dtype(q_absorbed),
+        DOT=dot_dtype(q_absorbed),
         WORDS=bool(bits) and has_words(form, q_rotary.shape[3], alignment(latent_0, latent_1, rotary_0, rotary_1)),
         PTX=q_absorbed.is_cuda and torch.version.hip is None,
         BM=cut.rows,
@@ -214,10 +214,3 @@ def alignment(*stretches: Tensor) -> int:
     """The bytes, up to the 16 of the widest load, of which every token's address is a multiple."""
     steps = [step * x.element_size() for x in stretches for step in token_steps(x)]
     return math.gcd(16, *steps, *(x.data_ptr() for x in stretches))
-
-
-def product_dtype(x: Tensor) -> tl.dtype:
-    """The dtype of operands; Triton's interpreter multiplies bfloat16 as if its bits were integers."""
-    if x.dtype == torch.bfloat16:
-        return tl.bfloat16 if x.is_cuda else tl.float32
-    return tl.float16 if x.dtype == torch.float16 else tl.float32
