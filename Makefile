@@ -43,7 +43,7 @@ test-slow: .venv/installed  ## what takes longer: compilation with inductor, tra
 	.venv/bin/python -m pytest -m slow
 
 test-tools: .venv-tools/installed  ## with bitsandbytes, torchao and TRL, which every process that imports peft would load
-	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/test_quantised_linears.py tests/test_finetuning_examples.py tests/test_by_class_name.py
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)
@@ -52,10 +52,10 @@ test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vL
 	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
 
 test-triton: .venv-oldest/installed  ## the kernels for GPUs, by Triton's interpreter on a CPU
-	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/test_triton_*.py
+	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/kernels/test_triton_*.py
 
 gpu:  ## on a machine with a CUDA device, in its own environment: tests on it, then times into benchmarks/results (8 minutes)
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_triton_*.py
+	$(PYTHON) -m pytest tests/kernels/test_gpu.py tests/kernels/test_triton_*.py
 	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
 
 test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits (TORCH=torch: its newest too)

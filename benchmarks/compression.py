@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from deepseek_latent.conversion.calibration import perplexity, statistics_of, windows_of
 from deepseek_latent.conversion.compress import CompressedMla, Layer, Parts
-from deepseek_latent.conversion.judge import model_of
+from deepseek_latent.conversion.compression_report import model_of
 from deepseek_latent.conversion.source import Source
 
 from .machine import described

@@ -71,7 +71,7 @@ def write_source(folder: Path, num_bytes: int) -> int:
 
 def peak_of(arguments: list[str]) -> int:
     """Peak of the resident bytes of a conversion, in this process."""
-    from deepseek_latent.cli import main
+    from deepseek_latent.commands.__main__ import main
 
     assert main(["convert", *arguments]) == 0
     return resident("VmHWM")

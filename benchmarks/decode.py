@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat_cache_name import CACHE
+from deepseek_latent.compat.cache_name import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
 from .lite4 import build, filled, twin

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat_cache_name import CACHE
+from deepseek_latent.compat.cache_name import CACHE
 
 from .lite4 import build
 from .machine import alternated, described, report

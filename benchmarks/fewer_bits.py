@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deepseek_latent import LatentCache
+from deepseek_latent.attention.ops import UpProjection, absorbed_attention
+from deepseek_latent.cache.format import Latents, SeparateStretch
+from deepseek_latent.cache.layer import LatentCacheLayer
 from deepseek_latent.kernels import optimize_for_inference
-from deepseek_latent.kernels.layers import attend_in_place
-from deepseek_latent.latent_cache_layer import LatentCacheLayer
-from deepseek_latent.latent_format import Latents, SeparateStretch
-from deepseek_latent.latent_ops import UpProjection, absorbed_attention
+from deepseek_latent.kernels.cpu.layers import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 
 from .decode import decode

@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from deepseek_latent.kernels.triton_attention import Tiling, attend, tiling
-from deepseek_latent.latent_format import latent_format
+from deepseek_latent.cache.format import latent_format
+from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, tiling
 
 C, R, SCALE = 512, 64, 0.1147
 BETWEEN = 256 << 20  # bytes that pass before a buffer comes again

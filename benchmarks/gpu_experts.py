@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_latent.expert_products import grouped_product, routed_sum
-from deepseek_latent.kernels import triton_experts
-from deepseek_latent.kernels.triton_experts import Plan
-from deepseek_latent.kernels.triton_tiles import Tiles
+from deepseek_latent.experts.products import grouped_product, routed_sum
+from deepseek_latent.kernels.gpu import triton_experts
+from deepseek_latent.kernels.gpu.triton_experts import Plan
+from deepseek_latent.kernels.gpu.triton_tiles import Tiles
 
 # DeepSeek-V2-Lite
 D, INNER, E, K, SHARED = 2048, 1408, 64, 6, 2816

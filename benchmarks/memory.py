@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
-from deepseek_latent.compat_cache_name import CACHE
+from deepseek_latent.compat.cache_name import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, decode

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deepseek_latent.conversion.calibration import perplexity, windows_of
-from deepseek_latent.moe import DeepseekV2Experts
-from deepseek_latent.packed_experts import pack_experts, unpack_experts
+from deepseek_latent.experts.moe import DeepseekV2Experts
+from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
 
 from .expert_lora import LAYERS, LORA
 from .lite4 import build, twin

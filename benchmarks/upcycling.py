@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from transformers.utils import logging
 
 import deepseek_latent  # noqa: F401  registers deepseek_v2
-from deepseek_latent.cli import main as command
+from deepseek_latent.commands.__main__ import main as command
 from deepseek_latent.conversion.size import idle_parameters
-from deepseek_latent.router_statistics import activity_of
+from deepseek_latent.finetuning.activity import activity_of
 
 from .llama import WINDOW, trained
 from .machine import described

@@ -1,6 +1,6 @@
 """DeepSeek-V2 for transformers, attending to compressed latents. Importing registers it with every Auto class."""
 
-from .tested_versions import warn_of_untested_versions  # noqa: F401  (says it now, before an import may fail)
+from .compat.tested_versions import warn_of_untested_versions  # noqa: F401  (says it now, before an import may fail)
 
 # isort: split
 from transformers import (
@@ -11,11 +11,13 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .compat_peft import adapt_offloaded, keep_targets_of
-from .compat_transformers import lead_names_to
+from .cache.latent_cache import LatentCache
+from .cache.prompt_cache import PromptCache
+from .compat.peft import adapt_offloaded, keep_targets_of
+from .compat.transformers import lead_names_to
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
-from .latent_cache import LatentCache
-from .lora import lora_config
+from .experts.moe import DeepseekV2Experts
+from .finetuning.lora import lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -23,8 +25,6 @@ from .modeling_deepseek_v2 import (
     DeepseekV2Model,
     DeepseekV2PreTrainedModel,
 )
-from .moe import DeepseekV2Experts
-from .prompt_cache import PromptCache
 
 __version__ = "0.1.0"
 __all__ = [

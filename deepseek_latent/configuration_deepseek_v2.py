@@ -7,10 +7,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
-from .compat_cache_name import CACHE_NAMES
-from .compat_transformers import carries_its_code
-from .configuration_checks import check_fields, refuse_other_architectures
-from .rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
+from .compat.cache_name import CACHE_NAMES
+from .compat.transformers import carries_its_code
+from .configuration.checks import check_fields, refuse_other_architectures
+from .configuration.rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
 
 @strict
@@ -194,6 +194,9 @@ class DeepseekV2Config(PreTrainedConfig):
         # names files that only exist beside the checkpoint this config was read from
         if not carries_its_code(self):
             output.pop("auto_map", None)
+        elif "auto_map" in output:
+            # code that came from a subfolder is saved beside the weights
+            output["auto_map"] = {auto: _without_folder(place) for auto, place in output["auto_map"].items()}
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -212,6 +215,10 @@ class DeepseekFirstUploadConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Returns a `DeepseekV2Config`, or raises ValueError for DeepSeek-MoE 16B, which has no MLA."""
         return DeepseekV2Config.from_dict(config_dict, **kwargs)
+
+
+def _without_folder(place: str | list) -> str | list:
+    return place.rpartition("/")[2] if isinstance(place, str) else place
 
 
 def _without_overridden_rope(config_dict: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .compat_cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
-from .compat_transformers import GenerationHooks
-from .input_checks import check_begins_as_stored, check_cache_for_generation, check_room, room_needed
-from .latent_cache import LatentCache, check_offloading
-from .latent_format import check_bits
-from .paged_latents import check_batching_config, with_latent_pages
+from .cache.checks import check_begins_as_stored, check_cache_for_generation, check_room, room_needed
+from .cache.format import check_bits
+from .cache.latent_cache import LatentCache, check_offloading
+from .cache.paged import check_batching_config, with_latent_pages
+from .compat.cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
+from .compat.transformers import GenerationHooks
 
 
 class LatentGenerationMixin(GenerationHooks):

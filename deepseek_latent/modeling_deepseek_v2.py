@@ -18,25 +18,25 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
-from .compat_accelerate import placed_where_computed
-from .compat_cache_name import (
+from .attention.attention import DeepseekV2Attention
+from .attention.rotary import DeepseekV2RotaryEmbedding
+from .cache.checks import check_cache, check_padding_mask
+from .cache.latent_cache import LatentCache
+from .cache.paged import PagedLatents, check_unpaged
+from .compat.accelerate import placed_where_computed
+from .compat.cache_name import (
     CACHE,
     CACHE_NAMES,
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
-from .compat_transformers import LoadingHooks, PagedAttentionCache
+from .compat.transformers import LoadingHooks, PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
-from .expert_files import in_files, incomplete_backbone, missing_in_files, register_expert_files
+from .experts.balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
+from .experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from .experts.names import in_files, incomplete_backbone, missing_in_files, register_expert_files
 from .generation import LatentGenerationMixin
-from .input_checks import check_cache, check_padding_mask
-from .latent_attention import DeepseekV2Attention
-from .latent_cache import LatentCache
-from .moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .paged_latents import PagedLatents, check_unpaged
-from .rotary import DeepseekV2RotaryEmbedding
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 import deepseek_latent
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
 from deepseek_latent.conversion.size import expanded_width, idle_parameters
-from deepseek_latent.router_statistics import activity_of
+from deepseek_latent.finetuning.activity import activity_of
 
 HERE = Path(__file__).parent
 BATCH = 8

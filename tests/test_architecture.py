@@ -1,4 +1,4 @@
-"""The import arrows of the package, and that importing it changes nothing of anybody else's."""
+"""The rooms of the package and who imports whom, and that importing it changes nothing of anybody else's."""
 
 import ast
 import subprocess
@@ -7,119 +7,42 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_latent.conversion.remote_code import travelling_files
+
 PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
-# what others than this package may change, which everyone may ask
-COMPAT = {"compat_accelerate", "compat_cache_name", "compat_peft", "compat_torch", "compat_transformers"}
-# who may import whom inside the package, and all of them COMPAT; folders count as one
-ARROWS = {
-    "compat_accelerate": {"compat_torch"},
-    "compat_cache_name": set(),
-    "compat_peft": {"compat_accelerate"},
-    "compat_torch": set(),
-    "compat_transformers": {"compat_cache_name", "compat_torch"},
-    "read_linear": {"hooks"},
-    "__init__": {
-        "configuration_deepseek_v2",
-        "latent_cache",
-        "lora",
-        "modeling_deepseek_v2",
-        "moe",
-        "prompt_cache",
-        "tested_versions",
-    },
-    "tested_versions": set(),
-    "lora": {"configuration_deepseek_v2"},
-    "modeling_deepseek_v2": {
-        "balance",
-        "configuration_deepseek_v2",
-        "expert_files",
-        "generation",
-        "input_checks",
-        "latent_attention",
-        "latent_cache",
-        "moe",
-        "paged_latents",
-        "rotary",
-    },
-    "latent_attention": {
-        "configuration_deepseek_v2",
-        "input_checks",
-        "latent_cache",
-        "latent_format",
-        "latent_ops",
-        "paged_latents",
-        "read_linear",
-        "rotary",
-    },
-    "generation": {"input_checks", "latent_cache", "latent_format", "paged_latents"},
-    "input_checks": {"configuration_deepseek_v2"},
-    "moe": {"balance", "configuration_deepseek_v2", "expert_lora", "expert_products", "hooks"},
-    "expert_lora": {"expert_products", "hooks"},
-    "expert_products": set(),
-    "hooks": set(),
-    "balance": {"configuration_deepseek_v2"},
-    "rotary": {"configuration_deepseek_v2"},
-    "latent_ops": {"latent_format"},
-    "latent_cache": {"cache_files", "input_checks", "latent_cache_layer", "latent_format", "static_latent_layer"},
-    "static_latent_layer": {"input_checks", "latent_cache_layer", "latent_format"},
-    "latent_cache_layer": {"input_checks", "latent_format"},
-    "latent_format": set(),
-    "paged_latents": set(),
-    "cache_files": set(),
-    "configuration_deepseek_v2": {"configuration_checks", "rope_parameters"},
-    "configuration_checks": {"rope_parameters"},
-    "expert_files": set(),
-    "rope_parameters": set(),
-    "conversion": {"configuration_deepseek_v2", "lora", "modeling_deepseek_v2"},
-    "cli": {
-        "__init__",
-        "configuration_deepseek_v2",
-        "modeling_deepseek_v2",
-        "latent_cache",
-        "latent_format",
-        "conversion",
-        "expert_activity",
-        "tool_runner",
-    },
-    "expert_activity": {"conversion", "esft", "router_statistics"},
-    "packed_experts": {"expert_products", "hooks", "modeling_deepseek_v2", "moe"},
-    "esft": {"modeling_deepseek_v2", "moe", "router_statistics", "trained_experts"},
-    "trained_experts": {"expert_products", "moe"},
-    "router_statistics": {"balance", "modeling_deepseek_v2"},
-    "kernels": {
-        "balance",
-        "generation",
-        "hooks",
-        "latent_attention",
-        "latent_cache",
-        "latent_format",
-        "latent_ops",
-        "modeling_deepseek_v2",
-        "moe",
-    },
-    "tool_runner": set(),
-    "prompt_cache": {"cache_files", "input_checks", "latent_cache", "latent_format"},
+# From the ground up: a room may import those above it in this table, and nothing below.
+# A file of the top folder is a room of its own.
+ROOMS = {
+    "compat": set(),
+    "configuration": set(),
+    "configuration_deepseek_v2": {"compat", "configuration"},
+    "cache": {"compat", "configuration_deepseek_v2"},
+    "attention": {"compat", "configuration_deepseek_v2", "cache"},
+    "experts": {"compat", "configuration_deepseek_v2"},
+    "generation": {"compat", "cache"},
+    "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"},
+    "finetuning": {"compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "kernels": {"compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
+    "conversion": {"configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
+    | {"modeling_deepseek_v2"},
+    "commands": {"__init__", "cache", "configuration_deepseek_v2", "conversion", "finetuning", "modeling_deepseek_v2"},
 }
-AT_HOME = {
-    "__init__",
-    "cli",
-    "conversion",
-    "esft",
-    "expert_activity",
-    "kernels",
-    "lora",
-    "packed_experts",
-    "prompt_cache",
-    "router_statistics",
-    "tested_versions",
-    "tool_runner",
-    "trained_experts",
-}
-TRAVELLING = sorted(set(ARROWS) - AT_HOME)
+# a room's own floors, where it has any
+FLOORS = {"kernels": {"cpu", "gpu"}}
+
+
+def room_of(path: Path) -> str:
+    inner = path.relative_to(PACKAGE)
+    return inner.parts[0] if len(inner.parts) > 1 else inner.stem
+
+
+def files_of(room: str) -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if room_of(path) == room]
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """Names inside the package and top-level packages outside it that a file imports."""
+    """Rooms of the package and top-level packages outside it that a file imports."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -129,41 +52,47 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
         else:
             continue
         for name, level in names:
-            parts = name.split(".")
+            parts = name.split(".") if name else []
             if level == 0 and parts[0] != "deepseek_latent":
                 outside.add(parts[0])
                 continue
-            if level == 0:
-                parts = parts[1:]
-            elif level == 1 and path.parent != PACKAGE:
-                continue  # a sibling in the same folder
-            inside.add(parts[0] if parts and parts[0] else "__init__")
-    return inside, outside
+            above = [] if level == 0 else [*path.relative_to(PACKAGE).parts[:-level]]
+            parts = [*above, *parts[level == 0 :]]
+            inside.add(parts[0] if parts else "__init__")
+    return inside - {room_of(path)}, outside
 
 
-def rooms() -> dict[str, list[Path]]:
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        inner = path.relative_to(PACKAGE)
-        found.setdefault(inner.parts[0] if len(inner.parts) > 1 else inner.stem, []).append(path)
-    return found
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} == ROOMS.keys()
 
 
-def test_every_room_of_the_package_is_in_the_table():
-    assert rooms().keys() == ARROWS.keys()
+def test_no_arrow_leads_back_up():
+    order = [*ROOMS]
+    for room, may_import in ROOMS.items():
+        assert may_import <= {*order[: order.index(room)]}, room
 
 
-@pytest.mark.parametrize("room", ARROWS)
+@pytest.mark.parametrize("room", ROOMS)
 def test_imports_follow_the_arrows(room):
-    came = set().union(*(imports_of(path)[0] for path in rooms()[room]))
-    assert came <= ARROWS[room] | (set() if room in COMPAT else COMPAT)
+    found = set().union(*(imports_of(path)[0] for path in files_of(room)))
+    assert found <= ROOMS[room]
 
 
-@pytest.mark.parametrize("name", TRAVELLING)
-def test_travelling_files_need_only_torch_transformers_and_what_these_bring(name):
-    _, outside = imports_of(PACKAGE / f"{name}.py")
-    # transformers itself does not import without the last two
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub", "safetensors"}
+def test_rooms_are_flat_but_for_the_floors_named():
+    for path in PACKAGE.rglob("*.py"):
+        folders = path.relative_to(PACKAGE).parts[1:-1]
+        assert {*folders} <= FLOORS.get(room_of(path), set()), path
+
+
+def test_what_travels_needs_only_torch_transformers_and_what_these_bring():
+    for name, text in travelling_files().items():
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            outside = {each.partition(".")[0] for each in names} - set(sys.stdlib_module_names)
+            # transformers itself does not import without the last two
+            assert outside <= {"torch", "transformers", "huggingface_hub", "safetensors"}, name
 
 
 def test_nothing_in_the_package_imports_the_tests_or_benchmarks():
@@ -192,5 +121,5 @@ for name in deepseek_latent.__all__:
 
 
 def test_importing_does_not_load_the_command_line():
-    program = "import sys, deepseek_latent; assert 'deepseek_latent.cli' not in sys.modules"
+    program = "import sys, deepseek_latent; assert 'deepseek_latent.commands' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)

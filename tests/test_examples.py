@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_latent import DeepseekV2ForCausalLM
-from deepseek_latent.cli import main
-
-from .support import NATIVE, relative_error
+from deepseek_latent.commands.__main__ import main
+from tests.support import NATIVE, relative_error
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "pydoc-tiny"

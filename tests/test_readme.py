@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .support import needs_compiler
+from tests.support import needs_compiler
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,7 +63,14 @@ def test_a_page_of_the_docs_runs_from_top_to_bottom(name, count, tmp_path):
 
 
 def test_the_demo_writes_text_and_says_what_the_cache_held():
-    output = run(sys.executable, "-m", "deepseek_latent.cli", "generate", "examples/pydoc-tiny", "The import statement")
+    output = run(
+        sys.executable,
+        "-m",
+        "deepseek_latent.commands",
+        "generate",
+        "examples/pydoc-tiny",
+        "The import statement",
+    )
     assert "cache held" in output
     assert "as keys and values" in output
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..lora import ROUTED_EXPERTS
+from ..experts.names import ROUTED_EXPERTS
 from .checkpoint import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,12 +1,14 @@
-"""Checkpoints that carry this package's code, for machines where it is not installed (`trust_remote_code=True`)."""
+"""Checkpoints that carry this package's code, for machines where it is not installed (`trust_remote_code=True`).
 
-import inspect
+transformers wants the files of a checkpoint's code side by side in one folder. So a room's name becomes the beginning
+of a file's name, and the imports are rewritten: `cache/layer.py` travels as `cache_layer.py`.
+"""
+
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..modeling_deepseek_v2 import (
@@ -17,6 +19,7 @@ from ..modeling_deepseek_v2 import (
 )
 from .checkpoint import read_json
 
+PACKAGE = Path(__file__).parents[1]
 _CLASSES = {
     "AutoConfig": DeepseekV2Config,
     "AutoModel": DeepseekV2Model,
@@ -24,35 +27,61 @@ _CLASSES = {
     "AutoModelForSequenceClassification": DeepseekV2ForSequenceClassification,
     "AutoModelForTokenClassification": DeepseekV2ForTokenClassification,
 }
-AUTO_MAP = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in _CLASSES.items()}
+_RELATIVE_IMPORT = re.compile(r"^(?P<before>\s*from )(?P<dots>\.+)(?P<name>[\w.]+)(?= import )", re.MULTILINE)
 
 
-def travelling_files() -> list[Path]:
-    """The model's file and every file it reaches by relative imports; transformers wants them side by side."""
-    spine = Path(inspect.getfile(DeepseekV2Model))
-    files = sorted({spine, *map(Path, get_relative_import_files(spine))})
-    assert all(file.is_file() for file in files), f"{spine.name} reaches beyond its folder: {files}"
-    return files
+def travelling_files() -> dict[str, str]:
+    """By the name that each file has in a checkpoint's folder, its text: the model's file and every file it imports."""
+    found: dict[str, str] = {}
+    waiting = [PACKAGE / "modeling_deepseek_v2.py"]
+    while waiting:
+        file = waiting.pop()
+        if _flat_name(file) in found:
+            continue
+        text = file.read_text(encoding="utf-8")
+        waiting += [_imported_file(file, match) for match in _RELATIVE_IMPORT.finditer(text)]
+        found[_flat_name(file)] = _RELATIVE_IMPORT.sub(
+            lambda match, file=file: f"{match['before']}.{_flat_name(_imported_file(file, match))}", text
+        )
+    return {f"{name}.py": found[name] for name in sorted(found)}
 
 
-def export_code(folder: Path) -> list[str]:
-    """Copies the travelling files into a checkpoint's folder and names them in its config.json; returns all it wrote.
+def _imported_file(file: Path, match: re.Match) -> Path:
+    folder = file.parents[len(match["dots"]) - 1]
+    return folder.joinpath(*match["name"].split(".")).with_suffix(".py")
 
-    config.json comes last, so that it never names a file that is not there.
+
+def _flat_name(file: Path) -> str:
+    return "_".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def export_code(folder: Path, subfolder: str = "") -> list[str]:
+    """Writes the travelling files into a checkpoint's folder and names them in its config.json; returns all it wrote.
+
+    They lie beside the weights, or in `subfolder`. config.json comes last, so that it never names a missing file.
     """
+    if subfolder and not re.fullmatch(r"[A-Za-z_]\w*", subfolder):
+        raise ValueError(f"expected a subfolder that Python can import, such as 'code', got {subfolder!r}.")
     config_file = folder / "config.json"
     config = read_json(config_file)
     if config.get("model_type") != DeepseekV2Config.model_type:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
-    # what the copied code would refuse is refused here
+    # whatever the exported code would refuse is refused here
     DeepseekV2Config.from_dict(config)
-    files = travelling_files()
-    for file in files:
-        _replace(folder / file.name, file.read_text(encoding="utf-8"))
-    # entries for other classes, a tokenizer's say, stay
-    config["auto_map"] = (config.get("auto_map") or {}) | AUTO_MAP
+    (folder / subfolder).mkdir(exist_ok=True)
+    files = {str(Path(subfolder, name)): text for name, text in travelling_files().items()}
+    for name, text in files.items():
+        _replace(folder / name, text)
+    # entries for other classes, such as a tokenizer's, stay
+    config["auto_map"] = (config.get("auto_map") or {}) | auto_map(subfolder)
     _replace(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return [*(file.name for file in files), config_file.name]
+    return [*files, config_file.name]
+
+
+def auto_map(subfolder: str = "") -> dict[str, str]:
+    """What config.json says of the exported code: for each Auto class, the file and the class in it."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    return {auto: f"{prefix}{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in _CLASSES.items()}
 
 
 def _replace(target: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCa
 
 from .calibration import tokenized
 from .checkpoint import check_checkpoint, read_config
-from .clients import objections
+from .compatibility import objections
 from .source import Source
 
 TOKENS = 64  # of random ids, where no text is given

@@ -9,15 +9,15 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
-from ..compat_accelerate import is_offloaded
-from ..compat_torch import become
+from ..attention.attention import DeepseekV2Attention
+from ..compat.accelerate import is_offloaded
+from ..compat.hooks import has_own_forward
+from ..compat.torch import become
+from ..experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
 from ..generation import LatentGenerationMixin
-from ..hooks import has_own_forward
-from ..latent_attention import DeepseekV2Attention
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from ..moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .int8 import Int8Experts, Int8Linear, to_int8
-from .layers import (
+from .cpu.int8 import Int8Experts, Int8Linear, to_int8
+from .cpu.layers import (
     DTYPES,
     SLOW_IN_TORCH,
     KernelAttention,
@@ -28,8 +28,8 @@ from .layers import (
     KernelMoE,
     KernelRMSNorm,
 )
-from .library import load_operators, operators
-from .replayed_steps import ReplayedSteps
+from .cpu.library import load_operators, operators
+from .gpu.replayed_steps import ReplayedSteps
 
 REPLACEMENTS = {
     nn.Linear: KernelLinear,
@@ -139,7 +139,7 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
     if find_spec("triton") is None:
         raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
     replaying = _what_can_be_replayed(model) if graphs else None
-    from .gpu_layers import GpuDecoderLayer
+    from .gpu.layers import GpuDecoderLayer
 
     layers = [module for module in model.modules() if type(module) in (DeepseekV2DecoderLayer, GpuDecoderLayer)]
     for layer in layers:

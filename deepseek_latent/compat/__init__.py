@@ -1,0 +1,1 @@
+"""What this package relies on in other libraries beyond their documented interfaces, each thing once."""

@@ -1,0 +1,1 @@
+"""What the configuration checks, and the two spellings of RoPE's settings."""

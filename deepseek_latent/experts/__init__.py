@@ -1,0 +1,1 @@
+"""DeepSeekMoE: the router, the experts, how these are stored and how tokens are multiplied by them."""

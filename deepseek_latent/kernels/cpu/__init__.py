@@ -1,0 +1,1 @@
+"""Operators for CPUs, in C++ that is built at first use."""

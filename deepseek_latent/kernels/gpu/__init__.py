@@ -1,0 +1,1 @@
+"""Operators for GPUs, in Triton."""

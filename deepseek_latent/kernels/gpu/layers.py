@@ -1,0 +1,159 @@
+"""A decoder layer that decodes on a GPU in a dozen launches, where its parts do nothing but their own work.
+
+Letters: b batch, s new tokens, h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+
+from ...attention.attention import DeepseekV2Attention
+from ...cache.format import Latents
+from ...cache.latent_cache import LatentCache
+from ...compat.cache_name import takes_either_cache_name
+from ...compat.hooks import has_hooks
+from ...experts.balance import TokenDropping
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
+from .one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
+from .plain import are_plain_experts, as_stored, is_plain_gate, is_plain_norm, weights_of_mlp
+from .triton_attention import attend
+from .triton_experts import experts, mlp
+from .triton_norm import add_rms_norm, rms_norm
+from .triton_router import route
+from .triton_write import norm_rotate, norm_rotate_write
+
+# query tokens of a sequence up to which attention is absorbed, and tokens up to which our kernels compute the experts
+FEW_QUERIES, FEW_TOKENS = 16, 64
+DEVICES = ("cuda",)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class GpuDecoderLayer(DeepseekV2DecoderLayer):
+    """Computes few tokens over a `LatentCache` without gradients by our kernels, all else as its base class."""
+
+    @takes_either_cache_name
+    def forward(
+        self,
+        hidden_states: Tensor,  # [b s d]
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        dropping: TokenDropping | None = None,
+        **kwargs,
+    ) -> Tensor:  # [b s d]
+        up_projections = None
+        if self._decodes(hidden_states, attention_mask, cache) and not kwargs.get("output_attentions"):
+            up_projections = self.self_attn.up_projections()
+        if up_projections is None:
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                dropping=dropping,
+                **kwargs,
+            )
+        decode = self._one_token if hidden_states.shape[:2] == (1, 1) else self._few_tokens
+        # Triton launches on the current device, which need not be the one of this layer
+        with torch.cuda.device_of(hidden_states):
+            return decode(hidden_states, position_embeddings, cache, attention_mask, *up_projections)
+
+    def _few_tokens(self, x: Tensor, *given) -> Tensor:
+        norm = self.input_layernorm
+        attended = attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+        norm = self.post_attention_layernorm
+        x, normed = add_rms_norm(attended, x, norm.weight, norm.eps)
+        return feed_forward(self.mlp, normed, x)
+
+    def _one_token(self, x: Tensor, *given) -> Tensor:
+        """Computes each half of the layer in fewer launches, or as `_few_tokens` where a part does other work too."""
+        norm = self.input_layernorm
+        attended = attended_by_one_token(self.self_attn, norm, x, *given)
+        if attended is None:
+            attended = x + attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+        norm = self.post_attention_layernorm
+        out = fed_forward_by_one_token(self.mlp, norm, attended)
+        return feed_forward(self.mlp, rms_norm(attended, norm.weight, norm.eps), attended) if out is None else out
+
+    def _decodes(self, x: Tensor, mask: Tensor | BlockMask | None, cache: object) -> bool:
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+            return False
+        # how a kernel is launched depends on addresses, which no compiled graph knows
+        if torch.compiler.is_compiling():
+            return False
+        if x.device.type not in DEVICES or x.dtype not in DTYPES or not 0 < x.shape[1] <= FEW_QUERIES:
+            return False
+        if not isinstance(cache, LatentCache) or not _is_readable(mask):
+            return False
+        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
+        if attention.config.output_attentions or has_hooks(attention) or has_hooks(self.mlp):
+            return False
+        return all(is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
+
+
+def _is_readable(mask: Tensor | BlockMask | None) -> bool:
+    return mask is None or (
+        isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.dtype == torch.bool
+    )
+
+
+def attention(
+    module: DeepseekV2Attention,
+    hidden_states: Tensor,  # [b s d]
+    rotation: tuple[Tensor, Tensor],  # cos, sin [b s r/2]
+    cache: LatentCache,
+    mask: Tensor | None,  # [b 1 s t] boolean
+    w_uk,
+    w_uv,
+) -> Tensor:  # [b s d]
+    """`DeepseekV2Attention.forward` in the absorbed form; its projections stay modules, which may have adapters."""
+    project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
+    queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.n + module.r))
+    compressed = module.kv_a_proj_with_mqa(hidden_states)
+    latents = write(module, queries, compressed, rotation, cache)
+    q_content, q_rotary = queries.split((module.n, module.r), dim=-1)
+    context = attend(w_uk.absorb(q_content), q_rotary, scale=module.scaling, mask=mask, **as_stored(latents))
+    return module.o_proj(w_uv.expand(context).flatten(2))
+
+
+def write(
+    module: DeepseekV2Attention,
+    queries: Tensor,  # [b s h n+r]  rotated in place
+    compressed: Tensor,  # [b s c+r]
+    rotation: tuple[Tensor, Tensor],
+    cache: LatentCache,
+) -> Latents:
+    """Rotates queries and keys, and appends the new tokens to the cache."""
+    norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
+    if layer.bits in WRITTEN and not cache.offloading:
+        rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
+        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=layer.bits)
+        return layer.latents
+    latent, k_rotary = norm_rotate(queries, compressed, norm.weight, norm.eps, *rotation)
+    return cache.append(latent[:, None], k_rotary[:, None], module.layer_idx)
+
+
+def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + module(x), [b s d]: few tokens take two launches, and one or two more for a router."""
+    tokens, added = x.flatten(0, 1), residual.flatten(0, 1)
+    if len(tokens) > FEW_TOKENS:
+        return residual + module(x)
+    if isinstance(module, DeepseekV2MLP):
+        weights = weights_of_mlp(module, x)
+        return residual + module(x) if weights is None else mlp(tokens, *weights, residual=added).view_as(x)
+    shared = () if module.shared_experts is None else weights_of_mlp(module.shared_experts, x)
+    if shared is None or not are_plain_experts(module.experts, x):
+        return residual + module(x)
+    _, weights, chosen = _routed(module.gate, tokens)
+    stacked = module.experts.gate_up_proj, module.experts.down_proj
+    return experts(tokens, *stacked, chosen, weights, shared or None, residual=added).view_as(x)
+
+
+def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return route(tokens, gate.weight, **choice_of(gate)) if is_plain_gate(gate) else gate(tokens)

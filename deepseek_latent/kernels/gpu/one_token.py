@@ -1,0 +1,109 @@
+"""One token passes a decoder layer in nine launches instead of fourteen, where parts do nothing but their own work.
+
+Letters: h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.attention import DeepseekV2Attention
+from ...attention.ops import UpProjection
+from ...cache.latent_cache import LatentCache
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from .plain import are_plain_experts, as_stored, is_plain, is_plain_gate, is_plain_norm, weights_of, weights_of_mlp
+from .triton_attention import attend_in_splits, combine
+from .triton_experts import experts, mlp
+from .triton_one_token import expand, is_combined_by_expand, rotate_write_absorb
+from .triton_project import project
+from .triton_router import choose
+from .triton_tiles import Norm, Tiles
+
+# bits of cached rows that kernels write themselves
+WRITTEN = (None, 8, 4)
+# whether a small kernel starts before the one ahead of it has ended
+OVERLAPS = True
+# one row per program, since a router has few
+ROUTER = Tiles(1, 2048, 4, 1)
+
+
+def attended_by_one_token(
+    module: DeepseekV2Attention,
+    norm: nn.RMSNorm,
+    x: Tensor,  # [1 1 d]  before the norm
+    rotation: tuple[Tensor, Tensor],  # cos, sin [1 1 r/2]
+    cache: LatentCache,
+    mask: Tensor | None,  # [1 1 1 t] boolean
+    w_uk: UpProjection,
+    w_uv: UpProjection,
+) -> Tensor | None:  # [1 1 d]
+    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
+    layer, kv_a_norm = cache.layers[module.layer_idx], module.kv_a_layernorm
+    weights = _projections_of(module, x)
+    if weights is None or layer.bits not in WRITTEN or cache.offloading or not _are_plain(w_uk, w_uv, x):
+        return None
+    options, row = {"overlap": OVERLAPS}, x.view(1, -1)
+    *query_weights, kv_a_proj, o_proj = weights
+    queries, compressed = project(row, [query_weights[0], kv_a_proj], Norm(norm.weight, norm.eps), **options)
+    if len(query_weights) == 2:
+        q_a_norm = module.q_a_layernorm
+        (queries,) = project(queries, [query_weights[1]], Norm(q_a_norm.weight, q_a_norm.eps), **options)
+    queries, compressed = queries.view(1, 1, -1, module.n + module.r), compressed.view(1, 1, -1)
+    rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
+    written = rows, start, w_uk.weight
+    kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
+    q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=layer.bits, **options)
+    q_rotary, past = queries[..., module.n :], as_stored(layer.latents)
+    parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
+    if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
+        parts, sizes = combine(parts, sizes, x.dtype, **options), None
+    context = expand(parts, sizes, w_uv.weight, **options)
+    (out,) = project(context, [o_proj], residual=row, **options)
+    return out.view_as(x)
+
+
+def fed_forward_by_one_token(
+    module: DeepseekV2MLP | DeepseekV2MoE,
+    norm: nn.RMSNorm,
+    x: Tensor,  # [1 1 d]  before the norm
+) -> Tensor | None:  # [1 1 d]
+    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
+    row, norm = x.view(1, -1), Norm(norm.weight, norm.eps)
+    if isinstance(module, DeepseekV2MLP):
+        weights = weights_of_mlp(module, x)
+        return None if weights is None else mlp(row, *weights, residual=row, norm=norm).view_as(x)
+    gate, shared = module.gate, ()
+    if module.shared_experts is not None:
+        shared = weights_of_mlp(module.shared_experts, x)
+    if shared is None or not are_plain_experts(module.experts, x):
+        return None
+    if not is_plain_gate(gate) or not is_plain(gate.weight, x):
+        return None
+    (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER, overlap=OVERLAPS)
+    weights, chosen = choose(logits, **choice_of(gate), overlap=OVERLAPS)
+    stacked = module.experts.gate_up_proj, module.experts.down_proj
+    return experts(row, *stacked, chosen, weights, shared or None, residual=row, norm=norm).view_as(x)
+
+
+def choice_of(gate: DeepseekV2MoEGate) -> dict:
+    """The arguments of `route` and `choose` that say how the gate chooses."""
+    n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
+    of_groups = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
+    return of_groups | {"normalise": gate.is_normalised, "scaling_factor": gate.routed_scaling_factor}
+
+
+def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:
+    """Weights of the query's one or two projections, the latent's and the output's, or None where one is not plain."""
+    if module.q_lora_rank is None:
+        return weights_of(x, module.q_proj, module.kv_a_proj_with_mqa, module.o_proj)
+    if not is_plain_norm(module.q_a_layernorm, x):
+        return None
+    return weights_of(x, module.q_a_proj, module.q_b_proj, module.kv_a_proj_with_mqa, module.o_proj)
+
+
+def _are_plain(w_uk: UpProjection, w_uv: UpProjection, x: Tensor) -> bool:
+    """Whether no adapter acts on the up-projections, and kernels may read their rows."""
+    weights = w_uk.weight, w_uv.weight
+    return not (w_uk.factors or w_uv.factors) and all(
+        type(w) in (nn.Parameter, Tensor) and w.dtype == x.dtype and w.device == x.device and w.stride(2) == 1
+        for w in weights
+    )

@@ -1,0 +1,54 @@
+"""What kernels read directly: weights of parts that do nothing but their own work, and latents as they are stored."""
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ...cache.format import Latents
+from ...compat.accelerate import is_offloaded
+from ...compat.hooks import has_hooks
+from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
+from ..cpu.layers import as_pair, bits_of
+
+SILU = type(ACT2FN["silu"])
+
+
+def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
+    return type(norm) is nn.RMSNorm and not has_hooks(norm) and is_plain(norm.weight, x)
+
+
+def is_plain_gate(gate: nn.Module) -> bool:
+    """A router with a hook or of another class is called as a module, so that whoever watches it sees the call."""
+    return type(gate) is DeepseekV2MoEGate and not has_hooks(gate)
+
+
+def is_plain(weight: Tensor, x: Tensor) -> bool:
+    is_here = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
+    return is_here and weight.dtype == x.dtype and weight.is_contiguous()
+
+
+def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
+    """Weights of projections, or None where one does more than multiply."""
+    for part in projections:
+        if type(part) is not nn.Linear or part.bias is not None or has_hooks(part) or not is_plain(part.weight, x):
+            return None
+    return tuple(part.weight for part in projections)
+
+
+def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
+    """gate, up and down of an MLP, or None where a part does more than its own work."""
+    if type(module) is not DeepseekV2MLP or has_hooks(module) or type(module.act_fn) is not SILU:
+        return None
+    return weights_of(x, module.gate_proj, module.up_proj, module.down_proj)
+
+
+def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
+    if type(module) is not DeepseekV2Experts or type(module.act_fn) is not SILU or is_offloaded(module):
+        return False
+    return module.takes_grouped_products() and all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
+
+
+def as_stored(latents: Latents) -> dict:
+    """Latents by the arguments of `triton_attention.attend`: rows in one or two stretches, their format and length."""
+    stretches, k_rotary = zip(*map(as_pair, latents.stretches))
+    length = None if latents.num_held is None else latents.num_held.view(1)
+    return {"latents": [*stretches], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}

@@ -1,0 +1,250 @@
+"""A static LatentCache: buffers that stay where they are, and two ways to count what they hold."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
+
+from deepseek_latent import LatentCache
+from deepseek_latent.cache.static_layer import TokenCount
+from tests.support import LITE, V2, random_ids, relative_error, tiny_model
+
+B, C, R, ROOM = 2, V2["kv_lora_rank"], V2["qk_rope_head_dim"], 24
+BITS = [None, 8, 6, 4, "fp8"]
+PADDING = torch.ones(B, ROOM, dtype=torch.long)
+PADDING[0, :5] = 0
+
+
+@functools.cache
+def model():
+    return tiny_model()
+
+
+def static(**options) -> LatentCache:
+    return LatentCache(model().config, max_cache_len=ROOM, **options)
+
+
+def tokens(length: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 1, length, C), torch.randn(batch, 1, length, R)
+
+
+def filled(length: int, **options) -> tuple[LatentCache, LatentCache]:
+    """A static cache and a growing one, with the same tokens."""
+    caches = static(**options), LatentCache(model().config, **options)
+    for layer in range(model().config.num_hidden_layers):
+        new = tokens(length)
+        for cache in caches:
+            cache.update(*new, layer)
+    return caches
+
+
+def assert_same(cache: LatentCache, twin: LatentCache) -> None:
+    assert cache.get_seq_length() == twin.get_seq_length()
+    for layer, other in zip(cache.layers, twin.layers, strict=True):
+        assert torch.equal(layer.rows(), other.rows())
+
+
+OPERATIONS = {
+    "update": lambda cache, new: [cache.update(*new, layer) for layer in range(3)],
+    "crop": lambda cache, new: cache.crop(-4),
+    "reorder": lambda cache, new: cache.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda cache, new: cache.batch_repeat_interleave(2),
+    "select": lambda cache, new: cache.batch_select_indices(torch.tensor([1])),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_leaves_what_a_growing_cache_holds(operation, bits):
+    cache, twin = filled(9, bits=bits)
+    new = tokens(2)
+    for one in (cache, twin):
+        OPERATIONS[operation](one, new)
+    assert_same(cache, twin)
+
+
+@pytest.mark.parametrize("operation", ["update", "crop", "reorder"])
+def test_rows_stay_where_they_are(operation):
+    cache, _ = filled(9)
+    before = [layer._own.data_ptr() for layer in cache.layers]
+    OPERATIONS[operation](cache, tokens(2))
+    cache.reset()
+    OPERATIONS["update"](cache, tokens(2))
+    assert [layer._own.data_ptr() for layer in cache.layers] == before
+    assert cache.get_seq_length() == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [{}, LITE], ids=["V2", "Lite"])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_recorded_step_says_what_a_plain_one_says(bits, padded, new, overrides):
+    subject, ids = tiny_model(**overrides), random_ids(B, 17)
+    caches = static(bits=bits), LatentCache(subject.config, bits=bits)
+
+    def said(cache, first, last):
+        mask = {"attention_mask": PADDING[:, :last]} if padded else {}
+        return subject(ids[:, first:last], cache=cache, **mask).logits
+
+    for cache in caches:
+        said(cache, 0, 11)
+    with caches[0].count.recorded():
+        recorded = [said(caches[0], 11, 11 + new), said(caches[0], 11 + new, 12 + new)]
+    plain = [said(caches[1], 11, 11 + new), said(caches[1], 11 + new, 12 + new)]
+    # the absorbed form in both, over a whole buffer in one of them
+    assert max(map(relative_error, recorded, plain)) < 1e-5
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 12 + new
+    # and the host goes on from there
+    assert relative_error(said(caches[0], 12 + new, 13 + new), said(caches[1], 12 + new, 13 + new)) < 1e-5
+
+
+class Waiting(TorchDispatchMode):
+    """Notes what would make a host wait for its device, or learn a size from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique"):
+            self.met.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_recorded_step_waits_for_nothing(bits, padded):
+    # 16 bits, in which torch's grouped products do not look at where experts end
+    subject, ids = tiny_model(torch.bfloat16), random_ids(B, 12)
+    cache = static(bits=bits)
+    subject(ids[:, :11], cache=cache)
+    mask = {"attention_mask": PADDING} if padded else {}
+    with cache.count.recorded(), Waiting() as waiting:
+        cache.count.to_device(ids.device)
+        subject(ids[:, 11:], cache=cache, **mask)
+        cache.count.replayed(1)
+    assert waiting.met == []
+    assert cache.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_generate_asks_the_device_for_no_length(monkeypatch):
+    """Between the prompt and the last token, where steps are compiled for all lengths."""
+    asked = []
+    monkeypatch.setattr(TokenCount, "to_host", lambda count: asked.append(count.host_is_right))
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    said = model().generate(random_ids(B, 5), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    asked.clear()
+    static_said = model().generate(
+        random_ids(B, 5),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        cache_implementation="static",
+        compile_config=compiled,
+    )
+    assert torch.equal(said, static_said)
+    assert asked
+    assert all(asked)
+
+
+def test_a_copy_is_independent():
+    cache, twin = filled(9)
+    other = copy.deepcopy(cache)
+    OPERATIONS["update"](other, tokens(3))
+    other.crop(-1)
+    assert_same(cache, twin)
+    assert other.get_seq_length() == 11
+    assert other.count is other.layers[0].count is other.layers[1].count is not cache.count
+
+
+def test_bytes_held_and_allocated():
+    cache, _ = filled(9)
+    assert cache.nbytes == B * 9 * 3 * (C + R) * 4
+    assert f"{B * ROOM * 3 * (C + R) * 4:,} allocated" in repr(cache)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_and_nothing_is_lost():
+    cache = static()
+    model()(random_ids(B, ROOM - 1), cache=cache)
+    held = [layer.rows().clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match=f"room for {ROOM} tokens and would have to hold {ROOM + 1}"):
+        model()(random_ids(B, 2), cache=cache)
+    with pytest.raises(ValueError, match=f"room for {ROOM} tokens and would have to hold {ROOM + 1}"):
+        cache.update(*tokens(2), 0)
+    with pytest.raises(ValueError, match=f"room for {ROOM} tokens and would have to hold"):
+        model().generate(random_ids(B, ROOM), max_new_tokens=5, cache=cache)
+    assert all(torch.equal(layer.rows(), rows) for layer, rows in zip(cache.layers, held))
+    model()(random_ids(B, 1), cache=cache)
+    assert cache.get_seq_length() == ROOM
+
+
+def test_wider_tokens_are_refused():
+    cache = static()
+    cache.update(*(x.bfloat16() for x in tokens(2)), 0)
+    with pytest.raises(ValueError, match=r"holds torch\.bfloat16, the new tokens are torch\.float32"):
+        cache.update(*tokens(2), 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forget", [lambda cache: cache.reset(), lambda cache: cache.crop(-11)], ids=["reset", "crop"])
+def test_what_was_forgotten_is_not_multiplied(forget):
+    cache, ids = static(), random_ids(B, 12)
+    for layer in range(3):
+        cache.update(*(torch.full_like(x, torch.nan) for x in tokens(11)), layer)
+    forget(cache)
+    model()(ids[:, :11], cache=cache)
+    cache.crop(-6)
+    with cache.count.recorded():
+        said = model()(ids[:, 5:6], cache=cache).logits
+    assert relative_error(said, model()(ids[:, :6], use_cache=False).logits[:, -1:]) < 1e-5
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside_it():
+    cache, ids = static(), random_ids(B, 12)
+    expected = model()(ids, use_cache=False).logits
+    with torch.inference_mode(), cache.count.recorded():
+        model()(ids[:, :9], cache=cache)
+    with torch.no_grad():
+        model()(ids[:, 9:10], cache=cache)
+        with cache.count.recorded():
+            said = [model()(ids[:, i : i + 1], cache=cache).logits for i in (10, 11)]
+    assert relative_error(torch.cat(said, dim=1), expected[:, 10:]) < 1e-5
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9
+
+
+def test_gradients_are_refused_and_nothing_is_written():
+    cache = static()
+    with pytest.raises(ValueError, match="carries no gradient"):
+        model()(random_ids(B, 4), cache=cache)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_cache_that_a_step_left_unequal_is_not_continued_by_a_recorded_one():
+    cache = static()
+    model()(random_ids(B, 4), cache=cache)
+    cache.update(*tokens(1), 0)
+    with cache.count.recorded(), pytest.raises(ValueError, match="holds 5 tokens in one layer and 4 in another"):
+        model()(random_ids(B, 1), cache=cache)
+
+
+@pytest.mark.parametrize("room", [0, -3, True, 2.5, "64"], ids=repr)
+def test_room_is_a_number_of_tokens(room):
+    with pytest.raises(ValueError, match="max_cache_len must be a number of tokens, at least 1"):
+        LatentCache(model().config, max_cache_len=room)
+
+
+def test_a_static_cache_does_not_move():
+    with pytest.raises(ValueError, match=r"moves.*stays where it is|CUDA"):
+        static(offloading=True)

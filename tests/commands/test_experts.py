@@ -1,0 +1,146 @@
+"""What `deepseek-latent experts` says is what the gates did."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from deepseek_latent import DeepseekV2Config
+from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion.checkpoint import checkpoint_tensors
+from deepseek_latent.conversion.size import routed_size
+from deepseek_latent.finetuning.activity import Activity, activity_of
+from deepseek_latent.finetuning.esft import ExpertSelection
+from tests.support import V2, random_ids, tiny_model
+from tests.test_examples import FOLDER
+
+
+@torch.no_grad()
+def test_shares_and_weights_are_those_of_the_gates():
+    model, ids = tiny_model(), random_ids(2, 1500)
+    found = activity_of(model, ids)
+    assert found.layers == [1, 2]
+    assert not any(module._forward_hooks for module in model.modules())
+    hidden = model(ids[:, :1024], output_hidden_states=True, use_cache=False).hidden_states
+    seen = []
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for window in ids.split(1024, dim=1):
+        model(window, use_cache=False)
+    assert hidden[0].shape[1] == 1024
+    weights, experts = (torch.cat([output[i] for output in seen]) for i in (1, 2))
+    for expert in range(12):
+        chosen = experts == expert
+        assert found.shares[0, expert] == pytest.approx((chosen.sum() / experts.numel()).item())
+        expected = weights[chosen].mean().item() if chosen.any() else 0.0
+        assert found.weights[0, expert] == pytest.approx(expected, rel=1e-4)
+
+
+def test_figures_of_a_layer_are_those_of_its_shares():
+    def of(*rows):
+        shares = torch.tensor(rows, dtype=torch.float64)
+        return Activity(list(range(len(rows))), shares, torch.zeros_like(shares), torch.zeros_like(shares))
+
+    activity = of([0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0])
+    assert activity.load().tolist() == [1, 4, 2]
+    assert activity.entropy().tolist() == pytest.approx([1, 0, 0.5])
+    assert activity.unused().tolist() == [0, 3, 2]
+    other = of([0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0])
+    assert activity.distance(other).tolist() == [0, 1, 0.5]
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ValueError, match="expected a model with experts"):
+        activity_of(tiny_model(n_routed_experts=None), random_ids(1, 5))
+
+
+def test_the_command_says_and_draws_it(tmp_path, capsys):
+    text, other = FOLDER / "held_out.txt", tmp_path / "other.txt"
+    other.write_text("1 2 3 4 5 6 7 8 9 10 " * 40)
+    command = ["experts", str(FOLDER), "--text", str(text), "--against", str(other)]
+    assert main([*command, "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["layer"] for row in report["layers"]] == [1, 2, 3]
+    for row in report["layers"]:
+        assert sum(row["shares"]) == pytest.approx(1)
+        assert row["load"] == pytest.approx(16 * max(row["shares"]))
+        assert 0 < row["distance"] < 1
+        assert row["unused"] == row["shares"].count(0)
+        assert row["entropy"] == pytest.approx(-sum(x * math.log(x) for x in row["shares"] if x) / math.log(16))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--esft", str(tmp_path), "--threshold", "0.3"]) == 0
+    chosen = ExpertSelection.load(tmp_path).experts
+    for row in report["layers"]:
+        scores = [row["shares"][expert] for expert in chosen[row["layer"]]]
+        assert sum(scores) >= 0.3 > sum(scores[:-1])
+    said, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
+    assert "2202.01169" in said.out
+    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text", "none.txt"], "none.txt"),
+        (["--text", "empty.txt"], "empty.txt, which is empty"),
+        (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
+        (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
+        (["--text", "text.txt", "--by", "token"], "--by and --threshold say how --esft chooses"),
+        (["--text", "text.txt", "--threshold", "0.2"], "give --esft a file to write, or leave them"),
+    ],
+    ids=str,
+)
+def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "empty.txt").write_text("\n")
+    assert main(["experts", str(FOLDER), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
+    config = DeepseekV2Config.from_pretrained(FOLDER)
+    monkeypatch.setattr("deepseek_latent.commands.experts.read_config", lambda source: config)
+    (tmp_path / "text.txt").write_text("a text")
+    assert main(["experts", "somebody/deepseek", "--text", str(tmp_path / "text.txt")]) == 0
+    assert "16 experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ids", [torch.empty(1, 0, dtype=torch.long)])
+def test_no_text_is_refused(ids):
+    with pytest.raises(ValueError, match="at least one token"):
+        activity_of(tiny_model(), ids)
+
+
+def test_a_model_without_a_head_has_experts_too():
+    assert activity_of(tiny_model().model, random_ids(1, 5)).layers == [1, 2]
+
+
+def test_a_model_without_a_tokenizer_reads_no_text(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("a text")
+    assert main(["experts", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]) == 2
+    assert "needs a tokenizer" in capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(FOLDER) is not None
+
+
+def test_the_scaling_law_is_that_of_the_paper():
+    """A dense model is as good as itself; 128 experts make 5 M parameters worth about 55 M (section 5.1 there)."""
+    config = DeepseekV2Config(**V2)
+    size = routed_size(config, checkpoint_tensors(config))
+    assert size.expansion == 12 / 3
+    assert size.base < size.effective < size.base * 4
+    dense = DeepseekV2Config(**(V2 | {"n_routed_experts": None}))
+    size = routed_size(dense, checkpoint_tensors(dense))
+    assert size.expansion == 1
+    assert size.effective == pytest.approx(size.base)
+    wide = DeepseekV2Config(**(V2 | {"n_routed_experts": 128, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}))
+    size = routed_size(wide, {"model.norm.weight": (5_000_000 + _idle(wide),)})
+    assert size.base == 5_000_000
+    assert size.effective == pytest.approx(55e6, rel=0.1)
+
+
+def _idle(config) -> int:
+    return 2 * 127 * 3 * config.hidden_size * config.moe_intermediate_size

@@ -1,0 +1,138 @@
+"""Who asks by the name in `config.architectures` gets this package's classes: TRL, `transformers serve`, anyone."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+import deepseek_latent
+from tests.support import tiny_model
+
+ROOT = Path(__file__).parents[2]
+PYDOC = ROOT / "examples" / "pydoc-tiny"
+NAMES = [name for name in deepseek_latent.__all__ if name.startswith("Deepseek")]
+# in a process of its own: one that has already loaded the model that it serves, and asks over HTTP
+SERVED = """
+import json, sys, time, urllib.request
+import deepseek_latent
+from transformers.cli.serve import Serve
+folder, port = sys.argv[1], int(sys.argv[2])
+server = Serve(force_model=folder, device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+
+def asked(path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+try:
+    for _ in range(120):
+        try:
+            asked("/health")
+            break
+        except OSError:
+            time.sleep(0.5)
+    message = [{"role": "user", "content": "The import statement"}]
+    settings = json.dumps({"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0})
+    body = {"model": folder, "messages": message, "generation_config": settings, "stream": False}
+    said = asked("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    kinds = [type(kept.model).__module__ for kept in server._model_manager.loaded_models.values()]
+    print("FOUND " + json.dumps({"said": said, "kinds": kinds}))
+finally:
+    server.kill_server()
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_leads_here(name):
+    assert getattr(transformers, name) is getattr(deepseek_latent, name)
+
+
+@pytest.mark.parametrize(
+    "early", ["", "import transformers.processing_utils", "import transformers.models.deepseek_v2"]
+)
+def test_the_name_leads_here_for_who_imported_transformers_before(early):
+    """transformers puts another module in its place while it is imported; both lead here."""
+    program = f"""
+import transformers
+{early}
+from transformers import AutoProcessor
+import deepseek_latent
+import transformers as again
+assert transformers.DeepseekV2ForCausalLM is again.DeepseekV2ForCausalLM is deepseek_latent.DeepseekV2ForCausalLM
+assert "deepseek_latent" not in again.models.deepseek_v2.modeling_deepseek_v2.DeepseekV2ForCausalLM.__module__
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of which transformers' own class makes another model: it does not normalise gates."""
+    tokenizer = AutoTokenizer.from_pretrained(PYDOC)
+    model = tiny_model(norm_topk_prob=True, vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
+def test_trl_prefers_between_this_model_and_itself(adapters, folder, tmp_path):
+    """A policy beside its own reference has a first loss of ln 2; beside another model it has not."""
+    trl = pytest.importorskip("trl", reason="trl is not installed; make test-tools installs it")
+    from datasets import Dataset
+
+    said = {"prompt": ["The import statement", "A list is"], "chosen": [" binds names", " mutable"]}
+    arguments = trl.DPOConfig(
+        str(tmp_path / "out"),
+        max_steps=1,
+        logging_steps=1,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        router_aux_loss_coef=0.0,
+        use_cpu=True,
+    )
+    trainer = trl.DPOTrainer(
+        model=str(folder),
+        args=arguments,
+        train_dataset=Dataset.from_dict(said | {"rejected": [" fails", " a tuple"]}),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=deepseek_latent.lora_config(tiny_model(), r=4) if adapters else None,
+    )
+    models = [trainer.model.get_base_model() if adapters else trainer.model]
+    models += [] if adapters else [trainer.ref_model]
+    assert all(isinstance(model, deepseek_latent.DeepseekV2ForCausalLM) for model in models)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_transformers_serve_answers_with_this_model(folder):
+    pytest.importorskip("fastapi", reason="fastapi is not installed; make test-tools installs it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVED, str(folder), str(port)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND ")
+    )
+    assert found["kinds"] == ["deepseek_latent.modeling_deepseek_v2"]
+    model, tokenizer = (
+        deepseek_latent.DeepseekV2ForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ids = tokenizer("The import statement ", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        written = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert found["said"] == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

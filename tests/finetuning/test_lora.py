@@ -1,0 +1,136 @@
+"""What peft's targets reach on this model, as they are written; on transformers' own class they are peft's affair."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import transformers_weight_conversion
+
+from deepseek_latent import DeepseekV2Config, lora_config
+from deepseek_latent.compat.peft import keep_targets_of
+from deepseek_latent.experts.names import ROUTED_EXPERTS
+from deepseek_latent.modeling_deepseek_v2 import DeepseekV2PreTrainedModel
+from tests.support import LITE, NATIVE, V2, random_ids, relative_error, tiny_model
+
+ATTENTION = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+def adapted_names(model) -> set[str]:
+    """Modules with an adapter, without the layer's number; parameters of experts by theirs."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            names.add(f"experts.{module.parameter_name}")
+        elif hasattr(module, "lora_A"):
+            names.add(name.split(".layers.")[1].split(".", 1)[1])
+    return names
+
+
+def targets(names: set[str], *places: str) -> set[str]:
+    return {f"{place}.{name}" for place in places for name in names}
+
+
+DENSE_AND_SHARED = targets(MLP, "mlp", "mlp.shared_experts")
+# peft 0.21.2 would make routed experts of the first, second, third and fourth, and refuse the fifth
+TARGETS = {
+    "MLPs": (["gate_proj", "up_proj", "down_proj"], DENSE_AND_SHARED),
+    "all-linear": ("all-linear", targets(ATTENTION, "self_attn") | DENSE_AND_SHARED),
+    "shared experts": (r".*mlp\.shared_experts\.(gate|up|down)_proj", targets(MLP, "mlp.shared_experts")),
+    "the dense layer": (r".*layers\.0\.mlp\..*_proj", targets(MLP, "mlp")),
+    "one of two": (["q_b_proj", "up_proj"], {"self_attn.q_b_proj"} | targets({"up_proj"}, "mlp", "mlp.shared_experts")),
+    "attention": (r".*self_attn.*proj.*", targets(ATTENTION, "self_attn")),
+}
+
+
+@pytest.mark.parametrize(("written", "expected"), TARGETS.values(), ids=TARGETS)
+def test_targets_are_the_modules_of_these_names(written, expected):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=written))
+    assert adapted_names(model) == expected
+    ranks = {module.r["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert ranks == {8}
+
+
+def test_routed_experts_are_reached_by_their_parameters():
+    config = LoraConfig(target_modules=["up_proj"], target_parameters=["experts.gate_up_proj"])
+    expected = {"experts.gate_up_proj", "mlp.up_proj", "mlp.shared_experts.up_proj"}
+    assert adapted_names(get_peft_model(tiny_model(), config)) == expected
+
+
+def test_an_adapter_is_found_again_where_it_was_put(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["down_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    again = tiny_model()
+    again.load_adapter(str(tmp_path))
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+        assert relative_error(model(ids).logits, tiny_model()(ids).logits) > 1e-3
+
+
+def test_transformers_own_class_is_left_to_peft():
+    config = NATIVE.DeepseekV2Config(**(V2 | {"rope_scaling": None}))
+    native = get_peft_model(NATIVE.DeepseekV2ForCausalLM(config), LoraConfig(target_modules=sorted(MLP)))
+    assert adapted_names(native) == {"experts.gate_up_proj", "experts.down_proj"}
+
+
+def test_peft_is_changed_once():
+    before = transformers_weight_conversion._convert_peft_config_moe
+    keep_targets_of(DeepseekV2PreTrainedModel)
+    assert transformers_weight_conversion._convert_peft_config_moe is before
+
+
+@pytest.mark.parametrize("variant", [{}, LITE], ids=["V2", "Lite"])
+def test_the_ready_config_reaches_all_but_the_router(variant):
+    model = tiny_model(**variant)
+    queries = {"q_proj"} if variant else {"q_a_proj", "q_b_proj"}
+    attention = targets(queries | {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "self_attn")
+    config = lora_config(model, r=9)
+    assert adapted_names(get_peft_model(model, config)) == attention | DENSE_AND_SHARED
+
+
+def test_routed_experts_get_the_rank_that_a_token_sees_and_the_scaling_of_the_rest():
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True))
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    assert {f"experts.{wrapper.parameter_name}" for wrapper in wrappers} == set(ROUTED_EXPERTS)
+    # three experts per token
+    assert {wrapper.r["default"] for wrapper in wrappers} == {3}
+    assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")} == {2.0}
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, use_rslora=True))
+    scalings = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert all(scaling == pytest.approx(18 / 3) for scaling in scalings)
+    assert not any("gate.weight" in name and "lora" in name for name, _ in model.named_parameters())
+
+
+def test_options_are_those_of_peft():
+    config = lora_config(DeepseekV2Config(**V2), r=4, lora_alpha=4, target_modules=["o_proj"], lora_dropout=0.1)
+    assert (config.r, config.lora_alpha, config.target_modules, config.lora_dropout) == (4, 4, {"o_proj"}, 0.1)
+
+
+def test_patterns_of_ones_own_stand_beside_those_of_experts():
+    patterns = {"rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 8}}
+    config = lora_config(tiny_model(), r=9, routed_experts=True, **patterns)
+    model = get_peft_model(tiny_model(), config)
+    layer = model.base_model.model.model.layers[1]
+    assert (layer.self_attn.o_proj.r, layer.self_attn.o_proj.scaling) == ({"default": 4}, {"default": 2.0})
+    assert (layer.mlp.experts.r, layer.mlp.experts.scaling) == ({"default": 3}, {"default": 2.0})
+    patterns = {"rank_pattern": {"layers.1.mlp.experts.down_proj": 5}}
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, **patterns))
+    ranks = [layer.mlp.experts.r["default"] for layer in model.base_model.model.model.layers[1:]]
+    assert ranks == [5, 3]
+    assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
+
+
+def test_what_cannot_be_adapted_is_refused():
+    with pytest.raises(ValueError, match="expected a model with experts"):
+        lora_config(tiny_model(n_routed_experts=None), routed_experts=True)
+    with pytest.raises(TypeError, match="expected a DeepSeek-V2"):
+        lora_config(transformers.LlamaConfig())
+    for options in ({}, {"routed_experts": True}):
+        with pytest.raises(ValueError, match="rank r must be at least 1, got 0"):
+            lora_config(tiny_model(), r=0, **options)
+    for options in ({"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
+        lora_config(tiny_model(), **options)
+        with pytest.raises(ValueError, match="for linear layers alone"):
+            lora_config(tiny_model(), routed_experts=True, **options)

@@ -1,0 +1,291 @@
+"""What bad use of a cache gets: one sentence that names both sides, before anything is written to the cache."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+from deepseek_latent import LatentCache
+from tests.support import random_ids, tiny_model
+
+HELD = 9
+IDS = random_ids(2, HELD)
+LONGER = torch.cat((IDS, random_ids(2, 3, seed=5)), dim=1)
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+CACHES = {
+    "LatentCache": lambda config: LatentCache(config),
+    "8 bits": lambda config: LatentCache(config, bits=8),
+    "DynamicCache": lambda config: DynamicCache(config=config),
+    "StaticCache": lambda config: StaticCache(config, max_cache_len=30),
+}
+EVERY_CACHE = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+OURS = pytest.mark.parametrize("make", [CACHES["LatentCache"], CACHES["8 bits"]], ids=["LatentCache", "8 bits"])
+BY_COUNTING = [name for name in CACHES if name != "StaticCache"]  # a StaticCache has one more count, in a tensor
+
+
+@torch.no_grad()
+def filled(make, model, ids=IDS):
+    cache = make(model.config)
+    model(ids, cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def step(model, cache, batch: int = 2, tokens: int = 1, **options):
+    return model(random_ids(batch, tokens).to(model.device), cache=cache, **options)
+
+
+def answer(model, cache, ids=LONGER, **options):
+    return model.generate(ids, **GREEDY, **options, cache=cache)
+
+
+def lengths(cache) -> list[int]:
+    return [int(layer.get_seq_length()) for layer in cache.layers]
+
+
+@contextlib.contextmanager
+def refused(sentence: str, cache=None, error=ValueError):
+    """One sentence of ours, and nothing has changed in `cache`."""
+    before = None if cache is None else lengths(cache)
+    with pytest.raises(error, match=sentence) as caught:
+        yield
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    assert ". " not in text
+    assert cache is None or lengths(cache) == before
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("use", [step, answer])
+def test_a_cache_of_other_widths_is_refused(use, make):
+    cache = filled(make, tiny_model(kv_lora_rank=24, qk_rope_head_dim=16))
+    with refused(r"\(2, 24, 16\).*\(2, 40, 8\)", cache):
+        use(tiny_model(), cache)
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("num_layers", [2, 5])
+@pytest.mark.parametrize("use", [step, answer])
+def test_a_cache_of_another_number_of_layers_is_refused(use, num_layers, make):
+    cache = filled(make, tiny_model(num_hidden_layers=num_layers))
+    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+        use(tiny_model(), cache)
+
+
+@OURS
+@pytest.mark.parametrize("num_layers", [2, 5])
+def test_an_empty_cache_of_another_number_of_layers_is_refused(num_layers, make):
+    cache = make(tiny_model(num_hidden_layers=num_layers).config)
+    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+        step(tiny_model(), cache)
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_another_batch_than_the_cache_holds_is_refused(batch, tokens, make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused(rf"\(2, 40, 8\).*\({batch}, 40, 8\)", cache):
+        step(model, cache, batch, tokens)
+
+
+@EVERY_CACHE
+def test_beams_behind_a_cache_without_them_are_refused(make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused(r"\(2, 40, 8\).*\(6, 40, 8\).*batch_repeat_interleave", cache):
+        answer(model, cache, num_beams=3)
+
+
+@OURS
+def test_forgetting_more_than_is_held_is_refused(make):
+    cache = filled(make, tiny_model())
+    with refused("cannot forget 10 tokens, the cache holds 9", cache):
+        cache.crop(-10)
+
+
+@OURS
+def test_a_length_given_to_crop_is_refused_with_what_was_meant(make):
+    cache = filled(make, tiny_model())
+    with refused(r"crop takes minus .* to keep the first 4 of 9 tokens, crop\(-5\)", cache):
+        cache.crop(4)
+
+
+def compiled() -> CompileConfig:
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}, {"compile_config": compiled()}],
+    ids=["greedy", "beams", "chunks", "compiled"],
+)
+@pytest.mark.parametrize("room", [7, 15], ids=["prompt", "answer"])
+def test_a_static_cache_without_room_for_the_answer_is_refused_before_it_begins(room, options):
+    model = tiny_model()
+    cache = StaticCache(model.config, max_cache_len=room)
+    with refused(f"static cache has room for {room} tokens and would have to hold 16.*max_cache_len", cache):
+        answer(model, cache, **options)
+
+
+def test_a_static_cache_without_room_for_the_next_turn_is_refused_before_it_begins():
+    model = tiny_model()
+    cache = filled(CACHES["StaticCache"], model)
+    with refused("static cache has room for 30 tokens and would have to hold 31", cache):
+        answer(model, cache, torch.cat((LONGER, LONGER, LONGER[:, :3]), dim=1))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_static_cache_that_is_full_is_not_continued(tokens):
+    model = tiny_model()
+    cache = StaticCache(model.config, max_cache_len=HELD)
+    step(model, cache, tokens=HELD)
+    with refused(f"static cache has room for 9 tokens and would have to hold {9 + tokens}", cache):
+        step(model, cache, tokens=tokens)
+
+
+def test_a_static_cache_of_exactly_the_length_is_not_refused():
+    model = tiny_model()
+    cache = StaticCache(model.config, max_cache_len=LONGER.shape[1] + 4)
+    assert answer(model, cache).shape[1] == LONGER.shape[1] + 5
+
+
+@pytest.mark.parametrize("make", [CACHES[name] for name in BY_COUNTING], ids=BY_COUNTING)
+def test_a_cache_on_another_device_is_refused(make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused("this cache is on cpu, the new tokens are on meta", cache):
+        step(copy.deepcopy(model).to("meta"), cache)
+
+
+@EVERY_CACHE
+def test_a_cache_of_a_wider_dtype_is_refused(make):
+    cache = filled(make, tiny_model())
+    with refused("this cache holds torch.float32, the new tokens are torch.bfloat16", cache):
+        step(tiny_model(torch.bfloat16), cache)
+
+
+def test_a_static_cache_of_a_narrower_dtype_is_refused():
+    cache = filled(CACHES["StaticCache"], tiny_model(torch.bfloat16))
+    with refused("this cache holds torch.bfloat16, the new tokens are torch.float32", cache):
+        step(tiny_model(), cache)
+
+
+@pytest.mark.parametrize(
+    "not_a_cache", [((IDS, IDS),), [(IDS, IDS)], "static", LatentCache], ids=["tuple", "list", "name", "class"]
+)
+@pytest.mark.parametrize("use", [step, answer])
+def test_what_is_not_a_cache_is_refused(use, not_a_cache):
+    with pytest.raises((TypeError, ValueError), match=r"expected a Cache as cache"):
+        use(tiny_model(), not_a_cache)
+
+
+@EVERY_CACHE
+def test_both_a_cache_and_its_name_are_refused(make):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"both `cache_implementation` .* and `(cache|past_key_values)`"):
+        answer(model, filled(make, model), cache_implementation="dynamic")
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("given", [IDS, IDS[:, :5], LONGER[:, HELD:]], ids=["all held", "less", "new without mask"])
+def test_a_prompt_with_nothing_new_behind_the_cache_is_refused(given, make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused(rf"this cache holds 9 tokens and the prompt has {given.shape[1]}\b.*attention_mask", cache):
+        answer(model, cache, given)
+
+
+@EVERY_CACHE
+def test_a_cache_that_is_not_to_be_used_is_refused(make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused("use_cache=False .* the one given holds 9 tokens", cache):
+        answer(model, cache, use_cache=False)
+
+
+@pytest.mark.parametrize("make", [CACHES[name] for name in BY_COUNTING], ids=BY_COUNTING)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_cache_that_an_interrupted_step_left_uneven_is_refused(tokens, make, monkeypatch):
+    model = tiny_model()
+    cache = filled(make, model)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(model, cache)
+    assert lengths(cache) == [10, 10, 9]
+    with refused(r"this cache holds 10 tokens in one layer and 9 in another", cache):
+        step(model, cache, tokens=tokens)
+
+
+@pytest.mark.parametrize("bits", [7, 16, "8", True, 8.0, "int8"], ids=repr)
+def test_bits_that_there_are_not_are_refused(bits):
+    with refused(f"bits must be None .*, 8, 6, 5, 4 or 'fp8', got {bits!r}"):
+        LatentCache(tiny_model().config, bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("cache_config", "sentence"),
+    [
+        ({"backend": "latent"}, "the latent backend takes .*nbits.*, got"),
+        ({"backend": "latent", "nbits": None}, "the latent backend takes .*nbits.*, got"),
+        (
+            {"backend": "latent", "nbits": 8, "residual_length": 128},
+            "the latent backend takes .*, got .*residual_length",
+        ),
+        ({"backend": "latent", "nbits": 3}, "bits must be .* got 3"),
+    ],
+    ids=lambda x: str(x)[:60],
+)
+def test_a_cache_config_that_cannot_be_meant_is_refused(cache_config, sentence):
+    with refused(sentence):
+        tiny_model().generate(IDS, **GREEDY, cache_implementation="quantized", cache_config=cache_config)
+
+
+def test_a_number_of_bits_is_refused_by_the_name_it_was_given():
+    with pytest.raises(ValueError, match=r"^nbits must be"):
+        tiny_model().generate(
+            IDS, **GREEDY, cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 7}
+        )
+
+
+def test_bits_asked_of_a_cache_that_is_not_quantised_are_refused():
+    with refused('the latent backend goes with cache_implementation="quantized" or "static", got None'):
+        tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "nbits": 8})
+
+
+@pytest.mark.parametrize("config", [3, {"num_hidden_layers": 3}, tiny_model()], ids=["number", "dict", "model"])
+def test_a_cache_is_made_from_a_config(config):
+    with refused("LatentCache is made from a model's config, got (int|dict|DeepseekV2ForCausalLM)", error=TypeError):
+        LatentCache(config)
+
+
+def test_a_gradient_through_fewer_bits_is_refused():
+    model = tiny_model()
+    cache = filled(CACHES["8 bits"], model)
+    with refused("8 bits carry no gradient.*no_grad", cache):
+        model(IDS, cache=cache)
+
+
+def test_what_is_refused_leaves_a_fresh_cache_fresh_and_a_narrow_one_narrow():
+    model = tiny_model()
+    cache = LatentCache(model.config, bits=8)
+    with refused("8 bits carry no gradient", cache):
+        model(IDS, cache=cache)
+    assert repr(cache) == "LatentCache(layers=3, empty)"
+    # another batch is therefore as good as the first
+    filled(lambda config: cache, model, random_ids(1, 4))
+    narrow = filled(CACHES["8 bits"], tiny_model(torch.bfloat16))
+    with refused("8 bits carry no gradient", narrow):
+        model(random_ids(2, 1), cache=narrow)
+    assert {layer.dtype for layer in narrow.layers} == {torch.bfloat16}
