@@ -13,15 +13,19 @@ from ..attention.attention import DeepseekV2Attention
 from ..compat.accelerate import is_offloaded
 from ..compat.hooks import has_own_forward
 from ..compat.torch import become
-from ..experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ..experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ..experts.packed import PackedWeights
+from ..experts.routed import DeepseekV2Experts
+from ..experts.router import DeepseekV2MoEGate
+from ..experts.weights import StackedWeights
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .cpu.int8 import Int8Experts, Int8Linear, to_int8
+from .cpu.experts import CpuExperts
+from .cpu.int8 import Int8Linear, to_int8
 from .cpu.layers import (
     DTYPES,
     SLOW_IN_TORCH,
     KernelAttention,
-    KernelExperts,
     KernelGate,
     KernelLinear,
     KernelMLP,
@@ -37,7 +41,6 @@ REPLACEMENTS = {
     DeepseekV2MLP: KernelMLP,
     DeepseekV2MoE: KernelMoE,
     DeepseekV2MoEGate: KernelGate,
-    DeepseekV2Experts: KernelExperts,
     DeepseekV2Attention: KernelAttention,
 }
 ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
@@ -60,10 +63,13 @@ class Optimized:
 
     def undo(self) -> None:
         """Raises ValueError where weights are in int8: what was rounded away is gone."""
-        if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
+        if any(isinstance(module, Int8Linear) or _is_int8(module) for module in self.modules):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            become(module, _kind_of(module))
+            if isinstance(module, DeepseekV2Experts):
+                module.weights.operators = None
+            else:
+                become(module, _kind_of(module))
         if self.replaying is not None:
             self.replaying.replayed_steps = None
 
@@ -120,12 +126,18 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
     for name, module in chosen.items():
-        if name in rounded:
+        if isinstance(module, DeepseekV2Experts):
+            if name in rounded:
+                module.weights = PackedWeights(8, None, saves_dense=True)
+            module.weights.operators = CpuExperts
+        elif name in rounded:
             to_int8(module)
         elif not has_own_forward(module):
             become(module, REPLACEMENTS[_kind_of(module)])
-    ours = (*ORIGINALS, Int8Linear, Int8Experts)
-    return Optimized(instructions, tuple(module for module in model.modules() if type(module) in ours))
+    ours = (*ORIGINALS, Int8Linear)
+    return Optimized(
+        instructions, tuple(module for module in model.modules() if type(module) in ours or _has_operators(module))
+    )
 
 
 def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool) -> Optimized:
@@ -180,18 +192,32 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return type(module) in (Int8Linear, Int8Experts) or _kind_of(module) is not type(module)
+    return type(module) is Int8Linear or _has_operators(module) or _kind_of(module) is not type(module)
+
+
+def _has_operators(module: nn.Module) -> bool:
+    return isinstance(module, DeepseekV2Experts) and module.weights.operators is not None
+
+
+def _is_int8(module: nn.Module) -> bool:
+    return isinstance(module, DeepseekV2Experts) and isinstance(module.weights, PackedWeights)
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:
     kind = _kind_of(module)
     # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
+    if isinstance(module, DeepseekV2Experts):
+        return isinstance(module.weights, StackedWeights) and _is_readable(module)
     if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
+    return _is_readable(module)
+
+
+def _is_readable(module: nn.Module) -> bool:
     # a quantizer's weights are its own to read
     if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
         return False
-    return kind not in (DeepseekV2Experts, DeepseekV2MLP) or type(module.act_fn) is type(ACT2FN["silu"])
+    return not hasattr(module, "act_fn") or type(module.act_fn) is type(ACT2FN["silu"])
 
 
 def _check_can_be_rounded(name: str, module: nn.Module) -> None:

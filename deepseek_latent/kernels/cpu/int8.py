@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.torch import become
-from ...experts.moe import DeepseekV2Experts
-from .library import multiply, multiply_by_experts
+from .library import multiply
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,29 +34,12 @@ def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
     return linear.weight_codes, linear.weight_scales.float()
 
 
-class Int8Experts(DeepseekV2Experts):
-    state = "rounded to int8 for inference; load the model anew"
-
-    def takes_grouped_products(self) -> bool:
-        return False
-
-    def stored(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes and scales of both weights, by which our operators multiply any tokens x."""
-        _check(self.gate_up_proj)
-        _check(self.down_proj)
-        scales = self.gate_up_proj_scales.float(), self.down_proj_scales.float()
-        return self.gate_up_proj_codes, self.down_proj_codes, *scales
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return multiply_by_experts(hidden_states, self.stored(hidden_states), top_k_index, top_k_weights)
+WEIGHTS = {Int8Linear: ("weight",)}
 
 
-WEIGHTS = {Int8Linear: ("weight",), Int8Experts: ("gate_up_proj", "down_proj")}
-
-
-def to_int8(module: nn.Linear | DeepseekV2Experts) -> None:
+def to_int8(module: nn.Linear) -> None:
     """Replaces the weights of a layer for good; a `state_dict` gives what they were rounded to."""
-    become(module, Int8Linear if isinstance(module, nn.Linear) else Int8Experts)
+    become(module, Int8Linear)
     for name in WEIGHTS[type(module)]:
         weight = getattr(module, name).detach()
         codes, scales = rounded(weight)

@@ -7,9 +7,11 @@ from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection, absorbed_attention
 from ...cache.format import Latents, SeparateStretch, Stretch
 from ...compat.hooks import has_hooks
-from ...experts.balance import TokenDropping
-from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .int8 import Int8Experts, Int8Linear, codes_and_scales
+from ...experts.dropping import TokenDropping
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ...experts.routed import DeepseekV2Experts
+from ...experts.router import DeepseekV2MoEGate
+from .int8 import Int8Linear, codes_and_scales
 from .library import multiply, multiply_by_experts, operators
 
 # tokens up to which reading the weights takes longer than multiplying by them; dot products, in products.cpp
@@ -54,28 +56,6 @@ class KernelGate(DeepseekV2MoEGate):
         return multiply(wide, self.weight, None)
 
 
-class KernelExperts(DeepseekV2Experts):
-    state = "optimised for inference; take that back by undo() of what optimize_for_inference(model) returned"
-
-    def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Both weights, if our operators are to multiply tokens x by them."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        takes_both = _takes(x, gate_up) and _takes(x, down)
-        return (gate_up, down) if takes_both and not has_hooks(self.act_fn) else None
-
-    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
-        weight = getattr(self, name)
-        if not _takes(x, weight):
-            return super().product(x, name, ends)
-        return operators.grouped(x.contiguous(), weight, ends)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stored = self.stored(hidden_states)
-        if stored is None:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
-        return multiply_by_experts(hidden_states, stored, top_k_index, top_k_weights)
-
-
 def _stored(x: Tensor, *projections: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
     """Weights, and the scales of int8 ones, of projections of few tokens x that do nothing but multiply, all alike."""
     if x.numel() > FEW * x.shape[-1]:
@@ -109,14 +89,17 @@ class KernelMoE(DeepseekV2MoE):
     """Routed and shared experts in one call for few tokens, where neither is wrapped or watched."""
 
     def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
-        kinds = {type(self.experts), type(self.shared_experts)}
-        if kinds not in ({KernelExperts, KernelMLP}, {Int8Experts, KernelMLP}):
+        from .experts import CpuExperts, readable_experts
+
+        is_ours = type(self.experts) is DeepseekV2Experts and self.experts.weights.operators is CpuExperts
+        if not is_ours or type(self.shared_experts) is not KernelMLP:
             return super().forward(hidden_states, dropping)
         watched = has_hooks(self.experts) or has_hooks(self.shared_experts)
         shared = None if watched else self.shared_experts.stored(hidden_states)
-        routed = None if shared is None else self.experts.stored(hidden_states)
-        if routed is None or routed[0].dtype != shared[0][0].dtype:
+        routed = None if shared is None else readable_experts(self.experts.weights, hidden_states)
+        if routed is None or routed.gate_up.dtype != shared[0][0].dtype:
             return super().forward(hidden_states, dropping)
+        routed = (routed.gate_up, routed.down, *(scale.squeeze(-1).float() for scale in routed.scales))
         tokens = hidden_states.flatten(0, 1)
         _, weights, experts = self.gate(tokens, dropping)
         return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
