@@ -362,7 +362,7 @@ def test_a_model_in_another_state_is_refused(tmp_path):
         train_experts(eager, ExpertSelection(CHOSEN))
     optimized = tiny_model()
     optimize_for_inference(optimized)
-    with pytest.raises(ValueError, match=r"they are optimised for inference; take that back by undo\(\)"):
+    with pytest.raises(ValueError, match=r"they are optimized for inference; undo\(\)"):
         train_experts(optimized, ExpertSelection(CHOSEN))
     with pytest.raises(TypeError, match="expected a DeepSeek-V2 without adapters around it, got Linear"):
         train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))
