@@ -35,7 +35,7 @@ from pydoc_text import encode, split_topics
 # by what they are called below; an expert is 88 neurons wide or more, the parent's MLP 704
 SCHEMES = {
     "M0, 8 experts beside the MLP, 2 taken": "--scheme M0 --shared-experts 1 --routed-experts 8 --top-k 2",
-    "M0, 50 % drawn anew": "--scheme M0 --shared-experts 1 --routed-experts 8 --top-k 2 --reinitialise 0.5",
+    "M0, 50 % drawn anew": "--scheme M0 --shared-experts 1 --routed-experts 8 --top-k 2 --reinitialize 0.5",
     "M5, 4 groups, 1 taken": "--scheme M5 --shared-experts 2 --routed-experts 24 --groups 4 --top-k 6",
     "M5, 4 groups, 1 taken, router noise": "--scheme M5 --shared-experts 2 --routed-experts 24 --groups 4 --top-k 6 "
     "--router-noise 0.01",

@@ -220,7 +220,7 @@ def test_generate_refuses_in_one_sentence(folder, tmp_path, capsys):
     assert_refused(capsys, "generate", folder, "x", "--chat", saying="leave --chat out")
     assert_refused(capsys, "generate", folder, "x", "--top-p", 0.5, saying="--top-p needs a --temperature")
     assert_refused(capsys, "generate", folder, "x", "--device", "nowhere", saying="--device must be a name")
-    assert_refused(capsys, "generate", folder, "x", "--device", "cuda:99", saying="--device must be there")
+    assert_refused(capsys, "generate", folder, "x", "--device", "cuda:99", saying="--device must be available")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from deepseek_latent import (
     DeepseekV2ForSequenceClassification,
     DeepseekV2Model,
 )
-from deepseek_latent.commands.__main__ import PROBLEMS_SHOWN, main
+from deepseek_latent.commands.__main__ import main
+from deepseek_latent.commands.inspect import MAX_PROBLEMS_SHOWN
 from deepseek_latent.conversion.checkpoint import check_checkpoint, checkpoint_tensors, read_config
 from deepseek_latent.conversion.size import cached_elements_per_token, idle_parameters, parameters_by_part
 from tests.commands.test_commands import assert_refused, row
@@ -328,8 +329,8 @@ def test_many_problems_are_counted_and_all_of_them_on_request(folder, capsys):
     rewrite(folder, dict.clear)
     total = len(checkpoint_tensors(read_config(str(folder))))
     _, out = inspect(capsys, folder)
-    assert out.count("is missing\n") == PROBLEMS_SHOWN
-    assert f"... and {total - PROBLEMS_SHOWN} more" in out
+    assert out.count("is missing\n") == MAX_PROBLEMS_SHOWN
+    assert f"... and {total - MAX_PROBLEMS_SHOWN} more" in out
     assert inspect(capsys, folder, "--all")[1].count("is missing\n") == total
 
 

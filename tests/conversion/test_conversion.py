@@ -587,7 +587,7 @@ def test_what_has_experts_already_is_not_upcycled(tmp_path, capsys):
 def test_noise_and_neurons_drawn_anew_part_experts_at_an_error_that_is_said(tmp_path, capsys):
     ids, dense = random_ids(2, 50), tiny_model(n_routed_experts=None)
     dense.save_pretrained(tmp_path / "source")
-    for name, options in {"noise": ["--router-noise", "0.01"], "redrawn": ["--reinitialise", "0.5"]}.items():
+    for name, options in {"noise": ["--router-noise", "0.01"], "redrawn": ["--reinitialize", "0.5"]}.items():
         out = tmp_path / name
         command = ["convert", "upcycle", str(tmp_path / "source"), str(out), "--scheme", "M3", *UPCYCLED["M3"]]
         capsys.readouterr()
@@ -608,7 +608,7 @@ def test_experts_that_add_nothing_yet_may_be_drawn_anew_exactly(tmp_path, capsys
     ids, dense = random_ids(2, 50), tiny_model(n_routed_experts=None)
     dense.save_pretrained(tmp_path / "source")
     command = ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "M0"]
-    assert main([*command, *UPCYCLED["M0"], "--reinitialise", "1", "--router-noise", "0.1", "--json"]) == 0
+    assert main([*command, *UPCYCLED["M0"], "--reinitialize", "1", "--router-noise", "0.1", "--json"]) == 0
     assert not any("not exact" in name for name in json.loads(capsys.readouterr().out))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert relative_error(model(ids).logits, dense(ids).logits) < 2e-6
@@ -616,7 +616,7 @@ def test_experts_that_add_nothing_yet_may_be_drawn_anew_exactly(tmp_path, capsys
     assert len({tuple(expert[0, :4].tolist()) for expert in redrawn}) == len(redrawn)
 
 
-@pytest.mark.parametrize("options", [["--router-noise", "-1"], ["--router-noise", "nan"], ["--reinitialise", "1.5"]])
+@pytest.mark.parametrize("options", [["--router-noise", "-1"], ["--router-noise", "nan"], ["--reinitialize", "1.5"]])
 def test_noise_that_is_none_is_refused(tmp_path, capsys, options):
     saved(tmp_path / "source", LlamaConfig)
     command = ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "M2"]
