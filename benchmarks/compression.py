@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from deepseek_latent.conversion.calibration import perplexity, statistics_of, windows_of
-from deepseek_latent.conversion.compress import CompressedMla, Layer, Parts
-from deepseek_latent.conversion.compression_report import model_of
+from deepseek_latent.conversion.calibration import collect_statistics, perplexity
+from deepseek_latent.conversion.compress import CompressedLayer, CompressedMla, LayerParts
+from deepseek_latent.conversion.compression_report import build_model
 from deepseek_latent.conversion.source import Source
+from deepseek_latent.conversion.text import split_into_windows
 
 from .machine import described
 
@@ -37,13 +38,13 @@ class TransMla(CompressedMla):
 
     fold = 1
 
-    def chosen(self) -> Tensor:
+    def choose_num_kept(self) -> Tensor:
         self.collapse = self.w // self.r
         kept = torch.zeros(self.w // 2, dtype=torch.long)
         kept[:: self.collapse] = 1
         return kept
 
-    def _compressed(self, parts: Parts) -> Layer:
+    def _compress_layer(self, parts: LayerParts) -> CompressedLayer:
         p, fold = self.w // 2, self.fold
         rotary, left = [], []
         query_mix = torch.zeros(self.g, p, self.r // 2, dtype=torch.complex128)
@@ -57,10 +58,10 @@ class TransMla(CompressedMla):
             left.append((keys - kept @ rotary[-1]).unflatten(0, (fold, self.g)))
             slots = slice(block * per_block, (block + 1) * per_block)
             query_mix[:, of_block, slots] = kept.unflatten(0, (fold, self.g)).transpose(0, 1)
-        latent, keys, values = self.latent(parts, torch.cat(left))
-        return Layer(torch.cat(rotary), query_mix, latent, keys, values, torch.ones_like(parts.means))
+        latent, keys, values = self.principal_components(parts, torch.cat(left))
+        return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, torch.ones_like(parts.means))
 
-    def latent(self, parts: Parts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def principal_components(self, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         real = torch.cat((keys.real.flatten(0, 1), keys.imag.flatten(0, 1)))
         values = parts.values.flatten(0, 1)
 
@@ -92,7 +93,7 @@ def of_transmla(files: Source, statistics: list, judging: Tensor, r: int, c: int
 
     def judged(fold: int, c: int | None) -> float:
         conversion = type("Folded", (TransMla,), {"fold": fold})(files, statistics, r=r, c=c)
-        return perplexity(model_of(conversion), judging)
+        return perplexity(build_model(conversion), judging)
 
     folds = [fold for fold in (1, 2, 4, 8) if fold >= width // r and width // 2 % fold == 0]
     rotary = {fold: judged(fold, None) for fold in folds}
@@ -121,9 +122,11 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     files = Source(options.folder)
-    calibration, judging = windows_of(options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8"))
+    calibration, judging = split_into_windows(
+        options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8")
+    )
     model = AutoModelForCausalLM.from_pretrained(options.folder, attn_implementation="eager").eval()
-    statistics = statistics_of(model, calibration)
+    statistics = collect_statistics(model, calibration)
     result = described("python -m benchmarks.compression") | {
         "model": f"Llama of {model.num_parameters():,} parameters on Python's standard library",
         "calibration_tokens": calibration.numel(),
@@ -135,7 +138,7 @@ def main() -> None:
     for r, c in track([(round(a * whole), round(b * whole)) for a, b in WIDTHS], "compressing"):
         row = {"rotary_width": r, "latent_width": c, "cached_share": (r + c) / whole}
         row["ours"] = {
-            name: perplexity(model_of(CompressedMla(files, statistics, r=r, c=width)), judging)
+            name: perplexity(build_model(CompressedMla(files, statistics, r=r, c=width)), judging)
             for name, width in (("rotary", None), ("perplexity", c))
         }
         # its even choice keeps one mixture per frequency at most

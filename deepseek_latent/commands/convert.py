@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.adapter import convert_adapter
-from ..conversion.calibration import text_of
 from ..conversion.cast import Cast
-from ..conversion.compression_report import compressed, measured_noise
+from ..conversion.compression_report import compress_and_evaluate, measure_logits_change
 from ..conversion.convert import convert, prepare_target
 from ..conversion.deepseek_layout import ExportDeepseek, ImportDeepseek
 from ..conversion.gqa_to_mla import GqaToMla
-from ..conversion.source import Source, source_folder
-from ..conversion.target import SHARD_BYTES
+from ..conversion.source import Source, fetch_source
+from ..conversion.target import DEFAULT_SHARD_BYTES
+from ..conversion.text import read_text
 from ..conversion.upcycle import SCHEMES, Upcycle
 from .terminal import DTYPES, byte_size, print_report, quiet_transformers
 
@@ -27,7 +27,7 @@ def add_command(commands) -> None:
         kind.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files, or a hub id")
         kind.add_argument("out", metavar="OUT", help="the folder to make")
         kind.add_argument(
-            "--max-shard-size", type=byte_size, default=SHARD_BYTES, metavar="SIZE", help="default: 1500MB"
+            "--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="default: 1500MB"
         )
         kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is complete")
         kind.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
@@ -66,8 +66,8 @@ def _build_gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> tuple[Sour
         return files, conversion, {"cached elements per token before": conversion.source.cached_elements}
     if None in options or arguments.bias_free:
         raise ValueError("compression takes --kv-lora-rank, --qk-rope-head-dim and --calibrate, and no --bias-free.")
-    text = text_of(arguments.calibrate)
-    return files, *compressed(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, text=text)
+    text = read_text(arguments.calibrate)
+    return files, *compress_and_evaluate(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, text=text)
 
 
 def _add_upcycle(kinds) -> argparse.ArgumentParser:
@@ -113,12 +113,12 @@ def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source,
         groups=arguments.groups,
         dense_layers=arguments.dense_layers,
         router_noise=arguments.router_noise,
-        reinitialised=arguments.reinitialize,
+        reinitialized=arguments.reinitialize,
     )
     measured = {"share of neurons that are zeros": conversion.filled} if conversion.filled else {}
     if not arguments.shared_experts:
         measured["opens in stock transformers"] = "no, its class has shared experts always"
-    return files, conversion, measured | ({} if conversion.is_exact else measured_noise(conversion))
+    return files, conversion, measured | ({} if conversion.is_exact else measure_logits_change(conversion))
 
 
 def _add_cast(kinds) -> argparse.ArgumentParser:
@@ -163,7 +163,7 @@ def _build_export(folder: Path, arguments: argparse.Namespace) -> tuple[Source, 
 
 @quiet_transformers()
 def _convert(arguments: argparse.Namespace) -> int:
-    folder = source_folder(arguments.source)
+    folder = fetch_source(arguments.source)
     push_to_hub = None if arguments.dry_run else arguments.push_to_hub
     target = prepare_target(
         folder,

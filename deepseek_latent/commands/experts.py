@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM
 
-from ..conversion.calibration import text_of, tokenized
 from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.size import RoutedSize, routed_size
-from ..conversion.source import source_folder
+from ..conversion.source import fetch_source
+from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import Activity, activity_of
 from ..finetuning.esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 from .terminal import quiet_transformers
@@ -46,7 +46,7 @@ def add_command(commands) -> None:
 
 @quiet_transformers()
 def _experts(arguments: argparse.Namespace) -> int:
-    config, folder = read_config(arguments.model), source_folder(arguments.model)
+    config, folder = read_config(arguments.model), fetch_source(arguments.model)
     if arguments.esft is None and (arguments.by, arguments.threshold) != (None, None):
         raise ValueError(
             "--by and --threshold say how --esft chooses experts; give --esft a file to write, or leave them out."
@@ -58,7 +58,7 @@ def _experts(arguments: argparse.Namespace) -> int:
     pyplot = _import_pyplot() if arguments.plot else None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
-    first, *others = [activity_of(model, tokenized(folder, text_of(file))) for file in texts]
+    first, *others = [activity_of(model, tokenize(folder, read_text(file))) for file in texts]
     size = routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"

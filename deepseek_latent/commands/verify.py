@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..conversion.calibration import text_of
+from ..conversion.text import read_text
 from ..conversion.verify import verify
 from .terminal import DTYPES, print_report, quiet_transformers
 
@@ -20,7 +20,7 @@ def add_command(commands) -> None:
 
 @quiet_transformers()
 def _verify(arguments: argparse.Namespace) -> int:
-    text = text_of(arguments.text) if arguments.text else None
+    text = read_text(arguments.text) if arguments.text else None
     report = verify(Path(arguments.out), arguments.against, text, DTYPES.get(arguments.dtype))
     print_report(report, as_json=arguments.json)
     return 1 if report["problems"] else 0

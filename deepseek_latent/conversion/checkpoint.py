@@ -60,7 +60,7 @@ def read_config(source: str) -> DeepseekV2Config:
     except OSError as error:
         if isinstance(place, Path):
             raise
-        raise found_nowhere(source, error) from error
+        raise not_found_error(source, error) from error
     if not isinstance(config, DeepseekV2Config):
         raise ValueError(
             f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
@@ -90,7 +90,7 @@ def local_or_hub(source: str) -> Path | str:
     return source
 
 
-def found_nowhere(source: str, error: Exception) -> ValueError:
+def not_found_error(source: str, error: Exception) -> ValueError:
     return ValueError(
         f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
         f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
@@ -144,7 +144,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
     if "quantization_config" in config.to_dict():
         raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; check its source.")
     headers, problems = read_shards(folder)
-    stored = all_tensors(headers, problems)
+    stored = merge_headers(headers, problems)
     expected = checkpoint_tensors(config, architecture_of(config))
     optional = _tied_tensors(config)
     floats = list(SAFETENSORS_DTYPES.values())
@@ -200,7 +200,7 @@ def read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None]
     return headers, problems
 
 
-def all_tensors(headers: dict[str, dict[str, StoredTensor] | None], problems: list[str]) -> dict[str, StoredTensor]:
+def merge_headers(headers: dict[str, dict[str, StoredTensor] | None], problems: list[str]) -> dict[str, StoredTensor]:
     """What all files hold, by name; a tensor that is in two of them is added to `problems`."""
     stored = {}
     for header in headers.values():

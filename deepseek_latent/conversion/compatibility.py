@@ -12,7 +12,7 @@ from ..configuration_deepseek_v2 import DeepseekV2Config
 _LAYERS_WITHOUT_QUERY_LATENT = (26, 27)  # by which llama.cpp knows V2-Lite
 
 
-def objections(config: DeepseekV2Config, written: dict, tensors: Collection[str]) -> list[str]:
+def find_incompatibilities(config: DeepseekV2Config, written: dict, tensors: Collection[str]) -> list[str]:
     """One sentence per client and field; `written` is config.json as it stands, `tensors` the names in the files."""
     has_experts = any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     rope = config.rope_parameters

@@ -50,7 +50,7 @@ def convert(
             "config.json": config.to_json_string(),
             "README.md": model_card(files, command, report, push_to_hub or target.out.name),
         }
-    copies = [*files.beside(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
+    copies = [*files.companion_files(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
     target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
     if push_to_hub:
         HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, commit_message=command)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .cast import Cast
 from .checkpoint import checkpoint_tensors, read_json
-from .source import DTYPES, Source, files_beside, fingerprint_of
+from .source import DTYPES, Source, companion_files, fingerprint
 from .target import Piece
 
 # our part of a name, theirs, and the axis that ranks share, where they do
@@ -65,13 +65,13 @@ _EXPERT = re.compile(r".*\.experts\.(\d+)\..*")
 _RANK = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 
 
-def their_name(name: str) -> str:
+def deepseek_name(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` as `layers.0.attn.wq.weight`."""
     *path, module, kind = name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn").split(".")
     return ".".join((*path, NAMES[module][0], kind))
 
 
-def shared_axis(name: str) -> int | None:
+def sharded_axis(name: str) -> int | None:
     return NAMES[name.split(".")[-2]][1]
 
 
@@ -111,7 +111,7 @@ class ExportDeepseek:
 
     def _part(self, piece: Piece, rank: int) -> Piece | None:
         """A tensor's part of one rank, or None where another rank has it."""
-        name, axis = their_name(piece.name), shared_axis(piece.name)
+        name, axis = deepseek_name(piece.name), sharded_axis(piece.name)
         if expert := _EXPERT.fullmatch(piece.name):
             is_here = int(expert[1]) // (self.config.n_routed_experts // self.ranks) == rank
             return piece._replace(name=name) if is_here else None
@@ -174,7 +174,7 @@ class ImportDeepseek:
         self.folder = folder
         if not config.is_file():
             raise ValueError(f"expected the config of DeepSeek's inference code in {config}; name it with --config.")
-        self.config = _our_config(read_json(config), config)
+        self.config = _config_from_deepseek(read_json(config), config)
         beside = folder / "generation_config.json"
         # theirs says nothing of them, and our defaults are those of the published models
         ids = read_json(beside) if beside.is_file() else {}
@@ -197,7 +197,7 @@ class ImportDeepseek:
 
     def pieces(self) -> list[Piece]:
         expected = checkpoint_tensors(self.config)
-        known = {their_name(name) for name in expected}
+        known = {deepseek_name(name) for name in expected}
         for file, held in zip(self.files, self.held):
             if unknown := sorted(held - known):
                 kind = "fp8 weights have scales; cast them first" if unknown[0].endswith("scale") else "it is unknown"
@@ -205,7 +205,7 @@ class ImportDeepseek:
         return [self._piece(name, shape) for name, shape in expected.items()]
 
     def _piece(self, name: str, shape: tuple[int, ...]) -> Piece:
-        theirs, axis = their_name(name), shared_axis(name)
+        theirs, axis = deepseek_name(name), sharded_axis(name)
         holders = [rank for rank, held in zip(self.ranks, self.held) if theirs in held]
         is_shared = axis is not None and _EXPERT.fullmatch(name) is None
         if len(holders) < (len(self.ranks) if is_shared else 1):
@@ -221,15 +221,15 @@ class ImportDeepseek:
             raise ValueError(f"{theirs} has shape {came} and dtype {', '.join(sorted(kinds))}, expected {list(shape)}.")
         return Piece(name, shape, DTYPES[kinds.pop()], functools.partial(_joined, slices, axis, theirs))
 
-    def beside(self) -> list[Path]:
-        return files_beside(self.folder)
+    def companion_files(self) -> list[Path]:
+        return companion_files(self.folder)
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.config.to_dict(), self.files)
+        return fingerprint(self.config.to_dict(), self.files)
 
 
 def _joined(slices: list, axis: int | None, name: str) -> Tensor:
@@ -239,7 +239,7 @@ def _joined(slices: list, axis: int | None, name: str) -> Tensor:
     return tensor
 
 
-def _our_config(theirs: dict, file: Path) -> DeepseekV2Config:
+def _config_from_deepseek(theirs: dict, file: Path) -> DeepseekV2Config:
     missing = [name for name in FIELDS if name not in theirs and name not in DEFAULTS]
     if missing:
         raise ValueError(f"expected {missing[0]} in {file}, as DeepSeek's inference code has it; name its config.")

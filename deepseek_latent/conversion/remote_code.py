@@ -30,7 +30,7 @@ _CLASSES = {
 _RELATIVE_IMPORT = re.compile(r"^(?P<before>\s*from )(?P<dots>\.+)(?P<name>[\w.]+)(?= import )", re.MULTILINE)
 
 
-def travelling_files() -> dict[str, str]:
+def exported_files() -> dict[str, str]:
     """By the name that each file has in a checkpoint's folder, its text: the model's file and every file it imports."""
     found: dict[str, str] = {}
     waiting = [PACKAGE / "modeling_deepseek_v2.py"]
@@ -69,7 +69,7 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     # whatever the exported code would refuse is refused here
     DeepseekV2Config.from_dict(config)
     (folder / subfolder).mkdir(exist_ok=True)
-    files = {str(Path(subfolder, name)): text for name, text in travelling_files().items()}
+    files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
     for name, text in files.items():
         _replace(folder / name, text)
     # entries for other classes, such as a tokenizer's, stay

@@ -16,9 +16,9 @@ from torch import Tensor
 from .checkpoint import (
     SAFETENSORS_DTYPES,
     StoredTensor,
-    all_tensors,
-    found_nowhere,
     local_or_hub,
+    merge_headers,
+    not_found_error,
     read_json,
     read_shards,
 )
@@ -56,7 +56,7 @@ class Source:
             found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
             raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
         headers, problems = read_shards(self.folder)
-        tensors = all_tensors(headers, problems)
+        tensors = merge_headers(headers, problems)
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
@@ -90,18 +90,18 @@ class Source:
         """A tensor that goes along unchanged."""
         return Piece(name, self.shape(name), self.dtype(name), functools.partial(self.__getitem__, name))
 
-    def beside(self) -> list[Path]:
-        return files_beside(self.folder)
+    def companion_files(self) -> list[Path]:
+        return companion_files(self.folder)
 
     @property
     def name(self) -> str:
         return self.config.get("_name_or_path") or self.folder.resolve().name
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
+        return fingerprint(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
 
 
-def fingerprint_of(config: dict, files: Iterable[Path]) -> str:
+def fingerprint(config: dict, files: Iterable[Path]) -> str:
     """Changes with the config and with any weight file; weights themselves are not read."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(files):
@@ -110,12 +110,12 @@ def fingerprint_of(config: dict, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def files_beside(folder: Path) -> list[Path]:
+def companion_files(folder: Path) -> list[Path]:
     """Files of a checkpoint that go along unchanged."""
     return sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
 
 
-def source_folder(given: str) -> Path:
+def fetch_source(given: str) -> Path:
     """The folder of a path, or of what a hub id names, downloaded; ValueError if it is neither."""
     place = local_or_hub(given)
     if isinstance(place, Path):
@@ -131,4 +131,4 @@ def source_folder(given: str) -> Path:
     try:
         return Path(snapshot_download(given, allow_patterns=wanted))
     except (OSError, HFValidationError) as error:
-        raise found_nowhere(given, error) from error
+        raise not_found_error(given, error) from error

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .checkpoint import INDEX
 
-SHARD_BYTES = 15 * 10**8
+DEFAULT_SHARD_BYTES = 15 * 10**8
 _PLAN = "plan.json"
 
 
@@ -42,7 +42,7 @@ class Target:
     leaves nothing or all of it under that name; a second run of the same conversion goes on where the first one ended.
     """
 
-    def __init__(self, out: str | Path, *, shard_bytes: int = SHARD_BYTES, force: bool = False):
+    def __init__(self, out: str | Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, force: bool = False):
         # what a link or .. leads to: it is that folder which would be replaced
         self.out = Path(out).expanduser().resolve()
         if shard_bytes < 1:
@@ -87,7 +87,7 @@ class Target:
                     shutil.copyfile(path.resolve(), self.partial / path.name)
                 for name, text in texts.items():
                     (self.partial / name).write_text(text, encoding="utf-8")
-                self._take_place()
+                self._publish()
             except (ValueError, OSError):
                 # another run would meet the same; what an interrupted process leaves is kept
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -123,7 +123,7 @@ class Target:
         self.partial.mkdir(exist_ok=True)
         (self.partial / _PLAN).write_text(plan)
 
-    def _take_place(self) -> None:
+    def _publish(self) -> None:
         (self.partial / _PLAN).unlink()
         for path in self.partial.iterdir():
             _flush(path)

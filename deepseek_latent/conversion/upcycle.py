@@ -85,7 +85,7 @@ class Upcycle:
     """The conversion `base`, whose result is dense, with experts from layer `dense_layers` on: `config` and `pieces`.
 
     The router is zero, or under M0 and M4, where it may be anything, random. `router_noise`, a standard deviation, and
-    `reinitialised`, the share of a routed expert's neurons that are drawn anew with the mean and spread of its
+    `reinitialized`, the share of a routed expert's neurons that are drawn anew with the mean and spread of its
     own (Drop-Upcycling, arXiv:2502.19261), part experts that would be alike; but for M0 they change what is said.
 
     Raises:
@@ -103,15 +103,15 @@ class Upcycle:
         groups: int,
         dense_layers: int = 1,
         router_noise: float = 0.0,
-        reinitialised: float = 0.0,
+        reinitialized: float = 0.0,
     ):
-        if not (0 <= router_noise < math.inf and 0 <= reinitialised <= 1):
+        if not (0 <= router_noise < math.inf and 0 <= reinitialized <= 1):
             raise ValueError(
                 f"expected router noise of 0 or more and a share of neurons from 0 to 1, got {router_noise} and "
-                f"{reinitialised}."
+                f"{reinitialized}."
             )
         self.base, self.scheme, self.e, self.shared, self.groups = base, scheme, e, shared, groups
-        self.router_noise, self.reinitialised = router_noise, reinitialised
+        self.router_noise, self.reinitialized = router_noise, reinitialized
         self._last: tuple[Piece, Tensor] | None = None
         config = base.config
         layers = config.num_hidden_layers
@@ -144,7 +144,7 @@ class Upcycle:
 
     @property
     def is_exact(self) -> bool:
-        return self.scheme == "M0" or not (self.router_noise or self.reinitialised)
+        return self.scheme == "M0" or not (self.router_noise or self.reinitialized)
 
     def pieces(self) -> list[Piece]:
         dense = {piece.name: piece for piece in self.base.pieces()}
@@ -171,7 +171,7 @@ class Upcycle:
                 # M0 cuts the shared experts themselves, M5 what lies behind them
                 first = 0 if shard is None else (shard + (self.shared if self.scheme == "M5" else 0)) * f
                 scale = self.layout.down_scale if projection == "down_proj" else 1.0
-                redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialised else None
+                redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialized else None
                 made.append(_part(name, dense, first, f, d, dtype, scale, redraw))
         return made
 
@@ -193,7 +193,7 @@ class Upcycle:
     def _redraw(self, layer: int, expert: int, projection: str, part: Tensor) -> None:
         """Draws a share of an expert's neurons [f d] anew, the same ones in all three projections."""
         generator = torch.Generator().manual_seed(layer * self.e + expert)
-        chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialised * len(part))]
+        chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialized * len(part))]
         generator.manual_seed((layer * self.e + expert) * len(_PROJECTIONS) + _PROJECTIONS.index(projection))
         fresh = torch.randn(len(chosen), part.shape[1], generator=generator)
         part[chosen] = (fresh * part.float().std() + part.float().mean()).to(part.dtype)

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
-from .calibration import tokenized
 from .checkpoint import check_checkpoint, read_config
-from .compatibility import objections
+from .compatibility import find_incompatibilities
 from .source import Source
+from .text import tokenize
 
 TOKENS = 64  # of random ids, where no text is given
 # how far logits may be apart: float32 with --bias-free is at 1e-4; in half precision a router may choose another expert
@@ -36,7 +36,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     source = Source(folder)
     for name in source.tensors:
         source[name]  # raises where a number is none
-    report["what other programs would object to"] = objections(config, source.config, source.tensors)
+    report["what other programs would object to"] = find_incompatibilities(config, source.config, source.tensors)
     ids = _ids(folder, text, config.vocab_size)
     # one model at a time is in memory
     logits, continuation = _answers(_load(AutoModelForCausalLM, folder, dtype), ids)
@@ -83,7 +83,7 @@ def _answers(model: PreTrainedModel, ids: Tensor, continued: bool = True) -> tup
 def _ids(folder: Path, text: str | None, vocab_size: int) -> Tensor:
     if text is None:
         return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = tokenized(folder, text)
+    ids = tokenize(folder, text)
     if ids.shape[1] == 0:
         raise ValueError("expected a text of at least one token, got none.")
     return ids

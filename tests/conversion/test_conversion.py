@@ -396,7 +396,7 @@ def test_a_write_that_fails_is_one_sentence(tmp_path, monkeypatch):
 
 def test_another_conversion_does_not_go_on_where_the_first_one_ended(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(Target, "_take_place", lambda self: (_ for _ in ()).throw(Killed))
+        patched.setattr(Target, "_publish", lambda self: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             write(Target(tmp_path / "out"), pieces_of(2), {}, [], "one")
     made = []

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.compatibility import objections
+from deepseek_latent.conversion.compatibility import find_incompatibilities
 from tests.support import LITE, V2, official_state_dict, tiny_model
 
 YARN = {
@@ -119,13 +119,13 @@ def test_token_ids_are_those_beside_the_files_or_none(tmp_path):
 
 def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
     """The fields of DeepSeek-V3's inference/configs/config_16B.json, whose silence means its program's defaults."""
-    from deepseek_latent.conversion.deepseek_layout import _our_config
+    from deepseek_latent.conversion.deepseek_layout import _config_from_deepseek
 
     theirs = {"vocab_size": 102400, "dim": 2048, "inter_dim": 10944, "moe_inter_dim": 1408, "n_layers": 27}
     theirs |= {"n_dense_layers": 1, "n_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2}
     theirs |= {"n_activated_experts": 6, "route_scale": 1.0, "q_lora_rank": 0, "kv_lora_rank": 512}
     theirs |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "mscale": 0.707}
-    config = _our_config(theirs, tmp_path / "config_16B.json")
+    config = _config_from_deepseek(theirs, tmp_path / "config_16B.json")
     assert config.q_lora_rank is None
     assert config.max_position_embeddings == 163840
     assert (config.topk_method, config.n_group, config.topk_group) == ("greedy", 1, 1)
@@ -238,7 +238,7 @@ def test_the_published_checkpoint_suits_everybody():
     lite = DeepseekV2Config(
         num_hidden_layers=27, kv_lora_rank=512, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6
     )
-    assert objections(lite, lite.to_dict(), {"lm_head.weight"}) == []
+    assert find_incompatibilities(lite, lite.to_dict(), {"lm_head.weight"}) == []
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_published_checkpoint_suits_everybody():
 )
 def test_every_objection_names_client_and_field(options, clients, field):
     config = DeepseekV2Config(**(V2 | options))
-    found = objections(config, config.to_dict(), ())
+    found = find_incompatibilities(config, config.to_dict(), ())
     assert any(line.startswith(f"{clients}: {field}") for line in found), found
 
 
@@ -278,7 +278,7 @@ def test_what_config_json_does_not_say_counts(field, value, clients):
     written = config.to_dict() | {field: value}
     if value is ...:
         del written[field]
-    before, after = (objections(config, x, ()) for x in (config.to_dict(), written))
+    before, after = (find_incompatibilities(config, x, ()) for x in (config.to_dict(), written))
     (new,) = set(after) - set(before)
     assert new.startswith(f"{clients}: {field}")
 

@@ -15,7 +15,7 @@ from deepseek_latent import (
     DeepseekV2ForTokenClassification,
 )
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.remote_code import auto_map, export_code, travelling_files
+from deepseek_latent.conversion.remote_code import auto_map, export_code, exported_files
 from tests.commands.test_commands import assert_refused
 from tests.support import random_ids, tiny_model
 
@@ -150,7 +150,7 @@ def test_saving_with_the_package_leaves_no_auto_map_behind(elsewhere, tmp_path):
 
 
 def test_what_the_model_imports_travels_flat_and_nothing_else_does(elsewhere):
-    names = travelling_files().keys()
+    names = exported_files().keys()
     assert {"configuration_deepseek_v2.py", "modeling_deepseek_v2.py", "cache_latent_cache.py"} <= names
     assert {file.name for file in elsewhere[2].glob("*.py")} == names
     rooms = {name.partition("_")[0] for name in names}
