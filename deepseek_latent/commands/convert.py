@@ -115,9 +115,9 @@ def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source,
         router_noise=arguments.router_noise,
         reinitialized=arguments.reinitialize,
     )
-    measured = {"share of neurons that are zeros": conversion.filled} if conversion.filled else {}
+    measured = {"fraction of neurons that are zeros": conversion.zero_fraction} if conversion.zero_fraction else {}
     if not arguments.shared_experts:
-        measured["opens in stock transformers"] = "no, its class has shared experts always"
+        measured["opens in stock transformers"] = "no, its class always has shared experts"
     return files, conversion, measured | ({} if conversion.is_exact else measure_logits_change(conversion))
 
 

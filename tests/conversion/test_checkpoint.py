@@ -263,7 +263,7 @@ def test_an_index_that_names_an_absent_file_is_found(sharded, capsys):
     status, out = inspect(capsys, sharded, "--all")
     assert status == 1
     assert f"{shard.name} is absent" in out
-    assert f"{len(names)} tensors are missing, those of the unreadable files among them" in out
+    assert f"{len(names)} tensors are missing, including those of the unreadable files" in out
     assert "2 problems" in out
 
 
@@ -310,7 +310,7 @@ def test_shards_without_an_index_are_found(sharded, capsys):
 def test_a_single_file_beside_an_index_is_found(sharded):
     save_file({}, sharded / "model.safetensors")
     (problem,) = check_checkpoint(sharded, read_config(str(sharded))).problems
-    assert "stands beside" in problem
+    assert "both exist" in problem
 
 
 @pytest.mark.parametrize("content", ["cut off", "git lfs pointer"])
@@ -322,7 +322,7 @@ def test_an_incomplete_file_is_found(folder, capsys, content):
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")
     status, out = inspect(capsys, folder)
     assert status == 1
-    assert "model.safetensors is cut off or no safetensors file" in out
+    assert "model.safetensors is cut off or not a safetensors file" in out
 
 
 def test_many_problems_are_counted_and_all_of_them_on_request(folder, capsys):

@@ -200,7 +200,7 @@ def assert_refused(capsys, tmp_path: Path, *words: str, options: tuple[str, ...]
 @pytest.mark.parametrize(
     ("config_class", "options", "words"),
     [
-        (Qwen3Config, {}, ("qwen3", "normalised")),
+        (Qwen3Config, {}, ("qwen3", "normalized")),
         (MistralConfig, {"sliding_window": 16}, ("sliding_window", "16")),
         (LlamaConfig, {"mlp_bias": True}, ("mlp_bias",)),
         (LlamaConfig, {"hidden_act": "gelu"}, ("hidden_act", "gelu")),

@@ -1,4 +1,4 @@
-"""DeepSeek's own inference layout, there and back, and what other programs would object to in a checkpoint."""
+"""DeepSeek's own inference layout, there and back, and incompatible_with_other_programs in a checkpoint."""
 
 import json
 from pathlib import Path
@@ -140,7 +140,7 @@ def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
         ({"attention_bias": True}, "attention_bias True"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
         ({"norm_topk_prob": True}, "norm_topk_prob True"),
-        ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale '1.0 beside mscale_all_dim 0.707'"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale '1.0 with mscale_all_dim 0.707'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"rope_scaling": YARN | {"truncate": False}}, "truncate 'false'"),
     ],
@@ -258,7 +258,7 @@ def test_the_published_checkpoint_suits_everybody():
         ({"hidden_act": "gelu"}, "vLLM, SGLang, llama.cpp", 'hidden_act "gelu"'),
         (LITE, "llama.cpp", "q_lora_rank null"),
         ({}, "llama.cpp", "topk_method"),
-        ({"topk_method": "greedy"}, "vLLM, SGLang, llama.cpp", "n_group 4, and they route by groups"),
+        ({"topk_method": "greedy"}, "vLLM, SGLang, llama.cpp", "n_group 4, but they route by groups"),
         ({}, "vLLM", "kv_lora_rank 40"),
     ],
     ids=str,
@@ -287,4 +287,4 @@ def test_verify_says_them_and_does_not_fail_for_them(tmp_path, capsys):
     saved(tmp_path / "source")
     assert main(["verify", str(tmp_path / "source"), "--dtype", "float32", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert any("TRITON_MLA" in line for line in report["what other programs would object to"])
+    assert any("TRITON_MLA" in line for line in report["incompatible_with_other_programs"])
