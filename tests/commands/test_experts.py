@@ -1,4 +1,4 @@
-"""What `deepseek-latent experts` says is what the gates did."""
+"""`deepseek-latent experts` reports what the gates of a model choose on a text."""
 
 import json
 import math
@@ -9,11 +9,9 @@ from transformers import AutoTokenizer
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.checkpoint import checkpoint_tensors
-from deepseek_latent.conversion.size import routed_size
 from deepseek_latent.finetuning.activity import Activity, activity_of
 from deepseek_latent.finetuning.esft import ExpertSelection
-from tests.support import V2, random_ids, tiny_model
+from tests.support import random_ids, tiny_model
 from tests.test_examples import FOLDER
 
 
@@ -124,23 +122,3 @@ def test_a_model_without_a_tokenizer_reads_no_text(tmp_path, capsys):
     assert main(["experts", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]) == 2
     assert "needs a tokenizer" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(FOLDER) is not None
-
-
-def test_the_scaling_law_is_that_of_the_paper():
-    """A dense model is as good as itself; 128 experts make 5 M parameters worth about 55 M (section 5.1 there)."""
-    config = DeepseekV2Config(**V2)
-    size = routed_size(config, checkpoint_tensors(config))
-    assert size.expansion == 12 / 3
-    assert size.base < size.effective < size.base * 4
-    dense = DeepseekV2Config(**(V2 | {"n_routed_experts": None}))
-    size = routed_size(dense, checkpoint_tensors(dense))
-    assert size.expansion == 1
-    assert size.effective == pytest.approx(size.base)
-    wide = DeepseekV2Config(**(V2 | {"n_routed_experts": 128, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}))
-    size = routed_size(wide, {"model.norm.weight": (5_000_000 + _idle(wide),)})
-    assert size.base == 5_000_000
-    assert size.effective == pytest.approx(55e6, rel=0.1)
-
-
-def _idle(config) -> int:
-    return 2 * 127 * 3 * config.hidden_size * config.moe_intermediate_size

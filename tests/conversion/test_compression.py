@@ -15,7 +15,7 @@ from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH, split_into_windows
-from tests.conversion.test_conversion import LLAMA3, SMALL, SOURCES, YARN, saved
+from tests.conversion.sources import LLAMA3, SMALL, SOURCES, YARN, saved
 from tests.support import NATIVE, random_ids, relative_error, seeded
 from tests.test_examples import FOLDER as TOKENIZER
 

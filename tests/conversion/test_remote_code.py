@@ -16,7 +16,7 @@ from deepseek_latent import (
 )
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.remote_code import auto_map, export_code, exported_files
-from tests.commands.test_commands import assert_refused
+from tests.commands.terminal import assert_refused
 from tests.support import random_ids, tiny_model
 
 # runs in a Python that cannot import the package; prints one JSON object
