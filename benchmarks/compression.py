@@ -85,7 +85,7 @@ def damped(second: Tensor) -> Tensor:
     return second + 0.01 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
 
 
-def of_transmla(files: Source, statistics: list, judging: Tensor, r: int, c: int) -> dict:
+def of_transmla(files: Source, statistics: list, held_out: Tensor, r: int, c: int) -> dict:
     """Its perplexities, with as many frequencies folded as serve it best, tried in doubling steps as its code does."""
     width = files.config["hidden_size"] // files.config["num_attention_heads"]
     # it keeps one mixture per frequency at most; the latent gets the rest
@@ -93,7 +93,7 @@ def of_transmla(files: Source, statistics: list, judging: Tensor, r: int, c: int
 
     def judged(fold: int, c: int | None) -> float:
         conversion = type("Folded", (TransMla,), {"fold": fold})(files, statistics, r=r, c=c)
-        return perplexity(build_model(conversion), judging)
+        return perplexity(build_model(conversion), held_out)
 
     folds = [fold for fold in (1, 2, 4, 8) if fold >= width // r and width // 2 % fold == 0]
     rotary = {fold: judged(fold, None) for fold in folds}
@@ -122,7 +122,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     files = Source(options.folder)
-    calibration, judging = split_into_windows(
+    calibration, held_out = split_into_windows(
         options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8")
     )
     model = AutoModelForCausalLM.from_pretrained(options.folder, attn_implementation="eager").eval()
@@ -130,19 +130,19 @@ def main() -> None:
     result = described("python -m benchmarks.compression") | {
         "model": f"Llama of {model.num_parameters():,} parameters on Python's standard library",
         "calibration_tokens": calibration.numel(),
-        "judging_tokens": judging.numel(),
-        "perplexity_of_source": round(perplexity(model, judging), 3),
+        "judging_tokens": held_out.numel(),
+        "perplexity_of_source": round(perplexity(model, held_out), 3),
         "rows": [],
     }
     whole = 2 * model.config.num_key_value_heads * model.config.head_dim
     for r, c in track([(round(a * whole), round(b * whole)) for a, b in WIDTHS], "compressing"):
         row = {"rotary_width": r, "latent_width": c, "cached_share": (r + c) / whole}
         row["ours"] = {
-            name: perplexity(build_model(CompressedMla(files, statistics, r=r, c=width)), judging)
+            name: perplexity(build_model(CompressedMla(files, statistics, r=r, c=width)), held_out)
             for name, width in (("rotary", None), ("perplexity", c))
         }
         # its even choice keeps one mixture per frequency at most
-        row["transmla"] = of_transmla(files, statistics, judging, r, c)
+        row["transmla"] = of_transmla(files, statistics, held_out, r, c)
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
     if options.out:

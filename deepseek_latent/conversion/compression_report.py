@@ -60,4 +60,4 @@ def measure_logits_change(conversion: Upcycle) -> dict:
     ids = torch.randint(0, conversion.config.vocab_size, (1, WINDOW_LENGTH), generator=torch.Generator().manual_seed(0))
     expected = build_model(conversion.base)(ids).logits.float()
     error = (build_model(conversion)(ids).logits.float() - expected).abs().max() / expected.abs().max()
-    return {"not exact: error of logits": error.item()}
+    return {"relative error of logits, not exact": error.item()}

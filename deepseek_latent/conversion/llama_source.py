@@ -108,5 +108,7 @@ def _supported_config(files: Source) -> PreTrainedConfig:
     }
     for name, value in refused.items():
         if value:
-            raise ValueError(f"DeepSeek-V2 has no {name} {value!r}, as in {files.folder}; it cannot be converted.")
+            raise ValueError(
+                f"DeepSeek-V2 does not support {name} {value!r} of {files.folder}; it cannot be converted."
+            )
     return config

@@ -8,7 +8,7 @@ from tests.support import tiny_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint that never ends a text, with its tokenizer."""
+    """A checkpoint with a tokenizer and no end-of-text token."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_model(vocab_size=NUM_IDS, eos_token_id=None).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek_latent.commands.__main__ import main
 
-NUM_IDS = 264  # 256 bytes, two special tokens, and a few that the tokenizer does not know
+NUM_IDS = 264  # 256 bytes, two special tokens, and six that the tokenizer does not have
 
 
 def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
@@ -26,7 +26,7 @@ def printed(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def row(text: str, name: str) -> list[str]:
-    """The cells beside `name` in a printed table."""
+    """The other cells of the row `name` in a printed table."""
     cells = next(line for line in text.splitlines() if name in line)
     return [cell.strip() for cell in re.split("[│┃]", cells)[2:-1]]
 

@@ -16,7 +16,7 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"deepseek-latent {deepseek_latent.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "inspect", "export-code", "run"])
+@pytest.mark.parametrize("command", ["generate", "inspect", "convert", "verify", "experts", "export-code", "run"])
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

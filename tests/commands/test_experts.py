@@ -35,7 +35,7 @@ def test_shares_and_weights_are_those_of_the_gates():
         assert found.weights[0, expert] == pytest.approx(expected, rel=1e-4)
 
 
-def test_figures_of_a_layer_are_those_of_its_shares():
+def test_load_entropy_and_distance_follow_from_the_shares():
     def of(*rows):
         shares = torch.tensor(rows, dtype=torch.float64)
         return Activity(list(range(len(rows))), shares, torch.zeros_like(shares), torch.zeros_like(shares))
@@ -53,7 +53,7 @@ def test_a_model_without_experts_is_refused():
         activity_of(tiny_model(n_routed_experts=None), random_ids(1, 5))
 
 
-def test_the_command_says_and_draws_it(tmp_path, capsys):
+def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
     text, other = FOLDER / "held_out.txt", tmp_path / "other.txt"
     other.write_text("1 2 3 4 5 6 7 8 9 10 " * 40)
     command = ["experts", str(FOLDER), "--text", str(text), "--against", str(other)]
@@ -72,9 +72,9 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     for row in report["layers"]:
         scores = [row["shares"][expert] for expert in chosen[row["layer"]]]
         assert sum(scores) >= 0.3 > sum(scores[:-1])
-    said, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
-    assert "2202.01169" in said.out
-    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in said.err
+    printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
+    assert "2202.01169" in printed.out
+    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
+def test_unusable_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a text")
     (tmp_path / "empty.txt").write_text("\n")
@@ -107,16 +107,16 @@ def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ids", [torch.empty(1, 0, dtype=torch.long)])
-def test_no_text_is_refused(ids):
+def test_an_empty_text_is_refused(ids):
     with pytest.raises(ValueError, match="at least one token"):
         activity_of(tiny_model(), ids)
 
 
-def test_a_model_without_a_head_has_experts_too():
+def test_a_model_without_a_head_is_read_too():
     assert activity_of(tiny_model().model, random_ids(1, 5)).layers == [1, 2]
 
 
-def test_a_model_without_a_tokenizer_reads_no_text(tmp_path, capsys):
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a text")
     assert main(["experts", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]) == 2

@@ -39,7 +39,7 @@ def test_generate_names_unreadable_weights_in_one_sentence(folder, tmp_path, cap
     assert len(err.splitlines()) == 1
 
 
-def test_generate_counts_the_cache_the_model_really_held(folder, capsys):
+def test_generate_shows_the_size_of_the_cache_that_was_held(folder, capsys):
     _, _, err = printed(capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu")
     # six bytes of prompt; the ninth token is not fed back
     tokens = 6 + 9 - 1
@@ -55,7 +55,7 @@ def test_generate_counts_the_cache_the_model_really_held(folder, capsys):
 
 
 @pytest.mark.parametrize(("bits", "row_bytes"), [(8, 58), (6, 50), (4, 38), ("fp8", 60)])
-def test_generate_holds_the_cache_in_the_bits_it_was_told(folder, capsys, bits, row_bytes):
+def test_generate_holds_the_cache_in_the_given_bits(folder, capsys, bits, row_bytes):
     _, _, err = printed(
         capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu", "--cache-bits", bits
     )
@@ -94,9 +94,9 @@ def test_temperature_zero_and_a_tiny_top_p_are_greedy(folder, capsys):
     assert text("--temperature", 5, "--top-p", 1e-6) == text()
 
 
-def test_sampling_is_not_cut_to_50_tokens_unasked(tmp_path, monkeypatch):
+def test_sampling_is_not_limited_to_50_tokens_by_default(tmp_path, monkeypatch):
     model = tiny_model(vocab_size=NUM_IDS, eos_token_id=None)
-    # all tokens look alike, so every step draws from the same distribution
+    # all tokens have the same embedding, so every step samples from the same distribution
     model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[0].clone()
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -111,7 +111,7 @@ def test_sampling_is_not_cut_to_50_tokens_unasked(tmp_path, monkeypatch):
     assert len(drawn) > 60
 
 
-def test_a_tokenizer_that_adds_token_types_is_understood(folder, tmp_path, capsys):
+def test_token_types_of_a_tokenizer_are_ignored(folder, tmp_path, capsys):
     tiny_model(vocab_size=NUM_IDS, eos_token_id=None).save_pretrained(tmp_path)
     names = ["input_ids", "token_type_ids", "attention_mask"]
     byte_tokenizer(model_input_names=names).save_pretrained(tmp_path)
@@ -124,7 +124,7 @@ def test_a_tokenizer_that_adds_token_types_is_understood(folder, tmp_path, capsy
 @pytest.mark.parametrize(
     "left", [{"do_sample": True, "temperature": 5.0}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
 )
-def test_what_a_checkpoint_brings_along_changes_neither_greedy_text_nor_cache(folder, tmp_path, capsys, left):
+def test_the_checkpoints_generation_config_changes_neither_greedy_text_nor_cache(folder, tmp_path, capsys, left):
     model = tiny_model(vocab_size=NUM_IDS, eos_token_id=None)
     model.generation_config.update(**left)
     model.save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_generate_writes_nothing_but_text_and_table(folder, capsys):
     assert all(line[0] in "┌│└" for line in err.splitlines())
 
 
-def test_generate_leaves_transformers_logging_as_it_was(folder, capsys):
+def test_generate_restores_transformers_logging(folder, capsys):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     main(["generate", str(folder), "x", "--max-new-tokens", "1", "--device", "cpu"])
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -9,13 +9,13 @@ from tests.commands.terminal import assert_refused, printed
 
 
 @pytest.fixture
-def as_process(monkeypatch):
-    """Puts back what `run` changes for the rest of a process."""
+def restored_process(monkeypatch):
+    """Restores what `run` changes in this process."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-def test_run_gives_a_script_the_plugin_its_arguments_and_its_folder(tmp_path, capsys, as_process):
+def test_run_gives_a_script_the_plugin_its_arguments_and_its_folder(tmp_path, capsys, restored_process):
     (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
     (tmp_path / "tool.py").write_text(
         "import sys, neighbour\n"
@@ -31,7 +31,7 @@ def test_run_gives_a_script_the_plugin_its_arguments_and_its_folder(tmp_path, ca
     ]
 
 
-def test_run_m_runs_a_module_of_the_working_folder(tmp_path, capsys, as_process, monkeypatch):
+def test_run_m_runs_a_module_of_the_working_folder(tmp_path, capsys, restored_process, monkeypatch):
     (tmp_path / "lonely_tool.py").write_text("import sys\nprint(__name__, sys.argv, sys.path[0])\n")
     monkeypatch.chdir(tmp_path)
     status, out, _ = printed(capsys, "run", "-m", "lonely_tool", "--model", "m", "-m", "n")
@@ -40,7 +40,7 @@ def test_run_m_runs_a_module_of_the_working_folder(tmp_path, capsys, as_process,
     assert out == f"__main__ {argv} {tmp_path}\n"
 
 
-def test_run_m_runs_the_main_of_a_package(tmp_path, capsys, as_process, monkeypatch):
+def test_run_m_runs_the_main_of_a_package(tmp_path, capsys, restored_process, monkeypatch):
     (tmp_path / "packed_tool").mkdir()
     (tmp_path / "packed_tool" / "__init__.py").touch()
     (tmp_path / "packed_tool" / "__main__.py").write_text("print('main of', __package__)\n")
@@ -49,20 +49,20 @@ def test_run_m_runs_the_main_of_a_package(tmp_path, capsys, as_process, monkeypa
 
 
 @pytest.mark.parametrize("code", [0, 3, "broken"])
-def test_the_tools_exit_code_is_ours(tmp_path, as_process, code):
+def test_run_exits_with_the_tools_exit_code(tmp_path, restored_process, code):
     (tmp_path / "tool.py").write_text(f"raise SystemExit({code!r})\n")
     with pytest.raises(SystemExit) as stopped:
         main(["run", str(tmp_path / "tool.py")])
     assert stopped.value.code == code
 
 
-def test_the_tools_own_errors_keep_their_traceback(tmp_path, as_process):
+def test_the_tools_own_errors_keep_their_traceback(tmp_path, restored_process):
     (tmp_path / "tool.py").write_text("raise ValueError('of the tool')\n")
     with pytest.raises(ValueError, match="of the tool"):
         main(["run", str(tmp_path / "tool.py")])
 
 
-def test_a_package_the_tool_lacks_is_not_blamed_on_the_command_line(tmp_path, as_process, monkeypatch):
+def test_a_package_that_the_tool_lacks_is_the_tools_own_error(tmp_path, restored_process, monkeypatch):
     (tmp_path / "lacking").mkdir()
     (tmp_path / "lacking" / "__init__.py").write_text("import a_package_nobody_has\n")
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_a_package_the_tool_lacks_is_not_blamed_on_the_command_line(tmp_path, as
         main(["run", "-m", "lacking.tool"])
 
 
-def test_run_refuses_in_one_sentence(tmp_path, capsys, as_process, monkeypatch):
+def test_run_refuses_in_one_sentence(tmp_path, capsys, restored_process, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mainless").mkdir()
     (tmp_path / "mainless" / "__init__.py").touch()

@@ -66,8 +66,8 @@ SOURCES = {
 }
 
 
-def saved(folder: Path, config_class, dtype=torch.float32, **options):
-    """A source as transformers saves it, with norms and biases that are not trivial, and the model."""
+def save_source(folder: Path, config_class, dtype=torch.float32, **options):
+    """Saves a model with random norms and biases to a folder, and returns the model."""
     torch.manual_seed(0)
     model = CLASSES[config_class](config_class(**(SMALL | options)))
     with torch.no_grad():
@@ -83,6 +83,6 @@ def saved(folder: Path, config_class, dtype=torch.float32, **options):
     return model
 
 
-def converted(source: Path, out: Path, *options: str) -> Path:
+def convert_to_mla(source: Path, out: Path, *options: str) -> Path:
     assert main(["convert", "gqa-to-mla", str(source), str(out), *options]) == 0
     return out

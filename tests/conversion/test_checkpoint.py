@@ -69,7 +69,7 @@ def test_expected_tensors_are_those_that_saving_writes(overrides):
     assert checkpoint_tensors(model.config) == written
 
 
-def test_listing_tensors_leaves_the_config_as_it_was():
+def test_listing_tensors_does_not_change_the_config():
     config = DeepseekV2Config(**V2)
     before = dict(vars(config))
     checkpoint_tensors(config)
@@ -85,7 +85,7 @@ def test_files_of_other_heads_are_checked_against_their_own_class(tmp_path, caps
 
 
 @pytest.mark.parametrize("shards", ["folder", "sharded"])
-def test_what_saving_writes_fits(request, capsys, shards):
+def test_saved_files_fit(request, capsys, shards):
     folder = request.getfixturevalue(shards)
     status, out = inspect(capsys, folder)
     assert status == 0
@@ -110,7 +110,7 @@ def test_missing_misshapen_foreign_and_unexpected_tensors_are_named(folder, caps
     assert "4 problems" in out
 
 
-def test_fused_experts_in_a_file_are_not_the_official_layout(folder):
+def test_stacked_experts_in_a_file_are_not_the_official_layout(folder):
     name = "model.layers.1.mlp.experts"
     rewrite(folder, lambda tensors: tensors.update({f"{name}.down_proj": torch.zeros(12, 72, 32).bfloat16()}))
     report = check_checkpoint(folder, read_config(str(folder)))
@@ -137,7 +137,7 @@ def test_a_tied_head_may_be_absent_or_present_but_not_misshapen(tmp_path):
     assert "lm_head.weight has shape [96, 73], expected [96, 72]" in problem
 
 
-def test_an_untied_head_must_be_there(folder):
+def test_an_untied_head_must_be_present(folder):
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     assert check_checkpoint(folder, read_config(str(folder))).problems == ["lm_head.weight is missing"]
 
@@ -153,7 +153,7 @@ def test_an_index_that_names_an_absent_file_is_found(sharded, capsys):
     assert "2 problems" in out
 
 
-def test_a_tensor_the_index_places_wrongly_is_found(sharded):
+def test_a_tensor_in_another_file_than_the_index_names_is_found(sharded):
     index = sharded / "model.safetensors.index.json"
     first, second, *_ = sorted(file.name for file in sharded.glob("model-*.safetensors"))
     name = next(iter(load_file(sharded / first)))
@@ -162,7 +162,7 @@ def test_a_tensor_the_index_places_wrongly_is_found(sharded):
     assert problem == f"{name} is not in {second}, where model.safetensors.index.json places it"
 
 
-def test_a_tensor_the_index_forgets_is_found(sharded):
+def test_a_tensor_missing_from_the_index_is_found(sharded):
     index = sharded / "model.safetensors.index.json"
     edit_json(index, lambda content: content["weight_map"].pop("model.norm.weight"))
     (problem,) = check_checkpoint(sharded, read_config(str(sharded))).problems
@@ -211,7 +211,7 @@ def test_an_incomplete_file_is_found(folder, capsys, content):
     assert "model.safetensors is cut off or not a safetensors file" in out
 
 
-def test_many_problems_are_counted_and_all_of_them_on_request(folder, capsys):
+def test_many_problems_are_counted_and_all_are_listed_on_request(folder, capsys):
     rewrite(folder, dict.clear)
     total = len(checkpoint_tensors(read_config(str(folder))))
     _, out = inspect(capsys, folder)
@@ -220,13 +220,13 @@ def test_many_problems_are_counted_and_all_of_them_on_request(folder, capsys):
     assert inspect(capsys, folder, "--all")[1].count("is missing\n") == total
 
 
-def test_no_weights_are_loaded_to_check_them(folder, monkeypatch):
+def test_checking_files_loads_no_weights(folder, monkeypatch):
     monkeypatch.setattr(DeepseekV2ForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(torch, "frombuffer", None)
     assert main(["inspect", str(folder)]) == 0
 
 
-def test_quantized_weights_are_refused_not_called_broken(folder, capsys):
+def test_quantized_weights_are_refused_and_not_called_broken(folder, capsys):
     edit_json(folder / "config.json", lambda config: config.update({"quantization_config": {"quant_method": "fp8"}}))
     assert main(["inspect", str(folder)]) == 2
     assert "expected unquantized weights" in capsys.readouterr().err
@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder, capsys):
     assert_refused(capsys, "inspect", folder, saying="use_mla must be true")
 
 
-def test_the_first_uploads_spelling_is_read(folder, capsys):
+def test_the_config_of_the_first_upload_is_read(folder, capsys):
     first_upload = {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
     edit_json(folder / "config.json", lambda config: config.update(first_upload))
     assert inspect(capsys, folder)[0] == 0

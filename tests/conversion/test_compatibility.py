@@ -1,7 +1,6 @@
 """Incompatibilities with other programs name the program and the field."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,35 +8,10 @@ import torch
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.compatibility import find_incompatibilities
-from tests.support import LITE, V2, tiny_model
-
-YARN = {
-    "type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
+from tests.support import LITE, V2, YARN, tiny_model
 
 
-EVEN = {
-    "vocab_size": 96,
-    "num_attention_heads": 4,
-    "intermediate_size": 80,
-    "rope_scaling": YARN,
-    "max_position_embeddings": 128,
-}
-
-
-def saved(folder: Path, dtype=torch.bfloat16, **options):
-    model = tiny_model(dtype, **(EVEN | options))
-    model.save_pretrained(folder)
-    return model
-
-
-def test_the_published_checkpoint_suits_everybody():
+def test_the_published_checkpoint_is_compatible_with_all_programs():
     lite = DeepseekV2Config(
         num_hidden_layers=27, kv_lora_rank=512, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6
     )
@@ -45,7 +19,7 @@ def test_the_published_checkpoint_suits_everybody():
 
 
 @pytest.mark.parametrize(
-    ("options", "clients", "field"),
+    ("options", "programs", "field"),
     [
         ({"attention_bias": True}, "llama.cpp", "attention_bias true"),
         (
@@ -66,28 +40,28 @@ def test_the_published_checkpoint_suits_everybody():
     ],
     ids=str,
 )
-def test_every_objection_names_client_and_field(options, clients, field):
+def test_every_incompatibility_names_programs_and_field(options, programs, field):
     config = DeepseekV2Config(**(V2 | options))
     found = find_incompatibilities(config, config.to_dict(), ())
-    assert any(line.startswith(f"{clients}: {field}") for line in found), found
+    assert any(line.startswith(f"{programs}: {field}") for line in found), found
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "clients"),
+    ("field", "value", "programs"),
     [("n_group", None, "vLLM, SGLang"), ("scoring_func", ..., "SGLang"), ("auto_map", {}, "vLLM, SGLang")],
 )
-def test_what_config_json_does_not_say_counts(field, value, clients):
+def test_fields_are_checked_as_config_json_writes_them(field, value, programs):
     config = DeepseekV2Config(**V2)
     written = config.to_dict() | {field: value}
     if value is ...:
         del written[field]
     before, after = (find_incompatibilities(config, x, ()) for x in (config.to_dict(), written))
     (new,) = set(after) - set(before)
-    assert new.startswith(f"{clients}: {field}")
+    assert new.startswith(f"{programs}: {field}")
 
 
-def test_verify_says_them_and_does_not_fail_for_them(tmp_path, capsys):
-    saved(tmp_path / "source")
+def test_verify_reports_incompatibilities_and_passes(tmp_path, capsys):
+    tiny_model(torch.bfloat16).save_pretrained(tmp_path / "source")
     assert main(["verify", str(tmp_path / "source"), "--dtype", "float32", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert any("TRITON_MLA" in line for line in report["incompatible_with_other_programs"])

@@ -11,13 +11,13 @@ from transformers import (
 )
 
 from deepseek_latent.commands.__main__ import main
-from tests.conversion.sources import converted, saved
+from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import tiny_model
 
 
-def test_verify_finds_a_checkpoint_equal_to_its_source_and_one_that_is_not(tmp_path, capsys):
-    saved(tmp_path / "source", LlamaConfig)
-    out = converted(tmp_path / "source", tmp_path / "out", "--json")
+def test_verify_passes_an_equal_checkpoint_and_fails_a_changed_one(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["files"] == ["model.safetensors"]
     assert report["bytes"] == sum(x.nbytes for x in load_file(out / "model.safetensors").values())
@@ -54,14 +54,14 @@ def test_cast_rounds_every_tensor_once_and_nothing_else(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_what_exists_is_replaced_only_when_asked_and_only_a_checkpoint(tmp_path, capsys):
-    saved(tmp_path / "source", LlamaConfig)
-    out = converted(tmp_path / "source", tmp_path / "out")
+def test_only_a_checkpoint_is_replaced_and_only_with_force(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
     before = (out / "model.safetensors").stat().st_ino
     assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(out)]) == 2
     assert "--force" in capsys.readouterr().err
     assert (out / "model.safetensors").stat().st_ino == before
-    converted(tmp_path / "source", out, "--force")
+    convert_to_mla(tmp_path / "source", out, "--force")
     assert (out / "model.safetensors").stat().st_ino != before
     (tmp_path / "link").symlink_to("source")
     for name in ("link", "out/../source", "source/inside", "."):
@@ -75,16 +75,16 @@ def test_what_exists_is_replaced_only_when_asked_and_only_a_checkpoint(tmp_path,
     assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "source" / "out")]) == 2
 
 
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tmp_path, capsys):
-    saved(tmp_path / "source", LlamaConfig)
-    converted(tmp_path / "source", tmp_path / "out", "--dry-run", "--json")
+def test_a_dry_run_reports_what_would_be_written_and_writes_nothing(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    convert_to_mla(tmp_path / "source", tmp_path / "out", "--dry-run", "--json")
     planned = json.loads(capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    converted(tmp_path / "source", tmp_path / "out", "--json")
+    convert_to_mla(tmp_path / "source", tmp_path / "out", "--json")
     assert json.loads(capsys.readouterr().out) == planned
 
 
-def test_a_result_is_uploaded_when_it_is_whole_to_a_place_known_before(tmp_path, monkeypatch, capsys):
+def test_the_repository_is_created_before_the_conversion_and_filled_after_it(tmp_path, monkeypatch, capsys):
     events = []
 
     class Hub:
@@ -95,7 +95,7 @@ def test_a_result_is_uploaded_when_it_is_whole_to_a_place_known_before(tmp_path,
             events.append(("sent", repo_id, (Path(folder_path) / "README.md").is_file()))
 
     monkeypatch.setattr("deepseek_latent.conversion.convert.HfApi", Hub)
-    saved(tmp_path / "source", LlamaConfig)
+    save_source(tmp_path / "source", LlamaConfig)
     command = ["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), "--push-to-hub", "me/mla"]
     assert main([*command, "--dry-run"]) == 0
     assert events == []

@@ -1,4 +1,4 @@
-"""Sizes of models: the published models' numbers, and the paper's cache sizes."""
+"""Sizes of models are those of the published models and of the paper's tables."""
 
 import json
 
@@ -13,7 +13,7 @@ from deepseek_latent.conversion.size import cached_elements_per_token, idle_para
 from tests.commands.terminal import row
 from tests.support import V2, tiny_model
 
-# config.json of DeepSeek-V2 and V2-Lite as published, but for generation and training fields
+# config.json of DeepSeek-V2 and V2-Lite as published, without fields for generation and training
 PUBLISHED = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -105,7 +105,7 @@ def test_inspect_gives_the_published_sizes(tmp_path, capsys, published, total, a
         assert row(out, "compressed") == [f"{cached:,}", f"{2 * cached:,}", "1.00"]
 
 
-def test_other_attentions_cache_what_the_papers_table_says():
+def test_cache_sizes_are_those_of_the_papers_table():
     elements = cached_elements_per_token(DeepseekV2Config(**PUBLISHED_V2))
     # n_h = 128, d_h = 128, d_h^R = 64, d_c = 512, l = 60
     assert elements == {
@@ -117,7 +117,7 @@ def test_other_attentions_cache_what_the_papers_table_says():
     }
 
 
-def test_parts_of_a_small_model_are_those_of_its_parameters():
+def test_parameters_by_part_are_those_of_the_model():
     model = tiny_model(attention_bias=True)
     parts = parameters_by_part(checkpoint_tensors(model.config))
     assert sum(parts.values()) == model.num_parameters()
@@ -137,7 +137,7 @@ def test_a_dense_model_has_no_idle_parameters():
 
 
 def test_the_scaling_law_is_that_of_the_paper():
-    """A dense model is as good as itself; 128 experts make 5 M parameters worth about 55 M (section 5.1 there)."""
+    """A dense model is worth itself; 128 experts make 5 M parameters worth about 55 M (section 5.1 of the paper)."""
     config = DeepseekV2Config(**V2)
     size = routed_size(config, checkpoint_tensors(config))
     assert size.expansion == 12 / 3

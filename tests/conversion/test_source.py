@@ -18,7 +18,7 @@ from transformers import (
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.source import Source
-from tests.conversion.sources import converted, saved
+from tests.conversion.sources import convert_to_mla, save_source
 
 
 def assert_refused(capsys, tmp_path: Path, *words: str, options: tuple[str, ...] = ()) -> None:
@@ -39,13 +39,13 @@ def assert_refused(capsys, tmp_path: Path, *words: str, options: tuple[str, ...]
     ],
     ids=str,
 )
-def test_what_latent_attention_cannot_hold_is_refused(tmp_path, capsys, config_class, options, words):
-    saved(tmp_path / "source", config_class, **options)
+def test_features_that_deepseek_v2_lacks_are_refused(tmp_path, capsys, config_class, options, words):
+    save_source(tmp_path / "source", config_class, **options)
     assert_refused(capsys, tmp_path, *words)
 
 
-def test_biases_are_refused_where_none_are_wanted(tmp_path, capsys):
-    saved(tmp_path / "source", Qwen2Config)
+def test_biases_are_refused_with_bias_free(tmp_path, capsys):
+    save_source(tmp_path / "source", Qwen2Config)
     assert_refused(capsys, tmp_path, "--bias-free", "biases", options=("--bias-free",))
 
 
@@ -108,18 +108,18 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_source_is_refused_by_name_and_nothing_is_written(tmp_path, capsys, kind):
-    saved(tmp_path / "source", LlamaConfig)
+    save_source(tmp_path / "source", LlamaConfig)
     damage, words = BROKEN[kind]
     damage(tmp_path / "source")
     assert_refused(capsys, tmp_path, *words)
 
 
-def test_a_source_made_of_links_is_read_as_the_hubs_cache_lays_it_out(tmp_path):
-    saved(tmp_path / "blobs", LlamaConfig)
+def test_a_source_of_links_as_in_the_hubs_cache_is_read(tmp_path):
+    save_source(tmp_path / "blobs", LlamaConfig)
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    out = converted(tmp_path / "snapshot", tmp_path / "out")
+    out = convert_to_mla(tmp_path / "snapshot", tmp_path / "out")
     assert not [path for path in out.iterdir() if path.is_symlink()]
 
 
@@ -164,8 +164,8 @@ def test_a_source_with_any_index_is_read_or_refused(tmp_path_factory, shard, ind
         Source(folder)
 
 
-def test_a_source_on_the_hub_is_downloaded_without_what_is_not_read(tmp_path, monkeypatch):
-    saved(tmp_path / "snapshot", LlamaConfig)
+def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
+    save_source(tmp_path / "snapshot", LlamaConfig)
     asked = {}
 
     def download(repo: str, allow_patterns: list[str]) -> str:
@@ -181,7 +181,7 @@ def test_a_source_on_the_hub_is_downloaded_without_what_is_not_read(tmp_path, mo
     assert not any(Path(name).match(pattern) for pattern in patterns for name in ("pytorch_model.bin", "code.py"))
 
 
-def test_what_neither_disk_nor_hub_has_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
     def download(repo: str, allow_patterns: list[str]) -> str:
         raise OSError("offline")
 

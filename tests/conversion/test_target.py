@@ -10,14 +10,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    LlamaConfig,
-)
+from transformers import LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import target
 from deepseek_latent.conversion.target import Piece, Target
-from tests.conversion.sources import saved
+from tests.conversion.sources import save_source
 
 
 def write(target: Target, pieces: list[Piece], *rest) -> list[str]:
@@ -38,8 +36,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_a_run_that_was_ended_anywhere_leaves_nothing_under_the_name_and_goes_on(tmp_path, monkeypatch, at):
-    """Ended when the file system is asked for the nth time to name or flush something."""
+def test_a_run_that_ends_anywhere_leaves_nothing_under_the_name_and_is_resumed(tmp_path, monkeypatch, at):
+    """The run ends at the nth call that renames or flushes a file."""
     calls, made = iter(range(10**6)), []
 
     def dying(function):
@@ -68,11 +66,11 @@ def test_a_run_that_was_ended_anywhere_leaves_nothing_under_the_name_and_goes_on
         stored |= load_file(path)
     assert {name: x[0].item() for name, x in stored.items()} == {f"t{i}": float(i) for i in range(4)}
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
-    # what was written whole before is not made again
+    # shards that were complete are not made again
     assert len(made) < 2 * len(before) + 4
 
 
-def test_a_write_that_fails_is_one_sentence(tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise SafetensorError("File too large (os error 27)")
 
@@ -82,7 +80,7 @@ def test_a_write_that_fails_is_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_conversion_does_not_go_on_where_the_first_one_ended(tmp_path, monkeypatch):
+def test_another_conversion_does_not_resume_the_first_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Target, "_publish", lambda self: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
@@ -92,7 +90,7 @@ def test_another_conversion_does_not_go_on_where_the_first_one_ended(tmp_path, m
     assert made == ["t0", "t1"]
 
 
-def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_and_during_writing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(target.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 79})())
         with pytest.raises(ValueError, match=r"80 bytes are to be written .* 79 left"):
@@ -105,17 +103,9 @@ def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_under_the_name_and_the_next_one_finishes(tmp_path):
-    saved(tmp_path / "source", LlamaConfig, num_hidden_layers=40)
-    command = [
-        sys.executable,
-        "-m",
-        "deepseek_latent.commands",
-        "convert",
-        "gqa-to-mla",
-        "--max-shard-size",
-        "20KB",
-    ]
-    command += [str(tmp_path / "source"), str(tmp_path / "out")]
+    save_source(tmp_path / "source", LlamaConfig, num_hidden_layers=40)
+    options = ["--max-shard-size", "20KB", str(tmp_path / "source"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "deepseek_latent.commands", "convert", "gqa-to-mla", *options]
     process, partial = subprocess.Popen(command, stderr=subprocess.DEVNULL), tmp_path / ".out.partial"
     while process.poll() is None and len(list(partial.glob("*.safetensors"))) < 5:
         time.sleep(0.01)
