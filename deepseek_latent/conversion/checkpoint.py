@@ -30,6 +30,8 @@ MODEL_CLASSES = (
 _ARCHITECTURES = {model.__name__: model for model in MODEL_CLASSES} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+# file name: its tensors by name, or None if it is unreadable
+Headers = dict[str, "dict[str, StoredTensor] | None"]
 
 
 class StoredTensor(NamedTuple):
@@ -161,11 +163,11 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             continue
         if tensor.shape != shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
-        wanted = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
+        allowed = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
         # transformers 5.24 saves routers in float32, whatever the dtype of the model
-        wanted = [*wanted, "F32"] if name.endswith("mlp.gate.weight") else wanted
-        if tensor.dtype not in wanted:
-            problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}, in {tensor.file}")
+        allowed = [*allowed, "F32"] if name.endswith("mlp.gate.weight") else allowed
+        if tensor.dtype not in allowed:
+            problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(allowed)}, in {tensor.file}")
     return CheckpointReport(len(stored), len(headers), problems)
 
 
@@ -174,8 +176,8 @@ def _optional_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
     return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
 
 
-def read_headers(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
-    """The header of every file that a loader would open, None for an unreadable one, and the problems found."""
+def read_headers(folder: Path) -> tuple[Headers, list[str]]:
+    """The headers of the files that a loader would open, and the problems of these files and their index."""
     if not (folder / INDEX_FILE).is_file():
         if not (folder / WEIGHTS_FILE).is_file():
             return {}, [f"{INDEX_FILE} is absent, and a loader needs it to find the shards; download it again"]
@@ -187,7 +189,7 @@ def read_headers(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None
         return {}, [f"{INDEX_FILE} is not JSON with a weight_map from tensor to file"]
     outside = [file for file in placed.values() if Path(file).name != file]
     if outside:
-        return {}, [f"{INDEX_FILE} names {outside[0]!r}, expected files beside it"]
+        return {}, [f"{INDEX_FILE} names {outside[0]!r}, expected files in the same folder"]
     headers, problems = _read_files(folder, sorted(set(placed.values())))
     if (folder / WEIGHTS_FILE).is_file():
         problems.append(
@@ -203,7 +205,7 @@ def read_headers(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None
     return headers, problems
 
 
-def merge_headers(headers: dict[str, dict[str, StoredTensor] | None]) -> tuple[dict[str, StoredTensor], list[str]]:
+def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of all files by name, and a problem for each one that is in two files."""
     stored, problems = {}, []
     for header in headers.values():
@@ -214,7 +216,7 @@ def merge_headers(headers: dict[str, dict[str, StoredTensor] | None]) -> tuple[d
     return stored, problems
 
 
-def _read_files(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
+def _read_files(folder: Path, files: list[str]) -> tuple[Headers, list[str]]:
     headers, problems = dict.fromkeys(files), []
     for file in files:
         if not (folder / file).is_file():

@@ -6,7 +6,8 @@ from string import Template
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .deepseek_layout import ExportDeepseek
+from .deepseek_layout import ExportDeepseek, ImportDeepseek
+from .source import Source
 from .target import Target
 
 CARD_TEMPLATE = "converted.md.template"
@@ -25,11 +26,19 @@ def prepare_target(source: Path, out: str, *, shard_bytes: int, force: bool, pus
 
 
 def convert(
-    files, conversion, measured: dict, target: Target, *, command: str, push_to_hub: str | None, dry_run: bool
+    files: Source | ImportDeepseek,
+    conversion,
+    measured: dict,
+    target: Target,
+    *,
+    command: str,
+    push_to_hub: str | None,
+    dry_run: bool,
 ) -> dict:
     """Writes the result of `conversion` to the target and uploads it if a repository is named. Returns a report.
 
-    `files` is what was read, `measured` goes into the report and the model card, `command` into the card.
+    `conversion` has a `config` and `pieces`, or the `shards` and `texts` of an export. `measured` goes into the report
+    and the model card, `command` into the card.
     """
     config, is_export = conversion.config, isinstance(conversion, ExportDeepseek)
     shards = conversion.shards() if is_export else target.plan(conversion.pieces())
@@ -58,7 +67,7 @@ def convert(
     return report
 
 
-def model_card(files, command: str, report: dict, place: str) -> str:
+def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
     """The README.md of the new folder: its source, license, command and measurements. `place` is how it is loaded."""
     source_card = files.folder / "README.md"
     source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()

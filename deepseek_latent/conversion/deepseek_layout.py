@@ -59,8 +59,11 @@ CONFIG_FIELDS = {
     "v_head_dim": "v_head_dim",
 }
 # defaults of DeepSeek's code for fields that its config leaves out
-CONFIG_DEFAULTS = {"n_expert_groups": 1, "n_limited_groups": 1, "q_lora_rank": 0, "rope_theta": 10000.0}
-CONFIG_DEFAULTS |= {
+CONFIG_DEFAULTS = {
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+    "q_lora_rank": 0,
+    "rope_theta": 10000.0,
     "rope_factor": 40,
     "beta_fast": 32,
     "beta_slow": 1,
@@ -89,16 +92,16 @@ class ExportDeepseek:
     ranks that the model cannot be divided by.
     """
 
-    def __init__(self, source: Source, ranks: int):
-        self.ranks, self.base = ranks, Cast(source, None)
+    def __init__(self, source: Source, num_ranks: int):
+        self.num_ranks, self.base = num_ranks, Cast(source, None)
         self.config = config = self.base.config
         _check_exportable(config)
         names = ["num_attention_heads", "vocab_size", "intermediate_size"]
         if any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
             names += ["n_routed_experts", "moe_intermediate_size"]
         for name, number in ((name, getattr(config, name)) for name in names):
-            if ranks < 1 or number % ranks:
-                raise ValueError(f"--model-parallel must be a divisor of {name} ({number}), got {ranks}.")
+            if num_ranks < 1 or number % num_ranks:
+                raise ValueError(f"--model-parallel must be a divisor of {name} ({number}), got {num_ranks}.")
 
     def shards(self) -> dict[str, list[Piece]]:
         pieces = {piece.name: piece for piece in self.base.pieces()}
@@ -109,21 +112,21 @@ class ExportDeepseek:
             head = embeddings._replace(name="lm_head.weight", make=lambda: embeddings.make().clone())
             pieces["lm_head.weight"] = head
         return {
-            f"model{rank}-mp{self.ranks}.safetensors": [
+            f"model{rank}-mp{self.num_ranks}.safetensors": [
                 part for piece in pieces.values() if (part := self._part(piece, rank)) is not None
             ]
-            for rank in range(self.ranks)
+            for rank in range(self.num_ranks)
         }
 
     def _part(self, piece: Piece, rank: int) -> Piece | None:
         """The part of a tensor on one rank, or None if it is on another rank only."""
         name, axis = deepseek_name(piece.name), sharded_axis(piece.name)
         if expert := _EXPERT.fullmatch(piece.name):
-            is_here = int(expert[1]) // (self.config.n_routed_experts // self.ranks) == rank
+            is_here = int(expert[1]) // (self.config.n_routed_experts // self.num_ranks) == rank
             return piece._replace(name=name) if is_here else None
-        if axis is None or self.ranks == 1:
+        if axis is None or self.num_ranks == 1:
             return piece._replace(name=name)
-        shape, size = list(piece.shape), piece.shape[axis] // self.ranks
+        shape, size = list(piece.shape), piece.shape[axis] // self.num_ranks
         shape[axis] = size
         return Piece(name, tuple(shape), piece.dtype, lambda: piece.make().narrow(axis, rank * size, size))
 

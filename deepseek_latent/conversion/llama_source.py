@@ -98,9 +98,9 @@ def _supported_config(files: Source) -> PreTrainedConfig:
             f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got model_type {config.model_type!r}{reason}."
         )
     rope = config.rope_parameters
-    slides = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    has_sliding_window = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
     refused = {
-        "sliding_window": getattr(config, "sliding_window", None) if slides else None,
+        "sliding_window": getattr(config, "sliding_window", None) if has_sliding_window else None,
         "mlp_bias": getattr(config, "mlp_bias", None),
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],

@@ -48,10 +48,10 @@ class Source:
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
         self.tensors = self._headers()
         num_layers = self.config.get("num_hidden_layers")
-        stored = {int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
-        if num_layers is not None and num_layers != len(stored):
+        layers = {int(match[1]) for name in self.tensors if (match := _LAYER.match(name))}
+        if num_layers is not None and num_layers != len(layers):
             raise ValueError(
-                f"config.json has num_hidden_layers {num_layers}, but the files hold {len(stored)}; correct one."
+                f"config.json has num_hidden_layers {num_layers}, but the files hold {len(layers)}; correct one."
             )
 
     def _headers(self) -> dict[str, StoredTensor]:

@@ -98,24 +98,24 @@ class Target:
 
     def _write_shards(self, shards: dict[str, list[Piece]]) -> None:
         """Writes the missing shards, and an index if there are several and each tensor is in one of them."""
-        pieces = [piece for held in shards.values() for piece in held]
+        pieces = [piece for shard in shards.values() for piece in shard]
         total = sum(piece.nbytes for piece in pieces)
-        missing = {file: held for file, held in shards.items() if not _is_complete(self.partial / file, held)}
-        left = sum(piece.nbytes for held in missing.values() for piece in held)
+        missing = {file: shard for file, shard in shards.items() if not _is_complete(self.partial / file, shard)}
+        left = sum(piece.nbytes for shard in missing.values() for piece in shard)
         free = shutil.disk_usage(self.partial).free
         if left > free:
             raise ValueError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
         with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
-            for file, held in missing.items():
-                _write_shard(self.partial / file, held, progress)
-        placed = {piece.name: file for file, held in shards.items() for piece in held}
+            for file, shard in missing.items():
+                _write_shard(self.partial / file, shard, progress)
+        placed = {piece.name: file for file, shard in shards.items() for piece in shard}
         if len(shards) > 1 and len(placed) == len(pieces):
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _prepare_partial(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
         """Creates the partial folder, or keeps that of an earlier run if it was the same conversion."""
-        described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in held] for file, held in shards.items()}
+        described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in shard] for file, shard in shards.items()}
         plan = json.dumps([origin, self.shard_bytes, described, texts.get("config.json")])
         plan = hashlib.sha256(plan.encode()).hexdigest()
         if self.partial.exists() and _read_if_present(self.partial / _PLAN_FILE) != plan:

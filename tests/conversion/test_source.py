@@ -84,8 +84,8 @@ def _second_copy(folder: Path) -> None:
 
 BROKEN = {
     "cut off": (_cut, ("model.safetensors", "cut off")),
-    "a path out": (lambda folder: _write_index(folder, "../model-1.safetensors"), ("../model-1", "beside")),
-    "an absolute path": (lambda folder: _write_index(folder, "/etc/passwd"), ("/etc/passwd", "beside")),
+    "a path out": (lambda folder: _write_index(folder, "../model-1.safetensors"), ("../model-1", "same folder")),
+    "an absolute path": (lambda folder: _write_index(folder, "/etc/passwd"), ("/etc/passwd", "same folder")),
     "no such shard": (lambda folder: _write_index(folder, "model-9.safetensors"), ("model-9.safetensors", "absent")),
     "twice": (_second_copy, ("model.norm.weight",)),
     "NaN": (lambda folder: _change(folder, "model.layers.2.mlp.up_proj.weight", torch.nan), ("up_proj", "NaN")),
