@@ -1,10 +1,10 @@
 """Perplexity against the size of the cache: python -m benchmarks.compression FOLDER
 
 FOLDER is a Llama made by `python -m benchmarks.llama FOLDER`, or any other with a `held_out.txt`. Its attention is
-compressed to latents of several sizes without any training after it, by this package and by the recipe of TransMLA
-(arXiv:2502.07864, as its code has it): real rotations of neighbouring frequencies, an even choice of what keeps
-rotating, keys and values balanced by their norms, no means. Both get the same calibration tokens, the same widths and
-the same constant channel. `--out benchmarks/results/compression.json` keeps the result, with a plot beside it.
+compressed to latents of several sizes, without training after it, by this package and by the recipe of TransMLA
+(arXiv:2502.07864, as in its code): real rotations of neighboring frequencies, evenly spaced frequencies that keep their
+rotation, keys and values balanced by their norms, no means. Both get the same calibration tokens, the same widths and
+the same constant channel. `--out benchmarks/results/compression.json` writes the result there, with a plot beside it.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from deepseek_latent.conversion.calibration import perplexity, statistics_of, windows_of
-from deepseek_latent.conversion.compress import CompressedMla, Layer, Parts
-from deepseek_latent.conversion.compression_report import model_of
+from deepseek_latent.conversion.calibration import collect_statistics, perplexity
+from deepseek_latent.conversion.compress import CompressedLayer, CompressedMla, LayerParts
+from deepseek_latent.conversion.compression_report import build_model
 from deepseek_latent.conversion.source import Source
+from deepseek_latent.conversion.text import split_into_windows
 
 from .machine import described
 
-# rotary width and latent width, as shares of what keys and values are together
+# rotary width and latent width, as fractions of the width of keys and values together
 WIDTHS = [(1 / 4, 1 / 2), (1 / 8, 3 / 8), (1 / 8, 1 / 4), (1 / 8, 1 / 8), (1 / 16, 3 / 16), (1 / 16, 1 / 16)]
 
 
@@ -37,15 +38,15 @@ class TransMla(CompressedMla):
 
     fold = 1
 
-    def chosen(self) -> Tensor:
+    def choose_num_kept(self) -> Tensor:
         self.collapse = self.w // self.r
         kept = torch.zeros(self.w // 2, dtype=torch.long)
         kept[:: self.collapse] = 1
         return kept
 
-    def _compressed(self, parts: Parts) -> Layer:
+    def _compress_layer(self, parts: LayerParts) -> CompressedLayer:
         p, fold = self.w // 2, self.fold
-        rotary, left = [], []
+        rotary, remaining = [], []
         query_mix = torch.zeros(self.g, p, self.r // 2, dtype=torch.complex128)
         per_block = fold // self.collapse
         for block in range(p // fold):
@@ -54,13 +55,13 @@ class TransMla(CompressedMla):
             second = (keys @ parts.moments.to(keys.dtype) @ keys.mH).real
             kept = torch.linalg.eigh(damped(second))[1].flip(1)[:, :per_block].to(keys.dtype)
             rotary.append(kept.mT @ keys)
-            left.append((keys - kept @ rotary[-1]).unflatten(0, (fold, self.g)))
+            remaining.append((keys - kept @ rotary[-1]).unflatten(0, (fold, self.g)))
             slots = slice(block * per_block, (block + 1) * per_block)
             query_mix[:, of_block, slots] = kept.unflatten(0, (fold, self.g)).transpose(0, 1)
-        latent, keys, values = self.latent(parts, torch.cat(left))
-        return Layer(torch.cat(rotary), query_mix, latent, keys, values, torch.ones_like(parts.means))
+        latent, keys, values = self.principal_components(parts, torch.cat(remaining))
+        return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, torch.ones_like(parts.means))
 
-    def latent(self, parts: Parts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def principal_components(self, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         real = torch.cat((keys.real.flatten(0, 1), keys.imag.flatten(0, 1)))
         values = parts.values.flatten(0, 1)
 
@@ -84,20 +85,20 @@ def damped(second: Tensor) -> Tensor:
     return second + 0.01 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
 
 
-def of_transmla(files: Source, statistics: list, judging: Tensor, r: int, c: int) -> dict:
-    """Its perplexities, with as many frequencies folded as serve it best, tried in doubling steps as its code does."""
+def transmla_perplexities(files: Source, statistics: list, held_out: Tensor, r: int, c: int) -> dict:
+    """Perplexities of TransMLA with the best number of folded frequencies, a power of two as in its code."""
     width = files.config["hidden_size"] // files.config["num_attention_heads"]
-    # it keeps one mixture per frequency at most; the latent gets the rest
+    # it keeps at most one mixture per frequency; the latent gets the remaining width
     r, c = min(r, width), c + max(r - width, 0)
 
-    def judged(fold: int, c: int | None) -> float:
+    def evaluate(fold: int, c: int | None) -> float:
         conversion = type("Folded", (TransMla,), {"fold": fold})(files, statistics, r=r, c=c)
-        return perplexity(model_of(conversion), judging)
+        return perplexity(build_model(conversion), held_out)
 
     folds = [fold for fold in (1, 2, 4, 8) if fold >= width // r and width // 2 % fold == 0]
-    rotary = {fold: judged(fold, None) for fold in folds}
+    rotary = {fold: evaluate(fold, None) for fold in folds}
     fold = min(rotary, key=rotary.get)
-    return {"fold": fold, "rotary": rotary[fold], "perplexity": judged(fold, c)}
+    return {"fold": fold, "rotary": rotary[fold], "perplexity": evaluate(fold, c)}
 
 
 def plot(result: dict, path: Path) -> None:
@@ -105,8 +106,8 @@ def plot(result: dict, path: Path) -> None:
     share = [row["cached_share"] for row in result["rows"]]
     for name, label in (("ours", "deepseek-latent"), ("transmla", "recipe of TransMLA")):
         axes.plot(share, [row[name]["perplexity"] for row in result["rows"]], "o", label=label)
-    axes.axhline(result["perplexity_of_source"], linestyle="--", color="grey", label="source")
-    axes.set(yscale="log", xlabel="share of the source's cache", ylabel="perplexity, nothing trained after it")
+    axes.axhline(result["perplexity_of_source"], linestyle="--", color="gray", label="source")
+    axes.set(yscale="log", xlabel="fraction of the source's cache", ylabel="perplexity without training after it")
     axes.set_title(f"{result['model']}, {result['judging_tokens']:,} held-out tokens", fontsize=9)
     axes.grid(True, alpha=0.3)
     axes.legend()
@@ -116,30 +117,31 @@ def plot(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file, and a plot beside it")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     files = Source(options.folder)
-    calibration, judging = windows_of(options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8"))
+    calibration, held_out = split_into_windows(
+        options.folder, (options.folder / "held_out.txt").read_text(encoding="utf-8")
+    )
     model = AutoModelForCausalLM.from_pretrained(options.folder, attn_implementation="eager").eval()
-    statistics = statistics_of(model, calibration)
+    statistics = collect_statistics(model, calibration)
     result = described("python -m benchmarks.compression") | {
         "model": f"Llama of {model.num_parameters():,} parameters on Python's standard library",
         "calibration_tokens": calibration.numel(),
-        "judging_tokens": judging.numel(),
-        "perplexity_of_source": round(perplexity(model, judging), 3),
+        "judging_tokens": held_out.numel(),
+        "perplexity_of_source": round(perplexity(model, held_out), 3),
         "rows": [],
     }
     whole = 2 * model.config.num_key_value_heads * model.config.head_dim
     for r, c in track([(round(a * whole), round(b * whole)) for a, b in WIDTHS], "compressing"):
         row = {"rotary_width": r, "latent_width": c, "cached_share": (r + c) / whole}
         row["ours"] = {
-            name: perplexity(model_of(CompressedMla(files, statistics, r=r, c=width)), judging)
+            name: perplexity(build_model(CompressedMla(files, statistics, r=r, c=width)), held_out)
             for name, width in (("rotary", None), ("perplexity", c))
         }
-        # its even choice keeps one mixture per frequency at most
-        row["transmla"] = of_transmla(files, statistics, judging, r, c)
+        row["transmla"] = transmla_perplexities(files, statistics, held_out, r, c)
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
     if options.out:

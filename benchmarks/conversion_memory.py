@@ -1,8 +1,8 @@
 """Memory of conversions: python -m benchmarks.conversion_memory --out benchmarks/results/conversion_memory.json
 
-A synthetic Llama of 20 GB in bfloat16 (random weights, shards of 2 GB) is written to a scratch folder and converted by
-the command line, each time in a process of its own whose resident memory is asked for at its peak. Takes 50 GB of disk
-and ten minutes. Linux only.
+A synthetic Llama of 20 GB in bfloat16 (random weights, shards of 2 GB) is written to a scratch folder and converted on
+the command line. Each conversion is a separate process, which reports its peak resident memory. This takes 50 GB of
+disk and ten minutes, and runs on Linux only.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 32000,
 }
-SHARD = 2 * 10**9
+SHARD_BYTES = 2 * 10**9
 COMMANDS = {
     "gqa-to-mla": "gqa-to-mla",
     "upcycle M5": "upcycle --scheme M5 --shared-experts 2 --routed-experts 14 --groups 1 --top-k 14",
@@ -37,7 +37,7 @@ COMMANDS = {
 }
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     d, f, w, vocab = CONFIG["hidden_size"], CONFIG["intermediate_size"], 128, CONFIG["vocab_size"]
     keys = CONFIG["num_key_value_heads"] * w
     layer = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (keys, d), "self_attn.v_proj": (keys, d)}
@@ -49,13 +49,13 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_source(folder: Path, num_bytes: int) -> int:
-    """Writes the source, as many layers as fit; its bytes."""
-    per_layer = sum(2 * torch.Size(shape).numel() for name, shape in shapes(1).items() if ".layers." in name)
+    """Writes a source with as many layers as fit into `num_bytes`. Returns the bytes written."""
+    per_layer = sum(2 * torch.Size(shape).numel() for name, shape in tensor_shapes(1).items() if ".layers." in name)
     layers = num_bytes // per_layer
     LlamaConfig(**CONFIG, num_hidden_layers=layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
     noise, placed, shards, size = torch.randn(3 * CONFIG["intermediate_size"], 4096).bfloat16() / 64, {}, [{}], 0
-    for name, shape in shapes(layers).items():
-        if sum(2 * torch.Size(held).numel() for held in shards[-1].values()) > SHARD * 0.9:
+    for name, shape in tensor_shapes(layers).items():
+        if sum(2 * torch.Size(held).numel() for held in shards[-1].values()) > SHARD_BYTES * 0.9:
             shards.append({})
         shards[-1][name] = shape
     for i, held in enumerate(tqdm(shards, desc="writing the source")):
@@ -69,8 +69,8 @@ def write_source(folder: Path, num_bytes: int) -> int:
     return size
 
 
-def peak_of(arguments: list[str]) -> int:
-    """Peak of the resident bytes of a conversion, in this process."""
+def measure_peak(arguments: list[str]) -> int:
+    """Runs a conversion in this process and returns the peak of its resident bytes."""
     from deepseek_latent.commands.__main__ import main
 
     assert main(["convert", *arguments]) == 0
@@ -80,12 +80,14 @@ def peak_of(arguments: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=20)
-    parser.add_argument("--scratch", type=Path, help="folder with room for 50 GB; default: that for temporary files")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    parser.add_argument(
+        "--scratch", type=Path, help="a folder with 50 GB of free space; default: the folder for temporary files"
+    )
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     parser.add_argument("--convert", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convert:
-        print(json.dumps(peak_of(options.convert)))
+        print(json.dumps(measure_peak(options.convert)))
         return
     result = described("python -m benchmarks.conversion_memory") | {"rows": {}}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

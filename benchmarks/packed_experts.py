@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from deepseek_latent.conversion.calibration import perplexity, windows_of
+from deepseek_latent.conversion.calibration import perplexity
+from deepseek_latent.conversion.text import split_into_windows
 from deepseek_latent.experts.routed import DeepseekV2Experts
 from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
 
@@ -49,7 +50,7 @@ def bytes_of_experts(model: nn.Module) -> int:
 
 
 def perplexities() -> dict[int, float]:
-    _, windows = windows_of(PYDOC, (PYDOC / "held_out.txt").read_text(encoding="utf-8"))
+    _, windows = split_into_windows(PYDOC, (PYDOC / "held_out.txt").read_text(encoding="utf-8"))
     found = {}
     for bits in BITS:
         model = AutoModelForCausalLM.from_pretrained(PYDOC, dtype=torch.float32).eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_latent.conversion.remote_code import travelling_files
+from deepseek_latent.conversion.remote_code import exported_files
 
 PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
 # From the ground up: a room may import those above it in this table, and nothing below.
@@ -85,7 +85,7 @@ def test_rooms_are_flat_but_for_the_floors_named():
 
 
 def test_what_travels_needs_only_torch_transformers_and_what_these_bring():
-    for name, text in travelling_files().items():
+    for name, text in exported_files().items():
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -1,16 +1,32 @@
-"""Runs a module or a script in this process as Python itself would."""
+"""`deepseek-latent run`: runs a module or a script in this process as Python itself would."""
 
+import argparse
 import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 
-def prepare_tool(module: list[str] | None, script: list[str]) -> int:
+def add_command(commands) -> None:
+    parser = commands.add_parser(
+        "run", usage="%(prog)s [-h] (-m MODULE | SCRIPT.py) ...", help="run another tool with DeepSeek-V2 registered"
+    )
+    parser.description = (
+        "Runs a module or script as python would, with DeepSeek-V2 registered, and exits with its exit code."
+    )
+    parser.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module and its arguments"
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
+    parser.set_defaults(action=_prepare_tool)
+
+
+def _prepare_tool(arguments: argparse.Namespace) -> int:
     """Sets sys.argv and sys.path as Python does for `python -m MODULE` or `python SCRIPT`, each with its arguments.
 
-    Raises ValueError where there is no such module or script.
+    Raises ValueError if there is no such module or script.
     """
+    module, script = arguments.module, arguments.script
     sys.argv = module or script
     if not sys.argv:
         raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
@@ -24,7 +40,7 @@ def prepare_tool(module: list[str] | None, script: list[str]) -> int:
 
 
 def run_tool(module: list[str] | None, script: list[str]) -> None:
-    """Runs what `prepare_tool` found; whatever it raises goes through."""
+    """Runs the module or script after the command was prepared. Its exceptions pass through."""
     if module:
         runpy.run_module(module[0], run_name="__main__", alter_sys=True)
     else:
@@ -37,7 +53,7 @@ def _is_runnable(module: str) -> bool:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{module}.__main__")
     except ModuleNotFoundError as error:
-        # a package that the tool lacks is the tool's own error
+        # if the tool itself lacks a package, its own error passes through
         if not f"{module}.".startswith(f"{error.name}."):
             raise
         return False

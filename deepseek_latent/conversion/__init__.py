@@ -1,1 +1,1 @@
-"""Checkpoints: what their files must hold, what they amount to, and how the code travels with them."""
+"""Checkpoints: checks their files, converts them from and to other layouts, and exports code with them."""

@@ -1,10 +1,10 @@
-"""LoRA adapters whose routed experts are layers of their own, as transformers 4, vLLM and SGLang have them, and back.
+"""Converts LoRA adapters between separate layers per routed expert (transformers 4, vLLM, SGLang) and stacked experts.
 
 Letters: e experts, k rank of one layer, d model width, f width of an expert.
 
-peft keeps what it adds to a stacked parameter as A [e k', in], expert by expert, and B [out, k' e], rank by rank. Gate
-and up of an expert become one parameter: their As one above the other, their Bs on a diagonal, so k' is 2 k. Back, both
-get all of A and their half of B.
+For a stacked parameter peft has A [e k', in], ordered by expert, and B [out, k' e], ordered by rank. Gate and up of an
+expert become one parameter: their As are concatenated, their Bs are on a diagonal, so k' is 2 k. In the other
+direction, both get all of A and their half of B.
 """
 
 import json
@@ -19,44 +19,47 @@ from torch import Tensor
 from ..experts.names import ROUTED_EXPERTS
 from .checkpoint import read_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
-# of two nested wrappers the inner one is that of gate_up_proj
+# peft nests two wrappers: the inner one, `base_layer`, is that of gate_up_proj
 _STACK = re.compile(r"(.*\.mlp\.experts)\.(base_layer\.)?lora_([AB])\.weight")
 GATE_UP, DOWN = ROUTED_EXPERTS
 _PROJECTIONS = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
 
 
 def convert_adapter(source: Path, out: Path) -> dict:
-    """Writes an adapter with experts one by one as one with stacked experts, or the other way; what was done.
+    """Writes an adapter with separate experts as one with stacked experts, or the other way. Returns a report.
 
-    Raises ValueError where there is no plain LoRA adapter with experts of one kind in all layers, and where OUT exists.
+    Raises ValueError unless the source is a LoRA adapter without DoRA whose routed experts are all separate or all
+    stacked, and if `out` exists.
     """
-    config = read_json(source / CONFIG)
+    config = read_json(source / CONFIG_FILE)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ValueError(f"expected a LoRA adapter without DoRA in {source}, got {config.get('peft_type')}.")
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder.")
     try:
-        tensors = load_file(source / WEIGHTS)
+        tensors = load_file(source / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"expected {WEIGHTS} in {source}, got: {error}") from error
+        raise ValueError(f"expected {WEIGHTS_FILE} in {source}, got: {error}") from error
     experts = {name for name in tensors if _SINGLE.fullmatch(name) or _STACK.fullmatch(name)}
     num_singles = sum(_SINGLE.fullmatch(name) is not None for name in experts)
     if num_singles not in (0, len(experts)) or not experts:
         raise ValueError(
-            f"expected routed experts in {source}, one by one or stacked, got {'both' if experts else 'none'}."
+            f"expected routed experts in {source}, separate or stacked, got {'both' if experts else 'none'}."
         )
-    convert = _stacked if num_singles else _one_by_one
+    convert = _stack if num_singles else _unstack
     made, changes = convert({name: tensors.pop(name) for name in experts}, config)
     out.mkdir(parents=True)
-    save_file({name: x.contiguous() for name, x in (tensors | made).items()}, out / WEIGHTS, metadata={"format": "pt"})
-    (out / CONFIG).write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
-    return {"out": str(out), "experts": "stacked" if num_singles else "one by one", "tensors": len(tensors | made)}
+    save_file(
+        {name: x.contiguous() for name, x in (tensors | made).items()}, out / WEIGHTS_FILE, metadata={"format": "pt"}
+    )
+    (out / CONFIG_FILE).write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
+    return {"out": str(out), "experts": "stacked" if num_singles else "separate", "tensors": len(tensors | made)}
 
 
-def _stacked(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """What stands for experts one by one, and what changes in the config."""
+def _stack(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of stacked experts, and the changes to the config."""
     layers: dict[str, dict[tuple[str, int, str], Tensor]] = {}
     for name, tensor in tensors.items():
         experts, expert, projection, side = _SINGLE.fullmatch(name).groups()
@@ -81,15 +84,15 @@ def _stacked(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor
             made[f"{experts}.{inner}lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     changes = {"target_parameters": parameters}
     if GATE_UP in parameters:
-        # the scaling stays: alpha over the rank, or over its root
+        # keeps the scaling, which is alpha over the rank, or over its square root
         times = 2**0.5 if config.get("use_rslora") else 2
         changes["rank_pattern"] = (config.get("rank_pattern") or {}) | {GATE_UP: 2 * config["r"]}
         changes["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {GATE_UP: times * config["lora_alpha"]}
     return made, changes
 
 
-def _one_by_one(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """What stands for stacked experts, and what changes in the config."""
+def _unstack(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of separate experts, and the changes to the config."""
     parameters = [name for name in ROUTED_EXPERTS if any(name.endswith(x) for x in config["target_parameters"])]
     ranks, alphas = (dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     rank_of = {name: ranks.pop(name, config["r"]) for name in parameters}

@@ -1,4 +1,4 @@
-"""The same checkpoint in another dtype."""
+"""Changes the dtype of a checkpoint."""
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +13,7 @@ from .target import Piece
 class Cast:
     """A DeepSeek-V2 checkpoint with every tensor in `dtype`: `config` and `pieces`.
 
-    Raises ValueError where the source does not fit its config, and on a number that `dtype` does not hold.
+    Raises ValueError if the source does not fit its config, or holds a number beyond the range of `dtype`.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype | None):
@@ -21,10 +21,10 @@ class Cast:
         try:
             self.config = DeepseekV2Config.from_dict(source.config)
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise ValueError(f"{source.folder / 'config.json'} is no DeepSeek-V2's: {error}") from error
+            raise ValueError(f"{source.folder / 'config.json'} is not the config of a DeepSeek-V2: {error}") from error
         problems = check_checkpoint(source.folder, self.config).problems
         if problems:
-            raise ValueError(f"{source.folder} does not fit its config.json: {problems[0]} (inspect names all).")
+            raise ValueError(f"{source.folder} does not fit its config.json: {problems[0]} (inspect lists all).")
         self.config.architectures = [architecture_of(self.config)]
         self.config.dtype = dtype or self.config.dtype
 
@@ -39,7 +39,7 @@ class Cast:
         def make() -> Tensor:
             tensor = unchanged.make().to(dtype)
             if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds numbers beyond {dtype}; choose bfloat16 or float32.")
+                raise ValueError(f"{name} holds numbers beyond the range of {dtype}; choose bfloat16 or float32.")
             return tensor
 
         return unchanged._replace(dtype=dtype, make=make)

@@ -1,4 +1,4 @@
-"""What files a config.json promises, and whether a folder keeps the promise, read from the files' headers alone."""
+"""Compares the files of a checkpoint with its config.json, reading only the headers of the files."""
 
 import copy
 import json
@@ -19,21 +19,23 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2Model,
 )
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MODELS = (
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MODEL_CLASSES = (
     DeepseekV2Model,
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
-# the release's first upload named its class so
-_ARCHITECTURES = {model.__name__: model for model in MODELS} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
+# DeepseekForCausalLM is the name in the first upload of the release
+_ARCHITECTURES = {model.__name__: model for model in MODEL_CLASSES} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+# file name: its tensors by name, or None if it is unreadable
+Headers = dict[str, "dict[str, StoredTensor] | None"]
 
 
 class StoredTensor(NamedTuple):
-    """One tensor as the header of its file describes it; `dtype` is spelled as there, "BF16"."""
+    """A tensor as the header of its file describes it. `dtype` is the name in safetensors, such as "BF16"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +43,7 @@ class StoredTensor(NamedTuple):
 
 
 class CheckpointReport(NamedTuple):
-    """What was found in a folder; it fits its config.json where `problems` is empty."""
+    """The result of checking a folder. The files fit config.json if `problems` is empty."""
 
     num_tensors: int
     num_files: int
@@ -49,7 +51,7 @@ class CheckpointReport(NamedTuple):
 
 
 def read_config(source: str) -> DeepseekV2Config:
-    """The configuration in a folder, in a config.json, or of a hub id; ValueError if it is not DeepSeek-V2's."""
+    """The config of a folder, a config.json or a hub id. Raises ValueError if it is not that of a DeepSeek-V2."""
     place = local_or_hub(source)
     if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
         raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
@@ -60,7 +62,7 @@ def read_config(source: str) -> DeepseekV2Config:
     except OSError as error:
         if isinstance(place, Path):
             raise
-        raise found_nowhere(source, error) from error
+        raise not_found_error(source, error) from error
     if not isinstance(config, DeepseekV2Config):
         raise ValueError(
             f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
@@ -81,7 +83,7 @@ def read_json(file: Path) -> dict:
 
 
 def local_or_hub(source: str) -> Path | str:
-    """A path where something is there, else the hub id as it came; ValueError for what can only be a path."""
+    """A path if it exists, else the hub id. Raises ValueError for a path that does not exist."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -90,7 +92,7 @@ def local_or_hub(source: str) -> Path | str:
     return source
 
 
-def found_nowhere(source: str, error: Exception) -> ValueError:
+def not_found_error(source: str, error: Exception) -> ValueError:
     return ValueError(
         f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
         f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
@@ -98,32 +100,32 @@ def found_nowhere(source: str, error: Exception) -> ValueError:
 
 
 def architecture_of(config: DeepseekV2Config) -> str:
-    """The class name under `architectures`, and the language model where the config names none."""
+    """The class named in `architectures`, by default the language model."""
     return config.architectures[0] if config.architectures else DeepseekV2ForCausalLM.__name__
 
 
 def checkpoint_tensors(
     config: DeepseekV2Config, architecture: str = "DeepseekV2ForCausalLM"
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the official layout, in the model's order; nothing is allocated.
+    """Name and shape of every tensor of the official layout, in the model's order, without allocating any.
 
-    The model holds a layer's experts in two parameters, files hold three matrices per expert. A tensor that is tied
-    to another is left out.
+    The model stacks a layer's experts in two parameters, files hold three matrices per expert. A tensor that is tied to
+    another one is left out.
     """
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {architecture!r}.")
     with torch.device("meta"):
-        # a model writes into its config
+        # the model changes its config
         model = _ARCHITECTURES[architecture](copy.deepcopy(config))
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name not in model.all_tied_weights_keys:
-            tensors.update(_as_stored(name, tuple(tensor.shape)))
+            tensors.update(_shapes_in_files(name, tuple(tensor.shape)))
     return tensors
 
 
-def _as_stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """gate_up_proj [e 2f d] and down_proj [e d f] as one gate, up and down matrix per expert, all else as it is."""
+def _shapes_in_files(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Splits gate_up_proj [e 2f d] and down_proj [e d f] into matrices per expert. Other tensors are unchanged."""
     fused = _FUSED_EXPERTS.fullmatch(name)
     if fused is None:
         return {name: shape}
@@ -136,22 +138,23 @@ def _as_stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def has_weights(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or any(folder.glob("model*.safetensors"))
+    return (folder / INDEX_FILE).is_file() or any(folder.glob("model*.safetensors"))
 
 
 def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport:
-    """Compares names, shapes and dtypes in the headers of `folder`'s files with what `config` calls for."""
+    """Compares names, shapes and dtypes in the headers of the files with those that `config` requires."""
     if "quantization_config" in config.to_dict():
         raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; check its source.")
-    headers, problems = read_shards(folder)
-    stored = all_tensors(headers, problems)
+    headers, problems = read_headers(folder)
+    stored, duplicates = merge_headers(headers)
+    problems += duplicates
     expected = checkpoint_tensors(config, architecture_of(config))
-    optional = _tied_tensors(config)
+    optional = _optional_tensors(config)
     floats = list(SAFETENSORS_DTYPES.values())
     missing = [f"{name} is missing" for name in expected if name not in stored]
-    # one bad file would otherwise be buried under the names of all it held
+    # a long list of names would hide the one unreadable file
     if missing and None in headers.values():
-        missing = [f"{len(missing):,} tensors are missing, those of the unreadable files among them"]
+        missing = [f"{len(missing):,} tensors are missing, including those of the unreadable files"]
     problems += missing
     for name, tensor in stored.items():
         shape = expected.get(name, optional.get(name))
@@ -160,62 +163,64 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             continue
         if tensor.shape != shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
-        wanted = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
-        # transformers 5.24 saves routers in float32 whatever the rest is in
-        wanted = [*wanted, "F32"] if name.endswith("mlp.gate.weight") else wanted
-        if tensor.dtype not in wanted:
-            problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(wanted)}, in {tensor.file}")
+        allowed = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
+        # transformers 5.24 saves routers in float32, whatever the dtype of the model
+        allowed = [*allowed, "F32"] if name.endswith("mlp.gate.weight") else allowed
+        if tensor.dtype not in allowed:
+            problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(allowed)}, in {tensor.file}")
     return CheckpointReport(len(stored), len(headers), problems)
 
 
-def _tied_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
-    """What a checkpoint may hold but need not."""
+def _optional_tensors(config: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
+    """Tensors that a checkpoint can leave out, because they are tied to others."""
     return {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
 
 
-def read_shards(folder: Path) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
-    """The headers of all files that a loader would open, by file name, and what is wrong with the set of files."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            return {}, [f"{INDEX} is absent, and without it no loader knows the shards; download it again"]
-        return _read_headers(folder, [WEIGHTS])
+def read_headers(folder: Path) -> tuple[Headers, list[str]]:
+    """The headers of the files that a loader would open, and the problems of these files and their index."""
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / WEIGHTS_FILE).is_file():
+            return {}, [f"{INDEX_FILE} is absent, and a loader needs it to find the shards; download it again"]
+        return _read_files(folder, [WEIGHTS_FILE])
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         placed = {name: str(file) for name, file in index["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}, [f"{INDEX} is not JSON with a weight_map from tensor to file"]
+        return {}, [f"{INDEX_FILE} is not JSON with a weight_map from tensor to file"]
     outside = [file for file in placed.values() if Path(file).name != file]
     if outside:
-        return {}, [f"{INDEX} names {outside[0]!r}, expected files beside it"]
-    headers, problems = _read_headers(folder, sorted(set(placed.values())))
-    if (folder / WEIGHTS).is_file():
-        problems.append(f"{WEIGHTS} stands beside {INDEX}, and loaders disagree which one counts; remove one")
+        return {}, [f"{INDEX_FILE} names {outside[0]!r}, expected files in the same folder"]
+    headers, problems = _read_files(folder, sorted(set(placed.values())))
+    if (folder / WEIGHTS_FILE).is_file():
+        problems.append(
+            f"{WEIGHTS_FILE} and {INDEX_FILE} both exist, and loaders disagree which one to read; remove one"
+        )
     for name, file in placed.items():
         if headers[file] is not None and name not in headers[file]:
-            problems.append(f"{name} is not in {file}, where {INDEX} places it")
+            problems.append(f"{name} is not in {file}, where {INDEX_FILE} places it")
     for file, header in headers.items():
         problems += [
-            f"{name} is in {file}, but {INDEX} does not name it" for name in header or () if name not in placed
+            f"{name} is in {file}, but {INDEX_FILE} does not name it" for name in header or () if name not in placed
         ]
     return headers, problems
 
 
-def all_tensors(headers: dict[str, dict[str, StoredTensor] | None], problems: list[str]) -> dict[str, StoredTensor]:
-    """What all files hold, by name; a tensor that is in two of them is added to `problems`."""
-    stored = {}
+def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of all files by name, and a problem for each one that is in two files."""
+    stored, problems = {}, []
     for header in headers.values():
         for name, tensor in (header or {}).items():
             if name in stored:
                 problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
             stored[name] = tensor
-    return stored
+    return stored, problems
 
 
-def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, StoredTensor] | None], list[str]]:
-    headers, problems = dict.fromkeys(files), []  # None: unreadable
+def _read_files(folder: Path, files: list[str]) -> tuple[Headers, list[str]]:
+    headers, problems = dict.fromkeys(files), []
     for file in files:
         if not (folder / file).is_file():
-            problems.append(f"{file} is absent, but {INDEX} names it")
+            problems.append(f"{file} is absent, but {INDEX_FILE} names it")
             continue
         try:
             with safe_open(folder / file, framework="pt") as tensors:
@@ -224,5 +229,7 @@ def _read_headers(folder: Path, files: list[str]) -> tuple[dict[str, dict[str, S
                 entries = [StoredTensor(tuple(entry.get_shape()), entry.get_dtype(), file) for entry in slices]
                 headers[file] = dict(zip(names, entries))
         except SafetensorError as error:
-            problems.append(f"{file} is cut off or no safetensors file ({error}); download it again (or git lfs pull)")
+            problems.append(
+                f"{file} is cut off or not a safetensors file ({error}); download it again (or git lfs pull)"
+            )
     return headers, problems

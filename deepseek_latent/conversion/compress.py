@@ -1,19 +1,20 @@
-"""GQA as latent attention with a smaller cache: some keys keep their rotation, the rest goes into a latent with values.
+"""GQA as latent attention with a smaller cache: a few keys keep their rotation, a latent holds all else.
 
 Letters: d model width, h query heads, g key heads, w width of a source head, p = w/2 its frequencies, r rotary width,
-c KV latent width, y = 2 g w what keys and values are together, x the input of a layer and a one behind it.
+c KV latent width, y [2 g w] keys and values together, x [d+1] the input of a layer with a 1 appended.
 
-A pair of key elements is one complex number z, turned by e^{i t f} at position t. The g heads of one frequency f turn
-alike, so any invertible mixture of them may turn in their place, if queries are mixed by its inverse: exact. What is
-not:
+A pair of key elements is one complex number z, which RoPE multiplies by e^{i t f} at position t. The g heads of one
+frequency f rotate alike, so any invertible mixture of them can rotate in their place if the queries are mixed by its
+inverse. That is exact. Two steps are not:
 
-1. Only r/2 mixtures keep their rotation. In all others e^{-i D f}, for a distance D, becomes its mean over the
-   distances at which a head looks: nearly itself for a slow frequency, nearly zero for a fast one.
-2. These, with the values, become a latent of c - 1 principal components; one channel is the constant of `gqa_to_mla`.
+1. Only r/2 mixtures keep their rotation. In all others e^{-i D f}, for a distance D, is replaced by its mean over the
+   distances that a head attends to. The mean is near 1 for a slow frequency and near 0 for a fast one.
+2. These keys and the values become a latent of c - 1 principal components. The last channel is the constant of
+   `gqa_to_mla`.
 
-Both steps minimise one number, what attention's output moves by, to first order: an error in a score counts by the
-spread of the values it chooses among, an error in a value by `o_proj`. Source of the idea: TransMLA (arXiv:2502.07864),
-whose real rotations, even choice of frequencies and balance of norms are replaced.
+Both steps minimize one number, the change of attention's output to first order. An error in a score costs the spread
+of the values that the head attends to, an error in a value costs what `o_proj` makes of it. Source of the idea:
+TransMLA (arXiv:2502.07864), whose real rotations, evenly spaced frequencies and balanced norms are replaced.
 """
 
 import math
@@ -26,39 +27,42 @@ from .calibration import LayerStatistics
 from .gqa_to_mla import (
     LATENT_EPS,
     GqaToMla,
-    carried,
-    carrying_weight,
-    frequencies_of,
-    interleaved,
-    rope_table,
-    undoing_norm,
+    constant_after_norm,
+    constant_norm_weight,
+    interleave,
+    inverse_norm_weight,
+    rope_frequencies,
+    rope_parameters,
 )
 from .llama_source import LlamaSource
 from .source import Source
 
-# of the largest: directions that carry less are noise
-NEGLIGIBLE = 1e-12
-# of a mean variance, added to all inputs: what the text does not show is little, and not nothing
-UNSEEN = 1e-8
+# relative to the largest variance: directions below it are noise
+NEGLIGIBLE_VARIANCE = 1e-12
+# relative to the mean variance of the inputs, added to each: directions that the text does not show have some variance
+RIDGE = 1e-8
 
 
-class Parts(NamedTuple):
-    """One layer in float64: what its keys and values are as functions of x, and what an error in them costs."""
+class LayerParts(NamedTuple):
+    """A layer of the source in float64: its keys and values as functions of x, and the cost of an error in them."""
 
     keys: Tensor  # [p g d+1] complex
-    second: Tensor  # [p g g] complex: second moments of the heads of a frequency
+    key_moments: Tensor  # [p g g] complex: second moments of the heads of a frequency
     values: Tensor  # [g w d+1]
-    means: Tensor  # [h p] complex: of the rotation over the distances of a head, length factor included
-    score_costs: Tensor  # [h p] of a squared error of a key element, by way of a score
-    value_costs: Tensor  # [g w w] of an error of a value, a quadratic form
-    moments: Tensor  # [d+1 d+1]
+    means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the length factor squared
+    score_costs: Tensor  # [h p] cost of a squared error of a key element, through the score
+    value_costs: Tensor  # [g w w] cost of an error of a value, a quadratic form
+    moments: Tensor  # [d+1 d+1] second moments of x
 
 
-class Layer(NamedTuple):
-    """What becomes of a layer: functions of x, and back from the latent; its last channel is to be the constant 1."""
+class CompressedLayer(NamedTuple):
+    """A compressed layer: rotary keys and latent as functions of x, keys and values as functions of the latent.
+
+    The last of the c channels of the latent is the constant 1.
+    """
 
     rotary_keys: Tensor  # [r/2 d+1] complex
-    query_mix: Tensor  # [g p r/2] complex, by which a query of a head is multiplied
+    query_mix: Tensor  # [g p r/2] complex, maps the query of a head to the rotary query
     latent: Tensor  # [c-1 d+1]
     keys: Tensor  # [p g c] complex
     values: Tensor  # [g w c]
@@ -68,10 +72,10 @@ class Layer(NamedTuple):
 class CompressedMla(GqaToMla):
     """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2 with latents of width c and rotary keys of width r.
 
-    Without `c`, the latent is as wide as it takes to lose nothing: only the first step. `kept` is what `chosen` gives.
+    Without `c`, the latent is wide enough to be exact, so that only the first step loses something. `num_kept` is the
+    result of `choose_num_kept`, which is computed if it is not given.
 
-    Raises:
-        ValueError: as `GqaToMla`, and for widths that are none or no less than what is exact.
+    Raises ValueError as `GqaToMla` does, and for widths that `check_widths` refuses.
     """
 
     def __init__(
@@ -81,39 +85,39 @@ class CompressedMla(GqaToMla):
         *,
         r: int,
         c: int | None = None,
-        kept: Tensor | None = None,
+        num_kept: Tensor | None = None,
     ):
         super().__init__(files)
-        self.n, self.r, self.c = self.w, r, widths(self.source, r, c)
+        self.n, self.r, self.c = self.w, r, check_widths(self.source, r, c)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.statistics = statistics
-        self.frequencies, self.length_factor = frequencies_of(self.source.config, self.w)
-        self.kept = self.chosen() if kept is None else kept
-        self._made: tuple[int, Layer] | None = None
+        self.frequencies, self.length_factor = rope_frequencies(self.source.config, self.w)
+        self.num_kept = self.choose_num_kept() if num_kept is None else num_kept  # [p]
+        self._cached_layer: tuple[int, CompressedLayer] | None = None
 
-    def rope(self) -> dict:
-        table = self.frequencies.repeat_interleave(self.kept)
-        return rope_table(self.source.config, table, self.length_factor)
+    def rope_parameters(self) -> dict:
+        frequencies = self.frequencies.repeat_interleave(self.num_kept)
+        return rope_parameters(self.source.config, frequencies, self.length_factor)
 
-    def chosen(self) -> Tensor:
-        """[p]: of how many mixtures each frequency keeps its rotation, r/2 in all and the same in every layer."""
-        losses = torch.stack([self.losses(self.parts(layer)) for layer in range(len(self.statistics))]).sum(dim=0)
-        # mixtures of a frequency come with the dearest first, so the dearest of all are the first of each
-        dearest = losses.flatten().topk(self.r // 2).indices
-        return torch.bincount(dearest // self.g, minlength=self.w // 2)
+    def choose_num_kept(self) -> Tensor:
+        """[p]: how many mixtures of each frequency keep their rotation: r/2 in all, the same in every layer."""
+        layers = range(len(self.statistics))
+        losses = torch.stack([self.rotation_losses(self.read_parts(layer)) for layer in layers]).sum(dim=0)
+        # losses of a frequency are sorted, so the largest losses of all are the first ones of each frequency
+        largest = losses.flatten().topk(self.r // 2).indices
+        return torch.bincount(largest // self.g, minlength=self.w // 2)
 
-    def losses(self, parts: Parts) -> Tensor:
-        """[p g]: what is lost where a mixture's rotation is replaced by its mean, the dearest first."""
-        mixtures = [self.mixture(parts, frequency)[1] for frequency in range(self.w // 2)]
-        return torch.stack(mixtures)
+    def rotation_losses(self, parts: LayerParts) -> Tensor:
+        """[p g]: the loss from replacing a mixture's rotation by its mean, the largest of a frequency first."""
+        return torch.stack([self.mix_heads(parts, frequency)[1] for frequency in range(self.w // 2)])
 
     # one layer
 
-    def parts(self, layer: int) -> Parts:
+    def read_parts(self, layer: int) -> LayerParts:
         source, statistics = self.source, self.statistics[layer]
         variance = statistics.moments[:-1, :-1].diagonal().mean()
         moments = statistics.moments.clone()
-        moments[:-1, :-1].diagonal().add_(UNSEEN * variance)
+        moments[:-1, :-1].diagonal().add_(RIDGE * variance)
 
         def affine(name: str) -> Tensor:
             return torch.cat((source.weight(layer, name), source.bias(layer, name)[:, None]), dim=1).double()
@@ -122,162 +126,163 @@ class CompressedMla(GqaToMla):
         queries, keys = (_as_complex(x.unflatten(0, (-1, self.w))) for x in (queries, keys))  # [p heads d+1]
         values = values.unflatten(0, (self.g, self.w))
         distance = torch.arange(statistics.distances.shape[1], dtype=torch.float64)
-        turns = torch.exp(-1j * distance[:, None] * self.frequencies)
-        means = statistics.distances.to(turns.dtype) @ turns / statistics.distances.sum(dim=1, keepdim=True)
-        # what a head writes into the residual stream moves by the spread of its values
+        rotations = torch.exp(-1j * distance[:, None] * self.frequencies)
+        means = statistics.distances.to(rotations.dtype) @ rotations / statistics.distances.sum(dim=1, keepdim=True)
+        # an error in a score changes what a head adds to the residual stream by the spread of its values
         out = source.weight(layer, "o_proj").double().unflatten(1, (self.h, self.w)).permute(1, 0, 2)  # [h d w]
         of_head = torch.arange(self.h) // (self.h // self.g)
         forms = out.transpose(1, 2) @ out
         spread = (forms * _covariance(values, moments)[of_head]).sum(dim=(1, 2))
-        sizes = _second_moments(queries[:, :, None], moments)[..., 0, 0].real.T
-        # half of it: a score is the real part of a product
-        score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * sizes
+        query_moments = _second_moments(queries[:, :, None], moments)[..., 0, 0].real.T
+        # the factor 0.5: a score is the real part of a complex product
+        score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * query_moments
         value_costs = forms.unflatten(0, (self.g, -1)).sum(dim=1)
-        second = _second_moments(keys, moments)
-        return Parts(keys, second, values, means * self.length_factor**2, score_costs, value_costs, moments)
+        key_moments = _second_moments(keys, moments)
+        return LayerParts(keys, key_moments, values, means * self.length_factor**2, score_costs, value_costs, moments)
 
-    def mixture(self, parts: Parts, frequency: int) -> tuple[Tensor, Tensor]:
-        """T [g g] complex, whose rows mix the heads of a frequency, and what each row's rotation is worth [g].
+    def mix_heads(self, parts: LayerParts, frequency: int) -> tuple[Tensor, Tensor]:
+        """T [g g] complex, whose rows mix the heads of a frequency, and the loss of each row without its rotation [g].
 
-        Principal components of the heads, each weighed by what it costs when its rotation is replaced.
+        The rows are principal components of the heads, each head weighted by the cost of replacing its rotation.
         """
         replaced = 1 - (parts.means[:, frequency].abs() / self.length_factor**2) ** 2
         weights = (parts.score_costs[:, frequency] * replaced).unflatten(0, (self.g, -1)).sum(dim=1).sqrt()
         weights = weights.clamp(min=weights.max() * 1e-6 + torch.finfo(torch.float64).tiny)
-        values, vectors = torch.linalg.eigh(weights[:, None] * parts.second[frequency] * weights)
-        # the scale of a row is free
+        values, vectors = torch.linalg.eigh(weights[:, None] * parts.key_moments[frequency] * weights)
+        # the scale of a row is arbitrary
         return vectors.flip(1).mH * (weights / weights.mean()), values.flip(0).clamp(min=0)
 
-    def compressed(self, layer: int) -> Layer:
-        """The last one is kept, since several tensors are made of it."""
-        if self._made is None or self._made[0] != layer:
-            self._made = (layer, self._compressed(self.parts(layer)))
-        return self._made[1]
+    def compress_layer(self, layer: int) -> CompressedLayer:
+        """The compressed layer, cached for the next call because several tensors are made from it."""
+        if self._cached_layer is None or self._cached_layer[0] != layer:
+            self._cached_layer = (layer, self._compress_layer(self.read_parts(layer)))
+        return self._cached_layer[1]
 
-    def _compressed(self, parts: Parts) -> Layer:
-        rotary, mixes, left = [], [], []
-        for frequency, kept in enumerate(self.kept.tolist()):
-            mix, _ = self.mixture(parts, frequency)
-            back = torch.linalg.inv(mix)
-            rotary.append(mix[:kept] @ parts.keys[frequency])
-            mixes.append(back[:, :kept].conj())
-            left.append(parts.keys[frequency] - back[:, :kept] @ rotary[-1])
+    def _compress_layer(self, parts: LayerParts) -> CompressedLayer:
+        rotary, mixes, remaining = [], [], []
+        for frequency, num_kept in enumerate(self.num_kept.tolist()):
+            mix, _ = self.mix_heads(parts, frequency)
+            inverse = torch.linalg.inv(mix)
+            rotary.append(mix[:num_kept] @ parts.keys[frequency])
+            mixes.append(inverse[:, :num_kept].conj())
+            remaining.append(parts.keys[frequency] - inverse[:, :num_kept] @ rotary[-1])
         query_mix = torch.zeros(self.g, self.w // 2, self.r // 2, dtype=torch.complex128)
-        for frequency, (mix, end) in enumerate(zip(mixes, self.kept.cumsum(0).tolist())):
+        for frequency, (mix, end) in enumerate(zip(mixes, self.num_kept.cumsum(0).tolist())):
             query_mix[:, frequency, end - mix.shape[1] : end] = mix
-        latent, keys, values = self.latent(parts, torch.stack(left))
-        return Layer(torch.cat(rotary), query_mix, latent, keys, values, parts.means)
+        latent, keys, values = self.principal_components(parts, torch.stack(remaining))
+        return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, parts.means)
 
-    def latent(self, parts: Parts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys [p g d+1] without rotation and values, as c - 1 functions of x and what leads back from these.
+    def principal_components(self, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compresses keys [p g d+1] without rotation, and the values.
 
-        Principal components of what is weighed by its cost, around the mean; back goes the best linear guess.
+        Returns the latent [c-1 d+1], and keys [p g c] and values [g w c] as functions of it. The latent holds principal
+        components around the mean, weighted by the cost of errors; keys and values are the best linear prediction.
         """
-        key_weights, value_weights = self.weights(parts)
+        key_weights, value_weights = self.error_weights(parts)
         y = torch.cat((keys.real.flatten(0, 1), keys.imag.flatten(0, 1), parts.values.flatten(0, 1)))
-        weighed = torch.cat(
+        weighted = torch.cat(
             (key_weights[:, None] * y[: len(key_weights)], (value_weights @ parts.values).flatten(0, 1))
         )
         mean = parts.moments[:, -1]
-        centred = parts.moments - mean[:, None] * mean
-        sizes, directions = torch.linalg.eigh(weighed @ centred @ weighed.T)
-        sizes, directions = sizes.flip(0)[: self.c - 1], directions.flip(1)[:, : self.c - 1]
-        is_kept = sizes > NEGLIGIBLE * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)
-        directions, sizes = directions[:, is_kept], sizes[is_kept]
-        # an average square of one, so that no dtype is short of range
-        scale = (sizes.sum() / (self.c - 1)).rsqrt() if len(sizes) else 1.0
-        latent = scale * directions.T @ weighed
-        back = y @ centred @ latent.T / (scale**2 * sizes)
+        centered = parts.moments - mean[:, None] * mean
+        variances, directions = torch.linalg.eigh(weighted @ centered @ weighted.T)
+        variances, directions = variances.flip(0)[: self.c - 1], directions.flip(1)[:, : self.c - 1]
+        is_kept = variances > NEGLIGIBLE_VARIANCE * variances[0].clamp(min=torch.finfo(variances.dtype).tiny)
+        directions, variances = directions[:, is_kept], variances[is_kept]
+        # the channels have a mean square of 1, so that they fit any dtype
+        scale = (variances.sum() / (self.c - 1)).rsqrt() if len(variances) else 1.0
+        latent = scale * directions.T @ weighted
+        prediction = y @ centered @ latent.T / (scale**2 * variances)
         latent[:, -1] -= latent @ mean
-        # the rest of the channels is empty
-        num_empty = self.c - 1 - len(sizes)
+        # channels beyond the rank of keys and values are zero
+        num_empty = self.c - 1 - len(variances)
         latent = torch.nn.functional.pad(latent, (0, 0, 0, num_empty))
-        back = torch.nn.functional.pad(back, (0, num_empty))
-        back = torch.cat((back, (y @ mean)[:, None]), dim=1)
-        real, imaginary, values = back.split((keys[..., 0].numel(), keys[..., 0].numel(), self.g * self.w))
+        prediction = torch.nn.functional.pad(prediction, (0, num_empty))
+        prediction = torch.cat((prediction, (y @ mean)[:, None]), dim=1)
+        real, imaginary, values = prediction.split((keys[..., 0].numel(), keys[..., 0].numel(), self.g * self.w))
         return latent, torch.complex(real, imaginary).unflatten(0, (-1, self.g)), values.unflatten(0, (self.g, -1))
 
-    def weights(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """Roots of what errors cost: of key elements [2 p g], real parts first, and of values [g w w]."""
+    def error_weights(self, parts: LayerParts) -> tuple[Tensor, Tensor]:
+        """Square roots of the costs of errors: in key elements [2 p g], real parts first, and in values [g w w]."""
         costs = parts.score_costs * (parts.means.abs() / self.length_factor**2) ** 2
         key_weights = costs.unflatten(0, (self.g, -1)).sum(dim=1).T.flatten().sqrt()
-        sizes, directions = torch.linalg.eigh(parts.value_costs)
-        return key_weights.repeat(2), directions * sizes.clamp(min=0).sqrt()[:, None, :] @ directions.mT
+        eigenvalues, directions = torch.linalg.eigh(parts.value_costs)
+        return key_weights.repeat(2), directions * eigenvalues.clamp(min=0).sqrt()[:, None, :] @ directions.mT
 
-    # tensors of one layer, in float32, as `GqaToMla` asks for them
+    # the tensors of one layer, in float32, in place of those of `GqaToMla`
 
-    def _placed(self, layer: int, queries: Tensor) -> Tensor:
-        """[h w k] to [h(n+r) k]: content as it is, then the mixtures that keep their rotation."""
+    def _place_queries(self, layer: int, queries: Tensor) -> Tensor:
+        """[h w k] to [h(n+r) k]: the whole query as content, then the mixtures that keep their rotation."""
         pairs = _as_complex(queries.double())  # [p h k]
         of_head = torch.arange(self.h) // (self.h // self.g)
-        mixes = self.compressed(layer).query_mix[of_head]
-        rotary = interleaved(_as_real(torch.einsum("phk,hpm->mhk", pairs, mixes)))
+        mixes = self.compress_layer(layer).query_mix[of_head]
+        rotary = interleave(_as_real(torch.einsum("phk,hpm->mhk", pairs, mixes)))
         return torch.cat((queries, rotary.transpose(0, 1).float()), dim=1).flatten(0, 1)
 
-    def _compress(self, layer: int) -> Tensor:
-        return self._functions(layer)[:, :-1]
+    def _kv_a_weight(self, layer: int) -> Tensor:
+        return self._kv_a_affine(layer)[:, :-1]
 
-    def _compress_bias(self, layer: int) -> Tensor:
-        bias = self._functions(layer)[:, -1]
-        bias[self.c - 1] = self._value_constant(layer)
+    def _kv_a_bias(self, layer: int) -> Tensor:
+        bias = self._kv_a_affine(layer)[:, -1]
+        bias[self.c - 1] = self._kv_constant(layer)
         return bias
 
-    def _functions(self, layer: int) -> Tensor:
-        """[c+r d+1]: the latent, a row for its constant, and the keys that rotate."""
-        made = self.compressed(layer)
-        constant = made.latent.new_zeros(1, self.d + 1)
-        return torch.cat((made.latent, constant, interleaved(_as_real(made.rotary_keys)))).float()
+    def _kv_a_affine(self, layer: int) -> Tensor:
+        """[c+r d+1]: weight and bias of the latent, a row of zeros for its constant, and the rotary keys."""
+        compressed = self.compress_layer(layer)
+        constant = compressed.latent.new_zeros(1, self.d + 1)
+        return torch.cat((compressed.latent, constant, interleave(_as_real(compressed.rotary_keys)))).float()
 
-    def _expand(self, layer: int) -> Tensor:
-        made, constant = self.compressed(layer), self._value_constant(layer)
+    def _kv_b_weight(self, layer: int) -> Tensor:
+        compressed, constant = self.compress_layer(layer), self._kv_constant(layer)
         of_head = torch.arange(self.h) // (self.h // self.g)
-        keys = _as_real(made.keys[:, of_head] * made.means.T[..., None])
-        expand = torch.cat((keys.transpose(0, 1), made.values[of_head]), dim=1)  # [h n+v c]
-        expand[..., -1] /= carried(self.c)
-        # the constant is any number here, so the norm around it is the identity but for what the dtype rounds
-        rounded = self._latent_norm(layer).to(self.source.dtype())[0].double()
+        keys = _as_real(compressed.keys[:, of_head] * compressed.means.T[..., None])
+        expand = torch.cat((keys.transpose(0, 1), compressed.values[of_head]), dim=1)  # [h n+v c]
+        expand[..., -1] /= constant_after_norm(self.c)
+        # c is not a square here, so the dtype rounds the norm's weight; this weight compensates for the rounding
+        rounded = self._kv_norm_weight(layer).to(self.source.dtype())[0].double()
         expand[..., :-1] *= math.sqrt(constant**2 / self.c + LATENT_EPS) / rounded
         return expand.flatten(0, 1).float()
 
-    def _latent_norm(self, layer: int) -> Tensor:
-        norm = undoing_norm(self.c, self._value_constant(layer))
-        norm[-1] = carrying_weight(self.c)
+    def _kv_norm_weight(self, layer: int) -> Tensor:
+        norm = inverse_norm_weight(self.c, self._kv_constant(layer))
+        norm[-1] = constant_norm_weight(self.c)
         return norm
 
-    def _value_constant(self, layer: int) -> float:
-        weight, bias = self.compressed(layer).latent.split((self.d, 1), dim=1)
+    def _kv_constant(self, layer: int) -> float:
+        weight, bias = self.compress_layer(layer).latent.split((self.d, 1), dim=1)
         largest = (weight * self.source.input_norm(layer)).norm().item() * math.sqrt(self.d) + bias.norm().item()
-        return torch.tensor(self._constant(self.c, largest)).to(self.source.dtype()).item()
+        return torch.tensor(self._choose_constant(self.c, largest)).to(self.source.dtype()).item()
 
 
-def widths(source: LlamaSource, r: int, c: int | None) -> int:
-    """The width of the latent, checked with that of the rotary key; without `c`, the one that loses nothing."""
+def check_widths(source: LlamaSource, r: int, c: int | None) -> int:
+    """Checks both widths and returns that of the latent; without `c`, the width at which it is exact."""
     keys = source.g * source.w
     if r % 2 or not 2 <= r <= keys:
         raise ValueError(f"--qk-rope-head-dim must be even and 2 to {keys}, got {r}.")
     widest = 2 * keys - r + 2
     if c is not None and (c % 2 or not 2 <= c <= widest):
-        raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which loses nothing, got {c}.")
+        raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which is exact, got {c}.")
     return c or widest
 
 
 def _second_moments(functions: Tensor, moments: Tensor) -> Tensor:
-    """[.. g g] of complex functions [.. g d+1] of x; products in real numbers, which takes half as long."""
+    """[.. g g] of complex functions [.. g d+1] of x. The products are real, which takes half as long."""
     products = torch.complex(functions.real @ moments, functions.imag @ moments)
     return products @ functions.mH
 
 
 def _as_complex(x: Tensor) -> Tensor:
-    """[heads w k], halves as Llama turns them, to [w/2 heads k]."""
+    """[heads w k] to complex [w/2 heads k]. Llama rotates element i with i + w/2."""
     return torch.complex(*x.unflatten(1, (2, -1)).unbind(1)).transpose(0, 1)
 
 
 def _as_real(x: Tensor) -> Tensor:
-    """[m ..] to [2m ..]: real parts, then imaginary ones."""
+    """[m ..] to [2m ..]: real parts, then imaginary parts."""
     return torch.cat((x.real, x.imag))
 
 
 def _covariance(functions: Tensor, moments: Tensor) -> Tensor:
     """[g w w] of functions [g w d+1] of x."""
-    centred = moments - moments[:, -1:] * moments[:, -1]
-    return functions @ centred @ functions.mT
+    centered = moments - moments[:, -1:] * moments[:, -1]
+    return functions @ centered @ functions.mT

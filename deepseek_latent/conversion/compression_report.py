@@ -1,4 +1,4 @@
-"""Compression with its price: perplexity after each of its steps, on text that it was not calibrated on."""
+"""The price of inexact conversions: perplexity after each step of compression, and the change of upcycled logits."""
 
 import hashlib
 
@@ -6,45 +6,46 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
-from .calibration import WINDOW, perplexity, statistics_of, windows_of
+from .calibration import collect_statistics, perplexity
 from .cast import Cast
-from .compress import CompressedMla, widths
+from .compress import CompressedMla, check_widths
 from .gqa_to_mla import GqaToMla
 from .source import Source
+from .text import WINDOW_LENGTH, split_into_windows
 from .upcycle import Upcycle
 
 
-def compressed(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedMla, dict]:
-    """The conversion, and what it costs: cached elements per token and perplexities before, between and after.
+def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedMla, dict]:
+    """Returns the conversion, and a report with cached elements per token and the perplexity after each step.
 
-    Raises ValueError as `CompressedMla` and `windows_of`.
+    Raises ValueError as `CompressedMla` and `split_into_windows` do.
     """
-    # what cannot be is refused before any work, such as a constant that the dtype does not hold
+    # unusable widths or dtypes are refused before any work
     exact = GqaToMla(files)
-    widths(exact.source, r, c)
+    check_widths(exact.source, r, c)
     exact.check_dtype()
-    calibration, judging = windows_of(files.folder, text)
+    calibration, held_out = split_into_windows(files.folder, text)
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="auto", attn_implementation="eager").eval()
-    statistics, before = statistics_of(model, calibration), perplexity(model, judging)
-    # one model at a time is in memory
+    statistics, before = collect_statistics(model, calibration), perplexity(model, held_out)
+    # only one model at a time is in memory
     del model
     whole = CompressedMla(files, statistics, r=r, c=c)
-    rotary = CompressedMla(files, statistics, r=r, kept=whole.kept)
+    rotary = CompressedMla(files, statistics, r=r, num_kept=whole.num_kept)
     report = {
         "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
-        "calibrated on tokens": calibration.numel(),
-        "judged by tokens": judging.numel(),
+        "calibration tokens": calibration.numel(),
+        "held-out tokens": held_out.numel(),
         "cached elements per token before": exact.source.cached_elements,
         "perplexity of the source": before,
-        f"perplexity with rotary keys of {r}": perplexity(model_of(rotary), judging),
-        f"perplexity with latents of {c} too": perplexity(model_of(whole), judging),
-        "pairs that rotate, by frequency": " ".join(map(str, whole.kept.tolist())),
+        f"perplexity with rotary keys of {r}": perplexity(build_model(rotary), held_out),
+        f"perplexity with rotary keys of {r} and latents of {c}": perplexity(build_model(whole), held_out),
+        "rotating pairs per frequency": " ".join(map(str, whole.num_kept.tolist())),
     }
     return whole, report
 
 
-def model_of(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
-    """What the files of a conversion would be loaded as."""
+def build_model(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
+    """The model that the files of a conversion would load as."""
     state = {piece.name: piece.make() for piece in conversion.pieces()}
     dtype = next(iter(state.values())).dtype
     with torch.no_grad():
@@ -54,9 +55,9 @@ def model_of(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def measured_noise(conversion: Upcycle) -> dict:
-    """How far an inexact upcycling moves logits of random tokens, relative to the largest of its dense base."""
-    ids = torch.randint(0, conversion.config.vocab_size, (1, WINDOW), generator=torch.Generator().manual_seed(0))
-    expected = model_of(conversion.base)(ids).logits.float()
-    error = (model_of(conversion)(ids).logits.float() - expected).abs().max() / expected.abs().max()
-    return {"not exact: error of logits": error.item()}
+def measure_logits_change(conversion: Upcycle) -> dict:
+    """The largest change of a logit by inexact upcycling, on random tokens, relative to the largest logit before."""
+    ids = torch.randint(0, conversion.config.vocab_size, (1, WINDOW_LENGTH), generator=torch.Generator().manual_seed(0))
+    expected = build_model(conversion.base)(ids).logits.float()
+    error = (build_model(conversion)(ids).logits.float() - expected).abs().max() / expected.abs().max()
+    return {"relative error of logits, not exact": error.item()}

@@ -1,70 +1,83 @@
-"""One conversion from its source to its place: what is written, what is said of it, and where it goes from there."""
+"""Runs one conversion from its source to its folder, with a model card, and uploads the result if asked to."""
 
-import argparse
-import shlex
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .deepseek_layout import ExportDeepseek
+from .deepseek_layout import ExportDeepseek, ImportDeepseek
+from .source import Source
 from .target import Target
 
-CARD = "converted.md.template"
+CARD_TEMPLATE = "converted.md.template"
 
 
-def target_for(folder: Path, arguments: argparse.Namespace) -> Target:
-    """Where the result goes; ValueError, before any work, where it cannot, or REPO cannot be written to."""
-    target = Target(arguments.out, shard_bytes=arguments.max_shard_size, force=arguments.force)
-    origin = folder.resolve()
-    if target.out == origin or origin in target.out.parents or target.out in origin.parents:
-        raise ValueError(f"{arguments.out} and the source lie in each other; choose another folder.")
-    if arguments.push_to_hub and not arguments.dry_run:
-        # made now, since a conversion may take hours
-        HfApi().create_repo(arguments.push_to_hub, exist_ok=True)
+def prepare_target(source: Path, out: str, *, shard_bytes: int, force: bool, push_to_hub: str | None) -> Target:
+    """The folder to write to, and the hub repository if one is named. Raises ValueError if OUT cannot be written."""
+    target = Target(out, shard_bytes=shard_bytes, force=force)
+    source = source.resolve()
+    if target.out == source or source in target.out.parents or target.out in source.parents:
+        raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
+    if push_to_hub:
+        # created now, so that a refusal comes before hours of conversion
+        HfApi().create_repo(push_to_hub, exist_ok=True)
     return target
 
 
-def convert(files, conversion, measured: dict, target: Target, arguments: argparse.Namespace) -> dict:
-    """Writes `conversion` of `files` to the target, and uploads it if asked to; the report of it."""
+def convert(
+    files: Source | ImportDeepseek,
+    conversion,
+    measured: dict,
+    target: Target,
+    *,
+    command: str,
+    push_to_hub: str | None,
+    dry_run: bool,
+) -> dict:
+    """Writes the result of `conversion` to the target and uploads it if a repository is named. Returns a report.
+
+    `conversion` has a `config` and `pieces`, or the `shards` and `texts` of an export. `measured` goes into the report
+    and the model card, `command` into the card.
+    """
     config, is_export = conversion.config, isinstance(conversion, ExportDeepseek)
     shards = conversion.shards() if is_export else target.plan(conversion.pieces())
-    pieces = [piece for held in shards.values() for piece in held]
+    pieces = [piece for shard in shards.values() for piece in shard]
     report = {
-        "out": str(arguments.out),
         "tensors": len(pieces),
         "bytes": sum(piece.nbytes for piece in pieces),
         "files": list(shards),
         "cached elements per token": config.cached_width * config.num_hidden_layers,
         **measured,
     }
-    if arguments.dry_run:
+    if dry_run:
         return report
-    command = f"deepseek-latent {shlex.join(arguments.given)}"
     if is_export:
         texts = conversion.texts()
     else:
-        place = arguments.push_to_hub or target.out.name
-        texts = {"config.json": config.to_json_string(), "README.md": card(files, command, report, place)}
-    copies = [*files.beside(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
+        texts = {
+            "config.json": config.to_json_string(),
+            "README.md": model_card(files, command, report, push_to_hub or target.out.name),
+        }
+    copies = [*files.companion_files(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
     target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
-    if arguments.push_to_hub:
-        HfApi().upload_folder(repo_id=arguments.push_to_hub, folder_path=target.out, commit_message=command)
-        report["pushed to"] = arguments.push_to_hub
+    if push_to_hub:
+        HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, commit_message=command)
+        report["pushed to"] = push_to_hub
     return report
 
 
-def card(files, command: str, report: dict, place: str) -> str:
-    """What the new folder says of itself: where it comes from, under which licence, how it was made, at what cost."""
-    name, own = files.name, files.folder / "README.md"
-    given = ModelCard.load(own).data if own.is_file() else ModelCardData()
-    data = ModelCardData(library_name="transformers", license=given.license, language=given.language)
-    template = Template((resources(__package__) / CARD).read_text(encoding="utf-8"))
-    told = {name: value for name, value in report.items() if not isinstance(value, list) and name != "out"}
-    rows = "\n".join(f"| {name} | {_in_card(value)} |" for name, value in told.items())
-    return template.substitute(metadata=data.to_yaml(), name=name, command=command, report=rows, place=place)
+def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
+    """The README.md of the new folder: its source, license, command and measurements. `place` is how it is loaded."""
+    source_card = files.folder / "README.md"
+    source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
+    data = ModelCardData(library_name="transformers", license=source_data.license, language=source_data.language)
+    template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
+    rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))
+    return template.substitute(metadata=data.to_yaml(), name=files.name, command=command, report=rows, place=place)
 
 
-def _in_card(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+def _format(value: float | int | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value

@@ -3,12 +3,13 @@
 Letters: d model width, h query heads, g key heads, w width of a source head, n/r/v content, rotary and value width per
 head, c KV latent width, a query latent width.
 
-Keys keep their rotation, so all of them lie side by side in the rotary key, r = g w, and every query head is zero but
-where its key head lies. Values lie side by side in the latent, from which `kv_b_proj` takes those of a head. Two things
-stand in the way. RoPE turns the pairs of g heads at the same w/2 frequencies, which is a table with repetitions; and
-the latent is normalised, which is undone by a constant channel, so large that the norm is that of the channel. Behind
-the norm that channel is 0, or about 1 where it carries a bias: as large as before it, it would drown the first step of
-training.
+The rotary key holds the keys of all heads side by side, r = g w, and a query head is zero except at its key head. The
+latent holds the values of all heads side by side, and `kv_b_proj` selects those of a head. Two obstacles remain:
+
+1. RoPE rotates the pairs of every head at the same w/2 frequencies. A longrope table repeats them g times.
+2. The latent is normalized. A constant channel, much larger than the others, dominates the norm, and the norm's weight
+   undoes it. After the norm that channel is 0, or about 1 if it carries a bias. At its size before the norm, it would
+   dominate the first training step.
 """
 
 import functools
@@ -24,23 +25,23 @@ from .llama_source import LlamaSource
 from .source import Source
 from .target import Piece
 
-CONTENT_WIDTH = 8  # of queries and keys without rotation; all zero, and DeepSeek-V2 has to have some
-# how much larger than the latent the constant channel is: values shrink by half of its inverse square, 5e-9
+CONTENT_WIDTH = 8  # width of queries and keys without rotation, which are zero; DeepSeek-V2 needs at least some
+# ratio of the constant channel to the latent: values shrink by half of its inverse square, 5e-9
 CONSTANT_OVER_LATENT = 1e4
-LATENT_EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps is
-_KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-_KEPT += ("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings")
-_KEPT += ("bos_token_id", "eos_token_id", "pad_token_id", "dtype")  # None too: DeepSeek's defaults are other tokens
+LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
+_COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings")
+# token ids are copied even if they are None, because DeepSeek's defaults are other tokens
+_COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
 
 
 class GqaToMla:
-    """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2: `config`, and the `pieces` its files are made of.
+    """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2: `config`, and the `pieces` of its files.
 
-    With `bias_free`, the latent is the whole normalised input of a layer, which needs no constant channel: the layout
-    of the release without a bias, at the price of a wider cache (d + g w) and of an error by the norms' eps.
+    With `bias_free`, the latent is the whole normalized input of a layer, which needs no constant channel. That is the
+    layout of the release, without biases, at the price of a wider cache (d + g w) and an error from the norms' eps.
 
-    Raises:
-        ValueError: for a source that is no such model, naming what cannot be converted.
+    Raises ValueError for any other source, naming what cannot be converted.
     """
 
     def __init__(self, files: Source, *, bias_free: bool = False):
@@ -50,17 +51,17 @@ class GqaToMla:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
-        self.c = self.d if bias_free else _room_for_constant(self.g * self.w)
-        self.a = _room_for_constant(self.d) if "q_proj" in source.biased else None
-        # scores are divided by the root of n + r here, by that of w there
+        self.c = self.d if bias_free else _width_with_constant(self.g * self.w)
+        self.a = _width_with_constant(self.d) if "q_proj" in source.biased else None
+        # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
 
     @functools.cached_property
     def config(self) -> DeepseekV2Config:
         origin = self.source.config
-        kept = {name: getattr(origin, name) for name in _KEPT}
+        copied = {name: getattr(origin, name) for name in _COPIED_FIELDS}
         return DeepseekV2Config(
-            **kept,
+            **copied,
             architectures=["DeepseekV2ForCausalLM"],
             num_key_value_heads=self.h,
             q_lora_rank=self.a,
@@ -69,8 +70,8 @@ class GqaToMla:
             qk_rope_head_dim=self.r,
             v_head_dim=self.w,
             attention_bias=not self.bias_free,
-            rope_parameters=self.rope(),
-            # all layers are dense; transformers' own class wants numbers for the experts that there are not
+            rope_parameters=self.rope_parameters(),
+            # all layers are dense, but transformers' own class needs the numbers of experts
             first_k_dense_replace=origin.num_hidden_layers,
             n_routed_experts=1,
             n_shared_experts=1,
@@ -78,9 +79,9 @@ class GqaToMla:
             moe_intermediate_size=origin.intermediate_size,
         )
 
-    def rope(self) -> dict:
-        frequencies, factor = frequencies_of(self.source.config, self.w)
-        return rope_table(self.source.config, frequencies.repeat(self.g), factor)
+    def rope_parameters(self) -> dict:
+        frequencies, factor = rope_frequencies(self.source.config, self.w)
+        return rope_parameters(self.source.config, frequencies.repeat(self.g), factor)
 
     def pieces(self) -> list[Piece]:
         """Every tensor of the new checkpoint, in the order of the layers."""
@@ -100,22 +101,22 @@ class GqaToMla:
     def _attention(self, layer: int) -> list[Piece]:
         d, h, n, r, c, a, v = self.d, self.h, self.n, self.r, self.c, self.a, self.w
         made = {
-            "kv_a_proj_with_mqa.weight": ((c + r, d), self._compress),
-            "kv_a_layernorm.weight": ((c,), self._latent_norm),
-            "kv_b_proj.weight": ((h * (n + v), c), self._expand),
+            "kv_a_proj_with_mqa.weight": ((c + r, d), self._kv_a_weight),
+            "kv_a_layernorm.weight": ((c,), self._kv_norm_weight),
+            "kv_b_proj.weight": ((h * (n + v), c), self._kv_b_weight),
             "o_proj.weight": ((d, h * v), lambda layer: self.source.weight(layer, "o_proj")),
         }
         if a is None:
-            made["q_proj.weight"] = ((h * (n + r), d), self._queries)
+            made["q_proj.weight"] = ((h * (n + r), d), self._query_weight)
         else:
             made |= {
                 "q_a_proj.weight": ((a, d), lambda layer: torch.eye(a, d)),
-                "q_a_proj.bias": ((a,), lambda layer: _one_hot(a, d, self._input_constant(layer))),
-                "q_a_layernorm.weight": ((a,), self._input_norm),
-                "q_b_proj.weight": ((h * (n + r), a), self._queries_with_bias),
+                "q_a_proj.bias": ((a,), lambda layer: _one_hot(a, d, self._query_constant(layer))),
+                "q_a_layernorm.weight": ((a,), self._query_norm_weight),
+                "q_b_proj.weight": ((h * (n + r), a), self._query_weight_with_bias),
             }
         if not self.bias_free:
-            made["kv_a_proj_with_mqa.bias"] = ((c + r,), self._compress_bias)
+            made["kv_a_proj_with_mqa.bias"] = ((c + r,), self._kv_a_bias)
             made["o_proj.bias"] = ((d,), lambda layer: self.source.bias(layer, "o_proj"))
         prefix, dtype = f"model.layers.{layer}.", self.source.dtype()
 
@@ -124,77 +125,77 @@ class GqaToMla:
 
         pieces = [piece(f"self_attn.{name}", shape, make) for name, (shape, make) in made.items()]
         if self.bias_free:
-            # folded into what reads it
+            # its weight is part of the projections that read it
             pieces.append(piece("input_layernorm.weight", (d,), lambda layer: torch.ones(d)))
         return pieces
 
-    # tensors of one layer, in float32
+    # the tensors of one layer, in float32
 
-    def _queries(self, layer: int) -> Tensor:
-        """[h(n+r) d]: no content; the rotary part is zero but where the head's key lies."""
-        queries = self._folded(layer, "q_proj").unflatten(0, (self.h, self.w))
-        return self._placed(layer, queries * self.query_scale)
+    def _query_weight(self, layer: int) -> Tensor:
+        """[h(n+r) d]: no content; the rotary part is zero except at the head's key."""
+        queries = self._weight_with_norm(layer, "q_proj").unflatten(0, (self.h, self.w))
+        return self._place_queries(layer, queries * self.query_scale)
 
-    def _queries_with_bias(self, layer: int) -> Tensor:
-        """[h(n+r) a] over a latent that is the input and a constant, which carries the bias."""
-        bias = self.source.bias(layer, "q_proj") / carried(self.a)
+    def _query_weight_with_bias(self, layer: int) -> Tensor:
+        """[h(n+r) a]: maps a latent that holds the input and a constant, whose column holds the bias."""
+        bias = self.source.bias(layer, "q_proj") / constant_after_norm(self.a)
         weight = torch.cat((self.source.weight(layer, "q_proj"), bias[:, None]), dim=1)
         weight = torch.nn.functional.pad(weight, (0, self.a - self.d - 1))
-        return self._placed(layer, weight.unflatten(0, (self.h, self.w)) * self.query_scale)
+        return self._place_queries(layer, weight.unflatten(0, (self.h, self.w)) * self.query_scale)
 
-    def _placed(self, layer: int, queries: Tensor) -> Tensor:
-        """[h w k] to [h(n+r) k], each head behind n zeros in the place of its key head."""
+    def _place_queries(self, layer: int, queries: Tensor) -> Tensor:
+        """[h w k] to [h(n+r) k]: each head at the place of its key head, after n zeros."""
         wide = queries.new_zeros(self.h, self.n + self.r, queries.shape[-1])
         for head, query in enumerate(queries):
             start = self.n + head // (self.h // self.g) * self.w
-            wide[head, start : start + self.w] = interleaved(query)
+            wide[head, start : start + self.w] = interleave(query)
         return wide.flatten(0, 1)
 
-    def _compress(self, layer: int) -> Tensor:
-        """[c+r d]: values and the constant's zeros, or the input itself; then the keys."""
-        keys = self._folded(layer, "k_proj").unflatten(0, (self.g, self.w))
-        keys = torch.cat([interleaved(key) for key in keys])
+    def _kv_a_weight(self, layer: int) -> Tensor:
+        """[c+r d]: the values and zeros for the constant, or the input itself; then the keys."""
+        keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
+        keys = torch.cat([interleave(key) for key in keys])
         if self.bias_free:
             return torch.cat((torch.eye(self.c), keys))
         values = self.source.weight(layer, "v_proj")
         return torch.cat((values, values.new_zeros(self.c - len(values), self.d), keys))
 
-    def _compress_bias(self, layer: int) -> Tensor:
+    def _kv_a_bias(self, layer: int) -> Tensor:
         values, keys = (self.source.bias(layer, name) for name in ("v_proj", "k_proj"))
-        latent = _one_hot(self.c, self.g * self.w, self._value_constant(layer))
+        latent = _one_hot(self.c, self.g * self.w, self._kv_constant(layer))
         latent[: len(values)] = values
-        return torch.cat((latent, *(interleaved(key) for key in keys.unflatten(0, (self.g, self.w)))))
+        return torch.cat((latent, *(interleave(key) for key in keys.unflatten(0, (self.g, self.w)))))
 
-    def _latent_norm(self, layer: int) -> Tensor:
+    def _kv_norm_weight(self, layer: int) -> Tensor:
         if self.bias_free:
             return torch.ones(self.c)
-        norm = undoing_norm(self.c, self._value_constant(layer))
-        norm[self.g * self.w] = 0  # nothing behind it reads the constant
+        norm = inverse_norm_weight(self.c, self._kv_constant(layer))
+        norm[self.g * self.w] = 0  # nothing after the norm reads the constant
         return norm
 
-    def _input_norm(self, layer: int) -> Tensor:
-        norm = undoing_norm(self.a, self._input_constant(layer))
-        norm[self.d] = carrying_weight(self.a)
+    def _query_norm_weight(self, layer: int) -> Tensor:
+        norm = inverse_norm_weight(self.a, self._query_constant(layer))
+        norm[self.d] = constant_norm_weight(self.a)
         return norm
 
-    def _expand(self, layer: int) -> Tensor:
-        """[h(n+v) c]: keys have no content; values are picked from the latent, or computed from the input."""
+    def _kv_b_weight(self, layer: int) -> Tensor:
+        """[h(n+v) c]: keys have no content; values are selected from the latent, or computed from the input."""
         expand = torch.zeros(self.h, self.n + self.w, self.c)
-        values = self._folded(layer, "v_proj") if self.bias_free else torch.eye(self.g * self.w, self.c)
+        values = self._weight_with_norm(layer, "v_proj") if self.bias_free else torch.eye(self.g * self.w, self.c)
         for head, part in enumerate(expand):
             part[self.n :] = values.unflatten(0, (self.g, self.w))[head // (self.h // self.g)]
         return expand.flatten(0, 1)
 
-    def _value_constant(self, layer: int) -> float:
+    def _kv_constant(self, layer: int) -> float:
         values = self.source.weight(layer, "v_proj") * self.source.input_norm(layer)
         largest = values.norm().item() * math.sqrt(self.d) + self.source.bias(layer, "v_proj").norm().item()
-        return self._constant(self.c, largest)
+        return self._choose_constant(self.c, largest)
 
-    def _input_constant(self, layer: int) -> float:
-        return self._constant(self.a, math.sqrt(self.d) * self.source.input_norm(layer).abs().max().item())
+    def _query_constant(self, layer: int) -> float:
+        return self._choose_constant(self.a, math.sqrt(self.d) * self.source.input_norm(layer).abs().max().item())
 
-    def _constant(self, width: int, largest: float) -> float:
-        """At least CONSTANT_OVER_LATENT times the largest norm, such that no dtype rounds it or its norm's weight."""
+    def _choose_constant(self, width: int, largest: float) -> float:
+        """At least CONSTANT_OVER_LATENT times the largest norm, and exact in any dtype, as is the norm's weight."""
         constant = math.sqrt(width) * 2.0 ** math.ceil(math.log2(max(CONSTANT_OVER_LATENT * largest, 1e-3)))
         if constant > torch.finfo(self.source.dtype()).max:
             raise ValueError(
@@ -204,18 +205,18 @@ class GqaToMla:
         return constant
 
     def check_dtype(self) -> None:
-        """ValueError where the source's dtype does not hold the constant of its first layer."""
+        """Raises ValueError if the source's dtype cannot hold the constant of its first layer."""
         if not self.bias_free:
-            self._value_constant(0)
+            self._kv_constant(0)
 
-    def _folded(self, layer: int, projection: str) -> Tensor:
-        """A projection's weight, with the norm before it where the new one is to be without weights."""
+    def _weight_with_norm(self, layer: int, projection: str) -> Tensor:
+        """A projection's weight, multiplied by the weight of the norm before it if the new norm has none."""
         weight = self.source.weight(layer, projection)
         return weight * self.source.input_norm(layer) if self.bias_free else weight
 
 
-def frequencies_of(origin: PreTrainedConfig, width: int) -> tuple[Tensor, float]:
-    """The frequencies [width/2] of a source's head in float64, as they act, and the factor on cos and sin."""
+def rope_frequencies(origin: PreTrainedConfig, width: int) -> tuple[Tensor, float]:
+    """The scaled frequencies [width/2] of a source's head in float64, and the factor on cos and sin."""
     theta, kind = origin.rope_parameters["rope_theta"], origin.rope_parameters["rope_type"]
     if kind == "default":
         return theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
@@ -223,11 +224,10 @@ def frequencies_of(origin: PreTrainedConfig, width: int) -> tuple[Tensor, float]
     return frequencies.double(), float(factor)
 
 
-def rope_table(origin: PreTrainedConfig, frequencies: Tensor, factor: float) -> dict:
-    """RoPE with any frequencies [r/2] and a factor on cos and sin, as a config says it.
+def rope_parameters(origin: PreTrainedConfig, frequencies: Tensor, factor: float) -> dict:
+    """The config field for RoPE with any frequencies [r/2] and a factor on cos and sin.
 
-    Those of plain RoPE need nothing new. Others are written as longrope's factors, by which a frequency is divided, the
-    same for every length.
+    Frequencies of plain RoPE give "default". Any others become the divisors of longrope, the same for every length.
     """
     theta, num_pairs = origin.rope_parameters["rope_theta"], len(frequencies)
     plain = theta ** -(torch.arange(num_pairs, dtype=torch.float64) / num_pairs)
@@ -245,13 +245,13 @@ def rope_table(origin: PreTrainedConfig, frequencies: Tensor, factor: float) -> 
     }
 
 
-def interleaved(x: Tensor) -> Tensor:
-    """Rows [w ..] from halves (i, i + w/2), as Llama turns them, to pairs (2i, 2i + 1), as DeepSeek does."""
+def interleave(x: Tensor) -> Tensor:
+    """Rows [w ..] from Llama's order, which rotates (i, i + w/2), to DeepSeek's, which rotates (2i, 2i + 1)."""
     return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _room_for_constant(width: int) -> int:
-    """The least even square above `width`: its root is a factor of the constant that no dtype rounds."""
+def _width_with_constant(width: int) -> int:
+    """The least even square above `width`. Its root, a factor of the constant, is exact in any dtype."""
     root = math.isqrt(width) + 1
     return (root + root % 2) ** 2
 
@@ -262,16 +262,16 @@ def _one_hot(width: int, place: int, value: float) -> Tensor:
     return x
 
 
-def carrying_weight(width: int) -> float:
-    """The norm's weight of a constant that carries a bias: a power of two, under which it comes out as about 1."""
+def constant_norm_weight(width: int) -> float:
+    """The norm's weight for a constant that carries a bias: a power of two, after which the constant is about 1."""
     return 2.0 ** -round(math.log2(math.sqrt(width)))
 
 
-def carried(width: int) -> float:
-    """What such a constant is behind a norm over `width` channels, which it dominates."""
-    return math.sqrt(width) * carrying_weight(width)
+def constant_after_norm(width: int) -> float:
+    """The value of that constant after a norm over `width` channels, which it dominates."""
+    return math.sqrt(width) * constant_norm_weight(width)
 
 
-def undoing_norm(width: int, constant: float) -> Tensor:
-    """The weight under which a norm over `width` channels, one of them the constant, changes none of the others."""
+def inverse_norm_weight(width: int, constant: float) -> Tensor:
+    """The weight with which a norm over `width` channels, one of them the constant, leaves the others unchanged."""
     return torch.full((width,), math.sqrt(constant**2 / width + LATENT_EPS))

@@ -1,4 +1,4 @@
-"""What a Llama, Mistral or Qwen2 checkpoint is made of, or why it cannot become DeepSeek-V2.
+"""A Llama, Mistral or Qwen2 checkpoint to convert, checked for features that DeepSeek-V2 does not have.
 
 Letters: d model width, h query heads, g key heads, w width of a head.
 """
@@ -10,15 +10,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .source import Source
 
-SOURCES = ("llama", "mistral", "qwen2")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 
 class LlamaSource:
-    """The files of such a checkpoint by layer and projection, in float32.
+    """The tensors of the checkpoint by layer and projection, in float32.
 
-    Raises:
-        ValueError: for another architecture, a feature that DeepSeek-V2 has no place for, and a tensor that is missing,
-            misshapen or one too many.
+    Raises ValueError for another architecture, for a feature that DeepSeek-V2 does not have, and for a tensor that is
+    missing, unexpected or of the wrong shape.
     """
 
     def __init__(self, files: Source):
@@ -34,14 +33,14 @@ class LlamaSource:
 
     @property
     def cached_elements(self) -> int:
-        """Per token, over all layers: keys and values."""
+        """Cache elements per token over all layers, keys and values."""
         return 2 * self.g * self.w * self.config.num_hidden_layers
 
     def weight(self, layer: int, projection: str) -> Tensor:
         return self.files[f"model.layers.{layer}.self_attn.{projection}.weight"].float()
 
     def bias(self, layer: int, projection: str) -> Tensor:
-        """Zeros where there is none."""
+        """The bias, or zeros if there is none."""
         if projection not in self.biased:
             return torch.zeros(self._shapes()[projection][0])
         return self.files[f"model.layers.{layer}.self_attn.{projection}.bias"].float()
@@ -77,13 +76,13 @@ class LlamaSource:
             if name not in self.files:
                 raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")
         for name, stored in self.files.tensors.items():
-            # old files carry what every loader computes
+            # old files hold frequencies, which every loader computes
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             shape = expected.get(name, optional.get(name))
             if shape != stored.shape:
-                wanted = f"expected {list(shape)}" if shape else "for which DeepSeek-V2 has no place"
-                raise ValueError(f"{name} has shape {list(stored.shape)}, {wanted}; it cannot be converted.")
+                expectation = f"expected {list(shape)}" if shape else "which DeepSeek-V2 does not have"
+                raise ValueError(f"{name} has shape {list(stored.shape)}, {expectation}; it cannot be converted.")
 
 
 def _supported_config(files: Source) -> PreTrainedConfig:
@@ -91,13 +90,17 @@ def _supported_config(files: Source) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"expected a config.json that transformers reads in {files.folder}, got: {error}") from error
-    if config.model_type not in SOURCES:
-        reason = " (its queries and keys are normalised, which no latent holds)" if "qwen3" in config.model_type else ""
-        raise ValueError(f"expected one of {', '.join(SOURCES)}, got model_type {config.model_type!r}{reason}.")
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        reason = ""
+        if "qwen3" in config.model_type:
+            reason = " (its queries and keys are normalized, which latent attention cannot express)"
+        raise ValueError(
+            f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got model_type {config.model_type!r}{reason}."
+        )
     rope = config.rope_parameters
-    slides = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    has_sliding_window = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
     refused = {
-        "sliding_window": getattr(config, "sliding_window", None) if slides else None,
+        "sliding_window": getattr(config, "sliding_window", None) if has_sliding_window else None,
         "mlp_bias": getattr(config, "mlp_bias", None),
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],
@@ -105,5 +108,7 @@ def _supported_config(files: Source) -> PreTrainedConfig:
     }
     for name, value in refused.items():
         if value:
-            raise ValueError(f"{name} {value!r} in {files.folder} has no equal in DeepSeek-V2; it cannot be converted.")
+            raise ValueError(
+                f"DeepSeek-V2 does not support {name} {value!r} of {files.folder}; it cannot be converted."
+            )
     return config

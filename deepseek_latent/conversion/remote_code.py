@@ -1,7 +1,7 @@
-"""Checkpoints that carry this package's code, for machines where it is not installed (`trust_remote_code=True`).
+"""Copies this package's code into a checkpoint, for machines where it is not installed (`trust_remote_code=True`).
 
-transformers wants the files of a checkpoint's code side by side in one folder. So a room's name becomes the beginning
-of a file's name, and the imports are rewritten: `cache/layer.py` travels as `cache_layer.py`.
+transformers requires the code of a checkpoint to be in one folder without subfolders. So a folder's name becomes a
+prefix of the file's name, and the imports are rewritten: `cache/layer.py` is exported as `cache_layer.py`.
 """
 
 import json
@@ -20,7 +20,7 @@ from ..modeling_deepseek_v2 import (
 from .checkpoint import read_json
 
 PACKAGE = Path(__file__).parents[1]
-_CLASSES = {
+_AUTO_CLASSES = {
     "AutoConfig": DeepseekV2Config,
     "AutoModel": DeepseekV2Model,
     "AutoModelForCausalLM": DeepseekV2ForCausalLM,
@@ -30,20 +30,20 @@ _CLASSES = {
 _RELATIVE_IMPORT = re.compile(r"^(?P<before>\s*from )(?P<dots>\.+)(?P<name>[\w.]+)(?= import )", re.MULTILINE)
 
 
-def travelling_files() -> dict[str, str]:
-    """By the name that each file has in a checkpoint's folder, its text: the model's file and every file it imports."""
-    found: dict[str, str] = {}
-    waiting = [PACKAGE / "modeling_deepseek_v2.py"]
-    while waiting:
-        file = waiting.pop()
-        if _flat_name(file) in found:
+def exported_files() -> dict[str, str]:
+    """Name and text of the model's file and of every file that it imports, directly or not."""
+    texts: dict[str, str] = {}
+    to_visit = [PACKAGE / "modeling_deepseek_v2.py"]
+    while to_visit:
+        file = to_visit.pop()
+        if _flat_name(file) in texts:
             continue
         text = file.read_text(encoding="utf-8")
-        waiting += [_imported_file(file, match) for match in _RELATIVE_IMPORT.finditer(text)]
-        found[_flat_name(file)] = _RELATIVE_IMPORT.sub(
+        to_visit += [_imported_file(file, match) for match in _RELATIVE_IMPORT.finditer(text)]
+        texts[_flat_name(file)] = _RELATIVE_IMPORT.sub(
             lambda match, file=file: f"{match['before']}.{_flat_name(_imported_file(file, match))}", text
         )
-    return {f"{name}.py": found[name] for name in sorted(found)}
+    return {f"{name}.py": texts[name] for name in sorted(texts)}
 
 
 def _imported_file(file: Path, match: re.Match) -> Path:
@@ -56,9 +56,10 @@ def _flat_name(file: Path) -> str:
 
 
 def export_code(folder: Path, subfolder: str = "") -> list[str]:
-    """Writes the travelling files into a checkpoint's folder and names them in its config.json; returns all it wrote.
+    """Writes the exported files into a checkpoint folder and names them in its config.json. Returns the files written.
 
-    They lie beside the weights, or in `subfolder`. config.json comes last, so that it never names a missing file.
+    The files are beside the weights, or in `subfolder`. config.json is written last, so that it never names a missing
+    file.
     """
     if subfolder and not re.fullmatch(r"[A-Za-z_]\w*", subfolder):
         raise ValueError(f"expected a subfolder that Python can import, such as 'code', got {subfolder!r}.")
@@ -66,31 +67,31 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     config = read_json(config_file)
     if config.get("model_type") != DeepseekV2Config.model_type:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
-    # whatever the exported code would refuse is refused here
+    # a config that the exported code would refuse is refused now
     DeepseekV2Config.from_dict(config)
     (folder / subfolder).mkdir(exist_ok=True)
-    files = {str(Path(subfolder, name)): text for name, text in travelling_files().items()}
+    files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
     for name, text in files.items():
         _replace(folder / name, text)
-    # entries for other classes, such as a tokenizer's, stay
+    # entries for other classes, such as a tokenizer's, are kept
     config["auto_map"] = (config.get("auto_map") or {}) | auto_map(subfolder)
     _replace(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return [*files, config_file.name]
 
 
 def auto_map(subfolder: str = "") -> dict[str, str]:
-    """What config.json says of the exported code: for each Auto class, the file and the class in it."""
+    """The `auto_map` of config.json: for each Auto class, the file and the class in it."""
     prefix = f"{subfolder}/" if subfolder else ""
-    return {auto: f"{prefix}{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in _CLASSES.items()}
+    return {auto: f"{prefix}{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in _AUTO_CLASSES.items()}
 
 
 def _replace(target: Path, text: str) -> None:
-    """Writes all of `text` or nothing; a link is replaced, not followed into the cache it may point to."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Writes all of `text` or nothing. A link is replaced, so that the hub cache it may point to does not change."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         if target.exists():
-            shutil.copymode(target, beside)
-        os.replace(beside, target)
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

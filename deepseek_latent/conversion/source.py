@@ -1,4 +1,4 @@
-"""A checkpoint to convert: read tensor by tensor, and refused before any work where it is not what it says."""
+"""A checkpoint to convert: checked before any work, then read tensor by tensor."""
 
 import functools
 import hashlib
@@ -16,25 +16,27 @@ from torch import Tensor
 from .checkpoint import (
     SAFETENSORS_DTYPES,
     StoredTensor,
-    all_tensors,
-    found_nowhere,
     local_or_hub,
+    merge_headers,
+    not_found_error,
+    read_headers,
     read_json,
-    read_shards,
 )
 from .target import Piece
 
-DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-# what a model is used with beside its weights and config, and what says who may use it
-BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model", "LICENSE*")
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+# tokenizer and license files, which are copied unchanged
+COMPANION_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
+COMPANION_PATTERNS += ("LICENSE*",)
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
 class Source:
     """A folder of safetensors files and its config.json; `source[name]` reads one tensor as it is stored.
 
-    Raises ValueError, naming what is wrong, for a folder whose files are absent, unreadable, outside of it, quantized
-    or pickles, or hold a tensor twice or other layers than the config says; and on reading a tensor with NaN.
+    Raises ValueError for files that are absent, unreadable, outside of the folder, quantized or pickles, that hold a
+    tensor twice, or whose number of layers is not that of the config. Reading a tensor with NaN or infinity raises it
+    too.
     """
 
     def __init__(self, folder: str | Path):
@@ -45,21 +47,24 @@ class Source:
         if self.config.get("quantization_config"):
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
         self.tensors = self._headers()
-        layers = self.config.get("num_hidden_layers")
-        stored = {int(found[1]) for name in self.tensors if (found := _LAYER.match(name))}
-        if layers is not None and layers != len(stored):
-            raise ValueError(f"config.json says num_hidden_layers {layers}, the files hold {len(stored)}; correct one.")
+        num_layers = self.config.get("num_hidden_layers")
+        layers = {int(match[1]) for name in self.tensors if (match := _LAYER.match(name))}
+        if num_layers is not None and num_layers != len(layers):
+            raise ValueError(
+                f"config.json has num_hidden_layers {num_layers}, but the files hold {len(layers)}; correct one."
+            )
 
     def _headers(self) -> dict[str, StoredTensor]:
         if not any(self.folder.glob("*.safetensors")):
             pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
             found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
             raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
-        headers, problems = read_shards(self.folder)
-        tensors = all_tensors(headers, problems)
+        headers, problems = read_headers(self.folder)
+        tensors, duplicates = merge_headers(headers)
+        problems += duplicates
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+            if tensor.dtype not in TORCH_DTYPES:
+                problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
         if problems:
             more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
             raise ValueError(f"cannot convert {self.folder}: {problems[0]}{more}.")
@@ -72,12 +77,12 @@ class Source:
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.tensors[name].dtype]
+        return TORCH_DTYPES[self.tensors[name].dtype]
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.tensors[name].file
         try:
-            # opened anew for each tensor, since what was read of a mapped file counts as memory of the process
+            # opened again for each tensor, because the pages read from a mapped file count as memory of the process
             with safe_open(self.folder / file, framework="pt") as stored:
                 tensor = stored.get_tensor(name)
         except SafetensorError as error:
@@ -87,22 +92,22 @@ class Source:
         return tensor
 
     def piece(self, name: str) -> Piece:
-        """A tensor that goes along unchanged."""
+        """A tensor that is copied unchanged."""
         return Piece(name, self.shape(name), self.dtype(name), functools.partial(self.__getitem__, name))
 
-    def beside(self) -> list[Path]:
-        return files_beside(self.folder)
+    def companion_files(self) -> list[Path]:
+        return companion_files(self.folder)
 
     @property
     def name(self) -> str:
         return self.config.get("_name_or_path") or self.folder.resolve().name
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
+        return fingerprint(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
 
 
-def fingerprint_of(config: dict, files: Iterable[Path]) -> str:
-    """Changes with the config and with any weight file; weights themselves are not read."""
+def fingerprint(config: dict, files: Iterable[Path]) -> str:
+    """A hash that changes with the config and with the size or date of any weight file."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(files):
         state = file.stat()
@@ -110,25 +115,25 @@ def fingerprint_of(config: dict, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def files_beside(folder: Path) -> list[Path]:
-    """Files of a checkpoint that go along unchanged."""
-    return sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
+def companion_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are copied unchanged."""
+    return sorted({path for pattern in COMPANION_PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
-def source_folder(given: str) -> Path:
-    """The folder of a path, or of what a hub id names, downloaded; ValueError if it is neither."""
+def fetch_source(given: str) -> Path:
+    """The folder of a path, or of a hub id after downloading it. Raises ValueError if neither exists."""
     place = local_or_hub(given)
     if isinstance(place, Path):
         return place
-    wanted = [
+    patterns = [
         "*.safetensors",
         "*.safetensors.index.json",
         "config.json",
         "generation_config.json",
         "README.md",
-        *BESIDE,
+        *COMPANION_PATTERNS,
     ]
     try:
-        return Path(snapshot_download(given, allow_patterns=wanted))
+        return Path(snapshot_download(given, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
-        raise found_nowhere(given, error) from error
+        raise not_found_error(given, error) from error

@@ -1,4 +1,4 @@
-"""A checkpoint to be written: shard by shard, beside its place, and under its name only when it is whole."""
+"""A checkpoint to write: shard by shard in a hidden folder, which takes its name only when it is complete."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import INDEX
+from .checkpoint import INDEX_FILE
 
-SHARD_BYTES = 15 * 10**8
-_PLAN = "plan.json"
+DEFAULT_SHARD_BYTES = 15 * 10**8
+_PLAN_FILE = "plan.json"
 
 
 class Piece(NamedTuple):
-    """A tensor of the new checkpoint: what is known of it beforehand, and how it is made when its turn comes."""
+    """A tensor of the new checkpoint: its name, shape and dtype, and a function that makes it when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,29 +36,29 @@ class Piece(NamedTuple):
 
 
 class Target:
-    """The folder `out`, made of pieces and texts.
+    """The folder `out`, written from pieces and texts.
 
-    Everything is written into a hidden folder beside it and takes its name at the end, so that a process that dies
-    leaves nothing or all of it under that name; a second run of the same conversion goes on where the first one ended.
+    Everything is written into the hidden folder `partial` beside it, which is renamed at the end. So a process that
+    dies leaves all or nothing under the name `out`, and a second run of the same conversion resumes the first one.
     """
 
-    def __init__(self, out: str | Path, *, shard_bytes: int = SHARD_BYTES, force: bool = False):
-        # what a link or .. leads to: it is that folder which would be replaced
+    def __init__(self, out: str | Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, force: bool = False):
+        # links and .. are resolved, because the folder they lead to would be replaced
         self.out = Path(out).expanduser().resolve()
         if shard_bytes < 1:
             raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
             if not (self.out / "config.json").is_file():
-                raise ValueError(f"{out} exists and is no checkpoint that could be replaced; choose another folder.")
+                raise ValueError(f"{out} exists and is not a checkpoint that could be replaced; choose another folder.")
             if not force:
                 raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
         self.shard_bytes = shard_bytes
         self.partial = self.out.with_name(f".{self.out.name}.partial")
 
     def plan(self, pieces: list[Piece]) -> dict[str, list[Piece]]:
-        """File names and what they will hold; a shard is as large as allowed, or one tensor."""
+        """Assigns pieces to files of at most `shard_bytes`. A larger tensor has a file of its own."""
         by_name = {piece.name: piece for piece in pieces}
-        assert len(by_name) == len(pieces), "two pieces of one name"
+        assert len(by_name) == len(pieces), "two pieces have the same name"
         split = split_state_dict_into_shards_factory(
             by_name,
             get_storage_size=lambda piece: piece.nbytes,
@@ -70,61 +70,61 @@ class Target:
     def write(
         self, shards: dict[str, list[Piece]], texts: dict[str, str], copies: list[Path], origin: str
     ) -> list[str]:
-        """Writes shards as `plan` gives them, texts by file name, and copies of files; the names of all files.
+        """Writes shards as planned, texts by file name, and copies of files. Returns the names of all files.
 
-        `origin` changes with all that pieces are made of.
+        `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed.
 
-        Raises ValueError where the disk has no room or another process is writing there, and whatever a piece raises.
+        Raises ValueError if the disk is full or another process writes to the folder. Errors of pieces pass through.
         """
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lock = self.out.with_name(f".{self.out.name}.lock")
-        with _alone(lock):
-            self._begin(shards, texts, origin)
+        with _exclusive_lock(lock):
+            self._prepare_partial(shards, texts, origin)
             try:
-                self._fill(shards)
+                self._write_shards(shards)
                 for path in copies:
-                    # the hub's cache holds links
+                    # files in the hub's cache are links
                     shutil.copyfile(path.resolve(), self.partial / path.name)
                 for name, text in texts.items():
                     (self.partial / name).write_text(text, encoding="utf-8")
-                self._take_place()
+                self._publish()
             except (ValueError, OSError):
-                # another run would meet the same; what an interrupted process leaves is kept
+                # another run would fail in the same way; only an interrupted one can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise
             finally:
                 lock.unlink()
         return [*shards, *texts, *(path.name for path in copies)]
 
-    def _fill(self, shards: dict[str, list[Piece]]) -> None:
-        """Writes the shards that are not there yet and, where each tensor is in one of several, their index."""
-        pieces = [piece for held in shards.values() for piece in held]
+    def _write_shards(self, shards: dict[str, list[Piece]]) -> None:
+        """Writes the missing shards, and an index if there are several and each tensor is in one of them."""
+        pieces = [piece for shard in shards.values() for piece in shard]
         total = sum(piece.nbytes for piece in pieces)
-        missing = {file: held for file, held in shards.items() if not _is_whole(self.partial / file, held)}
-        left = sum(piece.nbytes for held in missing.values() for piece in held)
+        missing = {file: shard for file, shard in shards.items() if not _is_complete(self.partial / file, shard)}
+        left = sum(piece.nbytes for shard in missing.values() for piece in shard)
         free = shutil.disk_usage(self.partial).free
         if left > free:
             raise ValueError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
         with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
-            for file, held in missing.items():
-                _write_shard(self.partial / file, held, progress)
-        placed = {piece.name: file for file, held in shards.items() for piece in held}
+            for file, shard in missing.items():
+                _write_shard(self.partial / file, shard, progress)
+        placed = {piece.name: file for file, shard in shards.items() for piece in shard}
         if len(shards) > 1 and len(placed) == len(pieces):
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-            (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _begin(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
-        """Leaves what an earlier run of this conversion has written, and nothing else."""
-        described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in held] for file, held in shards.items()}
+    def _prepare_partial(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
+        """Creates the partial folder, or keeps that of an earlier run if it was the same conversion."""
+        described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in shard] for file, shard in shards.items()}
         plan = json.dumps([origin, self.shard_bytes, described, texts.get("config.json")])
         plan = hashlib.sha256(plan.encode()).hexdigest()
-        if self.partial.exists() and _text(self.partial / _PLAN) != plan:
+        if self.partial.exists() and _read_if_present(self.partial / _PLAN_FILE) != plan:
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
-        (self.partial / _PLAN).write_text(plan)
+        (self.partial / _PLAN_FILE).write_text(plan)
 
-    def _take_place(self) -> None:
-        (self.partial / _PLAN).unlink()
+    def _publish(self) -> None:
+        (self.partial / _PLAN_FILE).unlink()
         for path in self.partial.iterdir():
             _flush(path)
         old = self.out.with_name(f".{self.out.name}.old")
@@ -141,11 +141,9 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
     for piece in pieces:
         tensor = piece.make().contiguous()
         if not tensor.isfinite().all():
-            raise ValueError(
-                f"{piece.name} came out with NaN or infinity; its source is beyond what {piece.dtype} holds."
-            )
+            raise ValueError(f"{piece.name} became NaN or infinity; its source is beyond the range of {piece.dtype}.")
         assert (tensor.shape, tensor.dtype) == (piece.shape, piece.dtype), f"{piece.name} is not as planned"
-        # what was cut from a larger tensor would be kept whole
+        # a view would keep its whole storage in memory
         tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         progress.update(tensor.nbytes)
     unfinished = path.with_suffix(".unfinished")
@@ -153,14 +151,14 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
         save_file(tensors, unfinished, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ValueError(f"{path.name} could not be written: {error}") from error
-    # safetensors lets nobody else read what it writes
-    shutil.copymode(path.with_name(_PLAN), unfinished)
+    # safetensors writes files that only their owner can read
+    shutil.copymode(path.with_name(_PLAN_FILE), unfinished)
     _flush(unfinished)
     os.replace(unfinished, path)
 
 
-def _is_whole(path: Path, pieces: list[Piece]) -> bool:
-    """Whether an earlier run has written this shard; it took its name when all of it was on the disk."""
+def _is_complete(path: Path, pieces: list[Piece]) -> bool:
+    """True if an earlier run wrote this shard. A shard is renamed when all of it is on the disk."""
     try:
         with safe_open(path, framework="pt") as stored:
             return set(stored.keys()) == {piece.name for piece in pieces}
@@ -176,13 +174,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _text(path: Path) -> str | None:
+def _read_if_present(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
-def _alone(path: Path):
-    """Held while one process writes; goes with the process, however it ends."""
+def _exclusive_lock(path: Path):
+    """A lock for one writing process. The system releases it when the process ends."""
     try:
         return FileLock(path).acquire(blocking=False)
     except Timeout as error:
-        raise ValueError(f"another process is writing there ({path}); wait for it.") from error
+        raise ValueError(f"another process writes to this folder ({path}); wait for it.") from error

@@ -1,10 +1,11 @@
-"""A dense DeepSeek-V2 as DeepSeekMoE: its SwiGLUs cut into experts, exactly.
+"""A dense DeepSeek-V2 as DeepSeekMoE: its SwiGLUs are cut into experts, exactly.
 
 Letters: d model width, e routed experts, f width of one expert, k experts per token.
 
-A SwiGLU is a sum over its neurons, so any way of cutting it into parts is exact, and neurons of zeros may be added.
-Routed experts count with their share of a softmax: 1/e each where the router is zero, which `routed_scaling_factor`
-makes up for. Which k of equal shares are taken is anybody's guess, unless whole groups are, each of them complete.
+A SwiGLU is a sum over its neurons, so any partition into experts is exact, and neurons of zeros can be added. Routed
+experts are weighted by a softmax, which gives 1/e to each if the router is zero; `routed_scaling_factor` compensates
+for that. Top-k among equal weights is arbitrary, so the result is exact only if all choices give the same sum: all
+experts are chosen, or all are equal, or whole groups are chosen and each group is the complete MLP.
 """
 
 import functools
@@ -17,79 +18,77 @@ from torch import Tensor
 from .target import Piece
 
 SCHEMES = ("M0", "M1", "M2", "M3", "M4", "M5")
-MULTIPLE = 8
+WIDTH_MULTIPLE = 8
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class Layout(NamedTuple):
-    """How the neurons of a dense MLP lie in experts, and what the config says so that their sum is that MLP."""
+class ExpertLayout(NamedTuple):
+    """Which neurons of a dense MLP each expert holds, and the config fields that make the sum equal to that MLP."""
 
     f: int
-    shards: list[int | None]  # per routed expert, the part of the dense MLP behind the shared ones; None: all parts
-    down_scale: float
+    shards: list[int | None]  # per routed expert, its part of the neurons that are not shared; None: all neurons
+    down_scale: float  # factor on down_proj of routed experts
     config: dict
 
 
-def layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int, groups: int) -> Layout:
-    """The scheme for an MLP of `dense_width` neurons, with e routed and some shared experts, k per token, in groups.
+def expert_layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int, groups: int) -> ExpertLayout:
+    """The layout of a scheme for an MLP of `dense_width` neurons.
 
-    M0  the shared experts are the MLP; routed ones add nothing yet
-    M1  every expert a part, all of them taken
-    M2  every expert the whole MLP
-    M3  every group the whole MLP in parts, whole groups taken
-    M4  M3 with shares that are normalised to one, under a router that knows groups only
-    M5  M3 for the neurons that the shared experts leave over
+    M0  The shared experts are the MLP. Routed experts add nothing before training.
+    M1  Each expert is a part of the MLP, and all experts are chosen.
+    M2  Each expert is the whole MLP.
+    M3  Each group is the whole MLP, cut into its experts, and whole groups are chosen.
+    M4  M3 with gate weights normalized to 1 and a random router that is equal within a group.
+    M5  M3 for the neurons that are not in the shared experts.
 
-    Raises ValueError for numbers that the scheme cannot be made of.
+    Raises ValueError for numbers that do not fit the scheme.
     """
     if e < 1:
         raise ValueError(f"expected at least one routed expert, got {e}.")
-    shares = {"norm_topk_prob": scheme == "M4"}
-    grouped = scheme in ("M3", "M4", "M5")
+    gating = {"norm_topk_prob": scheme == "M4"}
+    is_grouped = scheme in ("M3", "M4", "M5")
     if (shared > 0) != (scheme in ("M0", "M5")):
         raise ValueError(f"scheme {scheme} has {'at least one' if shared == 0 else 'no'} shared expert, got {shared}.")
-    if grouped and (groups < 1 or e % groups or k % (e // groups) or k > e):
+    if is_grouped and (groups < 1 or e % groups or k % (e // groups) or k > e):
         raise ValueError(
-            f"scheme {scheme} takes whole groups: expected {e} routed experts in equal groups and a top-k of some of "
-            f"these, got {groups} groups and a top-k of {k}."
+            f"scheme {scheme} chooses whole groups: expected {e} routed experts in equal groups and a top-k that is a "
+            f"multiple of their size, got {groups} groups and a top-k of {k}."
         )
-    if not grouped and groups != 1:
+    if not is_grouped and groups != 1:
         raise ValueError(f"scheme {scheme} has no groups, got {groups}.")
     if not 1 <= k <= e or (scheme == "M1" and k != e):
         raise ValueError(f"expected a top-k of {e if scheme == 'M1' else f'1 to {e}'}, got {k}.")
-    if scheme == "M0":
-        return Layout(
-            _width(dense_width / shared), [i % shared for i in range(e)], 0.0, shares | {"routed_scaling_factor": 1.0}
-        )
-    if scheme == "M1":
-        return Layout(_width(dense_width / e), list(range(e)), 1.0, shares | {"routed_scaling_factor": float(e)})
-    if scheme == "M2":
-        return Layout(_width(dense_width), [None] * e, 1.0, shares | {"routed_scaling_factor": e / k})
     parts = e // groups
     shards = [i % parts for i in range(e)]
-    routed = shares | {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": k // parts}
-    # normalised shares are not scaled: a group's come to 1 / parts of its weight
-    if scheme == "M4":
-        return Layout(_width(dense_width / parts), shards, float(parts), routed | {"routed_scaling_factor": 1.0})
-    return Layout(
-        _width(dense_width / (shared + parts)), shards, 1.0, routed | {"routed_scaling_factor": e / (k // parts)}
-    )
+    if scheme == "M0":
+        width, shards, down_scale, scaling = dense_width / shared, [i % shared for i in range(e)], 0.0, 1.0
+    elif scheme == "M1":
+        width, down_scale, scaling = dense_width / e, 1.0, float(e)
+    elif scheme == "M2":
+        width, shards, down_scale, scaling = dense_width, [None] * e, 1.0, e / k
+    else:
+        gating |= {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": k // parts}
+        width, down_scale, scaling = dense_width / (shared + parts), 1.0, e / (k // parts)
+        # normalized gate weights are not scaled: each expert of a group gets 1 / parts of the group's weight
+        if scheme == "M4":
+            down_scale, scaling = float(parts), 1.0
+    return ExpertLayout(_padded_width(width), shards, down_scale, gating | {"routed_scaling_factor": scaling})
 
 
-def _width(neurons: float) -> int:
-    """At least so many, in a multiple that torch's grouped products ask of a row in any dtype."""
-    return math.ceil(neurons / MULTIPLE) * MULTIPLE
+def _padded_width(neurons: float) -> int:
+    """The next multiple of WIDTH_MULTIPLE, which torch's grouped matrix products require of rows in any dtype."""
+    return math.ceil(neurons / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 class Upcycle:
-    """The conversion `base`, whose result is dense, with experts from layer `dense_layers` on: `config` and `pieces`.
+    """The dense result of another conversion, `base`, with experts from layer `dense_layers` on: `config` and `pieces`.
 
-    The router is zero, or under M0 and M4, where it may be anything, random. `router_noise`, a standard deviation, and
-    `reinitialised`, the share of a routed expert's neurons that are drawn anew with the mean and spread of its
-    own (Drop-Upcycling, arXiv:2502.19261), part experts that would be alike; but for M0 they change what is said.
+    The router is zero, or random under M0 and M4, where its values do not matter. Two options make equal experts
+    differ, which changes the logits except under M0. `router_noise` is the standard deviation of noise on the router.
+    `reinitialized` is the fraction of each routed expert's neurons that are drawn again, with the mean and standard
+    deviation of that expert (Drop-Upcycling, arXiv:2502.19261).
 
-    Raises:
-        ValueError: where the result of `base` has experts already, or as `layout`.
+    Raises ValueError if the result of `base` has experts, or as `expert_layout` does.
     """
 
     def __init__(
@@ -103,24 +102,24 @@ class Upcycle:
         groups: int,
         dense_layers: int = 1,
         router_noise: float = 0.0,
-        reinitialised: float = 0.0,
+        reinitialized: float = 0.0,
     ):
-        if not (0 <= router_noise < math.inf and 0 <= reinitialised <= 1):
+        if not (0 <= router_noise < math.inf and 0 <= reinitialized <= 1):
             raise ValueError(
-                f"expected router noise of 0 or more and a share of neurons from 0 to 1, got {router_noise} and "
-                f"{reinitialised}."
+                f"expected router noise of 0 or more and a fraction of neurons from 0 to 1, got {router_noise} and "
+                f"{reinitialized}."
             )
         self.base, self.scheme, self.e, self.shared, self.groups = base, scheme, e, shared, groups
-        self.router_noise, self.reinitialised = router_noise, reinitialised
-        self._last: tuple[Piece, Tensor] | None = None
+        self.router_noise, self.reinitialized = router_noise, reinitialized
+        self._cached_weight: tuple[Piece, Tensor] | None = None
         config = base.config
         layers = config.num_hidden_layers
         if any(config.is_moe_layer(i) for i in range(layers)):
-            raise ValueError("expected a dense source, got one with experts; upcycle what it was made of.")
+            raise ValueError("expected a dense source, got one with experts; upcycle the model it was made from.")
         if not 0 <= dense_layers < layers:
             raise ValueError(f"expected 0 to {layers - 1} layers that stay dense, got {dense_layers}.")
         self.dense_layers = dense_layers
-        self.layout = layout(scheme, config.intermediate_size, e=e, shared=shared, k=k, groups=groups)
+        self.layout = expert_layout(scheme, config.intermediate_size, e=e, shared=shared, k=k, groups=groups)
         self.config = type(config).from_dict(
             config.to_dict()
             | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
@@ -136,15 +135,15 @@ class Upcycle:
         )
 
     @property
-    def filled(self) -> float:
-        """Share of an MLP's neurons that are zeros, because parts have to be alike and a multiple of MULTIPLE wide."""
+    def zero_fraction(self) -> float:
+        """The fraction of neurons that are zeros, because parts have the same width, a multiple of WIDTH_MULTIPLE."""
         routed = 0 if self.scheme == "M0" else len(set(self.layout.shards))
         parts = routed + (self.shared if self.scheme in ("M0", "M5") else 0)
         return 1 - self.base.config.intermediate_size / (parts * self.layout.f)
 
     @property
     def is_exact(self) -> bool:
-        return self.scheme == "M0" or not (self.router_noise or self.reinitialised)
+        return self.scheme == "M0" or not (self.router_noise or self.reinitialized)
 
     def pieces(self) -> list[Piece]:
         dense = {piece.name: piece for piece in self.base.pieces()}
@@ -163,23 +162,24 @@ class Upcycle:
         dtype = mlp["gate_proj"].dtype
         made = [Piece(f"{prefix}gate.weight", (self.e, d), dtype, lambda: self._router(layer, d).to(dtype))]
         for projection, piece in mlp.items():
-            dense = functools.partial(self._whole, piece)
+            dense = functools.partial(self._dense_weight, piece)
             if self.shared:
-                made.append(_part(f"{prefix}shared_experts.{projection}.weight", dense, 0, self.shared * f, d, dtype))
+                name = f"{prefix}shared_experts.{projection}.weight"
+                made.append(_expert_piece(name, dense, 0, self.shared * f, d, dtype))
             for i, shard in enumerate(self.layout.shards):
                 name = f"{prefix}experts.{i}.{projection}.weight"
-                # M0 cuts the shared experts themselves, M5 what lies behind them
+                # M0 cuts the neurons of the shared experts, M5 the neurons after them
                 first = 0 if shard is None else (shard + (self.shared if self.scheme == "M5" else 0)) * f
                 scale = self.layout.down_scale if projection == "down_proj" else 1.0
-                redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialised else None
-                made.append(_part(name, dense, first, f, d, dtype, scale, redraw))
+                redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialized else None
+                made.append(_expert_piece(name, dense, first, f, d, dtype, scale, redraw))
         return made
 
-    def _whole(self, piece: Piece) -> Tensor:
-        """The dense matrix from which experts are cut one after the other; the last one is kept."""
-        if self._last is None or self._last[0] is not piece:
-            self._last = (piece, piece.make())
-        return self._last[1]
+    def _dense_weight(self, piece: Piece) -> Tensor:
+        """The matrix from which experts are cut, cached for the next expert."""
+        if self._cached_weight is None or self._cached_weight[0] is not piece:
+            self._cached_weight = (piece, piece.make())
+        return self._cached_weight[1]
 
     def _router(self, layer: int, d: int) -> Tensor:
         generator = torch.Generator().manual_seed(layer)
@@ -191,27 +191,27 @@ class Upcycle:
         return router + torch.randn(self.e, d, generator=generator) * self.router_noise
 
     def _redraw(self, layer: int, expert: int, projection: str, part: Tensor) -> None:
-        """Draws a share of an expert's neurons [f d] anew, the same ones in all three projections."""
+        """Draws a fraction of an expert's neurons [f d] again in place, the same ones in all three projections."""
         generator = torch.Generator().manual_seed(layer * self.e + expert)
-        chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialised * len(part))]
+        chosen = torch.randperm(len(part), generator=generator)[: round(self.reinitialized * len(part))]
         generator.manual_seed((layer * self.e + expert) * len(_PROJECTIONS) + _PROJECTIONS.index(projection))
-        fresh = torch.randn(len(chosen), part.shape[1], generator=generator)
-        part[chosen] = (fresh * part.float().std() + part.float().mean()).to(part.dtype)
+        noise = torch.randn(len(chosen), part.shape[1], generator=generator)
+        part[chosen] = (noise * part.float().std() + part.float().mean()).to(part.dtype)
 
 
-def _part(
+def _expert_piece(
     name: str, dense, first: int, width: int, d: int, dtype: torch.dtype, scale: float = 1.0, redraw=None
 ) -> Piece:
-    """Neurons first to first + width of a dense projection, zeros where there are none, some of them drawn anew."""
+    """Neurons from `first` to `first + width` of a dense projection, padded with zeros."""
     is_down = name.endswith("down_proj.weight")
 
     def make() -> Tensor:
         neurons = dense().T if is_down else dense()
         part = torch.zeros(width, d, dtype=dtype)
-        some = neurons[first : first + width]
-        part[: len(some)] = some
-        if redraw is not None and len(some):
-            redraw(part[: len(some)])
+        selected = neurons[first : first + width]
+        part[: len(selected)] = selected
+        if redraw is not None and len(selected):
+            redraw(part[: len(selected)])
         part *= scale
         return part.T.contiguous() if is_down else part
 

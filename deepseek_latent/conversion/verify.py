@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint says what its source says, here and in transformers' own class."""
+"""Compares a converted checkpoint with its source and with transformers' own class."""
 
 from pathlib import Path
 
@@ -7,23 +7,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
-from .calibration import tokenized
 from .checkpoint import check_checkpoint, read_config
-from .compatibility import objections
+from .compatibility import find_incompatibilities
 from .source import Source
+from .text import tokenize
 
-TOKENS = 64  # of random ids, where no text is given
-# how far logits may be apart: float32 with --bias-free is at 1e-4; in half precision a router may choose another expert
-ALLOWED = {torch.float32: 1e-3}
-ALLOWED_IN_HALF = 0.1
-NEW_TOKENS = 32
+NUM_RANDOM_TOKENS = 64  # if no text is given
+# In float32, --bias-free gives about 1e-4. In half precision a router may choose another expert.
+MAX_LOGITS_ERROR = {torch.float32: 1e-3}
+MAX_LOGITS_ERROR_IN_HALF = 0.1
+NUM_NEW_TOKENS = 32
 
 
 def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dtype | None) -> dict:
-    """Reads every tensor back and compares logits; what was found, with `problems` that are empty where all is well.
+    """Reads every tensor back and compares logits. Returns a report, whose `problems` are empty if the checks pass.
 
-    Errors are relative: the largest difference of a logit over the largest logit. Greedy continuations are counted as
-    equal tokens from the start.
+    An error is the largest difference of a logit, relative to the largest logit. `equal_greedy_tokens` counts the equal
+    tokens from the start of both greedy continuations.
     """
     for place in (folder, against):
         if place is not None and not (place / "config.json").is_file():
@@ -35,31 +35,31 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
         return report
     source = Source(folder)
     for name in source.tensors:
-        source[name]  # raises where a number is none
-    report["what other programs would object to"] = objections(config, source.config, source.tensors)
-    ids = _ids(folder, text, config.vocab_size)
-    # one model at a time is in memory
-    logits, continuation = _answers(_load(AutoModelForCausalLM, folder, dtype), ids)
-    allowed = ALLOWED.get(logits.dtype, ALLOWED_IN_HALF)
+        source[name]  # raises ValueError if it holds NaN or infinity
+    report["incompatible_with_other_programs"] = find_incompatibilities(config, source.config, source.tensors)
+    ids = _token_ids(folder, text, config.vocab_size)
+    # only one model at a time is in memory
+    logits, continuation = _logits_and_continuation(_load(AutoModelForCausalLM, folder, dtype), ids)
+    max_error = MAX_LOGITS_ERROR.get(logits.dtype, MAX_LOGITS_ERROR_IN_HALF)
     report["tokens"] = ids.shape[1]
     if config.n_shared_experts is None:
-        report["logits_error_in_transformers"] = "its class has shared experts always"
+        report["logits_error_in_transformers"] = "not compared, its class always has shared experts"
     elif config.norm_topk_prob:
-        report["logits_error_in_transformers"] = "its class does not normalise shares"
+        report["logits_error_in_transformers"] = "not compared, its class does not normalize gate weights"
     else:
-        stock, _ = _answers(_load(NativeForCausalLM, folder, dtype), ids, continued=False)
-        report["logits_error_in_transformers"] = _error(stock, logits)
-        if report["logits_error_in_transformers"] > allowed:
-            report["problems"].append(f"logits in transformers differ by more than {allowed}")
+        stock = _logits(_load(NativeForCausalLM, folder, dtype), ids)
+        report["logits_error_in_transformers"] = _relative_error(stock, logits)
+        if report["logits_error_in_transformers"] > max_error:
+            report["problems"].append(f"logits in transformers differ by more than {max_error}")
     if against is not None:
-        expected, expected_continuation = _answers(_load(AutoModelForCausalLM, against, dtype), ids)
+        expected, expected_continuation = _logits_and_continuation(_load(AutoModelForCausalLM, against, dtype), ids)
         if logits.shape != expected.shape:
             raise ValueError(f"expected {against} to have the vocabulary of {folder}, got {expected.shape[1]} tokens.")
-        report["logits_error_against_source"] = _error(logits, expected)
-        if report["logits_error_against_source"] > allowed:
-            report["problems"].append(f"logits differ from those of {against} by more than {allowed}")
-        same = (continuation == expected_continuation).long().cumprod(dim=0).sum()
-        report["equal_greedy_tokens"] = f"{same} of {len(expected_continuation)}"
+        report["logits_error_against_source"] = _relative_error(logits, expected)
+        if report["logits_error_against_source"] > max_error:
+            report["problems"].append(f"logits differ from those of {against} by more than {max_error}")
+        num_equal = (continuation == expected_continuation).long().cumprod(dim=0).sum()
+        report["equal_greedy_tokens"] = f"{num_equal} of {len(expected_continuation)}"
     return report
 
 
@@ -68,27 +68,32 @@ def _load(model_class, folder: Path, dtype: torch.dtype | None) -> PreTrainedMod
 
 
 @torch.no_grad()
-def _answers(model: PreTrainedModel, ids: Tensor, continued: bool = True) -> tuple[Tensor, Tensor]:
-    """Logits [s vocab] of all tokens, and the ids of a greedy continuation."""
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:  # [s vocab]
     logits = model(ids).logits[0]
     if not logits.isfinite().all():
-        raise ValueError(f"{type(model).__name__} gives logits that are no numbers; take a wider dtype.")
-    if not continued:
-        return logits, ids[0, :0]
-    plain = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
-    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **plain)
-    return logits, new[0, ids.shape[1] :]
+        raise ValueError(
+            f"expected finite logits from {type(model).__name__}, got NaN or infinity; use a wider --dtype."
+        )
+    return logits
 
 
-def _ids(folder: Path, text: str | None, vocab_size: int) -> Tensor:
+def _logits_and_continuation(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [s vocab] of all tokens, and the ids of a greedy continuation."""
+    logits = _logits(model, ids)
+    greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": 1.0}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, **greedy)
+    return logits, output[0, ids.shape[1] :]
+
+
+def _token_ids(folder: Path, text: str | None, vocab_size: int) -> Tensor:
     if text is None:
-        return torch.randint(0, vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = tokenized(folder, text)
+        return torch.randint(0, vocab_size, (1, NUM_RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = tokenize(folder, text)
     if ids.shape[1] == 0:
         raise ValueError("expected a text of at least one token, got none.")
     return ids
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()

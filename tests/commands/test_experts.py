@@ -1,4 +1,4 @@
-"""What `deepseek-latent experts` says is what the gates did."""
+"""`deepseek-latent experts` reports what the gates of a model choose on a text."""
 
 import json
 import math
@@ -9,11 +9,9 @@ from transformers import AutoTokenizer
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.checkpoint import checkpoint_tensors
-from deepseek_latent.conversion.size import routed_size
 from deepseek_latent.finetuning.activity import Activity, activity_of
 from deepseek_latent.finetuning.expert_selection import ExpertSelection
-from tests.support import V2, random_ids, tiny_model
+from tests.support import random_ids, tiny_model
 from tests.test_examples import FOLDER
 
 
@@ -37,7 +35,7 @@ def test_shares_and_weights_are_those_of_the_gates():
         assert found.weights[0, expert] == pytest.approx(expected, rel=1e-4)
 
 
-def test_figures_of_a_layer_are_those_of_its_shares():
+def test_load_entropy_and_distance_follow_from_the_shares():
     def of(*rows):
         shares = torch.tensor(rows, dtype=torch.float64)
         return Activity(list(range(len(rows))), shares, torch.zeros_like(shares), torch.zeros_like(shares))
@@ -55,7 +53,7 @@ def test_a_model_without_experts_is_refused():
         activity_of(tiny_model(n_routed_experts=None), random_ids(1, 5))
 
 
-def test_the_command_says_and_draws_it(tmp_path, capsys):
+def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
     text, other = FOLDER / "held_out.txt", tmp_path / "other.txt"
     other.write_text("1 2 3 4 5 6 7 8 9 10 " * 40)
     command = ["experts", str(FOLDER), "--text", str(text), "--against", str(other)]
@@ -74,9 +72,9 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     for row in report["layers"]:
         scores = [row["shares"][expert] for expert in chosen[row["layer"]]]
         assert sum(scores) >= 0.3 > sum(scores[:-1])
-    said, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
-    assert "2202.01169" in said.out
-    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in said.err
+    printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
+    assert "2202.01169" in printed.out
+    assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -91,7 +89,7 @@ def test_the_command_says_and_draws_it(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
+def test_unusable_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a text")
     (tmp_path / "empty.txt").write_text("\n")
@@ -109,38 +107,18 @@ def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ids", [torch.empty(1, 0, dtype=torch.long)])
-def test_no_text_is_refused(ids):
+def test_an_empty_text_is_refused(ids):
     with pytest.raises(ValueError, match="at least one token"):
         activity_of(tiny_model(), ids)
 
 
-def test_a_model_without_a_head_has_experts_too():
+def test_a_model_without_a_head_is_read_too():
     assert activity_of(tiny_model().model, random_ids(1, 5)).layers == [1, 2]
 
 
-def test_a_model_without_a_tokenizer_reads_no_text(tmp_path, capsys):
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a text")
     assert main(["experts", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]) == 2
     assert "needs a tokenizer" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(FOLDER) is not None
-
-
-def test_the_scaling_law_is_that_of_the_paper():
-    """A dense model is as good as itself; 128 experts make 5 M parameters worth about 55 M (section 5.1 there)."""
-    config = DeepseekV2Config(**V2)
-    size = routed_size(config, checkpoint_tensors(config))
-    assert size.expansion == 12 / 3
-    assert size.base < size.effective < size.base * 4
-    dense = DeepseekV2Config(**(V2 | {"n_routed_experts": None}))
-    size = routed_size(dense, checkpoint_tensors(dense))
-    assert size.expansion == 1
-    assert size.effective == pytest.approx(size.base)
-    wide = DeepseekV2Config(**(V2 | {"n_routed_experts": 128, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}))
-    size = routed_size(wide, {"model.norm.weight": (5_000_000 + _idle(wide),)})
-    assert size.base == 5_000_000
-    assert size.effective == pytest.approx(55e6, rel=0.1)
-
-
-def _idle(config) -> int:
-    return 2 * 127 * 3 * config.hidden_size * config.moe_intermediate_size

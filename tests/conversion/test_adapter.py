@@ -1,4 +1,4 @@
-"""Adapters with experts one by one, as transformers 4 trained them, become adapters of stacked experts, and back."""
+"""Adapters with separate experts, as transformers 4 trained them, become adapters of stacked experts, and back."""
 
 import json
 import re
@@ -17,8 +17,8 @@ PREFIX = "base_model.model."
 NAMES = {"gate": (32, 72), "up": (32, 72), "down": (72, 32)}  # out, in
 
 
-def old_adapter(folder, names=("gate", "up", "down"), r: int = 3, **config) -> dict[str, Tensor]:
-    """An adapter on attention, dense and shared MLPs and on every expert, as of transformers 4; its tensors."""
+def separate_adapter(folder, names=("gate", "up", "down"), r: int = 3, **config) -> dict[str, Tensor]:
+    """Saves an adapter of transformers 4 on attention, all MLPs and every expert, and returns its tensors."""
     modules = ["o_proj", *(f"{name}_proj" for name in names)]
     model = get_peft_model(
         tiny_model(), LoraConfig(r=r, lora_alpha=7, target_modules=modules, init_lora_weights=False, **config)
@@ -37,7 +37,7 @@ def old_adapter(folder, names=("gate", "up", "down"), r: int = 3, **config) -> d
 
 
 def merged_by_hand(tensors: dict[str, Tensor], scaling_of):
-    """The model with B A added to every weight, experts as they are in files."""
+    """The model with B A added to every weight, from an adapter with separate experts."""
     model = tiny_model()
     with torch.no_grad():
         for name in [name for name in tensors if "lora_A" in name]:
@@ -65,8 +65,8 @@ CASES = {
 
 @pytest.mark.parametrize(("options", "scaling"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_an_old_adapter_acts_on_everything_it_was_trained_on(tmp_path, options, scaling):
-    tensors, ids = old_adapter(tmp_path / "old", **options), random_ids(2, 20)
+def test_a_converted_adapter_acts_on_everything_it_was_trained_on(tmp_path, options, scaling):
+    tensors, ids = separate_adapter(tmp_path / "old", **options), random_ids(2, 20)
     assert main(["convert", "adapter", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     expected = merged_by_hand(tensors, lambda place: scaling)(ids).logits
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "new").eval()
@@ -76,15 +76,15 @@ def test_an_old_adapter_acts_on_everything_it_was_trained_on(tmp_path, options, 
     assert relative_error(loaded.eval()(ids).logits, expected) < 1e-5
 
 
-def test_an_old_adapter_is_not_dropped_without_a_word(tmp_path):
-    old_adapter(tmp_path / "old")
+def test_loading_separate_experts_names_the_command_that_converts_them(tmp_path):
+    separate_adapter(tmp_path / "old")
     with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
         PeftModel.from_pretrained(tiny_model(), tmp_path / "old")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
 @torch.no_grad()
-def test_experts_one_by_one_add_what_the_stacked_ones_do(tmp_path, options):
+def test_separate_experts_add_the_same_as_stacked_ones(tmp_path, options):
     torch.manual_seed(2)
     ids, config = (
         random_ids(2, 20),
@@ -107,7 +107,7 @@ def test_experts_one_by_one_add_what_the_stacked_ones_do(tmp_path, options):
     assert relative_error(by_hand(ids).logits, model(ids).logits) < 1e-5
 
 
-def test_what_is_no_such_adapter_is_refused(tmp_path, capsys):
+def test_unsuitable_adapters_are_refused(tmp_path, capsys):
     def refused(*words: str) -> None:
         assert main(["convert", "adapter", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
@@ -115,7 +115,7 @@ def test_what_is_no_such_adapter_is_refused(tmp_path, capsys):
         assert not (tmp_path / "b").exists()
 
     refused("adapter_config.json")
-    tensors = old_adapter(tmp_path / "a")
+    tensors = separate_adapter(tmp_path / "a")
     weights = tmp_path / "a" / "adapter_model.safetensors"
     one = next(name for name in tensors if ".experts.3.up_proj.lora_A" in name)
     save_file({name: x for name, x in tensors.items() if name != one}, weights)
@@ -126,5 +126,5 @@ def test_what_is_no_such_adapter_is_refused(tmp_path, capsys):
     refused("got both")
     weights.write_bytes(b"nothing")
     refused("adapter_model.safetensors")
-    old_adapter(tmp_path / "a", use_dora=True)
+    separate_adapter(tmp_path / "a", use_dora=True)
     refused("without DoRA")

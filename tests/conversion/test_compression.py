@@ -1,4 +1,4 @@
-"""Compression of keys and values to smaller latents: what is exact of it, what it costs, what it is refused for."""
+"""Compression of keys and values to smaller latents is exact at full widths, and loses more at smaller ones."""
 
 import json
 from pathlib import Path
@@ -10,57 +10,58 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import target
-from deepseek_latent.conversion.calibration import WINDOW, LayerStatistics, perplexity, statistics_of, windows_of
+from deepseek_latent.conversion.calibration import LayerStatistics, collect_statistics, perplexity
 from deepseek_latent.conversion.compress import CompressedMla
-from deepseek_latent.conversion.compression_report import compressed, model_of
+from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
 from deepseek_latent.conversion.source import Source
-from tests.conversion.test_conversion import LLAMA3, SMALL, SOURCES, YARN, saved
+from deepseek_latent.conversion.text import WINDOW_LENGTH, split_into_windows
+from tests.conversion.sources import LLAMA3, SMALL, SOURCES, YARN, save_source
 from tests.support import NATIVE, random_ids, relative_error, seeded
 from tests.test_examples import FOLDER as TOKENIZER
 
 EXACT = ["MHA", "GQA", "MQA", "llama3", "yarn", "wide heads, tied", "all biases", "Qwen2"]
-LONG = {"max_position_embeddings": WINDOW, "vocab_size": 2048}
+LONG = {"max_position_embeddings": WINDOW_LENGTH, "vocab_size": 2048}
 
 
 def calibrated(folder: Path, config_class, **options) -> tuple[transformers.PreTrainedModel, list[LayerStatistics]]:
-    saved(folder, config_class, **options)
+    save_source(folder, config_class, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    windows = torch.randint(0, model.config.vocab_size, (6, WINDOW), generator=seeded(1))
-    return model, statistics_of(model, windows)
+    windows = torch.randint(0, model.config.vocab_size, (6, WINDOW_LENGTH), generator=seeded(1))
+    return model, collect_statistics(model, windows)
 
 
 @pytest.mark.parametrize("name", EXACT)
 @torch.no_grad()
-def test_where_all_keys_rotate_and_the_latent_is_wide_nothing_is_lost(tmp_path, name):
+def test_full_widths_lose_nothing(tmp_path, name):
     config_class, options = SOURCES[name]
     model, statistics = calibrated(tmp_path, config_class, **options)
     files, ids = Source(tmp_path), random_ids(2, 50)
     whole = CompressedMla(files, statistics, r=model.config.num_key_value_heads * _head_width(model.config))
-    assert relative_error(model_of(whole)(ids).logits, model(ids).logits) < 1e-5
+    assert relative_error(build_model(whole)(ids).logits, model(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("dead", ["o_proj", "v_proj", "k_proj", "q_proj"])
 @torch.no_grad()
-def test_a_layer_that_does_nothing_is_compressed_to_one_that_does_nothing(tmp_path, dead):
-    saved(tmp_path, LlamaConfig)
+def test_a_layer_with_a_zero_projection_is_compressed_exactly(tmp_path, dead):
+    save_source(tmp_path, LlamaConfig)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     for layer in model.model.layers:
         getattr(layer.self_attn, dead).weight.zero_()
     model.save_pretrained(tmp_path)
     ids = random_ids(2, 50)
-    statistics = statistics_of(model, torch.randint(0, 96, (6, WINDOW)))
-    compressed_model = model_of(CompressedMla(Source(tmp_path), statistics, r=16, c=50))
+    statistics = collect_statistics(model, torch.randint(0, 96, (6, WINDOW_LENGTH)))
+    compressed_model = build_model(CompressedMla(Source(tmp_path), statistics, r=16, c=50))
     assert relative_error(compressed_model(ids).logits, model(ids).logits) < 1e-5
 
 
 @torch.no_grad()
-def test_what_the_text_does_not_show_is_not_lost_where_there_is_room(tmp_path):
-    """One token again and again: statistics of rank one."""
-    saved(tmp_path, LlamaConfig)
+def test_directions_absent_from_the_text_are_kept_if_the_width_allows(tmp_path):
+    """The text repeats one token, so the statistics have rank one."""
+    save_source(tmp_path, LlamaConfig)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    statistics, ids = statistics_of(model, torch.full((6, WINDOW), 7)), random_ids(2, 50)
+    statistics, ids = collect_statistics(model, torch.full((6, WINDOW_LENGTH), 7)), random_ids(2, 50)
     assert (
-        relative_error(model_of(CompressedMla(Source(tmp_path), statistics, r=32))(ids).logits, model(ids).logits)
+        relative_error(build_model(CompressedMla(Source(tmp_path), statistics, r=32))(ids).logits, model(ids).logits)
         < 1e-5
     )
 
@@ -70,49 +71,51 @@ def _head_width(config) -> int:
 
 
 @torch.no_grad()
-def test_heads_that_read_nothing_but_themselves_need_no_rotation(tmp_path):
-    """Where a head looks at one distance only, the mean of the rotation is the rotation."""
+def test_heads_that_attend_to_one_distance_need_no_rotation(tmp_path):
+    """If a head attends to one distance only, the mean of the rotation is the rotation."""
     _, statistics = calibrated(tmp_path, LlamaConfig, num_hidden_layers=1, num_key_value_heads=1)
-    own_only = [layer._replace(distances=torch.eye(WINDOW)[:1].repeat(4, 1).double()) for layer in statistics]
+    own_only = [layer._replace(distances=torch.eye(WINDOW_LENGTH)[:1].repeat(4, 1).double()) for layer in statistics]
     conversion = CompressedMla(Source(tmp_path), own_only, r=2)
-    parts = conversion.parts(0)
+    parts = conversion.read_parts(0)
     torch.testing.assert_close(parts.means, torch.ones_like(parts.means))
-    assert conversion.losses(parts).max() < 1e-12 * parts.score_costs.max()
+    assert conversion.rotation_losses(parts).max() < 1e-12 * parts.score_costs.max()
 
 
 @torch.no_grad()
-def test_mixtures_of_heads_that_are_alike_need_one_rotation_for_all(tmp_path):
-    """Four key heads that are multiples of one another keep every score at a quarter of the rotary width."""
+def test_proportional_heads_share_one_rotation(tmp_path):
+    """Four key heads that are multiples of one another keep every score with a quarter of the rotary width."""
     torch.manual_seed(0)
-    saved(tmp_path, LlamaConfig, num_key_value_heads=4)
+    save_source(tmp_path, LlamaConfig, num_key_value_heads=4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     for layer in model.model.layers:
         keys = layer.self_attn.k_proj.weight.unflatten(0, (4, -1))
         keys.copy_(keys[:1] * torch.tensor([1.0, -0.5, 2.0, 0.3])[:, None, None])
     model.save_pretrained(tmp_path)
-    statistics, ids = statistics_of(model, torch.randint(0, 96, (6, WINDOW))), random_ids(2, 50)
+    statistics, ids = collect_statistics(model, torch.randint(0, 96, (6, WINDOW_LENGTH))), random_ids(2, 50)
     quarter = CompressedMla(Source(tmp_path), statistics, r=16)
-    assert quarter.kept.tolist() == [1] * 8
-    assert relative_error(model_of(quarter)(ids).logits, model(ids).logits) < 1e-5
-    # values are all that the latent holds: 4 heads of 16, the constant, and one to be even
+    assert quarter.num_kept.tolist() == [1] * 8
+    assert relative_error(build_model(quarter)(ids).logits, model(ids).logits) < 1e-5
+    # the latent holds only values: 4 heads of 16, the constant, and one channel to make the width even
     lossless = CompressedMla(Source(tmp_path), statistics, r=16, c=66)
-    assert relative_error(model_of(lossless)(ids).logits, model(ids).logits) < 1e-5
+    assert relative_error(build_model(lossless)(ids).logits, model(ids).logits) < 1e-5
     assert (
-        relative_error(model_of(CompressedMla(Source(tmp_path), statistics, r=16, c=64))(ids).logits, model(ids).logits)
+        relative_error(
+            build_model(CompressedMla(Source(tmp_path), statistics, r=16, c=64))(ids).logits, model(ids).logits
+        )
         > 1e-4
     )
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3, YARN], ids=["default", "llama3", "yarn"])
 @torch.no_grad()
-def test_more_width_loses_less(tmp_path, rope):
+def test_larger_widths_lose_less(tmp_path, rope):
     options = {} if rope is None else {"rope_parameters": rope}
     model, statistics = calibrated(tmp_path, LlamaConfig, num_key_value_heads=4, **options)
     files, windows = Source(tmp_path), torch.randint(0, 96, (2, 100), generator=seeded(2))
     expected = model(windows).logits
 
     def error(r: int, c: int | None) -> float:
-        return relative_error(model_of(CompressedMla(files, statistics, r=r, c=c))(windows).logits, expected)
+        return relative_error(build_model(CompressedMla(files, statistics, r=r, c=c))(windows).logits, expected)
 
     by_rotation = [error(r, None) for r in (8, 24, 48, 64)]
     by_latent = [error(48, c) for c in (16, 48, 72)]
@@ -124,67 +127,69 @@ def test_more_width_loses_less(tmp_path, rope):
 @torch.no_grad()
 def test_statistics_are_those_of_the_layers(tmp_path):
     model, _ = calibrated(tmp_path, LlamaConfig)
-    windows = torch.randint(0, 96, (5, WINDOW), generator=seeded(3))
-    found = statistics_of(model, windows)
+    windows = torch.randint(0, 96, (5, WINDOW_LENGTH), generator=seeded(3))
+    found = collect_statistics(model, windows)
     outputs = model(windows, output_hidden_states=True, output_attentions=True)
     for i, layer in enumerate(found):
         inputs = model.model.layers[i].input_layernorm(outputs.hidden_states[i]).double().flatten(0, 1)
         torch.testing.assert_close(layer.moments[:-1, :-1], inputs.T @ inputs / windows.numel(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.moments[:-1, -1], inputs.mean(dim=0), rtol=1e-4, atol=1e-6)
         assert layer.moments[-1, -1] == pytest.approx(1)
-        # a token three behind, by hand
-        shares = sum(outputs.attentions[i][:, :, s, s - 3].double().sum(dim=0) for s in range(3, WINDOW))
+        # the weight of the token at distance 3
+        shares = sum(outputs.attentions[i][:, :, s, s - 3].double().sum(dim=0) for s in range(3, WINDOW_LENGTH))
         torch.testing.assert_close(layer.distances[:, 3], shares / windows.numel(), rtol=1e-4, atol=1e-8)
         torch.testing.assert_close(layer.distances.sum(dim=1), torch.ones(4).double(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_mean_loss(tmp_path):
-    model = saved(tmp_path, LlamaConfig)
+def test_perplexity_is_the_exponential_of_the_mean_loss(tmp_path):
+    model = save_source(tmp_path, LlamaConfig)
     windows = random_ids(6, 40)
     assert perplexity(model, windows) == pytest.approx(model(windows, labels=windows).loss.exp().item(), rel=1e-4)
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A Llama with a tokenizer, and a text it can be calibrated on."""
-    saved(tmp_path / "source", LlamaConfig, **LONG)
+    """A Llama with a tokenizer, and a text to calibrate on."""
+    save_source(tmp_path / "source", LlamaConfig, **LONG)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "source")
     (tmp_path / "text.txt").write_text((TOKENIZER / "held_out.txt").read_text())
     return tmp_path / "source"
 
 
-def test_windows_to_judge_by_are_not_those_to_calibrate_on(source, tmp_path):
+def test_held_out_windows_are_not_calibration_windows(source, tmp_path):
     text = (tmp_path / "text.txt").read_text()
-    calibration, judging = windows_of(source, text)
-    assert calibration.shape[1] == judging.shape[1] == WINDOW
-    assert not {tuple(x) for x in calibration.tolist()} & {tuple(x) for x in judging.tolist()}
+    calibration, held_out = split_into_windows(source, text)
+    assert calibration.shape[1] == held_out.shape[1] == WINDOW_LENGTH
+    assert not {tuple(x) for x in calibration.tolist()} & {tuple(x) for x in held_out.tolist()}
     with pytest.raises(ValueError, match="at least 1,280 tokens"):
-        windows_of(source, text[:1000])
+        split_into_windows(source, text[:1000])
 
 
-def test_the_command_reports_every_step_and_writes_what_it_judged(source, tmp_path, capsys):
+def test_the_command_reports_every_step_and_writes_the_model_it_evaluated(source, tmp_path, capsys):
     widths = ["--kv-lora-rank", "16", "--qk-rope-head-dim", "16", "--calibrate", str(tmp_path / "text.txt")]
     out = tmp_path / "out"
     assert main(["convert", "gqa-to-mla", str(source), str(out), *widths, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["cached elements per token"] == 3 * 32
     assert report["cached elements per token before"] == 3 * 64
-    _, judging = windows_of(source, (tmp_path / "text.txt").read_text())
-    said = {
+    _, held_out = split_into_windows(source, (tmp_path / "text.txt").read_text())
+    evaluated = {
         "perplexity of the source": AutoModelForCausalLM.from_pretrained(source),
-        "perplexity with latents of 16 too": AutoModelForCausalLM.from_pretrained(out),
+        "perplexity with rotary keys of 16 and latents of 16": AutoModelForCausalLM.from_pretrained(out),
     }
-    for name, model in said.items():
-        assert report[name] == pytest.approx(perplexity(model.eval(), judging), rel=1e-4)
+    for name, model in evaluated.items():
+        assert report[name] == pytest.approx(perplexity(model.eval(), held_out), rel=1e-4)
     assert report["perplexity of the source"] != report["perplexity with rotary keys of 16"]
     card = (out / "README.md").read_text()
     assert f"| perplexity of the source | {report['perplexity of the source']:.4g} |" in card
     stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
-    assert perplexity(stock.eval(), judging) == pytest.approx(report["perplexity with latents of 16 too"], rel=1e-4)
+    assert perplexity(stock.eval(), held_out) == pytest.approx(
+        report["perplexity with rotary keys of 16 and latents of 16"], rel=1e-4
+    )
 
 
-def test_another_text_does_not_go_on_where_the_first_one_was_interrupted(source, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_is_not_resumed_with_another_text(source, tmp_path, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     command = ["convert", "gqa-to-mla", str(source), str(out), "--kv-lora-rank", "16", "--qk-rope-head-dim", "16"]
     command += ["--calibrate", str(text), "--max-shard-size", "100KB"]
@@ -203,21 +208,23 @@ def test_another_text_does_not_go_on_where_the_first_one_was_interrupted(source,
     half = text.read_text()[: len(text.read_text()) // 2]
     text.write_text(half)
     assert main(command) == 0
-    _, report = compressed(Source(source), r=16, c=16, text=half)
-    _, judging = windows_of(source, half)
+    _, report = compress_and_evaluate(Source(source), r=16, c=16, text=half)
+    _, held_out = split_into_windows(source, half)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
-    assert perplexity(model, judging) == pytest.approx(report["perplexity with latents of 16 too"], rel=1e-4)
+    assert perplexity(model, held_out) == pytest.approx(
+        report["perplexity with rotary keys of 16 and latents of 16"], rel=1e-4
+    )
 
 
-def test_bfloat16_costs_what_rounding_costs(tmp_path, source):
-    """The constant channel of a width that is no square is rounded, and the norm around it made up for."""
+def test_in_bfloat16_compression_at_full_width_keeps_the_perplexity(tmp_path, source):
+    """A width that is not a square makes the norm's weight round, which `kv_b_proj` compensates for."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(source)
     text = (tmp_path / "text.txt").read_text()
-    conversion, report = compressed(Source(source), r=32, c=34, text=text)
+    conversion, report = compress_and_evaluate(Source(source), r=32, c=34, text=text)
     assert conversion.config.dtype == torch.bfloat16
     before = report["perplexity of the source"]
-    assert report["perplexity with latents of 34 too"] == pytest.approx(before, rel=0.01)
+    assert report["perplexity with rotary keys of 32 and latents of 34"] == pytest.approx(before, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_bfloat16_costs_what_rounding_costs(tmp_path, source):
     ],
     ids=str,
 )
-def test_widths_that_cannot_be_are_refused_in_one_sentence(source, tmp_path, capsys, monkeypatch, options, sentence):
+def test_impossible_widths_are_refused_in_one_sentence(source, tmp_path, capsys, monkeypatch, options, sentence):
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "gqa-to-mla", str(source), str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
@@ -244,7 +251,7 @@ def test_widths_that_cannot_be_are_refused_in_one_sentence(source, tmp_path, cap
 
 
 def test_a_source_without_a_tokenizer_cannot_be_calibrated(tmp_path, capsys):
-    saved(tmp_path / "source", LlamaConfig, **SMALL)
+    save_source(tmp_path / "source", LlamaConfig, **SMALL)
     (tmp_path / "text.txt").write_text("a text")
     widths = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", str(tmp_path / "text.txt")]
     assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), *widths]) == 2

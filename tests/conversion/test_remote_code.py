@@ -1,4 +1,4 @@
-"""`export-code`: a folder that brings its own code loads where this package is not installed, with the same numbers."""
+"""`export-code`: a folder with exported code loads where this package is not installed, and gives the same logits."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from deepseek_latent import (
     DeepseekV2ForTokenClassification,
 )
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.remote_code import auto_map, export_code, travelling_files
-from tests.commands.test_commands import assert_refused
+from deepseek_latent.conversion.remote_code import auto_map, export_code, exported_files
+from tests.commands.terminal import assert_refused
 from tests.support import random_ids, tiny_model
 
-# runs in a Python that cannot import the package; prints one JSON object
+# runs in a Python that cannot import the package, and prints one JSON object
 ELSEWHERE = """
 import json, sys
 from pathlib import Path
@@ -54,9 +54,9 @@ print(json.dumps(found))
 
 
 def without_the_package(tmp_path, script, *arguments) -> dict:
-    """What `script` prints in a fresh Python, in another folder, offline and with empty caches."""
+    """Runs `script` in a new Python, in another folder, offline and with empty caches. Returns what it prints."""
     keep = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
-    # on some processors the order of a sum depends on how many threads there are
+    # on some processors the order of a sum depends on the number of threads
     own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     (tmp_path / "cwd").mkdir(exist_ok=True)
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -74,7 +74,7 @@ def classifier(model_class, causal):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What a Python without the package makes of an exported folder, and the exported model."""
+    """The report of a Python without the package on an exported folder, the model, and both folders."""
     place = tmp_path_factory.mktemp("elsewhere")
     folder, again = place / "checkpoint", place / "again"
     causal = tiny_model(pad_token_id=0)
@@ -100,64 +100,64 @@ def test_every_auto_class_uses_the_folders_code(elsewhere):
     assert all(module.startswith("transformers_modules.") for modules in found.values() for module in modules)
 
 
-def test_the_folders_code_gives_the_packages_numbers(elsewhere):
+def test_the_folders_code_gives_the_same_logits(elsewhere):
     assert set(elsewhere[0]["errors"].values()) == {0.0}
 
 
-def test_experts_come_from_the_checkpoint_there(elsewhere):
+def test_remote_code_loads_all_experts_from_the_checkpoint(elsewhere):
     missing = elsewhere[0]["missing"]
     assert missing["AutoModelForCausalLM"] == missing["AutoModel"] == []
     assert {name.partition(".")[0] for names in missing.values() for name in names} == {"score"}
 
 
-def test_generation_there_keeps_latents_and_writes_the_packages_tokens(elsewhere):
+def test_remote_code_caches_latents_and_generates_the_same_tokens(elsewhere):
     found, causal, *_ = elsewhere
     expected = causal.generate(random_ids(2, 9), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert found["cache"] == "LatentCache"
     assert found["tokens"] == expected.tolist()
 
 
-def test_experts_are_dispatched_there_as_here(elsewhere):
+def test_remote_code_chooses_the_same_experts_implementation(elsewhere):
     found, causal, *_ = elsewhere
     assert found["experts"] == causal.config._experts_implementation
 
 
-def test_what_is_saved_there_loads_there_again(elsewhere):
+def test_a_model_saved_by_remote_code_loads_as_remote_code(elsewhere):
     found = elsewhere[0]
     assert found["again_module"].startswith("transformers_modules.")
     assert found["again_error"] == 0.0
 
 
-def test_what_is_saved_there_loads_here_with_the_packages_classes(elsewhere):
+def test_a_model_saved_by_remote_code_loads_with_the_packages_classes(elsewhere):
     _, causal, _, again = elsewhere
     model = AutoModelForCausalLM.from_pretrained(again)
     assert type(model) is DeepseekV2ForCausalLM
     assert torch.equal(model(random_ids(2, 9)).logits, causal(random_ids(2, 9)).logits)
 
 
-def test_what_is_saved_there_still_names_every_class(elsewhere):
+def test_a_model_saved_by_remote_code_still_names_every_class(elsewhere):
     assert json.loads((elsewhere[3] / "config.json").read_text())["auto_map"] == auto_map()
 
 
-def test_with_the_package_the_package_is_used(elsewhere):
+def test_the_package_is_used_if_it_is_installed(elsewhere):
     model = AutoModelForCausalLM.from_pretrained(elsewhere[2], trust_remote_code=True)
     assert type(model) is DeepseekV2ForCausalLM
 
 
-def test_saving_with_the_package_leaves_no_auto_map_behind(elsewhere, tmp_path):
+def test_saving_with_the_package_removes_auto_map(elsewhere, tmp_path):
     AutoModelForCausalLM.from_pretrained(elsewhere[2]).save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
-def test_what_the_model_imports_travels_flat_and_nothing_else_does(elsewhere):
-    names = travelling_files().keys()
+def test_exactly_the_files_that_the_model_imports_are_exported(elsewhere):
+    names = exported_files().keys()
     assert {"configuration_deepseek_v2.py", "modeling_deepseek_v2.py", "cache_latent_cache.py"} <= names
     assert {file.name for file in elsewhere[2].glob("*.py")} == names
     rooms = {name.partition("_")[0] for name in names}
     assert not rooms & {"commands", "conversion", "finetuning", "kernels"}
 
 
-def test_the_code_may_lie_in_a_subfolder(tmp_path):
+def test_the_code_can_be_in_a_subfolder(tmp_path):
     folder, again = tmp_path / "checkpoint", tmp_path / "again"
     causal = tiny_model()
     causal.save_pretrained(folder)
@@ -177,7 +177,7 @@ def test_the_code_may_lie_in_a_subfolder(tmp_path):
         export_code(folder, "../code")
 
 
-def test_the_rest_of_config_json_stays(tmp_path):
+def test_other_fields_of_config_json_are_kept(tmp_path):
     before = {
         "model_type": "deepseek_v2",
         "a_key_nobody_knows": {"deep": [1, 2.5, None, "ü"]},
@@ -203,7 +203,7 @@ def test_exporting_twice_changes_nothing(tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == first
 
 
-def test_who_may_read_config_json_stays(tmp_path):
+def test_the_permissions_of_config_json_are_kept(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "deepseek_v2"}')
     config.chmod(0o640)
@@ -211,7 +211,7 @@ def test_who_may_read_config_json_stays(tmp_path):
     assert config.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_write_that_fails_leaves_config_json_whole(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_config_json_unchanged(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from deepseek_latent import lora_config
-from deepseek_latent.conversion.calibration import perplexity, windows_of
+from deepseek_latent.conversion.calibration import perplexity
+from deepseek_latent.conversion.text import split_into_windows
 from deepseek_latent.experts.codec import NF4, pack
 from deepseek_latent.experts.packed import PackedWeights
 from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
@@ -269,7 +270,7 @@ def test_kernels_and_casts_leave_packed_experts_as_they_are():
 @torch.no_grad()
 def test_a_trained_model_keeps_its_perplexity():
     model = AutoModelForCausalLM.from_pretrained(PYDOC, dtype=torch.float32).eval()
-    _, windows = windows_of(PYDOC, (PYDOC / "held_out.txt").read_text(encoding="utf-8"))
+    _, windows = split_into_windows(PYDOC, (PYDOC / "held_out.txt").read_text(encoding="utf-8"))
     plain = perplexity(model, windows)
     for bits, most in ((8, 1.001), (4, 1.02)):
         other = copy.deepcopy(model)

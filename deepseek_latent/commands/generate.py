@@ -1,0 +1,161 @@
+"""`deepseek-latent generate`: streams text, then shows the speed and the size of the cache."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
+
+from ..cache.format import BITS
+from ..cache.latent_cache import LatentCache
+from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.size import expanded_width
+from .terminal import DTYPES, number_between, quiet_transformers
+
+CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser("generate", help="stream text and show the size of the cache")
+    parser.description = "Streams text to stdout, then writes the speed and the size of the cache to stderr."
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "--max-new-tokens", type=number_between(int, 1, 1 << 20), default=128, metavar="N", help="default: 128"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number_between(float, 0, 100),
+        metavar="T",
+        help="sample at this temperature; default: take the most likely token",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number_between(float, 0, 1),
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities add up to P; default: 1",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="make sampling reproducible")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: that of the checkpoint")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda if available")
+    parser.add_argument(
+        "--cache-bits",
+        type=_cache_bits,
+        metavar="B",
+        help="8, 6, 5, 4 or fp8 per latent element; default: not quantized",
+    )
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.set_defaults(action=_generate)
+
+
+def _cache_bits(text: str) -> int | str:
+    if text not in map(str, CACHE_BITS):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, CACHE_BITS))}, got {text}")
+    return text if text == "fp8" else int(text)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.top_p < 1 and not arguments.temperature:
+        raise ValueError("--top-p needs a --temperature above 0; without one the most likely token is always taken.")
+    with quiet_transformers():
+        config = read_config(arguments.model)
+        tokenizer = _load_tokenizer(arguments.model)
+        inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+        placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(local_or_hub(arguments.model), config=config, **placement)
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected readable weights in {arguments.model}, got: {error}; deepseek-latent inspect names the file."
+            ) from error
+        if arguments.seed is not None:
+            torch.manual_seed(arguments.seed)
+        # top_k 0, because transformers samples from 50 tokens by default
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+        # the cache in the table is the latent one, whichever cache the checkpoint asks for
+        model.generation_config.cache_implementation = None
+        if not arguments.chat:
+            print(arguments.prompt, end="", flush=True)
+        streamer = _TimedStreamer(tokenizer)
+        started = time.perf_counter()
+        output = model.generate(
+            **inputs.to(model.device),
+            cache=LatentCache(model.config, bits=arguments.cache_bits),
+            streamer=streamer,
+            max_new_tokens=arguments.max_new_tokens,
+            use_cache=True,
+            return_dict_in_generate=True,
+            **(sampling if arguments.temperature else {"do_sample": False}),
+        )
+    Console(stderr=True).print(_table(config, output.cache, streamer.times, started))
+    return 0
+
+
+def _table(config: DeepseekV2Config, cache: LatentCache, times: list[float], started: float) -> Table:
+    held = cache.nbytes
+    per_layer = cache.layers[0].dtype.itemsize * expanded_width(config)
+    expanded = cache.get_seq_length() * config.num_hidden_layers * per_layer
+    table = Table("", Column(justify="right"), show_header=False)
+    table.add_row("new tokens", f"{len(times):,}")
+    table.add_row("time to first token", f"{times[0] - started:.3f} s")
+    if len(times) > 1:
+        table.add_row("decoding", f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+    table.add_row("cache held", f"{held:,} bytes")
+    table.add_row("as keys and values", f"{expanded:,} bytes")
+    table.add_row("ratio", f"{expanded / held:.1f}")
+    return table
+
+
+class _TimedStreamer(TextStreamer):
+    """Streams new text to stdout and records the time of each new token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    place = local_or_hub(model)
+    if isinstance(place, Path) and not any(place.glob("tokenizer*")):
+        raise ValueError(f"expected tokenizer.json in {model}, got none; copy the tokenizer's files from its source.")
+    return AutoTokenizer.from_pretrained(place)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:
+    if is_chat and tokenizer.chat_template is None:
+        raise ValueError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out.")
+    if is_chat:
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[-1] == 0:
+        raise ValueError("expected a prompt of at least one token, got none; write a longer prompt.")
+    # a generic tokenizer adds token_type_ids, which this model does not have
+    inputs.pop("token_type_ids", None)
+    return inputs
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be a name like cpu or cuda:0, got {name}.") from error
+    num_devices = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_devices:
+        raise ValueError(f"--device must be available, got {name}; torch finds {num_devices} CUDA devices.")
+    return device

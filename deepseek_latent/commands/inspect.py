@@ -1,0 +1,81 @@
+"""`deepseek-latent inspect`: counts parameters and cache, and checks a folder's files against its config.json."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..cache.format import BITS, latent_format
+from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..conversion.checkpoint import architecture_of, check_checkpoint, checkpoint_tensors, has_weights, read_config
+from ..conversion.size import cached_elements_per_token, idle_parameters, parameters_by_part
+from .terminal import quiet_transformers
+
+MAX_PROBLEMS_SHOWN = 40
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser("inspect", help="count parameters and cache, check a checkpoint's files")
+    parser.description = (
+        "Counts parameters and cache without loading weights. For a folder, also compares every tensor's name, shape "
+        "and dtype with config.json, from the files' headers. Exit code 0: the files fit, 1: they do not, 2: unusable "
+        "input."
+    )
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json or a hub id")
+    parser.add_argument("--all", action="store_true", help=f"list all problems, not the first {MAX_PROBLEMS_SHOWN}")
+    parser.set_defaults(action=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    with quiet_transformers():
+        config = read_config(arguments.model)
+    Console().print(_parameter_table(config), _cache_table(config), sep="\n\n")
+    folder = Path(arguments.model).expanduser()
+    if not folder.is_dir() or not has_weights(folder):
+        print("No files were checked, because MODEL_OR_CONFIG is not a folder with safetensors weights.")
+        return 0
+    report = check_checkpoint(folder, config)
+    if not report.problems:
+        print(f"The files fit config.json: {report.num_tensors:,} tensors, {report.num_files:,} file(s).")
+        return 0
+    shown = report.problems if arguments.all else report.problems[:MAX_PROBLEMS_SHOWN]
+    print(*shown, sep="\n")
+    if len(shown) < len(report.problems):
+        print(f"... and {len(report.problems) - len(shown):,} more; --all lists them.")
+    print(f"The files do not fit config.json: {len(report.problems):,} problems.")
+    return 1
+
+
+def _parameter_table(config: DeepseekV2Config) -> Table:
+    architecture = architecture_of(config)
+    tensors = checkpoint_tensors(config, architecture)
+    parts = parameters_by_part(tensors)
+    total = sum(parts.values())
+    title = f"{architecture}, {len(tensors):,} tensors"
+    # rich wraps a title to the width of its table
+    table = Table("part", Column("parameters", justify="right"), title=title, min_width=len(title))
+    for part, count in parts.items():
+        table.add_row(part, f"{count:,}")
+    table.add_section()
+    table.add_row("total", f"{total:,}")
+    table.add_row("active per token", f"{total - idle_parameters(config):,}")
+    return table
+
+
+def _cache_table(config: DeepseekV2Config) -> Table:
+    dtype = config.dtype or torch.bfloat16
+    numbers = (Column(heading, justify="right") for heading in ("elements", "bytes", "ratio"))
+    table = Table("attention", *numbers, title=f"cache per token, {str(dtype).removeprefix('torch.')}")
+    compressed = config.cached_width * config.num_hidden_layers
+    for attention, count in cached_elements_per_token(config).items():
+        table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / compressed:.2f}")
+    for bits in BITS:
+        if bits is None:
+            continue
+        row_bytes = latent_format(bits, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
+        num_bytes = row_bytes * config.num_hidden_layers
+        name = f"MLA, {bits} bits" if isinstance(bits, int) else f"MLA, {bits}"
+        table.add_row(name, f"{compressed:,}", f"{num_bytes:,}", f"{num_bytes / (compressed * dtype.itemsize):.2f}")
+    return table

@@ -1,0 +1,50 @@
+"""Texts to calibrate and evaluate on: read from a file, tokenized, and cut into windows."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+WINDOW_LENGTH = 256  # tokens
+MAX_CALIBRATION_WINDOWS, MAX_EVALUATION_WINDOWS = 128, 32
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises ValueError if it is empty or not in UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8, got {file}; convert its encoding.") from error
+    if not text.strip():
+        raise ValueError(f"expected a text, got {file}, which is empty.")
+    return text
+
+
+def tokenize(folder: Path, text: str) -> Tensor:
+    """Token ids [1 s] of a text by the tokenizer in `folder`. Raises ValueError if there is none."""
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(f"reading a text needs a tokenizer, and {folder} has none; copy its files there.")
+    return AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:
+    """Windows [b WINDOW_LENGTH] of a text to calibrate on, and every fifth window, held out, to evaluate on.
+
+    `folder` holds the tokenizer. Raises ValueError if it does not, or if the text has fewer than five windows.
+    """
+    ids = tokenize(folder, text)[0]
+    num_windows = len(ids) // WINDOW_LENGTH
+    if num_windows < 5:
+        raise ValueError(f"expected a text of at least {5 * WINDOW_LENGTH:,} tokens to calibrate on, got {len(ids):,}.")
+    windows = ids[: num_windows * WINDOW_LENGTH].view(num_windows, WINDOW_LENGTH)
+    is_held_out = torch.arange(num_windows) % 5 == 4
+    return (
+        _evenly_spaced(windows[~is_held_out], MAX_CALIBRATION_WINDOWS),
+        _evenly_spaced(windows[is_held_out], MAX_EVALUATION_WINDOWS),
+    )
+
+
+def _evenly_spaced(windows: Tensor, most: int) -> Tensor:
+    """At most `most` windows, evenly spaced."""
+    return windows[torch.linspace(0, len(windows) - 1, min(most, len(windows))).round().long()]

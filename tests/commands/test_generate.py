@@ -1,0 +1,195 @@
+"""`deepseek-latent generate` streams the text of the model and shows the cache that was held."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer, TextStreamer
+from transformers.utils import logging
+
+import deepseek_latent
+from deepseek_latent.commands.__main__ import main
+from tests.commands.terminal import NUM_IDS, assert_refused, byte_tokenizer, printed, row
+from tests.support import V2, tiny_model
+
+
+def reference_text(folder, prompt: str, num_tokens: int) -> str:
+    tokenizer = byte_tokenizer()
+    model = deepseek_latent.DeepseekV2ForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(inputs["input_ids"], max_new_tokens=num_tokens, do_sample=False)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_generate_streams_exactly_the_models_greedy_text(folder, capsys):
+    expected = reference_text(folder, "latent", 9)
+    capsys.readouterr()
+    status, out, _ = printed(capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu")
+    assert status == 0
+    assert out == "latent" + expected + "\n"
+
+
+def test_generate_names_unreadable_weights_in_one_sentence(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    status, _, err = printed(capsys, "generate", broken, "latent")
+    assert status == 2
+    assert f"expected readable weights in {broken}" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_generate_shows_the_size_of_the_cache_that_was_held(folder, capsys):
+    _, _, err = printed(capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu")
+    # six bytes of prompt; the ninth token is not fed back
+    tokens = 6 + 9 - 1
+    held = tokens * V2["num_hidden_layers"] * (V2["kv_lora_rank"] + V2["qk_rope_head_dim"]) * 4
+    head = V2["qk_nope_head_dim"] + V2["qk_rope_head_dim"] + V2["v_head_dim"]
+    expanded = tokens * V2["num_hidden_layers"] * V2["num_attention_heads"] * head * 4
+    assert row(err, "new tokens") == ["9"]
+    assert row(err, "cache held") == [f"{held:,} bytes"]
+    assert row(err, "as keys and values") == [f"{expanded:,} bytes"]
+    assert row(err, "ratio") == [f"{expanded / held:.1f}"]
+    assert re.fullmatch(r"\d+\.\d tokens/s", *row(err, "decoding"))
+    assert re.fullmatch(r"\d+\.\d{3} s", *row(err, "time to first token"))
+
+
+@pytest.mark.parametrize(("bits", "row_bytes"), [(8, 58), (6, 50), (4, 38), ("fp8", 60)])
+def test_generate_holds_the_cache_in_the_given_bits(folder, capsys, bits, row_bytes):
+    _, _, err = printed(
+        capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu", "--cache-bits", bits
+    )
+    assert row(err, "cache held") == [f"{(6 + 9 - 1) * V2['num_hidden_layers'] * row_bytes:,} bytes"]
+
+
+def test_generate_halves_the_cache_in_bfloat16(folder, capsys):
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        _, _, err = printed(capsys, "generate", folder, "x", "--max-new-tokens", 2, "--dtype", dtype, "--device", "cpu")
+        sizes.append(int(row(err, "cache held")[0].removesuffix(" bytes").replace(",", "")))
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_one_token_has_no_decoding_speed(folder, capsys):
+    status, _, err = printed(capsys, "generate", folder, "x", "--max-new-tokens", 1, "--device", "cpu")
+    assert status == 0
+    assert "tokens/s" not in err
+
+
+def test_seeded_sampling_repeats_itself_and_differs_from_greedy(folder, capsys):
+    def text(*options):
+        return printed(capsys, "generate", folder, "x", "--max-new-tokens", 12, "--device", "cpu", *options)[1]
+
+    sampled = text("--temperature", 5, "--top-p", 0.99, "--seed", 3)
+    assert sampled == text("--temperature", 5, "--top-p", 0.99, "--seed", 3)
+    assert sampled != text("--temperature", 5, "--top-p", 0.99, "--seed", 4)
+    assert sampled != text()
+
+
+def test_temperature_zero_and_a_tiny_top_p_are_greedy(folder, capsys):
+    def text(*options):
+        return printed(capsys, "generate", folder, "x", "--max-new-tokens", 6, "--device", "cpu", *options)[1]
+
+    assert text("--temperature", 0) == text()
+    assert text("--temperature", 5, "--top-p", 1e-6) == text()
+
+
+def test_sampling_is_not_limited_to_50_tokens_by_default(tmp_path, monkeypatch):
+    model = tiny_model(vocab_size=NUM_IDS, eos_token_id=None)
+    # all tokens have the same embedding, so every step samples from the same distribution
+    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[0].clone()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    drawn = set()
+
+    def put(streamer, value):
+        streamer.next_tokens_are_prompt = False
+        drawn.update(value.flatten().tolist())
+
+    monkeypatch.setattr(TextStreamer, "put", put)
+    main(["generate", str(tmp_path), "x", "--max-new-tokens", "150", "--temperature", "100", "--device", "cpu"])
+    assert len(drawn) > 60
+
+
+def test_token_types_of_a_tokenizer_are_ignored(folder, tmp_path, capsys):
+    tiny_model(vocab_size=NUM_IDS, eos_token_id=None).save_pretrained(tmp_path)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    byte_tokenizer(model_input_names=names).save_pretrained(tmp_path)
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path)("x")
+    options = ("x", "--max-new-tokens", 4, "--device", "cpu")
+    _, expected, _ = printed(capsys, "generate", folder, *options)
+    assert printed(capsys, "generate", tmp_path, *options)[:2] == (0, expected)
+
+
+@pytest.mark.parametrize(
+    "left", [{"do_sample": True, "temperature": 5.0}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
+def test_the_checkpoints_generation_config_changes_neither_greedy_text_nor_cache(folder, tmp_path, capsys, left):
+    model = tiny_model(vocab_size=NUM_IDS, eos_token_id=None)
+    model.generation_config.update(**left)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    options = ("x", "--max-new-tokens", 8, "--device", "cpu")
+    _, expected, expected_table = printed(capsys, "generate", folder, *options)
+    status, out, table = printed(capsys, "generate", tmp_path, *options)
+    assert (status, out) == (0, expected)
+    assert row(table, "cache held") == row(expected_table, "cache held")
+
+
+def test_chat_puts_the_prompt_into_the_template(folder, tmp_path, capsys):
+    tiny_model(vocab_size=NUM_IDS, eos_token_id=None).save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "User: {{ messages[0]['content'] }} Assistant:"
+    tokenizer.save_pretrained(tmp_path)
+    expected = reference_text(folder, "User: hi Assistant:", 5)
+    capsys.readouterr()
+    _, out, _ = printed(capsys, "generate", tmp_path, "hi", "--chat", "--max-new-tokens", 5, "--device", "cpu")
+    assert out == expected + "\n"
+
+
+def test_generate_writes_nothing_but_text_and_table(folder, capsys):
+    _, _, err = printed(capsys, "generate", folder, "x", "--max-new-tokens", 2, "--device", "cpu")
+    assert all(line[0] in "┌│└" for line in err.splitlines())
+
+
+def test_generate_restores_transformers_logging(folder, capsys):
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    main(["generate", str(folder), "x", "--max-new-tokens", "1", "--device", "cpu"])
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_generate_refuses_in_one_sentence(folder, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert_refused(capsys, "generate", tmp_path / "absent", "x", saying="does not exist")
+    assert_refused(capsys, "generate", tmp_path, "x", saying="expected tokenizer.json")
+    assert_refused(capsys, "generate", folder, "", saying="at least one token")
+    assert_refused(capsys, "generate", folder, "x", "--chat", saying="leave --chat out")
+    assert_refused(capsys, "generate", folder, "x", "--top-p", 0.5, saying="--top-p needs a --temperature")
+    assert_refused(capsys, "generate", folder, "x", "--device", "nowhere", saying="--device must be a name")
+    assert_refused(capsys, "generate", folder, "x", "--device", "cuda:99", saying="--device must be available")
+
+
+@pytest.mark.parametrize(
+    "option", [("--max-new-tokens", "0"), ("--temperature", "-1"), ("--top-p", "1.5"), ("--temperature", "warm")]
+)
+def test_numbers_out_of_range_are_refused_by_name(folder, capsys, option):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(folder), "x", *option])
+    assert stopped.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_generating_needs_no_gradient(folder, monkeypatch):
+    states = []
+    forward = deepseek_latent.DeepseekV2ForCausalLM.forward
+    monkeypatch.setattr(
+        deepseek_latent.DeepseekV2ForCausalLM,
+        "forward",
+        lambda self, *arguments, **options: (
+            states.append(torch.is_grad_enabled()),
+            forward(self, *arguments, **options),
+        )[1],
+    )
+    main(["generate", str(folder), "x", "--max-new-tokens", "2", "--device", "cpu"])
+    assert states == [False, False]

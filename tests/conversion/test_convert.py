@@ -1,0 +1,111 @@
+"""`convert` and `verify` end to end: what they write, report, replace and upload."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+)
+
+from deepseek_latent.commands.__main__ import main
+from tests.conversion.sources import convert_to_mla, save_source
+from tests.support import tiny_model
+
+
+def test_verify_passes_an_equal_checkpoint_and_fails_a_changed_one(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["files"] == ["model.safetensors"]
+    assert report["bytes"] == sum(x.nbytes for x in load_file(out / "model.safetensors").values())
+    check = ["verify", str(out), "--against", str(tmp_path / "source"), "--json"]
+    assert main(check) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert max(report["logits_error_against_source"], report["logits_error_in_transformers"]) < 1e-5
+    assert report["equal_greedy_tokens"] == "32 of 32"
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.self_attn.kv_b_proj.weight"] *= 1.1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert main(check) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["logits_error_against_source"] > 1e-3
+    assert "differ" in report["problems"][0]
+    del tensors["model.norm.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert main(check) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == ["model.norm.weight is missing"]
+
+
+def test_cast_rounds_every_tensor_once_and_nothing_else(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    command = ["convert", "cast", str(tmp_path / "source"), str(out), "--dtype", "bfloat16", "--max-shard-size", "90KB"]
+    assert main(command) == 0
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    assert index["weight_map"].keys() == stored.keys()
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(out / file)[name], stored[name].bfloat16())
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_only_a_checkpoint_is_replaced_and_only_with_force(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    before = (out / "model.safetensors").stat().st_ino
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(out)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (out / "model.safetensors").stat().st_ino == before
+    convert_to_mla(tmp_path / "source", out, "--force")
+    assert (out / "model.safetensors").stat().st_ino != before
+    (tmp_path / "link").symlink_to("source")
+    for name in ("link", "out/../source", "source/inside", "."):
+        command = ["convert", "gqa-to-mla", str(tmp_path / "source"), f"{tmp_path}/{name}", "--force"]
+        assert main(command) == 2, name
+    assert json.loads((tmp_path / "source" / "config.json").read_text())["model_type"] == "llama"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "thesis"), "--force"]) == 2
+    assert (tmp_path / "thesis").is_dir()
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "source" / "out")]) == 2
+
+
+def test_a_dry_run_reports_what_would_be_written_and_writes_nothing(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    convert_to_mla(tmp_path / "source", tmp_path / "out", "--dry-run", "--json")
+    planned = json.loads(capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert_to_mla(tmp_path / "source", tmp_path / "out", "--json")
+    assert json.loads(capsys.readouterr().out) == planned
+
+
+def test_the_repository_is_created_before_the_conversion_and_filled_after_it(tmp_path, monkeypatch, capsys):
+    events = []
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            events.append(("made", repo, (tmp_path / "out").exists()))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            events.append(("sent", repo_id, (Path(folder_path) / "README.md").is_file()))
+
+    monkeypatch.setattr("deepseek_latent.conversion.convert.HfApi", Hub)
+    save_source(tmp_path / "source", LlamaConfig)
+    command = ["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), "--push-to-hub", "me/mla"]
+    assert main([*command, "--dry-run"]) == 0
+    assert events == []
+    assert main(command) == 0
+    assert events == [("made", "me/mla", False), ("sent", "me/mla", True)]
+
+    def refuse(self, repo, exist_ok):
+        raise OSError("no token")
+
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
+    assert "no token" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
