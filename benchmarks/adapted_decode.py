@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from deepseek_latent import lora_config
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import lora_config, optimize_for_inference
 
 from .decode import decode
 from .lite4 import build, filled, twin

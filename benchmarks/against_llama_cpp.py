@@ -20,8 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deepseek_latent import LatentCache
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import LatentCache, optimize_for_inference
 
 from .decode import SHORTEST, decode, weight_bytes_per_token
 from .lite4 import CONFIG, build

@@ -23,9 +23,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from deepseek_latent import LatentCache
+from deepseek_latent import LatentCache, optimize_for_inference
 from deepseek_latent.compat.cache_name import CACHE
-from deepseek_latent.kernels import optimize_for_inference
 
 from .lite4 import build, filled, twin
 from .machine import alternated, described, seconds_of, yardsticks

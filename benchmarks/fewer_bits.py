@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from deepseek_latent import LatentCache
+from deepseek_latent import LatentCache, optimize_for_inference
 from deepseek_latent.attention.ops import UpProjection, absorbed_attention
 from deepseek_latent.cache.format import Latents, SeparateStretch
 from deepseek_latent.cache.layer import LatentCacheLayer
-from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu.layers import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 

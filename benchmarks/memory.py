@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
+from deepseek_latent import optimize_for_inference
 from deepseek_latent.compat.cache_name import CACHE
-from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, decode
 from .lite4 import build, filled

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from deepseek_latent import pack_experts, unpack_experts
 from deepseek_latent.conversion.calibration import perplexity, windows_of
 from deepseek_latent.experts.moe import DeepseekV2Experts
-from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
 
 from .expert_lora import LAYERS, LORA
 from .lite4 import build, twin

@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import optimize_for_inference
 
 from .lite4 import build
 from .machine import described, gemm_rate, resident, seconds_of

@@ -1,6 +1,13 @@
-"""DeepSeek-V2 for transformers, attending to compressed latents. Importing registers it with every Auto class."""
+"""DeepSeek-V2 for transformers, which attends to compressed latents. Importing it registers it with every Auto class.
 
-from .compat.tested_versions import warn_of_untested_versions  # noqa: F401  (says it now, before an import may fail)
+Every name that a user needs is here. What the model itself does not need is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# importing this module checks versions and warns, before an import below may fail because of one
+from .compat.tested_versions import warn_of_untested_versions  # noqa: F401
 
 # isort: split
 from transformers import (
@@ -17,7 +24,6 @@ from .compat.peft import adapt_offloaded, keep_targets_of
 from .compat.transformers import lead_names_to
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.moe import DeepseekV2Experts
-from .finetuning.lora import lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -26,17 +32,79 @@ from .modeling_deepseek_v2 import (
     DeepseekV2PreTrainedModel,
 )
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .finetuning.activity import Activity, RouterStatistics, activity_of
+    from .finetuning.esft import (
+        ExpertSelection,
+        expert_scores,
+        load_experts,
+        merge_experts,
+        save_experts,
+        select_experts,
+        train_experts,
+    )
+    from .finetuning.lora import lora_config
+    from .finetuning.packing import pack_experts, unpack_experts
+    from .kernels import Optimized, optimize_for_inference
+
+__version__ = "0.2.0"
 __all__ = [
+    "Activity",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForSequenceClassification",
     "DeepseekV2ForTokenClassification",
     "DeepseekV2Model",
+    "DeepseekV2PreTrainedModel",
+    "ExpertSelection",
     "LatentCache",
+    "Optimized",
     "PromptCache",
+    "RouterStatistics",
+    "activity_of",
+    "expert_scores",
+    "load_experts",
     "lora_config",
+    "merge_experts",
+    "optimize_for_inference",
+    "pack_experts",
+    "save_experts",
+    "select_experts",
+    "train_experts",
+    "unpack_experts",
 ]
+
+# names that are imported when they are first asked for, and the modules that have them; as in the TYPE_CHECKING block
+_MODULES = {
+    "Activity": "finetuning.activity",
+    "ExpertSelection": "finetuning.esft",
+    "Optimized": "kernels",
+    "RouterStatistics": "finetuning.activity",
+    "activity_of": "finetuning.activity",
+    "expert_scores": "finetuning.esft",
+    "load_experts": "finetuning.esft",
+    "lora_config": "finetuning.lora",
+    "merge_experts": "finetuning.esft",
+    "optimize_for_inference": "kernels",
+    "pack_experts": "finetuning.packing",
+    "save_experts": "finetuning.esft",
+    "select_experts": "finetuning.esft",
+    "train_experts": "finetuning.esft",
+    "unpack_experts": "finetuning.packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
 
 AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
 AutoConfig.register("deepseek", DeepseekFirstUploadConfig, exist_ok=True)
@@ -53,5 +121,6 @@ lead_names_to(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
+# both import peft, a twentieth of the time that this import takes: peft has no hook that would let them wait for it
 keep_targets_of(DeepseekV2PreTrainedModel)
 adapt_offloaded(DeepseekV2PreTrainedModel, DeepseekV2Experts)

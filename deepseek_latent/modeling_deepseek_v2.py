@@ -74,6 +74,8 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
 
 
 class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
+    """What all DeepSeek-V2 models share: initial weights, checks of what is loaded and saved, supported backends."""
+
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

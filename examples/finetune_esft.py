@@ -12,8 +12,8 @@ from functools import partial
 from finetuning import Texts, compare, read_options, training_options
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from deepseek_latent.finetuning.activity import activity_of
-from deepseek_latent.finetuning.esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts, train_experts
+from deepseek_latent import ExpertSelection, activity_of, expert_scores, select_experts, train_experts
+from deepseek_latent.finetuning.esft import THRESHOLDS
 
 CHOSEN_ON = 64  # windows
 

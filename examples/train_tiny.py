@@ -30,9 +30,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import deepseek_latent
-from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, activity_of
 from deepseek_latent.conversion.size import expanded_width, idle_parameters
-from deepseek_latent.finetuning.activity import activity_of
 
 HERE = Path(__file__).parent
 BATCH = 8
