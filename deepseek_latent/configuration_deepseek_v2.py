@@ -94,7 +94,7 @@ class DeepseekV2Config(PreTrainedConfig):
     # token dropping in training: what a device, one of n_group, takes of its even share of choices (None: all), and the
     # share of sequences of which nothing is dropped
     device_capacity_factor: float | int | None = None
-    never_dropped_share: float | int = 0.1
+    no_drop_fraction: float | int = 0.1
 
     # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
     ep_size: int = 1
@@ -190,7 +190,7 @@ class DeepseekV2Config(PreTrainedConfig):
             if not output[name]:
                 del output[name]
         if "device_capacity_factor" not in output:
-            del output["never_dropped_share"]
+            del output["no_drop_fraction"]
         # names files that only exist beside the checkpoint this config was read from
         if not carries_its_code(self):
             output.pop("auto_map", None)

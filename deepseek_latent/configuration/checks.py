@@ -45,7 +45,7 @@ def check_fields(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"hidden_act must be an activation of transformers, got {config.hidden_act!r}; DeepSeek-V2 has 'silu'."
         )
-    for name in ("attention_dropout", "classifier_dropout", "never_dropped_share"):
+    for name in ("attention_dropout", "classifier_dropout", "no_drop_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(config, name)}.")
     for name in ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"):

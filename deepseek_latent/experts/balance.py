@@ -138,7 +138,7 @@ def token_dropping(
     if config.device_capacity_factor is None:
         return None
     (b, s, _), device = inputs_embeds.shape, inputs_embeds.device
-    spared = torch.rand(b, device=device) < config.never_dropped_share
+    spared = torch.rand(b, device=device) < config.no_drop_fraction
     present = present_tokens(attention_mask, (b, s), device)
     factor = config.device_capacity_factor
     return TokenDropping(present.flatten(), spared.repeat_interleave(s), config.n_group, factor)

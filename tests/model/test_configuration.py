@@ -587,7 +587,7 @@ REFUSED = {
     "activation": ({"hidden_act": "sigh"}, r"hidden_act must be an activation of transformers, got 'sigh'; .* 'silu'"),
     "dropout": ({"attention_dropout": 1.5}, r"attention_dropout must be a probability between 0 and 1, got 1.5"),
     "head dropout": ({"classifier_dropout": -0.1}, r"classifier_dropout must be a probability .* got -0.1"),
-    "spared": ({"never_dropped_share": 1.5}, r"never_dropped_share must be a probability .* got 1.5"),
+    "spared": ({"no_drop_fraction": 1.5}, r"no_drop_fraction must be a probability .* got 1.5"),
     "capacity": ({"device_capacity_factor": 0.0}, r"device_capacity_factor must be a positive number, got 0.0; None"),
     "devices": (
         {"topk_method": "greedy", "n_group": 7, "device_capacity_factor": 1.0},
@@ -759,8 +759,8 @@ EFFECTS = {
     "device_aux_loss_alpha": Effect(0.25, balanced_loss),
     "communication_aux_loss_alpha": Effect(0.25, balanced_loss),
     "seq_aux": Effect(False, balanced_loss),
-    "device_capacity_factor": Effect(0.5, train_logits, base={"never_dropped_share": 0.0}),
-    "never_dropped_share": Effect(1.0, train_logits, base={"device_capacity_factor": 0.5, "never_dropped_share": 0.0}),
+    "device_capacity_factor": Effect(0.5, train_logits, base={"no_drop_fraction": 0.0}),
+    "no_drop_fraction": Effect(1.0, train_logits, base={"device_capacity_factor": 0.5, "no_drop_fraction": 0.0}),
     # carried for others: what was given is what they read
     "ep_size": Effect(8, written("ep_size")),
     "pretraining_tp": Effect(4, written("pretraining_tp")),
