@@ -20,8 +20,8 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
-from .compat.peft import adapt_offloaded, keep_targets_of
-from .compat.transformers import lead_names_to
+from .compat.peft import prevent_target_renaming, support_offloading
+from .compat.transformers import put_into_transformers
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.moe import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
@@ -113,7 +113,7 @@ AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
 
-lead_names_to(
+put_into_transformers(
     DeepseekV2Config,
     DeepseekV2PreTrainedModel,
     DeepseekV2Model,
@@ -122,5 +122,5 @@ lead_names_to(
     DeepseekV2ForTokenClassification,
 )
 # both import peft, a twentieth of the time that this import takes: peft has no hook that would let them wait for it
-keep_targets_of(DeepseekV2PreTrainedModel)
-adapt_offloaded(DeepseekV2PreTrainedModel, DeepseekV2Experts)
+prevent_target_renaming(DeepseekV2PreTrainedModel)
+support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)

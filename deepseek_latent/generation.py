@@ -61,7 +61,7 @@ class LatentGenerationMixin(GenerationHooks):
         # peft 0.21 tells by the old name whether a learned prompt is in the cache already
         return inputs | {name: inputs[CACHE] for name in CACHE_NAMES if CACHE in inputs}
 
-    def settings_for_cache(self, given, settings, mask):
+    def prepare_cache_settings(self, given, settings, mask):
         settings = copy.copy(settings)
         if given is not None:
             check_cache_for_generation(given, settings, mask)
@@ -83,7 +83,7 @@ class LatentGenerationMixin(GenerationHooks):
             settings.cache_implementation = None
         return settings
 
-    def cache_to_use(self, made, given, settings, mode):
+    def choose_cache(self, made, given, settings, mode):
         if isinstance(made, QuantizedCache) and mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "

@@ -8,7 +8,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention.rotary import DeepseekV2RotaryEmbedding
-from .compat.accelerate import placed_where_computed
+from .compat.accelerate import device_map_without_offloading
 from .compat.transformers import LoadingHooks
 from .experts.moe import DeepseekV2Experts, DeepseekV2MoEGate
 from .experts.names import in_files, incomplete_backbone, missing_in_files
@@ -45,7 +45,7 @@ class WeightsMixin(LoadingHooks):
     @functools.wraps(PreTrainedModel.load_adapter)
     def load_adapter(self, *args, **kwargs):
         # an adapter stays on the device that computes its layer
-        with placed_where_computed(self):
+        with device_map_without_offloading(self):
             return super().load_adapter(*args, **kwargs)
 
     def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
