@@ -260,7 +260,7 @@ def test_a_number_of_bits_is_refused_by_the_name_it_was_given():
 
 
 def test_bits_asked_of_a_cache_that_is_not_quantised_are_refused():
-    with refused('the latent backend goes with cache_implementation="quantized" or "static", got None'):
+    with refused('the latent backend needs cache_implementation="quantized" or "static", got None'):
         tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "nbits": 8})
 
 

@@ -1,4 +1,4 @@
-"""The configuration: what it reads, what it writes, what it refuses, and that every field does something."""
+"""The configuration reads, writes and refuses what it should, and every field has an effect."""
 
 import copy
 import dataclasses
@@ -106,7 +106,7 @@ every_published = pytest.mark.parametrize("published", PUBLISHED.values(), ids=P
 
 @pytest.fixture
 def write_config(tmp_path):
-    """Writes a config.json and gives its folder."""
+    """Writes a config.json and returns its folder."""
 
     def write(config: dict[str, Any]) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -117,7 +117,7 @@ def write_config(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path_factory):
-    """The config.json that a configuration writes, and its folder."""
+    """Saves a configuration, and returns the config.json that it wrote and its folder."""
 
     def save(config: DeepseekV2Config) -> tuple[dict[str, Any], str]:
         folder = tmp_path_factory.mktemp("saved")
@@ -154,16 +154,16 @@ def test_published_config_is_read_field_by_field(published, write_config):
 def test_published_config_is_written_as_it_was_read(published, write_config, saved):
     written, _ = saved(AutoConfig.from_pretrained(write_config(published)))
     ours = {"rope_parameters", "dtype", "pad_token_id", "output_router_logits", "classifier_dropout"}
-    # beside a rope_scaling, 10000 is what every client takes unsaid
-    unsaid = {"rope_theta"} if published["rope_scaling"] else set()
+    # with a rope_scaling and without rope_theta, every client takes 10000
+    left_out = {"rope_theta"} if published["rope_scaling"] else set()
     assert {name: value for name, value in written.items() if name not in ours | {"transformers_version"}} == {
-        name: value for name, value in published.items() if name not in unsaid | {"auto_map", "transformers_version"}
+        name: value for name, value in published.items() if name not in left_out | {"auto_map", "transformers_version"}
     }
     assert ours <= written.keys()
 
 
 @pytest.mark.parametrize("scaling", [PUBLISHED_YARN, None], ids=["yarn", "plain"])
-def test_another_theta_is_always_said(scaling, saved):
+def test_another_theta_is_always_written(scaling, saved):
     written, _ = saved(DeepseekV2Config(rope_theta=50000.0, rope_scaling=scaling))
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 50000.0
 
@@ -175,7 +175,7 @@ def test_trainer_can_read_a_checkpoint_it_resumes_from(published, write_config, 
     assert transformers.PreTrainedConfig.from_json_file(tmp_path / "resumed.json").transformers_version
 
 
-BUILT_FROM = {
+CHANGED_IN_MEMORY = {
     "another router": (lambda c: setattr(c, "topk_method", "noaux_tc"), "topk_method must be 'greedy'"),
     "more heads": (lambda c: setattr(c, "num_attention_heads", 4), "num_key_value_heads must equal"),
     "too many experts": (lambda c: setattr(c, "num_experts_per_tok", 30), "between 1 and n_routed_experts"),
@@ -191,7 +191,7 @@ BUILT_FROM = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), BUILT_FROM.values(), ids=BUILT_FROM.keys())
+@pytest.mark.parametrize(("change", "message"), CHANGED_IN_MEMORY.values(), ids=CHANGED_IN_MEMORY.keys())
 def test_a_config_changed_in_memory_is_checked_when_a_model_is_built_from_it(change, message):
     config = DeepseekV2Config(**V2)
     change(config)
@@ -212,7 +212,7 @@ def test_rope_scaling_set_in_memory_keeps_theta(scaling):
     assert DeepseekV2ForCausalLM(config).model.rotary_emb.inv_freq.isfinite().all()
 
 
-def test_rope_scaling_set_in_memory_may_bring_its_own_theta():
+def test_rope_scaling_set_in_memory_may_have_a_theta():
     config = DeepseekV2Config(**V2)
     config.rope_scaling = {"type": "linear", "factor": 3.0, "rope_theta": 5.0}
     assert config.rope_parameters == {"rope_theta": 5.0, "rope_type": "linear", "factor": 3.0}
@@ -223,7 +223,7 @@ def test_two_thetas_that_disagree_are_refused():
         DeepseekV2Config(rope_theta=77.0, rope_scaling={"type": "linear", "factor": 3.0, "rope_theta": 5.0})
 
 
-def test_what_the_user_passed_is_not_changed():
+def test_a_rope_scaling_that_the_user_passed_is_not_changed():
     given = {"type": "yarn", **PUBLISHED_YARN}
     before = dict(given)
     DeepseekV2Config(**V2 | {"rope_scaling": given})
@@ -232,13 +232,13 @@ def test_what_the_user_passed_is_not_changed():
 
 IMPOSSIBLE_ROPE = {
     "theta 0": ({"rope_theta": 0.0}, "positive rope_theta in rope_scaling, got 0.0"),
-    "theta in words": ({"rope_theta": "1e4"}, "positive rope_theta in rope_scaling, got '1e4'"),
-    "factor in words": ({"factor": "4"}, "positive factor in rope_scaling, got '4'"),
+    "theta as text": ({"rope_theta": "1e4"}, "positive rope_theta in rope_scaling, got '1e4'"),
+    "factor as text": ({"factor": "4"}, "positive factor in rope_scaling, got '4'"),
     "negative mscale": ({"mscale": -1.0}, "mscale in rope_scaling must be a number of 0 or more, got -1.0"),
     "longrope without lists": ({"rope_type": "longrope"}, "longrope needs the lists short_factor and long_factor"),
     "mscale without factor": (
         {"rope_type": "longrope", "factor": None, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-        "mscale_all_dim acts together with factor",
+        "mscale_all_dim needs a number as factor",
     ),
 }
 
@@ -285,7 +285,7 @@ def test_transformers_own_class_reads_the_same(published, write_config, saved):
     config = AutoConfig.from_pretrained(write_config(published))
     _, folder = saved(config)
     native = NATIVE.DeepseekV2Config.from_pretrained(folder)
-    # the older key stays beside the newer one there
+    # transformers' own class keeps the older key beside the newer one
     assert {name: value for name, value in native.rope_parameters.items() if name != "type"} == config.rope_parameters
     shared = {f.name for f in dataclasses.fields(native)} & {f.name for f in dataclasses.fields(config)}
     shared -= {"rope_parameters", "transformers_version"}
@@ -377,14 +377,14 @@ def test_widths_are_derived_from_the_fields():
     assert (config.qk_head_dim, config.head_dim, config.cached_width) == (34, 10, 50)
 
 
-def test_caller_keeps_the_dict_it_gave():
+def test_changing_the_config_does_not_change_the_dict_that_was_passed():
     given = {"rope_type": "default", "rope_theta": 500.0}
     config = DeepseekV2Config(rope_parameters=given)
     config.rope_parameters["rope_theta"] = 1.0
     assert given == {"rope_type": "default", "rope_theta": 500.0}
 
 
-# the two spellings of RoPE
+# the two forms of RoPE's settings
 
 
 @pytest.mark.parametrize("extra", [{}, {"type": "yarn"}], ids=["rope_type", "rope_type and type"])
@@ -406,7 +406,7 @@ def test_rope_parameters_alone_are_enough(extra, write_config):
     ],
     ids=["factor", "theta", "type", "old type key"],
 )
-def test_spellings_that_disagree_are_refused(changed, values, write_config):
+def test_forms_that_disagree_are_refused(changed, values, write_config):
     rope = {"rope_type": "yarn", "rope_theta": 10000, **PUBLISHED_YARN}
     rope |= changed
     with pytest.raises(ValueError, match="must agree") as refusal:
@@ -579,7 +579,10 @@ REFUSED = {
     ),
     "linear factor": ({"rope_scaling": {"type": "linear"}}, r"linear needs a positive factor .* got None"),
     "dynamic factor": ({"rope_scaling": {"type": "dynamic"}}, r"dynamic needs a positive factor .* got None"),
-    "partial rotary": ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1, got 0.5; qk_rope_head_dim"),
+    "partial rotary": (
+        {"partial_rotary_factor": 0.5},
+        r"partial_rotary_factor must be 1, got 0.5; set qk_rope_head_dim",
+    ),
     "grouped heads": (
         {"num_key_value_heads": 8},
         r"num_key_value_heads must equal num_attention_heads \(128\), .* got 8; give both the same number",
@@ -587,7 +590,7 @@ REFUSED = {
     "activation": ({"hidden_act": "sigh"}, r"hidden_act must be an activation of transformers, got 'sigh'; .* 'silu'"),
     "dropout": ({"attention_dropout": 1.5}, r"attention_dropout must be a probability between 0 and 1, got 1.5"),
     "head dropout": ({"classifier_dropout": -0.1}, r"classifier_dropout must be a probability .* got -0.1"),
-    "spared": ({"no_drop_fraction": 1.5}, r"no_drop_fraction must be a probability .* got 1.5"),
+    "no drops": ({"no_drop_fraction": 1.5}, r"no_drop_fraction must be a probability .* got 1.5"),
     "capacity": ({"device_capacity_factor": 0.0}, r"device_capacity_factor must be a positive number, got 0.0; None"),
     "devices": (
         {"topk_method": "greedy", "n_group": 7, "device_capacity_factor": 1.0},
@@ -607,7 +610,7 @@ REFUSED |= {f"{name} 0": ({name: 0}, f"{name} must be at least 1, got 0") for na
 
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refusal_says_what_was_expected_and_what_came(wrong, message, write_config):
+def test_a_refusal_names_what_was_expected_and_what_came(wrong, message, write_config):
     fields = DEEPSEEK_V2 | wrong
     with pytest.raises(ValueError, match=message):
         DeepseekV2Config(**fields)
@@ -618,19 +621,19 @@ def test_refusal_says_what_was_expected_and_what_came(wrong, message, write_conf
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_greedy_routing_does_not_ask_for_groups():
+def test_greedy_routing_accepts_any_groups():
     config = DeepseekV2Config(**V2 | {"topk_method": "greedy", "n_group": 5, "topk_group": 9})
     assert (config.n_group, config.topk_group) == (5, 9)
 
 
-def test_what_became_wrong_later_is_not_saved(tmp_path):
+def test_a_config_that_became_wrong_is_not_saved(tmp_path):
     config = DeepseekV2Config(**V2)
     config.topk_group = 5
     with pytest.raises(StrictDataclassClassValidationError, match=r"topk_group must lie between 1 and n_group \(4\)"):
         config.save_pretrained(tmp_path)
 
 
-# every field does something
+# every field has an effect
 
 
 def logits(fields: dict[str, Any]) -> Tensor:
@@ -691,7 +694,7 @@ def train_labels(fields: dict[str, Any]) -> Tensor:
     return model(random_ids(1, 5)).logits
 
 
-def first_token_of_nothing(fields: dict[str, Any]) -> int:
+def first_token_without_a_prompt(fields: dict[str, Any]) -> int:
     return tiny_model(**fields).generate(max_new_tokens=1, do_sample=False)[0, 0].item()
 
 
@@ -711,8 +714,8 @@ def written(name: str) -> Callable[[dict[str, Any]], Any]:
 class Effect(NamedTuple):
     value: Any
     observe: Callable[[dict[str, Any]], Any]
-    base: dict[str, Any] = {}  # what else must hold for the field to matter
-    also: dict[str, Any] = {}  # what has to change with it
+    base: dict[str, Any] = {}  # other fields that make this one matter
+    also: dict[str, Any] = {}  # other fields that must change with it
 
 
 EFFECTS = {
@@ -730,7 +733,7 @@ EFFECTS = {
     "tie_word_embeddings": Effect(True, is_tied),
     "use_cache": Effect(False, has_cache),
     "pad_token_id": Effect(4, label_of_padded_sequence, base={"pad_token_id": 3}),
-    "bos_token_id": Effect(5, first_token_of_nothing),
+    "bos_token_id": Effect(5, first_token_without_a_prompt),
     "eos_token_id": Effect(list(range(96)), generated_length, base={"eos_token_id": None}),
     "q_lora_rank": Effect(None, shapes),
     "kv_lora_rank": Effect(48, shapes),
@@ -761,7 +764,7 @@ EFFECTS = {
     "seq_aux": Effect(False, balanced_loss),
     "device_capacity_factor": Effect(0.5, train_logits, base={"no_drop_fraction": 0.0}),
     "no_drop_fraction": Effect(1.0, train_logits, base={"device_capacity_factor": 0.5, "no_drop_fraction": 0.0}),
-    # carried for others: what was given is what they read
+    # kept for other programs, which read what was given
     "ep_size": Effect(8, written("ep_size")),
     "pretraining_tp": Effect(4, written("pretraining_tp")),
 }
@@ -772,10 +775,10 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_changing_the_field_changes_something(name):
+def test_changing_the_field_has_an_effect(name):
     effect = EFFECTS[name]
     before = effect.observe(effect.base)
-    assert is_same(effect.observe(effect.base), before), "the observation itself is not reproducible"
+    assert is_same(effect.observe(effect.base), before), "the observation is not reproducible"
     assert not is_same(effect.observe(effect.base | {name: effect.value} | effect.also), before)
 
 
@@ -783,18 +786,18 @@ def test_every_matrix_starts_with_the_initial_spread():
     assert set(initial_spread({"initializer_range": 0.3}).values()) == {0.3}
 
 
-def test_every_field_has_its_effect():
+def test_the_table_of_effects_has_every_field():
     declared = inspect.get_annotations(DeepseekV2Config)
     assert EFFECTS.keys() == declared.keys()
 
 
-def test_balance_between_devices_asks_for_more_than_one(monkeypatch):
-    said = []
-    monkeypatch.setattr(checks.logger, "warning_once", said.append)
+def test_balancing_a_single_device_is_warned_of(monkeypatch):
+    warned = []
+    monkeypatch.setattr(checks.logger, "warning_once", warned.append)
     DeepseekV2Config(**V2 | {"device_capacity_factor": 1.0})
     DeepseekV2Config(**LITE)
-    assert not said
+    assert not warned
     DeepseekV2Config(**LITE | {"communication_aux_loss_alpha": 0.05})
-    assert said[-1].startswith("communication_aux_loss_alpha balance devices")
+    assert warned[-1].startswith("communication_aux_loss_alpha balance devices")
     DeepseekV2Config(**LITE | {"device_aux_loss_alpha": 0.05, "device_capacity_factor": 1.0})
-    assert said[-1].startswith("device_aux_loss_alpha and device_capacity_factor balance devices, and n_group is 1")
+    assert warned[-1].startswith("device_aux_loss_alpha and device_capacity_factor balance devices, but n_group is 1")

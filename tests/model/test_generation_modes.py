@@ -460,7 +460,7 @@ REFUSED = {
         if not STATIC_CAN_BE_CROPPED
     },
     **{
-        (way, "fp8 of transformers"): (ValueError, "take tokens back, which a QuantizedCache cannot")
+        (way, "fp8 of transformers"): (ValueError, "remove tokens from the cache, which a QuantizedCache cannot")
         for way in CANDIDATES
     },
     # methods that the user calls and transformers' own caches do not have, or do not have right
