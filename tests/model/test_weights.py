@@ -1,4 +1,4 @@
-"""Checkpoints: official files in, official files out, and nothing initialised where something should have been read."""
+"""Checkpoints load from and save to official files, and an incomplete backbone is refused, never initialized."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
-# what each class adds to the backbone, and what it leaves in an official file
+# what each class adds to the backbone, and what it does not read from an official file
 CLASSES = {
     AutoModelForCausalLM: (set(), set()),
     AutoModel: (set(), {"lm_head.weight"}),
@@ -46,7 +46,7 @@ every_class = pytest.mark.parametrize("auto_class", CLASSES, ids=lambda auto_cla
 
 
 def official_tensors(config: DeepseekV2Config, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """A checkpoint by the names and shapes of the release, made without any model class. Norms near 1."""
+    """Makes a checkpoint with the release's names and shapes, without any model class; norms are near 1."""
     d, h, c, a = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
     n, r, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
 
@@ -94,7 +94,7 @@ def write_checkpoint(folder: Path, config: DeepseekV2Config, tensors: dict[str, 
 
 
 def files_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors in a folder's safetensors files, by name."""
+    """All tensors in the safetensors files of a folder, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
@@ -117,7 +117,7 @@ def official(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(tmp_path, official):
-    """Writes a folder with the official tensors, less or changed, and gives its path."""
+    """Writes a folder with the official tensors, without some or with changed ones, and returns its path."""
 
     def write(without: str | None = None, changed: dict[str, Tensor] | None = None) -> Path:
         tensors = {name: t for name, t in official.items() if without is None or without not in name}
@@ -127,7 +127,7 @@ def checkpoint(tmp_path, official):
     return write
 
 
-# in and out
+# loading and saving
 
 
 @every_class
@@ -156,7 +156,7 @@ def test_official_checkpoint_loads_completely(fields, auto_class, tmp_path):
 @pytest.mark.parametrize("shard_size", [None, "40KB"], ids=["one file", "sharded"])
 @every_dtype
 @every_variant
-def test_saving_gives_back_the_official_files(fields, dtype, shard_size, tmp_path):
+def test_saving_writes_the_official_files_again(fields, dtype, shard_size, tmp_path):
     config = DeepseekV2Config(**fields)
     tensors = official_tensors(config, dtype)
     write_checkpoint(tmp_path / "official", config, tensors)
@@ -231,10 +231,10 @@ def test_we_open_what_transformers_own_class_saves(fields, tmp_path):
     assert relative_error(logits_of(model), logits_of(native)) < 1e-5
 
 
-# what is missing, misshapen or left over
+# missing, misshapen and unexpected tensors
 
 
-# what to leave out of the file, and what the message says
+# what the file lacks, and what the message contains
 MISSING = {
     "attention projection": ("layers.2.self_attn.o_proj.weight", ["layers.2.self_attn.o_proj.weight is missing"]),
     "layer norm": ("layers.0.input_layernorm.weight", ["layers.0.input_layernorm.weight is missing"]),
@@ -270,7 +270,7 @@ MISSING = {
 }
 
 
-def assert_refused_saying(parts: list[str], folder: Path, auto_class: type, **options) -> None:
+def assert_refused_with(parts: list[str], folder: Path, auto_class: type, **options) -> None:
     with pytest.raises(ValueError, match="does not hold this model's backbone") as refusal:
         auto_class.from_pretrained(folder, **options)
     assert [part for part in parts if part not in str(refusal.value)] == []
@@ -280,10 +280,10 @@ def assert_refused_saying(parts: list[str], folder: Path, auto_class: type, **op
 @every_class
 @pytest.mark.parametrize(("without", "parts"), MISSING.values(), ids=MISSING.keys())
 def test_missing_backbone_tensor_is_an_error_that_names_it(without, parts, auto_class, checkpoint):
-    assert_refused_saying(parts, checkpoint(without), auto_class)
+    assert_refused_with(parts, checkpoint(without), auto_class)
 
 
-# what to put into the file in place of its own, and what the message says
+# shapes of replaced tensors in the file, and what the message contains
 MISSHAPEN = {
     "projection": (
         {"model.layers.2.self_attn.o_proj.weight": (72, 71)},
@@ -329,7 +329,7 @@ MISSHAPEN = {
 @pytest.mark.parametrize(("shapes", "parts"), MISSHAPEN.values(), ids=MISSHAPEN.keys())
 def test_misshapen_backbone_tensor_is_an_error_that_names_it(shapes, parts, auto_class, options, checkpoint):
     folder = checkpoint(changed={name: torch.zeros(shape) for name, shape in shapes.items()})
-    assert_refused_saying(parts, folder, auto_class, **options)
+    assert_refused_with(parts, folder, auto_class, **options)
 
 
 def test_all_problems_are_named_at_once(checkpoint):
@@ -352,7 +352,7 @@ def test_experts_under_wrong_numbers_are_refused_and_not_shifted(auto_class, che
     renamed = {f"model.layers.1.mlp.experts.12.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
     folder = checkpoint("layers.1.mlp.experts.11.", changed=renamed)
     came = ["layers.1.mlp.experts.11.down_proj.weight is missing", "experts.12.down_proj.weight is one too many"]
-    assert_refused_saying(came, folder, auto_class)
+    assert_refused_with(came, folder, auto_class)
 
 
 def test_another_width_in_config_json_is_refused(checkpoint):
@@ -368,7 +368,7 @@ def load_report(caplog, monkeypatch):
     return lambda: caplog.text
 
 
-def test_missing_head_is_initialised_and_reported(checkpoint, load_report):
+def test_missing_head_is_initialized_and_reported(checkpoint, load_report):
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint("lm_head"), output_loading_info=True)
     assert info["missing_keys"] == {"lm_head.weight"}
     assert model.lm_head.weight.std().item() == pytest.approx(V2["initializer_range"], rel=0.05)
@@ -381,7 +381,7 @@ def test_complete_checkpoint_reports_nothing(checkpoint, load_report):
     assert "LOAD REPORT" not in load_report()
 
 
-def test_head_of_another_size_needs_to_be_allowed(checkpoint):
+def test_head_of_another_size_must_be_allowed(checkpoint):
     folder = checkpoint(changed={"lm_head.weight": torch.zeros(97, 72)})
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -390,7 +390,7 @@ def test_head_of_another_size_needs_to_be_allowed(checkpoint):
 
 
 @every_class
-def test_left_over_tensors_are_listed(auto_class, checkpoint):
+def test_unexpected_tensors_are_listed(auto_class, checkpoint):
     extra = {
         "model.layers.3.self_attn.o_proj.weight": torch.zeros(72, 72),
         "model.layers.0.self_attn.q_proj.weight": torch.zeros(72, 72),
@@ -401,7 +401,7 @@ def test_left_over_tensors_are_listed(auto_class, checkpoint):
     assert info["unexpected_keys"] == extra.keys() | CLASSES[auto_class][1]
 
 
-def test_rotary_buffers_of_old_checkpoints_are_no_matter(checkpoint, load_report):
+def test_rotary_buffers_of_old_checkpoints_are_ignored(checkpoint, load_report):
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.full((4,), 9.0) for layer in range(3)}
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint(changed=old), output_loading_info=True)
     assert not info["unexpected_keys"]
@@ -438,9 +438,9 @@ def test_dtype_of_the_file_is_kept(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_asked_dtype_is_given(checkpoint):
+def test_a_requested_dtype_is_used(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.bfloat16)
-    # but to routers, which are in float32 in the file
+    # except for routers, which are in float32 in the file
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith("mlp.gate.weight")]
     assert {parameter.dtype for parameter in others} == {torch.bfloat16}
 
@@ -487,7 +487,7 @@ def test_loading_under_a_meta_default_device_leaves_nothing_on_it(checkpoint):
     assert torch.equal(logits_of(loaded), logits_of(plain))
 
 
-def test_model_moved_from_meta_is_initialised_with_right_frequencies():
+def test_model_moved_from_meta_is_initialized_with_the_right_frequencies():
     with torch.device("meta"):
         model = DeepseekV2ForCausalLM(DeepseekV2Config(**V2))
     model.to_empty(device="cpu")
@@ -534,8 +534,8 @@ def test_resized_embeddings_are_saved_and_loaded(size, tied, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_writing_to_the_hub_is_transformers_own(tmp_path):
-    # ours refuses first what no file can hold
+def test_the_hub_is_written_by_transformers_own_methods(tmp_path):
+    # ours only adds a check for weights that no file can hold
     assert DeepseekV2ForCausalLM.save_pretrained.__wrapped__ is PreTrainedModel.save_pretrained
     for name in ("push_to_hub", "from_pretrained"):
         assert name not in {
@@ -544,7 +544,7 @@ def test_writing_to_the_hub_is_transformers_own(tmp_path):
         assert callable(getattr(DeepseekV2ForCausalLM, name))
 
 
-def test_saved_folder_loads_from_anywhere(checkpoint, tmp_path):
+def test_a_saved_folder_loads_after_it_is_moved(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint())
     model.save_pretrained(tmp_path / "saved")
     shutil.copytree(tmp_path / "saved", tmp_path / "moved")
@@ -575,8 +575,8 @@ def routers(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_router_in_float32_stays_so_through_loading_and_saving(dtype, tmp_path):
-    """As transformers 5.24 trains it; rounded to 16 bits, tokens would go to other experts."""
+def test_a_router_in_float32_keeps_its_dtype_through_loading_and_saving(dtype, tmp_path):
+    """transformers 5.24 trains routers in float32; rounded to 16 bits, they would choose other experts."""
     model = tiny_model(dtype)
     for weight in routers(model):
         weight.data = weight.data.float() + 1e-4
@@ -591,7 +591,7 @@ def test_a_router_in_float32_stays_so_through_loading_and_saving(dtype, tmp_path
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_router_in_bfloat16_is_computed_and_saved_as_it_is(tmp_path):
+def test_a_router_in_bfloat16_is_computed_and_saved_unchanged(tmp_path):
     model, ids = tiny_model(torch.bfloat16), random_ids(2, 9)
     model.save_pretrained(tmp_path)
     again = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -602,7 +602,7 @@ def test_a_router_in_bfloat16_is_computed_and_saved_as_it_is(tmp_path):
     assert {x.dtype for x in wide.parameters()} == {torch.float32}
 
 
-def test_inspect_takes_a_router_in_float32(tmp_path, capsys):
+def test_inspect_accepts_a_router_in_float32(tmp_path, capsys):
     model = tiny_model(torch.bfloat16)
     for weight in routers(model):
         weight.data = weight.data.float()
