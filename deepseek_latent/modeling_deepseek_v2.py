@@ -37,7 +37,7 @@ from .weights import WeightsMixin
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
-    """Latent attention, then experts or a dense MLP; each reads its normalized input and is added to it."""
+    """Latent attention, then experts or a dense MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
