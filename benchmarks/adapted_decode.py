@@ -1,9 +1,9 @@
-"""Decoding with adapters that are not merged: python -m benchmarks.adapted_decode
+"""Times decoding with adapters that are not merged: python -m benchmarks.adapted_decode
 
-Lite-4 in bfloat16, one token decoded, in plain torch and after `optimize_for_inference`: bare, and with LoRA (r = 16)
-on attention's projections, on dense and shared MLPs as well, on routed experts as well; all in turn, in one process.
-First each must say, within rounding, what its modules called one by one say of the whole sequence, and the adapter must
-act.
+Lite-4 in bfloat16 decodes one token, in plain torch and after `optimize_for_inference`: without adapters, and with LoRA
+(r = 16) on the projections of attention, then also on dense and shared MLPs, then also on routed experts. All variants
+are timed in turn in one process. Before that, the logits of each variant are compared with those of a pass with
+gradients, which calls every module, and the adapter must change them.
 """
 
 import argparse
@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from deepseek_latent import lora_config
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import lora_config, optimize_for_inference
 
 from .decode import decode
 from .lite4 import build, filled, twin
@@ -31,7 +30,7 @@ ADAPTERS = {
 
 
 def sides() -> dict[str, PreTrainedModel | PeftModel]:
-    """The weights are there once."""
+    """Builds all variants, which share one set of weights."""
     bare = build("ours")
     made = {"bare": bare} | {name: adapted(twin(bare), config(bare.config)).eval() for name, config in ADAPTERS.items()}
     with_kernels = {"bare": twin(bare)}
@@ -44,18 +43,18 @@ def sides() -> dict[str, PreTrainedModel | PeftModel]:
 
 
 def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
-    """Relative differences: between decoding and a pass with gradients on, of the adapter's effect from none."""
+    """Compares decoding with a pass with gradients, checks that adapters act, and returns relative differences."""
     ids = torch.randint(0, 1000, (1, 12), generator=torch.Generator().manual_seed(0))
-    expected, said = {}, {}
+    expected, decoded = {}, {}
     for name, model in models.items():
         with torch.enable_grad():
             expected[name] = model(input_ids=ids).logits[:, -1].detach().float()
         cache = filled(model, 0, None)
         model(input_ids=ids[:, :-1], cache=cache)
-        said[name] = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
+        decoded[name] = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
     differences = {}
     for name in models:
-        error = ((said[name] - expected[name]).norm() / expected[name].norm()).item()
+        error = ((decoded[name] - expected[name]).norm() / expected[name].norm()).item()
         assert error < 0.05, f"{name} differs by {error}"
         bare = expected["bare, plain"]
         effect = ((expected[name] - bare).norm() / bare.norm()).item()

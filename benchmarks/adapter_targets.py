@@ -1,16 +1,16 @@
-"""Which LoRA targets arrive elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
+"""Which LoRA targets act elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
 
-Adapters of small random DeepSeek-V2 models are saved from this package: one for each target alone, those of
-`lora_config`, lists meant for one destination, and a model merged with its adapter. Each is read by peft on
-transformers' own class, in a process that never imports this package, and by llama.cpp after its own converter. Of each
-is told how many of LoRA's tensors in the file arrive, and whether the adapter moves the logits there as it moves ours:
-equal (relative error of what it adds below 2e-2), no effect, differs, or refused with an error. `lora_B` is filled at
-random, since adapters that begin at zero are all equal.
+This package saves adapters of small random DeepSeek-V2 models: one for each single target, those of `lora_config`,
+lists for one destination, and a model merged with its adapter. Each is read by peft on transformers' own class, in a
+process that never imports this package, and by llama.cpp after its own converter. The result is the number of LoRA
+tensors that are loaded from the file, and whether the adapter changes the logits there as it does here: equal (the
+relative error of the change is below 2e-2), no effect, differs, or refused with an error. `lora_B` is random, since
+adapters that start at zero have no effect.
 
-FOLDER is llama.cpp as it comes in the source of llama-cpp-python: `pip download --no-binary :all: --no-deps
-llama-cpp-python`, unpacked, then vendor/llama.cpp in it; its converters run by the python of this command. PYTHON is
-that of any environment with `pip install llama-cpp-python`, which needs no torch. Measured with version 0.3.36 of it,
-in two minutes.
+FOLDER is llama.cpp from the source of llama-cpp-python: run `pip download --no-binary :all: --no-deps
+llama-cpp-python`, unpack it, and take vendor/llama.cpp; its converters run in the environment of this command. PYTHON
+is the interpreter of any environment with llama-cpp-python, which does not need torch. It takes two minutes and was run
+with version 0.3.36.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-# torch and this package are imported where they are used: llama.cpp's environment has neither, stock's process must
-# not see the second
+# torch and this package are imported inside functions: llama.cpp's environment has neither of them, and the process of
+# stock peft must not import this package
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 CONFIG = {
@@ -50,12 +50,12 @@ CONFIG = {
     "eos_token_id": 1,
     "initializer_range": 0.08,
 }
-# llama.cpp takes a model without q_lora_rank for a "lite" one only at 26 or 27 layers
+# llama.cpp recognizes a model without q_lora_rank only if it has 26 or 27 layers
 BASES = {"full": {"q_lora_rank": 40, "num_hidden_layers": 4}, "lite": {"q_lora_rank": None, "num_hidden_layers": 27}}
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# options of LoraConfig by row
+# rows with a LoraConfig, and its options
 ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *MLP]} | {
     "gate_proj, up_proj, down_proj": {"target_modules": MLP},
     **{name: {"target_modules": [], "target_parameters": [name]} for name in EXPERTS},
@@ -63,7 +63,7 @@ ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *ML
     "router's gate.weight": {"target_modules": [], "target_parameters": ["gate.weight"]},
     "lm_head": {"target_modules": ["lm_head"]},
 }
-# options of lora_config by row
+# rows with a `lora_config`, and its options
 ROUTED = "lora_config(routed_experts=True)"
 CHOSEN = {
     "lora_config()": {},
@@ -76,7 +76,7 @@ ADAPTERS = [*ALONE, *CHOSEN]
 MERGED = f"{ROUTED}, merged"
 MODELS = [*BASES, MERGED]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
-# the tokenizer has no hash that llama.cpp knows, and only ids are compared: any name of a pre-tokenizer does
+# llama.cpp does not know the tokenizer's hash; any pre-tokenizer will do, since only ids are compared
 CONVERT_MODEL = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -88,12 +88,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def place(scratch: Path, name: str) -> Path:
-    """Folder of a model or an adapter: `saved`, `saved.gguf`, and logits [s vocabulary] of each part."""
+    """The folder of a model or an adapter, with `saved`, `saved.gguf`, and the logits [s vocab] of each part."""
     return scratch / re.sub(r"\W+", "_", name)
 
 
 def base_of(name: str) -> str:
-    """The model an adapter belongs to; a model's own name."""
+    """The name of the model to which an adapter belongs; for a model, its own name."""
     return name if name in MODELS else "lite" if name == "q_proj" else "full"
 
 
@@ -104,7 +104,7 @@ def refused(error: str) -> dict:
 def lora_tensors(folder: Path) -> set[str]:
     from safetensors.numpy import load_file
 
-    # with lm_head, peft saves its own weight too
+    # for lm_head, peft also saves the weight itself
     return {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}
 
 
@@ -147,7 +147,7 @@ def ours(scratch: Path) -> dict:
 
 
 def stock(scratch: Path) -> dict:
-    """Logits of transformers' own class under peft; how many of each adapter's tensors it holds, or its error."""
+    """Saves the logits of transformers' own class with peft; returns the number of loaded tensors or the error."""
     import torch
     from peft import PeftModel
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
@@ -170,7 +170,7 @@ def stock(scratch: Path) -> dict:
 
 
 def llama(scratch: Path) -> dict:
-    """Logits of llama.cpp for all that was converted; its errors and version."""
+    """Saves llama.cpp's logits for all that was converted; returns its errors and version."""
     import llama_cpp
 
     ids, errors = np.load(scratch / "ids.npy")[0].tolist(), {}
@@ -178,7 +178,7 @@ def llama(scratch: Path) -> dict:
         file, adapter = place(scratch, base_of(name)) / "saved.gguf", place(scratch, name) / "saved.gguf"
         if not adapter.exists():
             continue
-        # type 0 is a cache in float32
+        # type 0 means a cache in float32
         options = {"n_ctx": 64, "logits_all": True, "flash_attn": False, "type_k": 0, "type_v": 0, "verbose": False}
         try:
             model = llama_cpp.Llama(str(file), lora_path=str(adapter) if name in ADAPTERS else None, **options)
@@ -191,7 +191,7 @@ def llama(scratch: Path) -> dict:
 
 
 def converted(scratch: Path, name: str, llama_cpp: Path) -> dict:
-    """What llama.cpp's converter makes of a model or an adapter: number of tensors, or the last line of its error."""
+    """Runs llama.cpp's converter on a model or an adapter; returns the number of tensors or the error's last line."""
     saved, out = place(scratch, name) / "saved", place(scratch, name) / "saved.gguf"
     if name in MODELS:
         own = ["-c", CONVERT_MODEL, llama_cpp, llama_cpp / "convert_hf_to_gguf.py", saved, "--outtype", "f32"]
@@ -209,7 +209,7 @@ def converted(scratch: Path, name: str, llama_cpp: Path) -> dict:
 
 
 def judged(scratch: Path, name: str, part: str, known: dict) -> dict:
-    """`known` of a part, with its verdict: None where there was nothing to read."""
+    """Adds the verdict to what is `known` of a part; it is None if the part has no logits."""
     row = {"verdict": None, "relative_error": None, "error": None} | known
     if row["error"] is not None or not (place(scratch, name) / f"{part}.npy").exists():
         return row
@@ -223,7 +223,7 @@ def judged(scratch: Path, name: str, part: str, known: dict) -> dict:
 
 
 def without_adapter(scratch: Path, part: str) -> float:
-    """Largest difference of the bases' logits from ours, relative to the largest logit."""
+    """The largest difference between the base models' logits and ours, relative to the largest logit."""
     pairs = [[np.load(place(scratch, name) / f"{side}.npy") for side in ("ours", part)] for name in BASES]
     found = max(float(abs(other - own).max() / abs(own).max()) for own, other in pairs)
     assert found < 1e-4, f"the logits of {part} differ by {found} without any adapter"
@@ -239,7 +239,7 @@ def cell(row: dict, arrived: str = "") -> str:
 
 
 def run(python: str, part: str, scratch: Path) -> dict:
-    """What the function of that name returns in a process of its own."""
+    """Calls the function named `part` in a process of its own, and returns its result."""
     code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({part}(Path(sys.argv[1]))))"
     done = subprocess.run([python, "-c", code, scratch], check=True, stdout=subprocess.PIPE, text=True, env=OFFLINE)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,9 +1,9 @@
-"""One decoded token against llama.cpp: python -m benchmarks.against_llama_cpp --out benchmarks/results/llama_cpp.json
+"""Compares decoding with llama.cpp: python -m benchmarks.against_llama_cpp --out benchmarks/results/llama_cpp.json
 
-Needs `pip install llama-cpp-python gguf`; the first is built for this machine's CPU on the way (6 minutes). Lite-4 is
-written as a GGUF file in bfloat16, in the layout that llama.cpp's own converter writes. Both sides read the same
-prompt, their logits are compared, then they decode one token in turn: this package after `optimize_for_inference` here,
-llama.cpp in a process of its own, since two pools of threads in one would be in each other's way.
+It needs `pip install llama-cpp-python gguf`, which builds the first for this machine's CPU (6 minutes). Lite-4 is
+written as a GGUF file in bfloat16, in the layout that llama.cpp's own converter writes. Both sides read the same prompt
+and their logits are compared. Then they decode one token in turn: this package after `optimize_for_inference`, and
+llama.cpp in a process of its own, since two thread pools in one process would slow each other down.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deepseek_latent import LatentCache
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import LatentCache, optimize_for_inference
 
 from .decode import SHORTEST, decode, weight_bytes_per_token
 from .lite4 import CONFIG, build
 from .machine import alternated, described, report, seconds_of, yardsticks
 
-# names in llama.cpp by names in the checkpoint
+# names in the checkpoint, and in llama.cpp
 TENSORS = {
     "input_layernorm.weight": "attn_norm",
     "post_attention_layernorm.weight": "ffn_norm",
@@ -61,7 +60,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_vocab_size(config.vocab_size)
-    # llama.cpp asks for it unless there are 26, 27 or 48 layers
+    # llama.cpp requires it unless there are 26, 27 or 48 layers
     writer.add_q_lora_rank(0)
     writer.add_kv_lora_rank(c)
     writer.add_key_length(c + r)
@@ -81,7 +80,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in _tensors(model):
-        # vectors and the router are float32 there
+        # llama.cpp keeps vectors and the router in float32
         if tensor.dim() == 1 or "ffn_gate_inp" in name:
             writer.add_tensor(f"{name}.weight", tensor.float().numpy())
         else:
@@ -100,7 +99,7 @@ def _tensors(model: PreTrainedModel):
             continue
         _, _, layer, rest = name.split(".", 3)
         if rest == "self_attn.kv_b_proj.weight":
-            # absorbed there too: keys transposed
+            # llama.cpp absorbs too, with transposed keys
             n, v = model.config.qk_nope_head_dim, model.config.v_head_dim
             keys, values = tensor.unflatten(0, (-1, n + v)).split((n, v), dim=1)
             yield f"blk.{layer}.attn_k_b", keys.mT
@@ -114,7 +113,10 @@ def _tensors(model: PreTrainedModel):
 
 
 def serve(path: str, room: int, threads: int) -> None:
-    """llama.cpp by lines on stdin: ids to read and a file for their last logits, or nothing: seconds of a token."""
+    """Runs llama.cpp and answers lines on stdin.
+
+    A line with ids and a file reads the ids and saves the last logits; an empty line decodes and times one token.
+    """
     import llama_cpp
     import numpy as np
 
@@ -184,7 +186,7 @@ def measure(model: PreTrainedModel, peer: LlamaCpp, cache: LatentCache, context:
     with tempfile.TemporaryDirectory() as folder:
         other = peer.read(ids.tolist(), Path(folder, "logits.npy"))
     error = ((own - other).norm() / own.norm()).item()
-    # bfloat16, a float16 cache there, and a router near a tie may choose another expert
+    # weights are bfloat16, llama.cpp's cache is float16, and a router near a tie may choose another expert
     assert error < 0.1, f"logits differ by {error} at {context}"
     token = torch.tensor([[17]])
     theirs: list[float] = []

@@ -1,7 +1,8 @@
-"""torch.compile over a static cache against eager decoding: python -m benchmarks.compiled
+"""Times torch.compile with a static cache against eager decoding: python -m benchmarks.compiled
 
-Lite-4 in bfloat16, one token decoded, in plain torch and after `optimize_for_inference`: eagerly over a `LatentCache`,
-and compiled as one graph over a `StaticCache` with room for 64 tokens more; all in turn, in one process.
+Lite-4 in bfloat16 decodes one token, in plain torch and after `optimize_for_inference`: eagerly with a `LatentCache`,
+and compiled as one graph with a `StaticCache` that has room for 64 more tokens. All variants are timed in turn in one
+process.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Time per token against context: python -m benchmarks.decode --out benchmarks/results/decode.json
+"""Measures time per token against context: python -m benchmarks.decode --out benchmarks/results/decode.json
 
-Lite-4, one token decoded over a cache filled with random latents, by four sides that share their weights: this package
-in plain torch, the same after `optimize_for_inference`, with int8 weights too, and transformers' own class; in turn, in
-one process, logits compared first. The floor is what this machine cannot beat: reading every weight that a token needs
-and the cache once, or the products over the cache at the float32 rate of a square matrix product, whichever is longer;
-bandwidth and rate are two more sides of the same turns. The plot lies beside the result file.
+Lite-4 decodes one token with a cache of random latents. Four sides share their weights: this package in plain torch,
+after `optimize_for_inference`, with int8 weights too, and transformers' own class. Their logits are compared, then they
+are timed in turn in one process. The floor is a lower bound for this machine: the time to read every weight that a
+token needs and the cache once, where the products over the cache count instead, at the float32 rate of a square matrix
+product, if they take longer. Bandwidth and rate are measured in the same turns. The plot is written beside the results.
 """
 
 import argparse
@@ -23,9 +23,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from deepseek_latent import LatentCache
+from deepseek_latent import LatentCache, optimize_for_inference
 from deepseek_latent.compat.cache_name import CACHE
-from deepseek_latent.kernels import optimize_for_inference
 
 from .lite4 import build, filled, twin
 from .machine import alternated, described, seconds_of, yardsticks
@@ -43,7 +42,7 @@ SHORTEST = 128  # tokens
 
 
 def sides(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Lite-4 as each side has it; the weights are there once."""
+    """Builds Lite-4 for each side; all sides share one set of weights."""
     plain = build("ours", dtype)
     kernels, in_int8 = twin(plain), twin(plain)
     print(optimize_for_inference(kernels))
@@ -52,9 +51,9 @@ def sides(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
 
 
 def weight_bytes_per_token(model: PreTrainedModel, batch: int) -> int:
-    """Bytes of weights that one step reads: all but the embeddings and the experts that no token is sent to.
+    """Bytes of weights that one step reads: all but the embeddings and the experts that receive no token.
 
-    Of several tokens with random latents each picks its experts by itself.
+    Several tokens with random latents choose their experts independently.
     """
     config, total = model.config, 0
     share_chosen = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
@@ -69,7 +68,7 @@ def weight_bytes_per_token(model: PreTrainedModel, batch: int) -> int:
 def floor_seconds(
     model: PreTrainedModel, context: int, batch: int, bandwidth: float, rate: float
 ) -> tuple[float, float]:
-    """Seconds that the weights take at any context, and seconds that reading the cache once takes."""
+    """Seconds to read the weights, at any context, and seconds to read the cache once."""
     config = model.config
     tokens = batch * config.num_hidden_layers * context
     read = tokens * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize / bandwidth
@@ -99,7 +98,7 @@ def measure(models: dict[str, PreTrainedModel], context: int, batch: int, repeti
     if "native" in models:
         caches["native"] = as_native(cache)
     if batch > 1:
-        # each sequence its own, as if they had not begun alike
+        # each sequence has tokens of its own, without a shared prefix
         own = LatentCache(plain.config)
         for i, layer in enumerate(cache.layers):
             own.append(layer.keys.clone(), layer.values.clone(), i)
@@ -110,11 +109,11 @@ def measure(models: dict[str, PreTrainedModel], context: int, batch: int, repeti
     for which, x in logits.items():
         # a router near a tie may choose another expert
         error = ((x - logits["plain"]).norm() / logits["plain"].norm()).item()
-        assert x.isfinite().all(), f"{which} gives numbers that are none"
+        assert x.isfinite().all(), f"{which} gives logits that are not finite"
         allowed = 0.1 if which == "int8" else 0.05 if plain.dtype == torch.bfloat16 else 1e-4
         assert error < allowed, f"{which} differs by {error} at {context}"
         row[f"{which}_logits_relative_difference"] = round(error, 7)
-    # what a token costs without a past, in the same turns: the rest is what the past costs
+    # a token over the shortest context is timed too: the difference is the cost of the cached tokens
     start = filled(plain, SHORTEST, None)
     starts = {f"{which} at {SHORTEST}": lambda w=which: decode(models[w], start, tokens[:1]) for which in OURS}
     turns = steps | yardsticks() | (starts if context > SHORTEST and batch == 1 else {})
@@ -135,7 +134,7 @@ def measure(models: dict[str, PreTrainedModel], context: int, batch: int, repeti
 
 
 def compared(row: dict) -> dict:
-    """What the row says as ratios."""
+    """Adds ratios to a row."""
     ratios = {}
     if "int8_milliseconds" in row:
         ratios["int8_times_faster_than_kernels"] = round(row["kernels_milliseconds"] / row["int8_milliseconds"], 2)
@@ -160,7 +159,7 @@ PARTS = {
 
 
 def profiled(model: PreTrainedModel, context: int, tokens: int = 20) -> list[dict]:
-    """Where a token's time goes: per part the median milliseconds, and the megabytes of weights it must read."""
+    """The median milliseconds that each part takes per token, and the megabytes of weights that it reads."""
     cache, one, spent, handles = filled(model, context, None), torch.tensor([[17]]), {}, []
     megabytes = dict.fromkeys(PARTS, 0.0)
     for name, module in model.named_modules():
@@ -189,7 +188,7 @@ def profiled(model: PreTrainedModel, context: int, tokens: int = 20) -> list[dic
 
 
 def plot(rows: list[dict], sides: dict[str, str], title: str, path: Path) -> None:
-    """Milliseconds of one sequence's token against context, for every side and the floor."""
+    """Plots milliseconds per token of one sequence against context, for every side and the floor."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     single = [row for row in rows if row["batch"] == 1]
     for name, label in (*sides.items(), ("floor", "floor")):

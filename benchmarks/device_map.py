@@ -1,10 +1,10 @@
-"""What a decoded token costs where layers are spread: hooks of accelerate, layers on disk, two processes.
+"""The cost of a decoded token with a device_map or tensor parallelism: python -m benchmarks.device_map
 
-V2-Lite's attention in 2 layers with narrow dense MLPs, float32 on the CPU, one token over 16,384 cached ones. Sides:
-one device, as loaded; hooks on every layer that move nothing, as a `device_map` over several devices leaves them; the
-second layer on disk; one rank of two tensor-parallel gloo processes, which share the heads; transformers' own class on
-one device. Told are milliseconds, taken in turns (of the two processes not, since they share this machine's cores), and
-the floating-point operations that torch counts. Every side gives the same logits first.
+A model with V2-Lite's attention in 2 layers and narrow dense MLPs decodes one token over 16,384 cached ones, in float32
+on the CPU. Sides: one device; hooks on every layer that move nothing, as with a `device_map` over several devices; the
+second layer on disk; one rank of two tensor-parallel gloo processes, which split the heads; transformers' own class on
+one device. The results are milliseconds, timed in turn (not for the two processes, which share this machine's cores),
+and the floating-point operations that torch counts. The logits of all sides are compared.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TOKEN = torch.tensor([[17]])
 
 @torch.no_grad()
 def counted(model: nn.Module, cache: DynamicCache) -> tuple[Tensor, int]:
-    """Logits of one token, and the operations that it took."""
+    """The logits of one token, and the number of floating-point operations for it."""
     with FlopCounterMode(display=False) as counter:
         logits = decode(model, cache, TOKEN)
     return logits, counter.get_total_flops()
@@ -49,7 +49,7 @@ def on_disk(folder: str) -> nn.Module:
 
 
 def rank_of_two(folder: str) -> None:
-    """What one of two processes counts; the first writes it beside the model."""
+    """Counts operations in one of two processes; the first process writes its result beside the model."""
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
     logits, flops = counted(model, filled(model, CACHED, None))
     if dist.get_rank() == 0:

@@ -1,9 +1,9 @@
-"""What fewer bits per latent, and weights in int8, cost and save: python -m benchmarks.fewer_bits
+"""The cost and benefit of fewer bits per latent and of int8 weights: python -m benchmarks.fewer_bits
 
-Quality is that of the trained checkpoint examples/pydoc-tiny on its held-out text, read through each kind of cache and
-by int8 weights: perplexity beside the model as it is, and how far the next-token distributions move (KL divergence).
-Time is that of one decoded token of Lite-4 over a filled cache, in plain torch and with the kernels, all in turn in one
-process.
+Quality is measured on the held-out text of the trained checkpoint examples/pydoc-tiny, with each format of the cache
+and with int8 weights: the change of perplexity, and the KL divergence of the next-token distributions from those of the
+unchanged model. Time is that of one decoded token of Lite-4 with a filled cache, in plain torch and with the kernels;
+all variants are timed in turn in one process.
 """
 
 import argparse
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from deepseek_latent import LatentCache
+from deepseek_latent import LatentCache, optimize_for_inference
 from deepseek_latent.attention.ops import UpProjection, absorbed_attention
 from deepseek_latent.cache.format import Latents, SeparateStretch
 from deepseek_latent.cache.layer import LatentCacheLayer
-from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu.layers import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 
@@ -35,14 +34,14 @@ EXACT = "as the model computes"
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: Tensor, bits: int | str | None) -> Tensor:
-    """[b s-1 vocab] of the next token, in float32, the second half of each window read from the cache only."""
+    """Log-probabilities [b s-1 vocab] of next tokens in float32; the second half of a window reads the cached first."""
     cache, half = LatentCache(model.config, bits=bits), ids.shape[1] // 2
     parts = [model(part, cache=cache).logits for part in (ids[:, :half], ids[:, half:-1])]
     return torch.cat(parts, dim=1).float().log_softmax(dim=-1)
 
 
 def quality() -> list[dict]:
-    """Per kind: nats per token, change of perplexity with its standard error, mean KL divergence from no rounding."""
+    """For each kind: nats per token, the change of perplexity with its standard error, and the mean KL divergence."""
     model, in_int8 = (AutoModelForCausalLM.from_pretrained(CHECKPOINT) for _ in range(2))
     optimize_for_inference(in_int8, weights="int8")
     readers = {EXACT if bits is None else f"cache, {bits}": (model, bits) for bits in KINDS}
@@ -75,7 +74,7 @@ def quality() -> list[dict]:
 
 
 def attention_error(attend, layer: LatentCacheLayer) -> float:
-    """Of attention that reads the stored rows, against attention to what they stand for, rounded to bfloat16."""
+    """The relative error of attention that reads stored rows, against attention to their decoded values."""
     generator = torch.Generator().manual_seed(1)
     q_content, q_rotary, w_uk, w_uv = (
         torch.randn(shape, generator=generator) for shape in ((1, 1, 16, 128), (1, 1, 16, 64), *[(16, 128, 512)] * 2)
@@ -94,7 +93,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @torch.inference_mode()
 def decoding(contexts: list[int], repetitions: int) -> list[dict]:
-    """Milliseconds per token of Lite-4, and the ratio to the cache without bits, per kind and context."""
+    """Milliseconds per token of Lite-4, and their ratio to those of the unrounded cache, per kind and context."""
     plain, token, rows = build("ours"), torch.tensor([[17]]), []
     kernels = twin(plain)
     optimize_for_inference(kernels)
@@ -111,9 +110,9 @@ def decoding(contexts: list[int], repetitions: int) -> list[dict]:
         logits = {case: step().float() for case, step in steps.items()}
         seconds = {case: statistics.median(x) for case, x in alternated(steps, repetitions).items()}
         for side, bits in steps:
-            # correct before fast
+            # times of wrong results do not count
             error = attention_error(attention[side], caches[bits].layers[0])
-            assert error < 0.01, f"{side}, at {bits} bits, attention is off by {error}"
+            assert error < 0.01, f"{side}: attention at {bits} bits has an error of {error}"
             rows.append(
                 {
                     "context": context,

@@ -1,4 +1,4 @@
-"""The benchmark model: DeepSeek-V2-Lite's exact widths with 4 layers (1 dense, 3 MoE), 2.25 B parameters, bf16."""
+"""The model of the benchmarks: DeepSeek-V2-Lite's exact widths, 4 layers (1 dense, 3 MoE), 2.25 B parameters, bf16."""
 
 import copy
 
@@ -52,7 +52,7 @@ def build(
     device: str = "cpu",
     **overrides,
 ) -> nn.Module:
-    """Lite-4 of `which` class ("ours" or "native") in eval mode, with random weights or those of another, shared."""
+    """Builds Lite-4 of class `which` ("ours" or "native") in eval mode, with random weights or sharing given ones."""
     config_class, model_class = CLASSES[which]
     with torch.device("meta"):
         model = model_class._from_config(config_class(**(CONFIG | overrides)), dtype=dtype)
@@ -61,7 +61,7 @@ def build(
         fill(model, dtype)
     else:
         model.load_state_dict(weights.state_dict(), assign=True)
-        # what is no weight has no numbers yet
+        # buffers are still on the meta device
         for module in model.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 module.to_empty(device=device, recurse=False)
@@ -72,12 +72,12 @@ def build(
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with the same weights, there once."""
+    """Returns a copy of a model that shares its weights."""
     return copy.deepcopy(model, {id(x): x for x in model.parameters()})
 
 
 def fill(model: nn.Module, dtype: torch.dtype) -> None:
-    # a tile of noise instead of 2 billion draws; never zeros, on which products are faster
+    # repeats a tile of noise, to avoid 2 billion draws; not zeros, which can be multiplied faster
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype).to(model.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,7 +90,7 @@ def fill(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def filled(model: PreTrainedModel, tokens: int, bits: int | str | None) -> LatentCache:
-    """A cache of random latents of unit variance, as after their norm."""
+    """Returns a cache filled with random latents of unit variance, as their norm gives."""
     config, cache = model.config, LatentCache(model.config, bits=bits)
     generator = torch.Generator().manual_seed(0)
     for first in range(0, tokens, 4096):

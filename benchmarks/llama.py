@@ -1,7 +1,8 @@
-"""Trains the source of the conversion benchmarks: python -m benchmarks.llama FOLDER
+"""Trains the source model of the conversion benchmarks: python -m benchmarks.llama FOLDER
 
-A Llama with grouped queries, of 4 million parameters, on the source of Python's standard library: real text of which
-there is enough that nothing is learnt by heart. Files are held out by their names, whole; about five minutes.
+It is a Llama with grouped-query attention and 4 million parameters, trained on the source code of Python's standard
+library, which is large enough that the model does not memorize it. Whole files are held out, chosen by their names.
+Training takes about five minutes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ WINDOW, BATCH = 256, 8
 
 
 def texts() -> tuple[str, str]:
-    """The modules of the standard library in one piece: those to learn from, and a tenth of the files to judge by."""
+    """The modules of the standard library, joined: training text, and a tenth of the files as held-out text."""
     folder = Path(sysconfig.get_path("stdlib"))
     sides: tuple[list[str], list[str]] = [], []
     for path in sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py")):
@@ -50,7 +51,7 @@ def texts() -> tuple[str, str]:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Windows [b WINDOW] of a text, one behind the other."""
+    """Encodes a text as consecutive windows [b WINDOW]."""
     ids = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
     return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
 
@@ -67,9 +68,9 @@ class Rows(Dataset):
 
 
 def trained(
-    model: PreTrainedModel, windows: Tensor, judging: Tensor, *, steps: int, learning_rate: float
+    model: PreTrainedModel, windows: Tensor, held_out: Tensor, *, steps: int, learning_rate: float
 ) -> list[dict]:
-    """Trains the model in place; step and loss on windows it does not learn from, ten times on the way."""
+    """Trains the model in place, and returns step and held-out loss at ten points."""
     arguments = TrainingArguments(
         output_dir="runs",
         max_steps=steps,
@@ -88,12 +89,12 @@ def trained(
         dataloader_pin_memory=False,
         report_to="none",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(windows), eval_dataset=Rows(judging))
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(windows), eval_dataset=Rows(held_out))
     trainer.train()
     model.config.use_cache = True
     model.eval()
-    judged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    return [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in judged]
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in evaluated]
 
 
 def main() -> None:
@@ -105,9 +106,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, **special))
-    learnt, held_out = texts()
-    judging = encoded(tokenizer, held_out)[:32]
-    trained(model, encoded(tokenizer, learnt), judging, steps=options.steps, learning_rate=3e-3)
+    training, held_out = texts()
+    held_out_windows = encoded(tokenizer, held_out)[:32]
+    trained(model, encoded(tokenizer, training), held_out_windows, steps=options.steps, learning_rate=3e-3)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     (options.out / "held_out.txt").write_text(held_out, encoding="utf-8")

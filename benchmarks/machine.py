@@ -1,4 +1,4 @@
-"""What every result file says about where it was made, and how fast that machine reads and multiplies."""
+"""What every result file records about its machine, and how benchmarks take their times."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ import transformers
 
 
 def described(command: str) -> dict:
-    """Commit, versions, threads, CPU and GPU."""
+    """The command, commit, versions, threads, CPU and GPU of a run."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip()
     models = {line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")}
     return {
@@ -30,7 +30,7 @@ def described(command: str) -> dict:
 
 
 def report(result: dict, out: Path | None) -> None:
-    """Prints what was found, and writes it if there is a file to write."""
+    """Prints a result, and writes it if a file is given."""
     text = json.dumps(result, indent=2)
     print(text)
     if out is not None:
@@ -43,7 +43,7 @@ def cpu_lines() -> list[str]:
 
 
 def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, bytes."""
+    """Resident bytes of this process, from the field VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -57,10 +57,10 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def alternated(sides: dict[str, Callable[[], object]], repetitions: int, turn: float = 0.3) -> dict[str, list[float]]:
-    """Seconds of every side, taken in turn so that a busy moment of the machine meets all of them; one round unseen.
+    """Times all sides in turn, so that other load on the machine affects all of them; returns the seconds of each.
 
-    A side goes on for `turn` seconds, and at least once: tokens follow tokens in use too, and the first of them finds
-    the caches full of another side's code and data.
+    The first round is not counted. A side repeats its work for `turn` seconds, at least once: in use, tokens follow
+    each other too, and the first of a turn finds the CPU's caches full of another side's code and data.
     """
     taken = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
@@ -74,19 +74,19 @@ def alternated(sides: dict[str, Callable[[], object]], repetitions: int, turn: f
 
 
 def yardsticks() -> dict[str, Callable[[], object]]:
-    """Two more sides to take turns with: a dot product of two vectors of 400 MB, and a square float32 product."""
+    """Two more sides for `alternated`: a dot product of two vectors of 400 MB, and a square float32 matrix product."""
     x, y = (torch.full((100_000_000,), value) for value in (0.5, 0.25))
     square = torch.randn(2048, 2048)
     return {"read 800 MB": lambda: torch.dot(x, y), "product of 2048": lambda: square @ square}
 
 
 def read_bandwidth(repetitions: int = 5) -> float:
-    """Bytes per second of that dot product."""
+    """Bytes per second of the dot product in `yardsticks`."""
     read = yardsticks()["read 800 MB"]
     return 8e8 / statistics.median(seconds_of(read) for _ in range(repetitions))
 
 
 def gemm_rate(repetitions: int = 5) -> float:
-    """FLOP per second of that product."""
+    """FLOP per second of the matrix product in `yardsticks`."""
     product = yardsticks()["product of 2048"]
     return 2 * 2048**3 / statistics.median(seconds_of(product) for _ in range(repetitions))

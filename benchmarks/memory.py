@@ -1,9 +1,9 @@
-"""Memory against context while decoding: python -m benchmarks.memory --out benchmarks/results/memory.json
+"""Measures memory while decoding against context: python -m benchmarks.memory --out benchmarks/results/memory.json
 
-Lite-4 in bfloat16 holds a cache of random latents and decodes some tokens, by this package with its kernels, with the
-cache as it is and in fewer bits, and by transformers' own class, each in a process of its own. Told are the bytes of
-the cache, how far the process grew while it was filled, and how much further while tokens were decoded, where
-transformers' class expands all that is cached. Linux only. The plot lies beside the result file.
+Lite-4 in bfloat16 with a cache of random latents decodes a few tokens: in this package with its kernels, with the cache
+in bfloat16 and in fewer bits, and in transformers' own class, each in a process of its own. The results are the bytes
+of the cache, the growth of the process while it was filled, and the further growth while tokens were decoded, when
+transformers' class expands the whole cache. It runs on Linux only. The plot is written beside the result file.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
+from deepseek_latent import optimize_for_inference
 from deepseek_latent.compat.cache_name import CACHE
-from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, decode
 from .lite4 import build, filled
@@ -38,7 +38,7 @@ SIDES = {
 
 @torch.inference_mode()
 def measure(side: str, contexts: list[int]) -> list[dict]:
-    """One row per context, in this process."""
+    """Measures one row per context, in this process."""
     model, one, rows = build("native" if side == "native" else "ours"), torch.tensor([[17]]), []
     if side != "native":
         optimize_for_inference(model)
@@ -72,7 +72,7 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
 
 
 def settled() -> int:
-    """Resident bytes, without what the allocator keeps of memory that was given back."""
+    """Resident bytes, without freed memory that the allocator keeps."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident("VmRSS")

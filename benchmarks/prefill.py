@@ -1,9 +1,9 @@
-"""Time and memory to read a prompt: python -m benchmarks.prefill --out benchmarks/results/prefill.json
+"""Measures time and memory to read a prompt: python -m benchmarks.prefill --out benchmarks/results/prefill.json
 
-Lite-4 reads random tokens as generate() does before its first token: by transformers' own class, by this package in
-plain torch, and after `optimize_for_inference`. Each side and length runs in a process of its own, sides in turn, and
-multiplies square float32 matrices before and after, so that a busy moment of the machine shows. Memory is the peak of
-the process while it reads, less what was resident before: what is needed above the weights. Linux only.
+Lite-4 reads random tokens as generate() does before its first token: in transformers' own class, in this package in
+plain torch, and after `optimize_for_inference`. Each side and length runs in a process of its own, in turn, and
+multiplies square float32 matrices before and after, which shows other load on the machine. Memory is the peak of the
+process while it reads, minus what was resident before, that is the weights. It runs on Linux only.
 """
 
 import argparse
@@ -21,18 +21,18 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent import optimize_for_inference
 
 from .lite4 import build
 from .machine import described, gemm_rate, resident, seconds_of
 
 SIDES = {"native": "transformers' own class", "plain": "deepseek-latent", "kernels": "with its kernels"}
-TOKENS_READ = 1024  # at least, a short prompt several times
+TOKENS_READ = 1024  # at least: shorter prompts are read several times
 
 
 @torch.inference_mode()
 def measure(side: str, tokens: int, dtype: torch.dtype) -> dict:
-    """Seconds and memory of one side, in this process, with the logits behind the last token."""
+    """Seconds and memory of one side, in this process, with the logits of the last token."""
     model = build("native" if side == "native" else "ours", dtype)
     if side == "kernels":
         optimize_for_inference(model)
@@ -58,7 +58,7 @@ def measure(side: str, tokens: int, dtype: torch.dtype) -> dict:
 
 
 def compared(runs: list[dict], allowed: float) -> list[dict]:
-    """The runs with their ratios; fails if a side says something else than the others."""
+    """Adds ratios to the runs; fails if the logits of a side differ."""
     for run in runs:
         native = next(other for other in runs if other["side"] == "native" and other["tokens"] == run["tokens"])
         run["times_faster_than_native"] = round(native["seconds"] / run["seconds"], 2)
@@ -103,7 +103,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.prefill", "--here", side, str(tokens), "--dtype", options.dtype]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    # in bfloat16 a router near a tie may choose another expert
+    # in bfloat16, a router near a tie may choose another expert
     runs = compared(runs, allowed=0.1 if options.dtype == "bfloat16" else 1e-4)
     result = described("python -m benchmarks.prefill") | {"model": f"Lite-4, {options.dtype}", "runs": runs}
     for run in result["runs"]:

@@ -1,12 +1,12 @@
-"""Time and memory of a training step: python -m benchmarks.train --out benchmarks/results/train.json
+"""Measures time and memory of a training step: python -m benchmarks.train --out benchmarks/results/train.json
 
-V2-Lite's widths in bfloat16 with LoRA (r = 16) on the projections of attention, and on routed experts too; one sequence
-of random tokens forwards and backwards, by this package and by stock peft on transformers' own class, whose weights and
-adapters are the same. (Stock peft drops adapters on this architecture's dense and shared MLPs, so neither has any.)
-Losses and gradients are compared first, then steps taken in turn. Memory is the peak of each side in a process of its
-own, less what was there before the step.
+V2-Lite's widths in bfloat16 with LoRA (r = 16) on the projections of attention, and on routed experts too. A step is
+one sequence of random tokens forward and backward, in this package and in stock peft on transformers' own class, with
+the same weights and adapters. (Stock peft drops adapters on this architecture's dense and shared MLPs, so neither side
+has any.) Losses and gradients are compared first, then steps are timed in turn. Memory is the peak of each side in a
+process of its own, minus what was resident before the step.
 
-On a GPU, as many layers as fit: --device cuda --layers 27 --tokens 4096
+On a GPU, with as many layers as fit: --device cuda --layers 27 --tokens 4096
 """
 
 import argparse
@@ -32,7 +32,7 @@ ADAPTERS = {
 
 
 def adapted(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """The model with adapters whose effect is not zero, the same on both sides."""
+    """Adds adapters with a nonzero effect, the same on both sides."""
     model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(model.named_parameters()):
@@ -42,7 +42,7 @@ def adapted(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def step(model: nn.Module, tokens: int) -> float:
-    """The loss of one sequence; gradients are left in the adapters and cleared before the next step."""
+    """Computes the loss of one sequence and its gradients, which stay in the adapters until the next step."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     model.zero_grad()
@@ -52,7 +52,7 @@ def step(model: nn.Module, tokens: int) -> float:
 
 
 def peak(model: nn.Module, tokens: int) -> int:
-    """Bytes above the weights in a step, in this process."""
+    """Peak bytes above the weights during a step, in this process."""
     step(model, 16)
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -76,11 +76,11 @@ def gradients(model: nn.Module) -> torch.Tensor:
 
 
 def compared(models: dict[str, nn.Module], tokens: int, repetitions: int) -> tuple[dict, dict[str, float]]:
-    """Losses and gradients of both sides, which must agree, and seconds of steps and yardsticks taken in turn."""
+    """Checks that losses and gradients of both sides agree, and times steps and yardsticks in turn."""
     losses = {side: step(model, tokens) for side, model in models.items()}
     own, other = (gradients(models[side]) for side in ("ours", "native"))
     error = ((own - other).norm() / other.norm()).item()
-    # bfloat16, and a router near a tie may choose another expert
+    # in bfloat16, a router near a tie may choose another expert
     assert abs(losses["ours"] - losses["native"]) < 0.01 * losses["native"], losses
     assert error < 0.2, f"gradients differ by {error}"
     turns = {side: lambda model=model: step(model, tokens) for side, model in models.items()} | yardsticks()

@@ -1,6 +1,13 @@
-"""DeepSeek-V2 for transformers, attending to compressed latents. Importing registers it with every Auto class."""
+"""DeepSeek-V2 for transformers, which attends to compressed latents. Importing it registers it with every Auto class.
 
-from .compat.tested_versions import warn_of_untested_versions  # noqa: F401  (says it now, before an import may fail)
+Every name that a user needs is here. What the model itself does not need is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# importing this module checks versions and warns, before an import below may fail because of one
+from .compat.tested_versions import warn_of_untested_versions  # noqa: F401
 
 # isort: split
 from transformers import (
@@ -13,11 +20,10 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
-from .compat.peft import adapt_offloaded, keep_targets_of
-from .compat.transformers import lead_names_to
+from .compat.peft import prevent_target_renaming, support_offloading
+from .compat.transformers import put_into_transformers
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.routed import DeepseekV2Experts
-from .finetuning.lora import lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -26,17 +32,73 @@ from .modeling_deepseek_v2 import (
     DeepseekV2PreTrainedModel,
 )
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .finetuning.activity import Activity, activity_of
+    from .finetuning.esft import finish_training, load_experts, save_experts, train_experts
+    from .finetuning.expert_selection import ExpertSelection, expert_scores, select_experts
+    from .finetuning.lora import lora_config
+    from .finetuning.packing import pack_experts, unpack_experts
+    from .finetuning.router_callback import RouterStatistics
+    from .kernels import Optimized, optimize_for_inference
+
+__version__ = "0.2.0"
 __all__ = [
+    "Activity",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForSequenceClassification",
     "DeepseekV2ForTokenClassification",
     "DeepseekV2Model",
+    "DeepseekV2PreTrainedModel",
+    "ExpertSelection",
     "LatentCache",
+    "Optimized",
     "PromptCache",
+    "RouterStatistics",
+    "activity_of",
+    "expert_scores",
+    "finish_training",
+    "load_experts",
     "lora_config",
+    "optimize_for_inference",
+    "pack_experts",
+    "save_experts",
+    "select_experts",
+    "train_experts",
+    "unpack_experts",
 ]
+
+# names that are imported when they are first asked for, and the modules that have them; as in the TYPE_CHECKING block
+_MODULES = {
+    "Activity": "finetuning.activity",
+    "ExpertSelection": "finetuning.expert_selection",
+    "Optimized": "kernels",
+    "RouterStatistics": "finetuning.router_callback",
+    "activity_of": "finetuning.activity",
+    "expert_scores": "finetuning.expert_selection",
+    "finish_training": "finetuning.esft",
+    "load_experts": "finetuning.esft",
+    "lora_config": "finetuning.lora",
+    "optimize_for_inference": "kernels",
+    "pack_experts": "finetuning.packing",
+    "save_experts": "finetuning.esft",
+    "select_experts": "finetuning.expert_selection",
+    "train_experts": "finetuning.esft",
+    "unpack_experts": "finetuning.packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
 
 AutoConfig.register("deepseek_v2", DeepseekV2Config, exist_ok=True)
 AutoConfig.register("deepseek", DeepseekFirstUploadConfig, exist_ok=True)
@@ -45,7 +107,7 @@ AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
 
-lead_names_to(
+put_into_transformers(
     DeepseekV2Config,
     DeepseekV2PreTrainedModel,
     DeepseekV2Model,
@@ -53,5 +115,6 @@ lead_names_to(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
-keep_targets_of(DeepseekV2PreTrainedModel)
-adapt_offloaded(DeepseekV2PreTrainedModel, DeepseekV2Experts)
+# both import peft, a twentieth of the time that this import takes: peft has no hook that would let them wait for it
+prevent_target_renaming(DeepseekV2PreTrainedModel)
+support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)

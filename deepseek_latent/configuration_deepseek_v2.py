@@ -1,4 +1,4 @@
-"""Every option of DeepSeek-V2: read once, checked once, written so that every client can read it back."""
+"""The configuration of DeepSeek-V2: its fields, how they are read, and how they are written for every client."""
 
 from dataclasses import fields
 from typing import Any
@@ -21,20 +21,20 @@ class DeepseekV2Config(PreTrainedConfig):
     makes every layer dense; `n_shared_experts=None` leaves the shared expert out; `q_lora_rank=None` projects queries
     in one step (V2-Lite). Widths: `kv_lora_rank` is c, `qk_nope_head_dim` n, `qk_rope_head_dim` r, `v_head_dim` v.
 
-    RoPE is given as `rope_parameters` (transformers 5) or as `rope_theta` and `rope_scaling` (everything older); both
-    forms are written to config.json, and must agree where both are given.
+    RoPE is given as `rope_parameters` (transformers 5) or as `rope_theta` and `rope_scaling` (older versions). If both
+    forms are given, they must agree. Both are written to config.json.
 
     Raises:
-        ValueError: at construction, naming the field, what was expected, what came and what to do.
+        ValueError: at construction, with the name of the field, what was expected, what it got and what to do.
 
     Source: DeepSeek-V2 (arXiv:2405.04434) §2 and §3.1.2, and the config.json files of the release.
     """
 
     model_type = "deepseek_v2"
-    # Trainer's predictions are what remains of an output, the logits
+    # without these, an output has only logits, which Trainer takes as predictions
     keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits"]
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
-    # the same modules under the same names, so the plans of the installed transformers hold here too
+    # our modules have the same names, so the plans of the installed transformers apply to them
     base_model_tp_plan = NativeConfig.base_model_tp_plan
     base_model_pp_plan = NativeConfig.base_model_pp_plan
     base_model_ep_plan = NativeConfig.base_model_ep_plan
@@ -56,7 +56,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
     # MLA
     q_lora_rank: int | None = 1536
-    # null where there is no latent attention, so that such a checkpoint is refused by a sentence and not by a type
+    # null in checkpoints without latent attention; it is allowed here so that `check_fields` can explain the refusal
     kv_lora_rank: int | None = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
@@ -85,18 +85,18 @@ class DeepseekV2Config(PreTrainedConfig):
 
     classifier_dropout: float | int = 0.1
 
-    # balance losses, added to the loss in training where `output_router_logits` asks for them
+    # factors of the balance losses, which are added to the loss in training with `output_router_logits`
     aux_loss_alpha: float | int = 0.001
     device_aux_loss_alpha: float | int = 0.0
     communication_aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
 
-    # token dropping in training: what a device, one of n_group, takes of its even share of choices (None: all), and the
-    # share of sequences of which nothing is dropped
+    # token dropping in training: the capacity of each of the n_group devices, relative to an even share (None drops no
+    # token), and the fraction of sequences from which no token is dropped
     device_capacity_factor: float | int | None = None
-    never_dropped_share: float | int = 0.1
+    no_drop_fraction: float | int = 0.1
 
-    # carried for DeepSeek's own code and for training tools; nothing in this package computes with them
+    # kept for DeepSeek's own code and for training tools; this package does not use them
     ep_size: int = 1
     pretraining_tp: int = 1
 
@@ -109,7 +109,7 @@ class DeepseekV2Config(PreTrainedConfig):
         # DeepSeek's own class misspells its default, and dense checkpoints written by it carry the misspelling
         if self.topk_method == "gready":
             self.topk_method = "greedy"
-        # vLLM and SGLang refuse null here; one group of all experts is the same router
+        # vLLM and SGLang refuse null; the router is the same with one group of all experts
         self.n_group = 1 if self.n_group is None else self.n_group
         self.topk_group = 1 if self.topk_group is None else self.topk_group
         if self.num_key_value_heads is None:
@@ -117,12 +117,12 @@ class DeepseekV2Config(PreTrainedConfig):
         for derived in ("qk_head_dim", "head_dim"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
-        # `strict` calls it as well, but wraps what it raises in an error of its own
+        # `strict` calls it as well, but wraps its ValueError in another error
         self.validate_architecture()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers, except that overrides in `kwargs` pass the same checks as the file's own values."""
+        """As in transformers, but overrides in `kwargs` pass the same checks as values from a file."""
         refuse_other_architectures(config_dict)
         if config_dict.get("model_type") == "deepseek" and config_dict.get("kv_lora_rank") is None:
             raise ValueError(
@@ -130,13 +130,13 @@ class DeepseekV2Config(PreTrainedConfig):
                 "expected a DeepSeek-V2 config.json."
             )
         names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES}
-        names.remove("dtype")  # transformers converts it itself
+        names.remove("dtype")  # transformers itself converts it
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
 
     @property
     def rope_scaling(self) -> dict[str, Any]:
-        """The older name of `rope_parameters`; setting it keeps rope_theta."""
+        """The older name of `rope_parameters`. Setting it keeps rope_theta."""
         return self.rope_parameters
 
     @rope_scaling.setter
@@ -152,11 +152,11 @@ class DeepseekV2Config(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """r: where transformers looks for the width that RoPE rotates."""
+        """r, under the name by which transformers looks up the rotary width."""
         return self.qk_rope_head_dim
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` (from 0) holds experts rather than a dense MLP."""
+        """Whether layer `layer_idx` (from 0) has experts rather than a dense MLP."""
         return (
             self.n_routed_experts is not None
             and layer_idx >= self.first_k_dense_replace
@@ -165,38 +165,38 @@ class DeepseekV2Config(PreTrainedConfig):
 
     @property
     def normalizes_gates(self) -> bool:
-        """Whether a token's gate values are made to add up to 1; DeepSeek's V2 code then does not scale them."""
+        """Whether a token's gate values are normalized to sum to 1; DeepSeek's V2 code then does not scale them."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
     def cached_width(self) -> int:
-        """Elements cached per token and layer, c + r (paper 2.1.3)."""
+        """The number of elements cached per token and layer, c + r (paper 2.1.3)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def validate_architecture(self):
-        """Refuses what this architecture cannot mean; transformers calls it again before saving."""
+        """Raises ValueError for fields that this architecture cannot have; transformers also calls it before saving."""
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers writes it, and beside it the older spelling of the same facts for every other client."""
+        """As in transformers, with RoPE's settings also in the older form that other clients read."""
         output = super().to_dict()
         rope_theta, output["rope_scaling"] = split_rope(output["rope_parameters"])
-        # Trainer resumes by way of transformers' bare PreTrainedConfig, which fails where rope_theta and a YaRN
-        # rope_scaling stand together; every reader takes 10000 where rope_theta is absent
+        # Trainer resumes with transformers' bare PreTrainedConfig, which fails if it gets both rope_theta and a YaRN
+        # rope_scaling; without rope_theta, every client takes 10000
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
-        # no other client knows these
+        # these are fields of this package alone, so they are written only if they are used
         for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor"):
             if not output[name]:
                 del output[name]
         if "device_capacity_factor" not in output:
-            del output["never_dropped_share"]
-        # names files that only exist beside the checkpoint this config was read from
+            del output["no_drop_fraction"]
+        # auto_map names files that exist only beside the checkpoint from which this config was read
         if not carries_its_code(self):
             output.pop("auto_map", None)
         elif "auto_map" in output:
-            # code that came from a subfolder is saved beside the weights
-            output["auto_map"] = {auto: _without_folder(place) for auto, place in output["auto_map"].items()}
+            # code that was loaded from a subfolder is saved beside the weights
+            output["auto_map"] = {auto: _without_folder(ref) for auto, ref in output["auto_map"].items()}
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
 
 class DeepseekFirstUploadConfig(PreTrainedConfig):
-    """Reads the config.json of DeepSeek-V2's first upload, whose `model_type` still was "deepseek"."""
+    """Reads the config.json of DeepSeek-V2's first upload, which has the `model_type` "deepseek"."""
 
     model_type = "deepseek"
 
@@ -217,12 +217,12 @@ class DeepseekFirstUploadConfig(PreTrainedConfig):
         return DeepseekV2Config.from_dict(config_dict, **kwargs)
 
 
-def _without_folder(place: str | list) -> str | list:
-    return place.rpartition("/")[2] if isinstance(place, str) else place
+def _without_folder(reference: str | list) -> str | list:
+    return reference.rpartition("/")[2] if isinstance(reference, str) else reference
 
 
 def _without_overridden_rope(config_dict: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `config_dict` in which nothing contradicts the RoPE settings among `overrides`."""
+    """Returns a copy of `config_dict` without the RoPE settings that `overrides` replaces."""
     given = dict(config_dict)
     if "rope_parameters" in overrides:
         return {name: value for name, value in given.items() if name not in LEGACY_NAMES}

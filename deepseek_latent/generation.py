@@ -1,4 +1,4 @@
-"""What `generate()` has to be told: which cache to make, what to refuse, where transformers would misread a cache."""
+"""How `generate()` handles latents: the cache that it makes, what it refuses, and inputs that it would misread."""
 
 import copy
 import functools
@@ -19,9 +19,9 @@ from .compat.transformers import GenerationHooks
 
 
 class LatentGenerationMixin(GenerationHooks):
-    """transformers' generation over latents; the cache is a `LatentCache` unless another is asked for."""
+    """transformers' generation, which uses a `LatentCache` unless the user asks for another cache."""
 
-    # makes of a model what replays its steps, where `optimize_for_inference(model, graphs=True)` was called
+    # replays the steps of a model; set by `optimize_for_inference(model, graphs=True)`
     replayed_steps: type | None = None
 
     @takes_either_cache_name
@@ -35,11 +35,11 @@ class LatentGenerationMixin(GenerationHooks):
         is_first_iteration=False,
         **kwargs,
     ):
-        # later steps may be replayed, and nobody waits for their number
+        # only in the first step: in later ones, which may be replayed, reading the length would wait for the device
         held = 0 if cache is None or not is_first_iteration else cache.get_seq_length()
         if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > held > 0:
-            # assisted decoding begins with the whole prompt, whatever of it is in the cache already; a mask or, where
-            # it was all ones and dropped, the last position says how many tokens there are with those in the cache
+            # assisted decoding passes the whole prompt even if a prefix is cached; the length of the mask or, if an
+            # all-ones mask was dropped, the last position gives the total number of tokens
             positions = kwargs.get("position_ids")
             if attention_mask is not None:
                 num_tokens = attention_mask.shape[1]
@@ -58,17 +58,17 @@ class LatentGenerationMixin(GenerationHooks):
             **{CACHE: cache},
             **kwargs,
         )
-        # peft 0.21 tells by the old name whether a learned prompt is in the cache already
+        # peft 0.21 looks up the old name to see whether a learned prompt is already in the cache
         return inputs | {name: inputs[CACHE] for name in CACHE_NAMES if CACHE in inputs}
 
-    def settings_for_cache(self, given, settings, mask):
+    def prepare_cache_settings(self, given, settings, mask):
         settings = copy.copy(settings)
         if given is not None:
             check_cache_for_generation(given, settings, mask)
             if settings.is_assistant:
-                # an assistant's own cache comes back with the settings it was made by
+                # an assistant's cache comes back together with the settings that made it
                 settings.cache_implementation = settings.cache_config = None
-        # an assistant is called for a few tokens at a time, too few for a graph of their own
+        # an assistant drafts a few tokens per call, too few to capture a graph for them
         replays = self.replayed_steps is not None and not settings.is_assistant
         if replays and given is None and settings.cache_implementation is None:
             settings.cache_implementation = "static"
@@ -77,47 +77,47 @@ class LatentGenerationMixin(GenerationHooks):
             check_offloading()
         if wanted is not None and wanted.startswith("static"):
             settings.max_cache_len = max(settings.max_cache_len or 0, room_needed(settings))
-        asks_for_bits = _bits_asked_for(settings) is not None
-        if asks_for_bits and given is None and settings.cache_implementation == "quantized":
-            # to transformers it is the default cache, whose place ours takes
+        has_bits = _requested_bits(settings) is not None
+        if has_bits and given is None and settings.cache_implementation == "quantized":
+            # transformers then makes its default cache, which `choose_cache` replaces by ours
             settings.cache_implementation = None
         return settings
 
-    def cache_to_use(self, made, given, settings, mode):
+    def choose_cache(self, made, given, settings, mode):
         if isinstance(made, QuantizedCache) and mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "
+                "assisted decoding and prompt lookup remove tokens from the cache, which a QuantizedCache cannot do; "
                 'use cache_config={"backend": "latent", "nbits": 8}.'
             )
         if given is None and type(made) is StaticCache and not made.offloading:
             room = made.layers[0].max_cache_len
-            return LatentCache(self.config, bits=_bits_asked_for(settings), max_cache_len=room)
+            return LatentCache(self.config, bits=_requested_bits(settings), max_cache_len=room)
         if given is not None or type(made) is not DynamicCache:
             return made
-        return LatentCache(self.config, offloading=made.offloading, bits=_bits_asked_for(settings))
+        return LatentCache(self.config, offloading=made.offloading, bits=_requested_bits(settings))
 
     def create_masks_for_generate(self, attention_mask, **kwargs):
-        """The mask of one step over a cache that can be compiled, before `forward` makes it; ours is made there."""
+        """Makes the mask of a step over a compileable cache; over a `LatentCache`, `forward` makes it."""
         if any(isinstance(kwargs.get(name), LatentCache) for name in CACHE_NAMES):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def get_compiled_call(self, compile_config):
-        """`forward` as `generate()` calls it after the prompt over a cache that can be compiled."""
+        """Returns the `forward` that `generate()` calls after the prompt if the cache is compileable."""
         if self.replayed_steps is None:
             return functools.partial(_with_fixed_sizes, super().get_compiled_call(compile_config))
         steps = self.replayed_steps(self)
         return lambda **inputs: _with_fixed_sizes(steps, **inputs) if steps.takes(inputs) else self(**inputs)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
-        """As in transformers, with pages that hold each latent and rotary key once; `generate_batch` calls it too."""
+        """As in transformers, with pages that store each latent and rotary key once; `generate_batch` calls it too."""
         check_batching_config(continuous_batching_config)
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         return with_latent_pages(manager)
 
 
 def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput:
-    """Calls a recorded `step` with inputs whose shapes stay the same as a static `LatentCache` fills."""
+    """Calls a compiled or replayed `step` with inputs whose shapes do not change while a static `LatentCache` fills."""
     cache = inputs.get(CACHE)
     if not isinstance(cache, LatentCache):
         return step(**inputs)
@@ -135,18 +135,18 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     return output
 
 
-def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
-    """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
+def _requested_bits(settings: GenerationConfig) -> int | str | None:
+    """The bits that `generate(cache_implementation="quantized", cache_config={"backend": "latent", ...})` asks for.
 
-    None where another backend is named: then transformers makes its own quantised cache.
+    None if another backend is named: then transformers makes its own quantized cache.
     """
     cache_implementation, cache_config = settings.cache_implementation, settings.cache_config
     if settings.is_assistant and cache_implementation is None and cache_config is not None:
-        # since 5.24, transformers takes one of both away from an assistant's copy of the settings
+        # since 5.24, transformers removes one of the two from an assistant's copy of the settings
         cache_implementation = "quantized"
     backend = None if cache_config is None else cache_config.get("backend")
     if cache_implementation == "quantized" and backend is None:
-        # transformers would take quanto, a package of its own
+        # transformers' default is quanto, another package
         raise ValueError(
             'cache_implementation="quantized" needs a backend, such as cache_config={"backend": "latent", "nbits": 6}.'
         )
@@ -154,7 +154,7 @@ def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
         return None
     if cache_implementation not in ("quantized", "static"):
         raise ValueError(
-            f'the latent backend goes with cache_implementation="quantized" or "static", got {cache_implementation!r}.'
+            f'the latent backend needs cache_implementation="quantized" or "static", got {cache_implementation!r}.'
         )
     if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
         raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')

@@ -1,11 +1,8 @@
-"""The spine of DeepSeek-V2: decoder layer, model, heads, and what transformers must know to load, save and generate."""
-
-import functools
+"""The spine of DeepSeek-V2: the decoder layer, the model, and its heads."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -23,7 +20,7 @@ from .attention.rotary import DeepseekV2RotaryEmbedding
 from .cache.checks import check_cache, check_padding_mask
 from .cache.latent_cache import LatentCache
 from .cache.paged import PagedLatents, check_unpaged
-from .compat.accelerate import placed_where_computed
+from .checkpoints import CheckpointMixin
 from .compat.cache_name import (
     CACHE,
     CACHE_NAMES,
@@ -31,18 +28,19 @@ from .compat.cache_name import (
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
-from .compat.transformers import LoadingHooks, PagedAttentionCache
+from .compat.transformers import PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .experts.balance import balance_losses_of_layers, fraction_of_batch
 from .experts.dropping import TokenDropping, token_dropping
 from .experts.moe import DeepseekV2MLP, DeepseekV2MoE
-from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files, register_expert_files
-from .experts.routed import DeepseekV2Experts
+from .experts.names import register_expert_files
 from .experts.router import DeepseekV2MoEGate
 from .generation import LatentGenerationMixin
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
+    """Latent attention, then experts or a dense MLP, each after a norm and with a residual connection."""
+
     def __init__(self, config: DeepseekV2Config, layer_idx: int):
         super().__init__()
         self.self_attn = DeepseekV2Attention(config, layer_idx)
@@ -76,12 +74,12 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routed)
 
 
-class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
+class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """The base class of all DeepSeek-V2 models: how weights are handled, and which features of transformers work."""
+
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both are computed in float32
-    dtype_of_files = ("gate.weight",)
     _no_split_modules = ["DeepseekV2DecoderLayer"]
     _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True
@@ -96,49 +94,9 @@ class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
     }
 
     def __init__(self, config: DeepseekV2Config):
-        # a config may have been changed since it was made
+        # the config may have been changed since it was checked at construction
         config.validate_architecture()
         super().__init__(config)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        if isinstance(module, DeepseekV2RotaryEmbedding):
-            # not in the checkpoint, so whatever loads the model has to compute them again
-            buffers, _ = module.initial_buffers()
-            for name, buffer in buffers.items():
-                init.copy_(module.get_buffer(name), buffer)
-            return
-        super()._init_weights(module)
-        if isinstance(module, (DeepseekV2Experts, DeepseekV2MoEGate)):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-
-    @functools.wraps(PreTrainedModel.save_pretrained)
-    def save_pretrained(self, *args, **kwargs):
-        # with adapters of transformers' own, these alone are written
-        if not self.has_adapters_of_transformers():
-            for module in self.modules():
-                if isinstance(module, DeepseekV2Experts) and module.weights.why_no_saving is not None:
-                    raise ValueError(module.weights.why_no_saving)
-        super().save_pretrained(*args, **kwargs)
-
-    @functools.wraps(PreTrainedModel.load_adapter)
-    def load_adapter(self, *args, **kwargs):
-        # an adapter stays where its layer is computed
-        with placed_where_computed(self):
-            return super().load_adapter(*args, **kwargs)
-
-    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
-        """Refuses a checkpoint without all of the backbone; transformers would initialise the rest at random."""
-        prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
-        problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
-        problems += [
-            f"{pattern_in_files(name)} has shape {list(came)}, expected {list(own)}"
-            for name, came, own in misshapen
-            if name.startswith(prefix)
-        ]
-        if problems:
-            raise incomplete_backbone(problems)
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
@@ -168,14 +126,14 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     ) -> MoeModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds.")
-        # continuous batching packs requests into one row and gives their positions
+        # continuous batching packs all requests into one row and passes their positions
         pages = cache if isinstance(cache, PagedAttentionCache) else None
         cache = None if pages is not None else cache
         if use_cache and cache is None and pages is None:
             cache = LatentCache(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # a pipeline leaves stand-ins for the layers of other stages
+        # pipeline parallelism replaces the layers of other stages by placeholders
         is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
         is_ours = isinstance(cache, LatentCache)
         if is_ours:
@@ -185,7 +143,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
-        # generation in training mode is no training
+        # generating in training mode is not training
         is_training = self.training and torch.is_grad_enabled()
         dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
         if pages is not None:
@@ -193,14 +151,14 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         else:
             past = cache
             check_unpaged(self.config)
-            # over a whole buffer, attention goes by the number of tokens held
+            # a recorded step over a static cache needs no mask: attention counts the tokens that the buffer holds
             if attention_mask is not None or not is_ours or not cache.is_recorded:
                 attention_mask = create_causal_mask(
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
-                    # transformers looks for packed sequences in position_ids only where nothing is cached
+                    # transformers looks for packed sequences in position_ids only if it gets no cache
                     **{CACHE: None if is_ours and isinstance(cached, int) and cached == 0 else cache},
                 )
         if is_ours:
@@ -214,7 +172,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 dropping=dropping,
-                # by this name, transformers takes it away where activations are recomputed
+                # gradient checkpointing removes the cache, which it finds by this name
                 **{CACHE: past},
                 **kwargs,
             )
@@ -250,12 +208,12 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """`labels` [b s] (-100 ignored) gives the mean cross-entropy of the next token, in float32.
+        """Returns logits, and with `labels` [b s] (-100 is ignored) the mean cross-entropy of next tokens, in float32.
 
-        `logits_to_keep` is a count from the end (0: all) or an index tensor over the s axis.
+        `logits_to_keep` is a number of last tokens (0 keeps all) or an index tensor over the s axis.
 
-        With `output_router_logits`, `aux_loss` is the expert-level balance loss of all layers together, and in training
-        the balance losses are part of `loss` with their factors of the config, unless the router is frozen.
+        With `output_router_logits`, `aux_loss` is the sum of all layers' expert-level balance losses. In training, the
+        balance losses are added to `loss`, weighted by their factors in the config, unless every router is frozen.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -292,12 +250,12 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
 
 
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):
-    """DeepSeek-V2 with one label per sequence, read at its last token that is not padding."""
+    """DeepSeek-V2 with one label per sequence, computed at its last token that is not padding."""
 
     forward = takes_either_cache_name(GenericForSequenceClassification.forward)
 
     def __init__(self, config: DeepseekV2Config):
-        # not the generic __init__: from a checkpoint's own code, AutoModel would put transformers' backbone here
+        # the generic __init__ asks AutoModel for the backbone: in a checkpoint's own code, it would get transformers'
         DeepseekV2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
@@ -320,10 +278,13 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
 
 
 def moe_layers(model: nn.Module) -> dict[int, DeepseekV2MoE]:
-    """Layers with experts of a DeepSeek-V2, or of one inside `model`, by number; ValueError where none has any."""
+    """The MoE block of every layer that has one, by layer index; `model` is a DeepSeek-V2 or contains one.
+
+    Raises ValueError if no layer has experts.
+    """
     backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
     layers = [] if backbone is None else enumerate(backbone.layers)
-    # not by its class: peft may have wrapped it, and a pipeline leaves stand-ins for layers
+    # no isinstance on mlp, since peft may have wrapped it; placeholders of a pipeline have no `has_experts`
     found = {i: layer.mlp for i, layer in layers if getattr(layer, "has_experts", False)}
     if not found:
         raise ValueError("expected a model with experts, and no layer of this one has any.")

@@ -1,8 +1,8 @@
 """Time to first token with and without a stored prompt: python examples/prompt_cache.py [MODEL | lite4]
 
-A long prompt is read once and stored. Then a second prompt that begins the same and ends in another question is
-answered twice: from nothing, and from what is stored. `lite4` is the benchmarks' model, V2-Lite's widths in 4 layers
-with random weights; any other MODEL is a folder or hub id.
+A long prompt is read once and stored. Then a second prompt, with the same prefix and another question at its end, is
+answered twice: with an empty cache and with the stored one. `lite4` is the model of the benchmarks, with V2-Lite's
+widths, 4 layers and random weights; any other MODEL is a folder or hub id.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.machine import described
 from deepseek_latent import LatentCache, PromptCache
 
 HERE = Path(__file__).parent
-QUESTION = 16  # tokens at the end in which the prompts differ
+QUESTION = 16  # tokens at the end that differ between the prompts
 
 
 def first_logits(model: PreTrainedModel, ids: Tensor, cache: LatentCache) -> Tensor:
@@ -67,7 +67,7 @@ def measure(model: PreTrainedModel, prompt_tokens: int, folder: str) -> dict:
     with_stored = time.perf_counter() - start
 
     error = ((actual - expected).norm() / expected.norm()).item()
-    # chunks of a prompt are rounded apart from the whole; anything else would be far from this
+    # a prompt read in parts rounds differently than in one; an error in the cache would be much larger
     assert error < 0.05, f"the stored prompt changes the logits by {error}"
     return {
         "prompt_tokens": prompt_tokens,

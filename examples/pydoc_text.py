@@ -1,4 +1,4 @@
-"""Which text the tiny model learns, which it never sees, and what counting alone predicts of it."""
+"""The text that the tiny model learns, the text held out from it, and n-gram models as baselines."""
 
 import zlib
 from pydoc_data.topics import topics
@@ -15,10 +15,10 @@ WINDOW = 256
 
 
 def split_topics() -> tuple[list[str], list[str]]:
-    """The documents behind Python's `help()`, as training and held-out text.
+    """The help topics of Python's `help()`, as training and held-out text.
 
-    Topics quote each other at length, so a paragraph of eight words or more is kept once, in the shortest topic that
-    has it; no such paragraph stands on both sides. A topic's side depends on its name alone, not on the Python.
+    Topics repeat each other, so a paragraph of eight words or more is kept only in the shortest topic that has it, and
+    is on one side only. A topic's side depends on its name alone, not on the version of Python.
     """
     seen: set[str] = set()
     training, held_out = [], []
@@ -34,7 +34,7 @@ def split_topics() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, and decodes to itself."""
+    """Trains a byte-level BPE, which encodes any text and decodes it unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,22 +60,22 @@ def train_tokenizer(documents: list[str], vocab_size: int, model_max_length: int
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
-    """All documents in one row of tokens [s], each between a beginning and an end."""
+    """All documents in one row of tokens [s], each between a begin and an end token."""
     rows = tokenizer(documents, verbose=False)["input_ids"]
     return torch.tensor([token for row in rows for token in [*row, tokenizer.eos_token_id]])
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """[vocab]; the byte-level alphabet writes one letter per byte."""
+    """The number of bytes of each token, [vocab]; the byte-level alphabet has one letter per byte."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return torch.tensor([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
 
 
 class Windows(Dataset):
-    """Stretches of WINDOW tokens out of one row, by where they start.
+    """Windows of WINDOW tokens of one row, which begin at `starts`.
 
-    Of what the model reads, though not of what it must say, `padded_share` is replaced by `padding`, whose embedding
-    is zero: without that, a text this small is soon known by heart.
+    A fraction `padded_share` of the inputs, but not of the labels, is replaced by `padding`, whose embedding is zero.
+    Without that, the model soon memorizes such a small text.
     """
 
     def __init__(self, tokens: Tensor, starts: Tensor, *, padding: int = 0, padded_share: float = 0.0):
@@ -96,11 +96,11 @@ class Windows(Dataset):
 
 
 class NGrams:
-    """Unigram and bigram counts [vocab], [vocab vocab] of the training tokens, as models that give nats per token.
+    """Unigram and bigram models from the counts [vocab], [vocab vocab] of the training tokens.
 
-    The unigram adds one to every count. The bigram takes a `discount` off every pair it has seen and hands what that
-    frees to the share of contexts a token follows (interpolated Kneser-Ney); the discount is the one under which the
-    training pairs, each left out in turn, are likeliest.
+    The unigram model adds one to every count. The bigram model is interpolated Kneser-Ney: it subtracts a `discount`
+    from the count of every seen pair, and gives the freed probability to tokens by their number of different contexts.
+    The discount maximizes the likelihood of the training pairs, each left out in turn.
     """
 
     def __init__(self, tokens: Tensor, vocab_size: int):
@@ -122,13 +122,13 @@ class NGrams:
         return -torch.where(total > 0, known, follows).log().mean().item()
 
     def follows(self) -> Tensor:
-        """[vocab]: how many different tokens each token has followed, one added, as a share."""
+        """The number of different tokens that each token has followed, plus one, as a fraction of their sum [vocab]."""
         contexts = (self.pairs > 0).sum(0) + 1.0
         return contexts / contexts.sum()
 
     def left_out_nats(self, discount: float) -> float:
         count = self.pairs
-        # leaving a pair out lowers its count by one, and its kind is gone where that was its only sight
+        # leaving a pair out lowers its count by one, and removes its kind if it was seen once
         kinds = (count > 0).sum(1, keepdim=True) - (count == 1).double()
         freed = discount * kinds * self.follows()
         left = (count.sum(1, keepdim=True) - 1).clamp(min=1)

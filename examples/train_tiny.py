@@ -1,8 +1,8 @@
-"""Trains a DeepSeek-V2 of a few million parameters on the documentation inside Python, and writes its checkpoint.
+"""Trains a DeepSeek-V2 of a few million parameters on Python's help topics, and writes its checkpoint.
 
     python examples/train_tiny.py
 
-leaves in examples/pydoc-tiny: weights, tokenizer, model card, held-out text and the figures measured on it.
+writes weights, tokenizer, model card, held-out text and the figures measured on it to examples/pydoc-tiny.
 """
 
 import argparse
@@ -30,14 +30,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import deepseek_latent
-from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, activity_of
 from deepseek_latent.conversion.size import expanded_width, idle_parameters
-from deepseek_latent.finetuning.activity import activity_of
 
 HERE = Path(__file__).parent
 BATCH = 8
 
-# every mechanism of the architecture, and no two widths alike
+# uses every mechanism of the architecture, with widths that all differ
 CONFIG = {
     "vocab_size": 2048,
     "hidden_size": 168,
@@ -57,7 +56,7 @@ CONFIG = {
     "topk_method": "group_limited_greedy",
     "n_group": 4,
     "topk_group": 2,
-    # a router that knows nothing gives each of 16 experts 1/16; four of them should weigh 1 together
+    # an untrained router gives each of 16 experts 1/16, so this makes the weights of four experts sum to 1
     "routed_scaling_factor": 4.0,
     "aux_loss_alpha": 0.003,
     "attention_dropout": 0.1,
@@ -101,7 +100,7 @@ def training_arguments(folder: str, *, steps: int, seed: int) -> TrainingArgumen
 def measured(
     model_nats: float, windows: Windows, training_tokens: Tensor, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, float | int]:
-    """Nats per token and bits per byte of the model and of counting, all over the same predictions."""
+    """Nats per token and bits per byte of the model and of the n-gram models, for the same predictions."""
     contexts, targets = windows.rows()[:, :-1], windows.rows()[:, 1:]
     counts = NGrams(training_tokens, len(tokenizer))
     nats = {
@@ -154,7 +153,7 @@ def main() -> None:
     starts = torch.randint(len(training_tokens) - WINDOW, (options.steps * BATCH,))
     training_windows = Windows(training_tokens, starts, padding=tokenizer.pad_token_id, padded_share=0.1)
     held_out_windows = Windows(held_out_tokens, torch.arange(0, len(held_out_tokens) - WINDOW + 1, WINDOW))
-    # balance losses are part of the training loss, over all tokens of a batch
+    # the balance losses of all tokens of a batch are part of the training loss
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG, **special, output_router_logits=True, seq_aux=False))
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,13 +162,13 @@ def main() -> None:
         Trainer(model, args=arguments, train_dataset=training_windows, eval_dataset=held_out_windows).train()
         minutes = (time.perf_counter() - start) / 60
 
-        # Trainer has switched the first off; the others belong to training
+        # Trainer turned the first off; the others are for training only
         model.config.update({"use_cache": True, "output_router_logits": False, "seq_aux": True})
         model.to(torch.bfloat16).save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         (options.out / "held_out.txt").write_text(BETWEEN_DOCUMENTS.join(held_out), encoding="utf-8")
 
-        # the figures are those of what was saved, not of what was trained
+        # the figures are measured on the saved model, in bfloat16
         model = AutoModelForCausalLM.from_pretrained(options.out)
         model_nats = Trainer(model, args=arguments, eval_dataset=held_out_windows).evaluate()["eval_loss"]
 

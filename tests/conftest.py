@@ -5,7 +5,9 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", help="where the tests make models and tensors, such as cuda; by default the CPU")
+    parser.addoption(
+        "--device", help="device on which tests create models and tensors, such as cuda (default: the CPU)"
+    )
 
 
 def pytest_configure(config):
@@ -20,7 +22,7 @@ def _reproducible():
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """`torch.empty` and its kin give NaN, so that whoever reads memory before writing it fails."""
+    """`torch.empty` and similar functions fill memory with NaN, so that code that reads it before writing fails."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -28,7 +30,7 @@ def _poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def _rounding_to_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off at 16 bits where a GPU rounds to the nearest, ties to even."""
+    """Makes Triton's interpreter round float32 to bfloat16 as a GPU does, instead of truncating it."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import numpy as np
@@ -39,7 +41,7 @@ def _rounding_to_bfloat16(monkeypatch):
         if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
             return TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
-        return as_it_was(builder, source, dtype)
+        return original(builder, source, dtype)
 
-    as_it_was = InterpreterBuilder.cast_impl
+    original = InterpreterBuilder.cast_impl
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)

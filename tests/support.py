@@ -1,4 +1,4 @@
-"""What many tests share: small models whose widths all differ, and budgets taken from data."""
+"""What many tests share: small models whose widths all differ, and tolerances taken from data."""
 
 import shutil
 import tempfile
@@ -25,7 +25,7 @@ YARN = {
     "mscale_all_dim": 0.707,
 }
 
-# every width differs and is a multiple of 8, so that a swapped axis cannot pass and grouped_mm runs in bf16
+# all widths differ, so that a swapped axis fails, and are multiples of 8, so that grouped_mm runs in bfloat16
 V2 = {
     "vocab_size": 96,
     "hidden_size": 72,
@@ -56,7 +56,7 @@ V2 = {
 LITE = V2 | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 
 
-# what transformers itself asks for where it adds adapters (`model.add_adapter`), which may not be released yet
+# the peft that transformers requires for `model.add_adapter`, which may not be released yet
 _wanted_peft = getattr(peft_of_transformers, "MIN_PEFT_VERSION", "0")
 adds_adapters = Version(peft.__version__) >= Version(_wanted_peft)
 needs_its_peft = pytest.mark.skipif(not adds_adapters, reason=f"this transformers wants peft {_wanted_peft}")
@@ -66,12 +66,12 @@ needs_compiler = pytest.mark.skipif(
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> DeepseekV2ForCausalLM:
-    """A small V2 with lopsided random weights, in eval mode."""
+    """Makes a small V2 with lopsided random weights, in eval mode."""
     torch.manual_seed(seed)
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**(V2 | overrides)))
     with torch.no_grad():
         for parameter in model.parameters():
-            # rows of unlike size: a transposed or shifted axis changes the result
+            # rows differ in size, so a transposed or shifted axis changes the result
             slope = torch.linspace(0.5, 1.5, parameter.shape[0])
             parameter.mul_(slope.view(-1, *[1] * (parameter.dim() - 1)))
     return model.to(dtype).eval()
@@ -102,11 +102,11 @@ def native_twin(model: DeepseekV2ForCausalLM) -> NATIVE.DeepseekV2ForCausalLM:
 
 
 def assert_within_rounding(actual: Tensor, exact: Tensor, yardstick: Tensor, slack: float = 2.0) -> None:
-    """Fails if `actual` is further from `exact` than an honest run of that precision would be.
+    """Fails if `actual` is further from `exact` than a plain run in that precision.
 
-    actual     what our code produced, any dtype
+    actual     the result of our code, in any dtype
     exact      the same quantity in float64
-    yardstick  a plain run in actual's dtype: its error is the price of the dtype
+    yardstick  a plain run in the dtype of `actual`; its error is that of the dtype
     """
     assert torch.isfinite(actual).all(), "non-finite values"
     one_ulp = torch.finfo(actual.dtype).eps * exact.abs().max()

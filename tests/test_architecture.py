@@ -20,7 +20,9 @@ ROOMS = {
     "attention": {"compat", "configuration_deepseek_v2", "cache"},
     "experts": {"compat", "configuration_deepseek_v2"},
     "generation": {"compat", "cache"},
-    "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"},
+    "checkpoints": {"compat", "attention", "experts"},
+    "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"}
+    | {"checkpoints"},
     "finetuning": {"compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "kernels": {"compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
     "conversion": {"configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},

@@ -1,1 +1,5 @@
-"""What this package relies on in other libraries beyond their documented interfaces, each thing once."""
+"""What this package uses of other libraries beyond their documented interfaces, each thing once.
+
+One file per library: `torch`, `transformers`, `accelerate`, `peft`. `cache_name` handles an argument that transformers
+renamed, `hooks` joins what torch and accelerate attach to modules, and `tested_versions` warns of untested versions.
+"""

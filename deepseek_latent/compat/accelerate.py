@@ -1,8 +1,8 @@
-"""What this package leans on in accelerate beyond its documented interface, each thing once (accelerate 1.10 to 1.15).
+"""What this package uses of accelerate beyond its documented interface, each thing once (accelerate 1.10 to 1.15).
 
-`device_map` has accelerate put a hook around every module: it replaces `forward` on the instance, keeps the old one in
-`_old_forward`, and moves inputs, outputs or weights.
-tests/compat/test_canaries.py holds a canary for each thing said here.
+With a `device_map`, accelerate puts a hook around every module: it replaces `forward` on the instance, keeps the old
+one in `_old_forward`, and moves inputs, outputs or weights between devices.
+tests/compat/test_canaries.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,24 @@ from torch import nn
 
 from .torch import is_forward_of_its_class
 
+# ---- Hooks -----------------------------------------------------------------------------------------------------------
 
-def keeps_its_meaning(module: nn.Module) -> bool:
-    """Whether the `forward` that stands on the instance does what the class says, once all weights are there.
 
-    So it is with hooks that bring inputs to where the module is, or weights from elsewhere, and nothing else: they are
-    on every module of a model that was dispatched to several devices, also on those that never move.
+def is_forward_equivalent(module: nn.Module) -> bool:
+    """Whether the `forward` that was set on the instance computes what its class does, once all weights are present.
+
+    That holds for hooks that only move inputs to the module's device or fetch its weights. Every module of a model that
+    was dispatched to several devices has such a hook, even if its weights never move.
     """
     forward = vars(module)["forward"]
-    # what remains where hooks were removed
+    # removing hooks leaves the class's own forward on the instance
     if is_forward_of_its_class(module, forward):
         return True
     is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
     return (
         is_of_a_hook
         and is_forward_of_its_class(module, module._old_forward)
-        and all(_aligns_devices(hook) for hook in _hooks_of(module))
+        and all(_only_moves_inputs_and_weights(hook) for hook in _hooks_of(module))
     )
 
 
@@ -39,13 +41,16 @@ def _hooks_of(module: nn.Module) -> list[Any]:
     return list(hook.hooks) if type(hook).__name__ == "SequentialHook" else [hook]
 
 
-def _aligns_devices(hook: Any) -> bool:
-    # of another kind are hooks that cast weights, share them between models, or bring outputs back
+def _only_moves_inputs_and_weights(hook: Any) -> bool:
+    # other hooks cast weights, share them between models, or move outputs back
     return type(hook).__name__ == "AlignDevicesHook" and not hook.io_same_device
 
 
+# ---- Offloaded weights -----------------------------------------------------------------------------------------------
+
+
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's own weights lie elsewhere between its calls."""
+    """Whether a module's own weights are on disk or on another device between its calls."""
     return bool(_offloading_hooks(module))
 
 
@@ -54,90 +59,93 @@ def _offloading_hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 
-def keep_changed(module: nn.Module) -> None:
-    """Has the weights of an offloaded module, changed while they are here, come back as they are now."""
-    weights = {name: weight.detach().cpu() for name, weight in module.named_parameters(recurse=False)}
-    for hook in _offloading_hooks(module):
-        hook.weights_map = weights
-
-
-def loads_whole_blocks(model: nn.Module) -> bool:
-    """Whether some hook brings in the weights of all modules inside its own by their names (preload_module_classes)."""
+def has_block_hooks(model: nn.Module) -> bool:
+    """Whether any hook fetches the weights of all submodules of its module by name (`preload_module_classes`)."""
     return any(hook.place_submodules for module in model.modules() for hook in _offloading_hooks(module))
 
 
-@contextmanager
-def stand_ins(model: nn.Module) -> Iterator[bool]:
-    """Has weights that lie elsewhere look as if they were where they are computed; gives whether there are any.
-
-    They have no memory of their own, and what is read of them is not a number.
-    """
-    own = []
-    for module in filter(is_offloaded, model.modules()):
-        device = _offloading_hooks(module)[0].execution_device
-        for name, weight in module._parameters.items():
-            if weight is not None and weight.is_meta and weight.is_floating_point():
-                own.append((module, name, weight))
-                nothing = torch.full((), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
-                module._parameters[name] = nn.Parameter(nothing, weight.requires_grad)
-    try:
-        yield bool(own)
-    finally:
-        for module, name, weight in own:
-            module._parameters[name] = weight.requires_grad_(module._parameters[name].requires_grad)
-
-
-@contextmanager
-def without_device_map(model: nn.Module) -> Iterator[None]:
-    """Hides where layers lie from who would take the hooks off and dispatch the model anew."""
-    placed = vars(model).pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if placed is not None:
-            model.hf_device_map = placed
-
-
-@contextmanager
-def placed_where_computed(model: nn.Module) -> Iterator[None]:
-    """Has `hf_device_map` say of offloaded layers where they are computed: on the first device that does."""
-    placed = getattr(model, "hf_device_map", None)
-    if placed is None:
-        yield
-        return
-    first = next((device for device in placed.values() if device not in ("cpu", "disk")), "cpu")
-    model.hf_device_map = {name: first if device in ("cpu", "disk") else device for name, device in placed.items()}
-    try:
-        yield
-    finally:
-        model.hf_device_map = placed
-
-
 def lacks_weights(module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether some of a module's own weights of these names lie nowhere: not here, and where a hook fetches them."""
+    """Whether own weights of these names exist nowhere: neither in the module nor where a hook would fetch them."""
     if not any(getattr(module, name).is_meta for name in names):
         return False
     if "_hf_hook" not in vars(module):
         return "forward" not in vars(module)
     maps = [hook.weights_map for hook in _hooks_of(module) if getattr(hook, "weights_map", None) is not None]
-    # a map of the whole model has names of the whole model
-    return bool(maps) and not any(key.rpartition(".")[2] in names for one in maps for key in one)
+    # a map for the whole model has full parameter names
+    return bool(maps) and not any(key.rpartition(".")[2] in names for weights in maps for key in weights)
 
 
 def weights_here(module: nn.Module) -> AbstractContextManager:
-    """Has the weights of a module, also of one inside adapters, lie where they are used, as while it is called."""
+    """Fetches the offloaded weights of a module and of the layer inside its adapters, as calling it would."""
     offloaded = []
     while module is not None:
         if is_offloaded(module):
             offloaded.append(module)
         module = module._modules.get("base_layer")
-    return _brought_here(offloaded) if offloaded else nullcontext()
+    return _fetched(offloaded) if offloaded else nullcontext()
 
 
 @contextmanager
-def _brought_here(offloaded: list[nn.Module]) -> Iterator[None]:
+def _fetched(offloaded: list[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
-        for inner in offloaded:
-            inner._hf_hook.pre_forward(inner)
-            stack.callback(inner._hf_hook.post_forward, inner, None)
+        for module in offloaded:
+            module._hf_hook.pre_forward(module)
+            stack.callback(module._hf_hook.post_forward, module, None)
         yield
+
+
+def keep_fetched_weights(module: nn.Module) -> None:
+    """Keeps changes to the fetched weights of an offloaded module for its later calls."""
+    weights = {name: weight.detach().cpu() for name, weight in module.named_parameters(recurse=False)}
+    for hook in _offloading_hooks(module):
+        hook.weights_map = weights
+
+
+@contextmanager
+def placeholder_weights(model: nn.Module) -> Iterator[bool]:
+    """Puts placeholders of NaN, which take no memory, on the devices that compute offloaded layers.
+
+    Yields whether any weight is offloaded.
+    """
+    replaced = []
+    for module in filter(is_offloaded, model.modules()):
+        device = _offloading_hooks(module)[0].execution_device
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and weight.is_floating_point():
+                replaced.append((module, name, weight))
+                nan = torch.full((), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+                module._parameters[name] = nn.Parameter(nan, weight.requires_grad)
+    try:
+        yield bool(replaced)
+    finally:
+        for module, name, weight in replaced:
+            module._parameters[name] = weight.requires_grad_(module._parameters[name].requires_grad)
+
+
+# ---- The device map --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hidden_device_map(model: nn.Module) -> Iterator[None]:
+    """Hides `hf_device_map` from code that would remove the hooks and dispatch the model again."""
+    device_map = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+
+
+@contextmanager
+def device_map_without_offloading(model: nn.Module) -> Iterator[None]:
+    """Has `hf_device_map` give offloaded layers the device that computes them, the first that is not for offloading."""
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        yield
+        return
+    first = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+    model.hf_device_map = {name: first if device in ("cpu", "disk") else device for name, device in device_map.items()}
+    try:
+        yield
+    finally:
+        model.hf_device_map = device_map

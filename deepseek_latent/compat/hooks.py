@@ -1,15 +1,16 @@
-"""Whether calling a module does more than its class says: then reading its weights would leave something out."""
+"""Whether a module computes more than its class says, so that its weights alone do not tell what calling it does."""
 
 from torch import nn
 
-from .accelerate import keeps_its_meaning
+from .accelerate import is_forward_equivalent
 from .torch import has_forward_hooks
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks or a replaced `forward` may change what calling the module computes."""
     return has_forward_hooks(module) or has_own_forward(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether `forward` was replaced on the instance by what does more than the class."""
-    return "forward" in vars(module) and not keeps_its_meaning(module)
+    """Whether `forward` was replaced on the instance by a function that may compute something else."""
+    return "forward" in vars(module) and not is_forward_equivalent(module)

@@ -1,6 +1,6 @@
-"""Says where another library is installed in a version that this package was not tested with.
+"""Warns about libraries in versions that this package was not tested with.
 
-It does so when it is imported, before what is imported after it may fail of that version.
+Importing this module warns at once, before an import of such a library may fail.
 """
 
 import warnings
@@ -10,27 +10,27 @@ from packaging.requirements import Requirement
 
 
 def warn_of_untested_versions(package: str = "deepseek-latent") -> None:
-    """Warns once if a requirement of `package` is installed in a version outside of its range.
+    """Warns once if a requirement of `package` is installed in a version outside its range, or not at all.
 
-    pip keeps to the range, so somebody has forced another one. Where the package itself is not installed, as in a
-    checkpoint's own code, nothing is known and nothing said.
+    pip keeps to these ranges, so someone has overridden them. If the package itself is not installed, as with a
+    checkpoint's own code, its requirements are unknown and there is no warning.
     """
     try:
         requirements = [Requirement(text) for text in requires(package) or ()]
     except PackageNotFoundError:
         return
-    # of an extra, only what is asked for is installed
-    wanted = [requirement for requirement in requirements if requirement.marker is None]
-    found = {requirement: _installed(requirement.name) for requirement in wanted}
+    # requirements with a marker belong to extras, which need not be installed
+    required = [requirement for requirement in requirements if requirement.marker is None]
+    found = {requirement: _installed(requirement.name) for requirement in required}
     outside = [
         f"{requirement.name}{requirement.specifier}, and {found[requirement] or 'none'} is installed"
-        for requirement in wanted
+        for requirement in required
         if found[requirement] is None or not requirement.specifier.contains(found[requirement], prereleases=True)
     ]
     if outside:
         warnings.warn(
-            f"{package} was tested with {'; '.join(outside)}. If something fails, install a version of that range, or "
-            f"open an issue of {package} with the traceback and what `pip list` prints.",
+            f"{package} was tested with {'; '.join(outside)}. If something fails, install a version in that range, or "
+            f"open an issue for {package} with the traceback and the output of `pip list`.",
             stacklevel=2,
         )
 

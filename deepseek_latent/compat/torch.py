@@ -1,6 +1,6 @@
-"""What this package leans on in torch beyond its documented interface, each thing once (torch 2.10 to 2.14).
+"""What this package uses of torch beyond its documented interface, each thing once (torch 2.10 to 2.14).
 
-tests/compat/test_canaries.py holds a canary for each.
+tests/compat/test_canaries.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,30 @@ from torch.nn.attention.flex_attention import BlockMask
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward."""
+    """Whether hooks run before or after a module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_forward_of_its_class(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward`, which somebody keeps, is what calling the class of `module` does now."""
+    """Whether `forward`, a function that was stored, is the bound `forward` of the module's present class."""
     return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def become(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Makes a module one of another class, also for those who keep its bound `forward`, as accelerate's hooks do."""
-    kept = [name for name, value in vars(module).items() if is_forward_of_its_class(module, value)]
+    """Changes the class of a module, and the bound `forward` where one is stored, as accelerate's hooks do."""
+    stored = [name for name, value in vars(module).items() if is_forward_of_its_class(module, value)]
     module.__class__ = module_class
-    for name in kept:
+    for name in stored:
         setattr(module, name, MethodType(module_class.forward, module))
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """A number that every change in place raises, but for fused optimizers and `data`; None for inference tensors."""
+    """A count of in-place changes, without those by fused optimizers or through `data`; None for inference tensors."""
     return None if tensor.is_inference() else tensor._version
 
 
 def take_out(module: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    """Takes parameters out of a module, so that `.to()` and its kin pass them by; the caller puts them back."""
+    """Removes parameters from a module, so that `.to()` and similar methods skip them; the caller puts them back."""
     return {name: module._parameters.pop(name) for name in names}
 
 

@@ -1,1 +1,1 @@
-"""What the configuration checks, and the two spellings of RoPE's settings."""
+"""Parts of the configuration: the checks on its fields, and the two forms of RoPE's settings."""

@@ -1,4 +1,4 @@
-"""What no DeepSeek-V2 can be: fields of a config that contradict each other or the architecture."""
+"""Checks that the fields of a config agree with each other and with the architecture of DeepSeek-V2."""
 
 import math
 from typing import Any
@@ -13,17 +13,17 @@ logger = logging.get_logger(__name__)
 
 
 def check_fields(config: PreTrainedConfig) -> None:
-    """Raises ValueError, naming the field, what was expected, what came and what to do."""
+    """Raises ValueError that names the wrong field, what was expected, what it got and what to do."""
     if config.kv_lora_rank is None:
         raise ValueError(
             "kv_lora_rank must be the width of the KV latent, got null: this checkpoint has no latent attention; "
             "load it with its own code."
         )
-    positive = (
+    sizes = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
         "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size moe_layer_freq max_position_embeddings"
     )
-    for name in positive.split():
+    for name in sizes.split():
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
     for name in ("q_lora_rank", "n_routed_experts", "n_shared_experts"):
@@ -43,9 +43,9 @@ def check_fields(config: PreTrainedConfig) -> None:
         raise ValueError(f"first_k_dense_replace must be 0 or more, got {config.first_k_dense_replace}.")
     if config.hidden_act not in ACT2FN:
         raise ValueError(
-            f"hidden_act must be an activation of transformers, got {config.hidden_act!r}; DeepSeek-V2 has 'silu'."
+            f"hidden_act must be an activation of transformers, got {config.hidden_act!r}; DeepSeek-V2 uses 'silu'."
         )
-    for name in ("attention_dropout", "classifier_dropout", "never_dropped_share"):
+    for name in ("attention_dropout", "classifier_dropout", "no_drop_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(config, name)}.")
     for name in ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"):
@@ -71,39 +71,40 @@ def check_fields(config: PreTrainedConfig) -> None:
 
 
 def _check_routing(config: PreTrainedConfig) -> None:
-    e, k, groups, kept = config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group
+    e, k, num_groups, num_kept = config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group
     if k is None or not 1 <= k <= e:
         raise ValueError(f"num_experts_per_tok must lie between 1 and n_routed_experts ({e}), got {k}.")
     if config.device_capacity_factor is not None and not 0 < config.device_capacity_factor < math.inf:
         raise ValueError(
             f"device_capacity_factor must be a positive number, got {config.device_capacity_factor}; "
-            "None drops nothing."
+            "None drops no token."
         )
-    names = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
-    between_devices = [name for name in names if getattr(config, name)]
-    # balance between devices also has groups where the router has none
-    if (config.topk_method != "greedy" or between_devices) and (groups < 1 or e % groups):
+    device_options = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
+    used = [name for name in device_options if getattr(config, name)]
+    # what balances devices takes n_group as their number, also if the router ignores groups
+    if (config.topk_method != "greedy" or used) and (num_groups < 1 or e % num_groups):
         raise ValueError(
-            f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {groups}; "
+            f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {num_groups}; "
             "use a divisor, or topk_method='greedy'."
         )
-    if groups == 1 and between_devices:
+    if num_groups == 1 and used:
         logger.warning_once(
-            f"{' and '.join(between_devices)} balance devices, and n_group is 1, so there is one device; set n_group "
-            "to as many as hold the experts (with topk_method='greedy', the router does not look at it)."
+            f"{' and '.join(used)} balance devices, but n_group is 1, so there is only one device; set n_group to the "
+            "number of devices that hold the experts (with topk_method='greedy', the router ignores it)."
         )
     if config.topk_method == "greedy":
         return
-    if not 1 <= kept <= groups:
-        raise ValueError(f"topk_group must lie between 1 and n_group ({groups}), got {kept}.")
-    if k > kept * (e // groups):
+    if not 1 <= num_kept <= num_groups:
+        raise ValueError(f"topk_group must lie between 1 and n_group ({num_groups}), got {num_kept}.")
+    if k > num_kept * (e // num_groups):
         raise ValueError(
-            f"num_experts_per_tok ({k}) is above what the chosen groups hold: topk_group ({kept}) x "
-            f"{e // groups} experts per group = {kept * (e // groups)}; lower it or raise topk_group."
+            f"num_experts_per_tok ({k}) is above the number of experts in the chosen groups: topk_group ({num_kept}) x "
+            f"{e // num_groups} experts per group = {num_kept * (e // num_groups)}; lower it or raise topk_group."
         )
 
 
 def refuse_other_architectures(given: dict[str, Any]) -> None:
+    """Raises ValueError if the fields of a config.json belong to another architecture."""
     if given.get("model_type", "deepseek_v2") not in ("deepseek_v2", "deepseek"):
         raise ValueError(
             f"model_type must be 'deepseek_v2', got {given['model_type']!r}, another architecture; "

@@ -1,4 +1,4 @@
-"""RoPE's settings in both spellings: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
+"""RoPE's settings in both forms: `rope_parameters` of transformers 5, and the older `rope_theta` and `rope_scaling`."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 LEGACY_NAMES = ("rope_theta", "rope_scaling")
 DEFAULT_THETA = 10000.0
 
-# numbers that each type cannot do without; all are positive
-NEEDED = {
+# the numbers that each type of RoPE requires; all are positive
+REQUIRED = {
     "default": ("rope_theta",),
     "linear": ("rope_theta", "factor"),
     "dynamic": ("rope_theta", "factor"),
@@ -20,9 +20,9 @@ OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_fac
 
 
 def merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scaling: dict | None) -> dict[str, Any]:
-    """One dict in transformers 5's form from either spelling, or from both where they agree.
+    """Returns RoPE's settings in transformers 5's form, given in one of the forms or in both.
 
-    Raises ValueError where they disagree, or as `validate_rope`.
+    Raises ValueError if both are given and disagree, or if `validate_rope` does.
     """
     current = _with_rope_type(rope_parameters)
     legacy = _with_rope_type(rope_scaling)
@@ -38,29 +38,31 @@ def merge_rope(rope_parameters: dict | None, rope_theta: float | None, rope_scal
                 f"and {legacy[name]!r}; change both or leave one out."
             )
     rope = {"rope_theta": DEFAULT_THETA, "rope_type": "default"} | legacy | current
-    # now, since transformers goes on to fill a missing original_max_position_embeddings with the stretched length
+    # validated here, because transformers then fills in a missing original_max_position_embeddings with the extended
+    # length
     validate_rope(rope)
     return rope
 
 
 def split_rope(rope: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """`rope_theta` and `rope_scaling`, as DeepSeek's own config.json has them."""
+    """Returns `rope_theta` and `rope_scaling`, as they are in DeepSeek's own config.json."""
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type")}
     return rope["rope_theta"], None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **scaling}
 
 
 def validate_rope(rope: dict[str, Any] | None) -> None:
-    """Raises ValueError for an unknown type, a missing or impossible number, or a part of the width left unrotated."""
+    """Raises ValueError for an unknown type, a missing or invalid number, or a partial rotation of the rotary width."""
     if not rope or "rope_type" not in rope:
         raise ValueError(f"rope_parameters must be a dict with rope_type and rope_theta, got {rope!r}.")
     rope_type = rope["rope_type"]
-    if rope_type not in NEEDED or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise ValueError(f"rope_type must be one of {', '.join(NEEDED)}, got {rope_type!r}.")
+    if rope_type not in REQUIRED or rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"rope_type must be one of {', '.join(REQUIRED)}, got {rope_type!r}.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; qk_rope_head_dim says what rotates."
+            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; set qk_rope_head_dim to the width "
+            "that rotates."
         )
-    for name in NEEDED[rope_type]:
+    for name in REQUIRED[rope_type]:
         if not _is_number(rope.get(name)) or rope[name] <= 0:
             raise ValueError(f"{rope_type} needs a positive {name} in rope_scaling, got {rope.get(name)!r}.")
     for name in OPTIONAL:
@@ -69,7 +71,7 @@ def validate_rope(rope: dict[str, Any] | None) -> None:
     if rope_type == "longrope" and not (rope.get("short_factor") and rope.get("long_factor")):
         raise ValueError("longrope needs the lists short_factor and long_factor in rope_scaling, got none.")
     if rope.get("mscale_all_dim") and rope_type != "default" and not _is_number(rope.get("factor")):
-        raise ValueError(f"mscale_all_dim acts together with factor in rope_scaling, got {rope.get('factor')!r} there.")
+        raise ValueError(f"mscale_all_dim needs a number as factor in rope_scaling, got {rope.get('factor')!r}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -51,7 +51,7 @@ def token_dropping(
     if config.device_capacity_factor is None:
         return None
     (b, s, _), device = inputs_embeds.shape, inputs_embeds.device
-    is_exempt = torch.rand(b, device=device) < config.never_dropped_share
+    is_exempt = torch.rand(b, device=device) < config.no_drop_fraction
     is_token = padding_mask_as_bool(attention_mask, (b, s), device)
     factor = config.device_capacity_factor
     return TokenDropping(is_token.flatten(), is_exempt.repeat_interleave(s), config.n_group, factor)

@@ -1,4 +1,4 @@
-"""Who asks by the name in `config.architectures` gets this package's classes: TRL, `transformers serve`, anyone."""
+"""Code that looks up the name in `config.architectures`, such as TRL and `transformers serve`, gets our classes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.support import tiny_model
 ROOT = Path(__file__).parents[2]
 PYDOC = ROOT / "examples" / "pydoc-tiny"
 NAMES = [name for name in deepseek_latent.__all__ if name.startswith("Deepseek")]
-# in a process of its own: one that has already loaded the model that it serves, and asks over HTTP
+# runs in a process of its own, which serves a model and sends requests to it over HTTP
 SERVED = """
 import json, sys, time, urllib.request
 import deepseek_latent
@@ -27,7 +27,7 @@ from transformers.cli.serve import Serve
 folder, port = sys.argv[1], int(sys.argv[2])
 server = Serve(force_model=folder, device="cpu", host="127.0.0.1", port=port, non_blocking=True)
 
-def asked(path, body=None):
+def response(path, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     return json.load(urllib.request.urlopen(request, timeout=60))
@@ -35,31 +35,31 @@ def asked(path, body=None):
 try:
     for _ in range(120):
         try:
-            asked("/health")
+            response("/health")
             break
         except OSError:
             time.sleep(0.5)
     message = [{"role": "user", "content": "The import statement"}]
     settings = json.dumps({"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0})
     body = {"model": folder, "messages": message, "generation_config": settings, "stream": False}
-    said = asked("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    text = response("/v1/chat/completions", body)["choices"][0]["message"]["content"]
     kinds = [type(kept.model).__module__ for kept in server._model_manager.loaded_models.values()]
-    print("FOUND " + json.dumps({"said": said, "kinds": kinds}))
+    print("FOUND " + json.dumps({"text": text, "kinds": kinds}))
 finally:
     server.kill_server()
 """
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_leads_here(name):
+def test_a_class_name_in_transformers_is_our_class(name):
     assert getattr(transformers, name) is getattr(deepseek_latent, name)
 
 
 @pytest.mark.parametrize(
     "early", ["", "import transformers.processing_utils", "import transformers.models.deepseek_v2"]
 )
-def test_the_name_leads_here_for_who_imported_transformers_before(early):
-    """transformers puts another module in its place while it is imported; both lead here."""
+def test_a_class_name_is_ours_for_code_that_imported_transformers_before(early):
+    """transformers replaces its own module while it is imported; both modules have our classes."""
     program = f"""
 import transformers
 {early}
@@ -74,7 +74,7 @@ assert "deepseek_latent" not in again.models.deepseek_v2.modeling_deepseek_v2.De
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint of which transformers' own class makes another model: it does not normalise gates."""
+    """A checkpoint that transformers' own class computes differently, since it does not normalize gates."""
     tokenizer = AutoTokenizer.from_pretrained(PYDOC)
     model = tiny_model(norm_topk_prob=True, vocab_size=len(tokenizer), max_position_embeddings=512)
     model.save_pretrained(tmp_path)
@@ -84,12 +84,12 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
-def test_trl_prefers_between_this_model_and_itself(adapters, folder, tmp_path):
-    """A policy beside its own reference has a first loss of ln 2; beside another model it has not."""
+def test_trl_compares_this_model_with_itself(adapters, folder, tmp_path):
+    """The first loss of DPO is ln 2 if policy and reference are the same model, and not otherwise."""
     trl = pytest.importorskip("trl", reason="trl is not installed; make test-tools installs it")
     from datasets import Dataset
 
-    said = {"prompt": ["The import statement", "A list is"], "chosen": [" binds names", " mutable"]}
+    pairs = {"prompt": ["The import statement", "A list is"], "chosen": [" binds names", " mutable"]}
     arguments = trl.DPOConfig(
         str(tmp_path / "out"),
         max_steps=1,
@@ -103,7 +103,7 @@ def test_trl_prefers_between_this_model_and_itself(adapters, folder, tmp_path):
     trainer = trl.DPOTrainer(
         model=str(folder),
         args=arguments,
-        train_dataset=Dataset.from_dict(said | {"rejected": [" fails", " a tuple"]}),
+        train_dataset=Dataset.from_dict(pairs | {"rejected": [" fails", " a tuple"]}),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=deepseek_latent.lora_config(tiny_model(), r=4) if adapters else None,
     )
@@ -134,5 +134,5 @@ def test_transformers_serve_answers_with_this_model(folder):
     )
     ids = tokenizer("The import statement ", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        written = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
-    assert found["said"] == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        generated = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert found["text"] == tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The cache goes by `cache` and by `past_key_values`: what is taken, what answers, and what transformers warns of."""
+"""The cache is taken and returned under both names, `cache` and `past_key_values`, without a deprecation warning."""
 
 import inspect
 import logging
@@ -24,8 +24,8 @@ BY_EITHER_NAME = pytest.mark.parametrize("name", CACHE_NAMES)
 
 
 @pytest.fixture(autouse=True)
-def warned_of(monkeypatch):
-    """Whatever ours does under either name, transformers does not say that it is deprecated."""
+def warnings_once(monkeypatch):
+    """Collects transformers' warnings; fails if one says that a name used here is deprecated."""
     messages = []
     monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message, *args: messages.append(message))
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def test_two_caches_are_refused(model):
     for arguments in (((), {"cache": one, "past_key_values": other}), ((None, None, one), {"past_key_values": other})):
         with pytest.raises(ValueError, match="expected one cache and got two"):
             model(IDS, *arguments[0], **arguments[1])
-    # as a caller does who passes on all that it knows
+    # a caller may pass both names with one cache
     model(IDS, cache=one, past_key_values=None)
     model(IDS, None, None, None, past_key_values=one)
     model(IDS, cache=one, past_key_values=one)
@@ -79,7 +79,7 @@ def test_two_caches_are_refused_by_generate():
 
 @torch.no_grad()
 @HEADS
-def test_outputs_answer_to_both_names(model, warned_of):
+def test_outputs_have_their_cache_under_both_names(model, warnings_once):
     output = model(IDS, use_cache=True)
     if not hasattr(output, "cache"):
         pytest.skip("transformers' output for labels of tokens has no cache")
@@ -87,18 +87,18 @@ def test_outputs_answer_to_both_names(model, warned_of):
     assert output["cache"] is output.cache
     assert output.past_key_values is output["past_key_values"] is output.cache
     assert model(IDS, use_cache=True, return_dict=False)[1].get_seq_length() == IDS.shape[1]
-    # to be asked by the old name is what transformers warns of, once
-    warned_of.clear()
+    # reading the old name is deprecated, and transformers warns once
+    warnings_once.clear()
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_what_generate_returns_answers_to_both_names(beams, warned_of):
+def test_what_generate_returns_has_its_cache_under_both_names(beams, warnings_once):
     model = tiny_model()
     output = model.generate(IDS, **GREEDY, num_beams=beams, return_dict_in_generate=True)
     assert type(output.cache) is type(output["cache"]) is LatentCache
     assert output.past_key_values is output["past_key_values"] is output.cache
     assert pickle.loads(pickle.dumps(output)).cache.get_seq_length() == output.cache.get_seq_length()
-    warned_of.clear()
+    warnings_once.clear()
 
 
 @BY_EITHER_NAME
@@ -122,8 +122,8 @@ def test_a_model_under_adapters_takes_its_cache_by_either_name(name):
 
 
 @pytest.mark.parametrize("method", [PromptTuningConfig, PromptEncoderConfig], ids=lambda method: method.__name__)
-def test_a_learned_prompt_is_put_in_once(method):
-    """peft looks for the cache by its old name to know whether the prompt is in it already."""
+def test_a_learned_prompt_is_inserted_once(method):
+    """peft looks up the cache by its old name to see whether the prompt is already in it."""
     model = get_peft_model(tiny_model(), method(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     torch.nn.init.normal_(model.prompt_encoder.default.embedding.weight)
     tokens = IDS
@@ -157,18 +157,18 @@ def test_layers_and_attention_take_their_cache_by_either_name(name):
 
 
 @pytest.mark.parametrize("method", ["forward", "prepare_inputs_for_generation"])
-def test_both_names_can_be_found_in_signatures(method):
+def test_signatures_have_both_names(method):
     names = inspect.signature(getattr(deepseek_latent.DeepseekV2ForCausalLM, method)).parameters
     assert set(CACHE_NAMES) <= set(names)
 
 
 def test_pipelines_generate_without_a_warning():
-    said = pipeline("text-generation", model=str(PYDOC))("The import statement", **GREEDY)
-    assert said[0]["generated_text"].startswith("The import statement")
+    output = pipeline("text-generation", model=str(PYDOC))("The import statement", **GREEDY)
+    assert output[0]["generated_text"].startswith("The import statement")
 
 
-def test_checkpointed_training_steps_leave_no_cache_behind():
-    """Recomputed layers would otherwise write their tokens twice."""
+def test_training_with_checkpointing_fills_no_cache():
+    """Otherwise, recomputed layers would write their tokens twice."""
     model = tiny_model().train()
     gradients = []
     for checkpointed in (False, True):

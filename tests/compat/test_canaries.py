@@ -1,6 +1,6 @@
-"""Canaries: each thing that we lean on in other libraries is still what the compat modules take it for.
+"""Canaries: everything that compat/ uses of other libraries beyond their documented interfaces is still as it expects.
 
-A test here fails with what moved and who uses it. The versions it passes on are those that pyproject.toml admits.
+A test here fails with what changed and which code uses it. It passes on all versions that pyproject.toml admits.
 """
 
 import inspect
@@ -52,50 +52,56 @@ def test_one_name_of_the_cache_goes_through_all_of_transformers():
         "DeepseekV2Model.forward": create_causal_mask,
         "the heads for classification": GenericForSequenceClassification.forward,
         "LatentGenerationMixin": GenerationMixin.prepare_inputs_for_generation,
-        "nobody here, but transformers' own class": NATIVE.DeepseekV2Model.forward,
+        "no code here, but transformers' own class": NATIVE.DeepseekV2Model.forward,
     }.items():
         assert takes(function, CACHE), f"{function.__qualname__} no longer takes {CACHE}; used by {user}"
     for name in ("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast", "SequenceClassifierOutputWithPast"):
         theirs = getattr(transformers.modeling_outputs, name)
-        assert CACHE in theirs.__dataclass_fields__, f"{name} has no {CACHE}; used by compat_transformers"
+        assert CACHE in theirs.__dataclass_fields__, f"{name} has no {CACHE}; used by compat/cache_name"
     source = inspect.getsource(inspect.getmodule(GradientCheckpointingLayer))
-    assert f'"{CACHE}" in kwargs' in source, "recomputed layers no longer lose their cache; used by DeepseekV2Model"
+    assert f'"{CACHE}" in kwargs' in source, (
+        "gradient checkpointing no longer removes the cache; used by DeepseekV2Model"
+    )
 
 
-def test_generate_makes_its_cache_where_we_look():
+def test_generate_makes_its_cache_in_the_method_that_is_overridden():
     hook = GenerationMixin._prepare_cache_for_generation
     assert takes(hook, "generation_config", "model_kwargs", "generation_mode"), "used by GenerationHooks"
     source = inspect.getsource(GenerationMixin.generate)
-    assert "self._prepare_cache_for_generation(" in source, "generate() makes its cache elsewhere; GenerationHooks"
+    assert "self._prepare_cache_for_generation(" in source, (
+        "generate() makes its cache elsewhere; used by GenerationHooks"
+    )
     made = {}
     model = tiny_model()
-    model.cache_to_use = lambda cache, *args: made.setdefault("cache", cache)
+    model.choose_cache = lambda cache, *args: made.setdefault("cache", cache)
     model.generate(random_ids(1, 3), max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert type(made["cache"]) is transformers.DynamicCache, "the default cache is another; LatentGenerationMixin"
+    assert type(made["cache"]) is transformers.DynamicCache, (
+        "the default cache has another class; used by LatentGenerationMixin"
+    )
 
 
-def test_a_mask_of_ones_is_dropped_and_its_length_noted():
+def test_the_length_of_a_dropped_mask_is_kept():
     seen = []
     model, ids = tiny_model(), random_ids(1, 7)
-    model.settings_for_cache = lambda given, settings, mask: seen.append((mask, settings)) or settings
+    model.prepare_cache_settings = lambda given, settings, mask: seen.append((mask, settings)) or settings
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
     mask, settings = seen[0]
     length = mask.shape[1] if mask is not None else compat_transformers.length_of_dropped_mask(settings)
-    assert length == 7, "generate() no longer says how long the mask was; used by check_cache_for_generation"
+    assert length == 7, "generate() no longer keeps the length of the mask; used by check_cache_for_generation"
 
 
-def test_pages_are_made_and_written_as_paged_latents_expects():
+def test_pages_are_made_and_written_as_paged_latents_expect():
     assert takes(PagedAttentionCache.update, "key_states", "value_states", "layer_idx"), "used by update_pages"
     rest = ("kwargs",) if compat_transformers._pages_take_all_arguments() else ("read_index", "write_index")
     assert takes(PagedAttentionCache.update, *rest), "used by update_pages"
     source = inspect.getsource(ContinuousBatchingManager)
     assert "self._create_batch_processor()" in source, "managers make pages elsewhere; used by with_pages_for"
     assert "self.model.config" in inspect.getsource(ContinuousBatchingManager._create_batch_processor), (
-        "managers no longer ask their model for its config; used by with_pages_for"
+        "managers no longer read their model's config; used by with_pages_for"
     )
 
 
-def test_continuous_batching_gives_its_pages_as_cache():
+def test_continuous_batching_passes_its_pages_as_the_cache():
     given = {}
     model = tiny_model()
     forward = model.model.forward
@@ -103,12 +109,12 @@ def test_continuous_batching_gives_its_pages_as_cache():
     settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=1)
     few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)
     model.generate_batch([[5, 6, 7]], generation_config=settings, continuous_batching_config=few)
-    assert isinstance(given["cache"], PagedAttentionCache), "pages come by another name or type; DeepseekV2Model"
+    assert isinstance(given["cache"], PagedAttentionCache), "pages have another name or type; used by DeepseekV2Model"
     wanted = {"block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index"}
-    assert wanted <= set(given), f"pages come without {wanted - set(given)}; used by PagedLatents"
+    assert wanted <= set(given), f"pages are passed without {wanted - set(given)}; used by PagedLatents"
 
 
-def test_caches_of_ours_have_what_those_have_whose_constructors_they_skip():
+def test_our_caches_have_the_attributes_of_the_classes_whose_constructors_they_skip():
     config = tiny_model().config
     ours = deepseek_latent.LatentCache(config)
     for theirs, own in ((DynamicLayer(), ours.layers[0]), (transformers.DynamicCache(config=config), ours)):
@@ -116,20 +122,22 @@ def test_caches_of_ours_have_what_those_have_whose_constructors_they_skip():
         assert not missing, f"{type(theirs).__name__} has {missing} now; set it in {type(own).__name__}"
 
 
-def test_names_of_implementations_are_where_we_read_them():
+def test_the_config_has_the_names_of_implementations():
     config = tiny_model().config
     assert (compat_transformers.attention_name(config), compat_transformers.experts_name(config)) == (
         "sdpa",
         "grouped_mm",
-    ), "defaults of attn_implementation or experts_implementation changed, or are kept elsewhere"
+    ), "attn_implementation or experts_implementation has another default or is stored elsewhere"
     model = tiny_model()
     model.set_attn_implementation("paged|eager")
-    assert compat_transformers.is_paged(model.config), "continuous batching marks its names otherwise"
+    assert compat_transformers.is_paged(model.config), "continuous batching has another prefix; used by is_paged"
 
 
 def test_experts_can_be_dispatched():
     theirs = inspect.getattr_static(PreTrainedModel, "_can_set_experts_implementation")
-    assert isinstance(theirs, classmethod), "transformers asks otherwise whether experts dispatch; LoadingHooks"
+    assert isinstance(theirs, classmethod), (
+        "transformers decides otherwise whether experts can be dispatched; used by LoadingHooks"
+    )
     model = tiny_model()
     model.set_experts_implementation("eager")
     assert compat_transformers.experts_name(model.config) == "eager"
@@ -144,12 +152,14 @@ def test_grouped_products_take_rows_weights_and_ends():
     assert doubled.dtype == torch.float64, "used for models in float64"
 
 
-def test_what_a_checkpoint_lacks_is_told_before_it_is_initialised():
+def test_loading_reports_missing_weights_before_it_initializes_them():
     hook = PreTrainedModel._adjust_missing_and_unexpected_keys
     assert [*inspect.signature(hook).parameters] == ["self", "loading_info"], "used by LoadingHooks"
     assert [*inspect.signature(PreTrainedModel._get_dtype_plan).parameters] == ["self", "dtype"], "used by LoadingHooks"
-    told = {"missing_keys", "mismatched_keys", "conversion_errors"}
-    assert told <= set(transformers.utils.loading_report.LoadStateDictInfo.__dataclass_fields__), "used by LoadingHooks"
+    reported = {"missing_keys", "mismatched_keys", "conversion_errors"}
+    assert reported <= set(transformers.utils.loading_report.LoadStateDictInfo.__dataclass_fields__), (
+        "used by LoadingHooks"
+    )
     assert PreTrainedModel._hf_peft_config_loaded is False, "used by has_adapters_of_transformers"
     assert transformers.PreTrainedConfig._auto_class is None, "used by carries_its_code"
 
@@ -161,10 +171,10 @@ def test_converters_keep_what_checked_converters_read():
     names = ["self", "layer_name", "model", "config", "hf_quantizer", "loading_info"]
     assert [*inspect.signature(WeightConverter.convert).parameters] == names, "used by CheckedConverter"
     text = inspect.getsource(transformers.core_model_loading)
-    assert "\\nError: " in text, "failed conversions are told in other words; used by reason_of"
+    assert "\\nError: " in text, "failed conversions are reported otherwise; used by reason_of"
 
 
-def test_tensor_parallelism_replaces_forward_as_local_rows_reads_it():
+def test_tensor_parallelism_replaces_forward_as_local_rows_expects():
     styles = tensor_parallel.ParallelInterface._global_mapping
     assert type(styles["colwise"]).__name__ == "ColwiseParallel", "used by local_rows"
     layer = linear()
@@ -174,11 +184,13 @@ def test_tensor_parallelism_replaces_forward_as_local_rows_reads_it():
     assert {"self", "original_forward"} <= set(forward.__code__.co_freevars), "used by local_rows"
 
 
-def test_class_names_are_taken_from_the_module_transformers():
+def test_class_names_are_looked_up_in_the_module_transformers():
     for user, module in {"pipelines": "transformers.pipelines.base", "serve": None}.items():
         if module is not None:
             source = inspect.getsource(__import__(module, fromlist=["base"]))
-            assert 'importlib.import_module("transformers")' in source, f"{user} look for classes elsewhere"
+            assert 'importlib.import_module("transformers")' in source, (
+                f"{user} look classes up elsewhere; used by put_into_transformers"
+            )
     assert transformers.DeepseekV2ForCausalLM is deepseek_latent.DeepseekV2ForCausalLM
     assert NATIVE.DeepseekV2ForCausalLM is not deepseek_latent.DeepseekV2ForCausalLM
 
@@ -192,14 +204,14 @@ def adapted(**options) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, **options)).base_model.model[0]
 
 
-def test_lora_layers_are_told_by_their_classes():
-    assert compat_peft.is_lora_linear(adapted()), "used by effective_weight"
-    assert peft_lora.ParamWrapper.__module__ == "peft.tuners.lora.layer", "used by expert_lora.unwrapped"
+def test_lora_layers_have_the_class_names_that_are_checked():
+    assert compat_peft.is_lora_linear(adapted()), "used by attention/read_linear"
+    assert peft_lora.ParamWrapper.__module__ == "peft.tuners.lora.layer", "used by experts/adapters"
     assert not compat_peft.is_lora_linear(linear())
     assert compat_peft.is_adapted(adapted()), "used by fingerprints and by ESFT"
 
 
-def test_lora_layers_keep_what_is_read_of_them():
+def test_lora_layers_have_the_attributes_that_are_read():
     layer = adapted().eval()
     for name in ("lora_A", "lora_B", "scaling", "lora_variant", "merged", "disable_adapters", "active_adapters"):
         assert hasattr(layer, name), f"LoRA layers have no {name}; used by acting_adapters"
@@ -207,12 +219,14 @@ def test_lora_layers_keep_what_is_read_of_them():
     x = torch.randn(3, 4)
     added = adapter.b(adapter.a(x)) * adapter.scaling
     torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
-    assert compat_peft.acting_adapters(adapted(use_dora=True)) is None, "variants are no longer in lora_variant"
+    assert compat_peft.acting_adapters(adapted(use_dora=True)) is None, (
+        "variants are no longer in lora_variant; used by acting_adapters"
+    )
     for name in ("other_param_names", "active_adapter", "merged_adapters"):
         assert hasattr(layer, name), f"LoRA layers have no {name}; used by adapter_state"
 
 
-def test_factors_of_stacked_parameters_lie_as_they_are_read():
+def test_stacked_factors_multiply_to_what_peft_adds():
     model = nn.Sequential(nn.Module())
     model[0].weight = nn.Parameter(torch.zeros(3, 5, 4))
     config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False)
@@ -220,58 +234,64 @@ def test_factors_of_stacked_parameters_lie_as_they_are_read():
         warnings.simplefilter("ignore")
         wrapper = get_peft_model(model, config).base_model.model[0]
     assert compat_peft.is_lora_parameter(wrapper)
-    assert wrapper.parameter_name == "weight", "used by expert_lora.unwrapped"
+    assert wrapper.parameter_name == "weight", "used by experts/adapters"
     (adapter,) = compat_peft.acting_adapters(wrapper)
     a, b = compat_peft.stacked_factors(wrapper, adapter)
     torch.testing.assert_close(b @ a * adapter.scaling, wrapper.get_delta_weight("default"))
 
 
-def test_the_function_of_peft_that_is_replaced_is_where_it_is_replaced():
-    """Where peft no longer has it, `keep_targets_of` and the tests of targets say whether it is still needed."""
+def test_peft_converts_targets_by_the_function_that_is_replaced():
+    """If peft drops it, the tests of targets show whether `prevent_target_renaming` is still needed."""
     ours = transformers_weight_conversion._convert_peft_config_moe
-    assert [*inspect.signature(ours).parameters] == ["peft_config", "model"], "used by keep_targets_of"
+    assert [*inspect.signature(ours).parameters] == ["peft_config", "model"], "used by prevent_target_renaming"
     assert ours.__wrapped__.__module__ == "peft.utils.transformers_weight_conversion"
 
 
-def test_the_functions_of_peft_that_attach_and_merge_are_where_they_are_wrapped():
+def test_peft_attaches_and_merges_by_the_functions_that_are_wrapped():
     inject = BaseTuner.inject_adapter
-    assert [*inspect.signature(inject).parameters][:3] == ["self", "model", "adapter_name"], "used by adapt_offloaded"
+    assert [*inspect.signature(inject).parameters][:3] == ["self", "model", "adapter_name"], (
+        "used by support_offloading"
+    )
     assert inject.__wrapped__.__module__ == "peft.tuners.tuners_utils"
     for method in (peft_lora.ParamWrapper.merge, peft_lora.ParamWrapper.unmerge):
-        assert method.__wrapped__.__module__ == "peft.tuners.lora.layer", "used by adapt_offloaded"
-    assert hasattr(peft_lora.ParamWrapper, "get_param"), "used by adapt_offloaded"
+        assert method.__wrapped__.__module__ == "peft.tuners.lora.layer", "used by support_offloading"
+    assert hasattr(peft_lora.ParamWrapper, "get_param"), "used by support_offloading"
     for kind in (PeftModel, PeftMixedModel):
         load = kind.from_pretrained.__func__
-        assert [*inspect.signature(load).parameters][:3] == ["cls", "model", "model_id"], "used by adapt_offloaded"
-        assert load.__wrapped__.__module__.startswith("peft."), "used by adapt_offloaded"
-    assert takes(PeftModel.load_adapter, "model_id", "adapter_name"), "used by adapt_offloaded"
+        assert [*inspect.signature(load).parameters][:3] == ["cls", "model", "model_id"], "used by support_offloading"
+        assert load.__wrapped__.__module__.startswith("peft."), "used by support_offloading"
+    assert takes(PeftModel.load_adapter, "model_id", "adapter_name"), "used by support_offloading"
     config = LoraConfig()
-    assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "adapt_offloaded"
+    assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "support_offloading"
 
 
-def test_activated_adapters_are_told_by_their_variant():
+def test_activated_adapters_have_a_variant_of_their_own():
     layer = adapted(alora_invocation_tokens=[1])
-    assert compat_peft.acts_on_some_tokens(layer), "aLoRA is kept otherwise; used by DeepseekV2Attention"
+    assert compat_peft.acts_on_some_tokens(layer), "aLoRA is stored otherwise; used by DeepseekV2Attention"
     assert not compat_peft.acts_on_some_tokens(adapted())
 
 
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
 
-def test_hooks_of_accelerate_are_told_by_what_they_keep():
+def test_hooks_have_the_attributes_that_show_what_they_do():
     layer = linear()
     plain = vars(layer).get("forward")
     assert plain is None
-    for options, keeps in (({}, True), ({"offload": True}, True), ({"io_same_device": True}, False)):
+    for options, is_equivalent in (({}, True), ({"offload": True}, True), ({"io_same_device": True}, False)):
         layer = linear()
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", **options))
-        assert compat_accelerate.keeps_its_meaning(layer) == keeps, f"hooks with {options}; used by has_hooks"
+        assert compat_accelerate.is_forward_equivalent(layer) == is_equivalent, (
+            f"hooks with {options} differ; used by has_hooks"
+        )
         assert compat_accelerate.is_offloaded(layer) == ("offload" in options), "used by weights_here"
     other = linear()
     hooks.add_hook_to_module(other, hooks.ModelHook())
-    assert not compat_accelerate.keeps_its_meaning(other), "another hook may do anything"
+    assert not compat_accelerate.is_forward_equivalent(other), (
+        "a hook of another class may do anything; used by has_hooks"
+    )
     hooks.remove_hook_from_module(other)
-    assert compat_accelerate.keeps_its_meaning(other)
+    assert compat_accelerate.is_forward_equivalent(other)
 
 
 def test_offloaded_weights_come_and_go():
@@ -279,26 +299,28 @@ def test_offloaded_weights_come_and_go():
     weight = layer.weight.detach().clone()
     hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
     assert layer.weight.is_meta
-    assert str(layer._hf_hook.execution_device) == "cpu", "used by stand_ins"
+    assert str(layer._hf_hook.execution_device) == "cpu", "used by placeholder_weights"
     with compat_accelerate.weights_here(layer):
         assert torch.equal(layer.weight, weight)
         layer.weight.data += 1
-        compat_accelerate.keep_changed(layer)
+        compat_accelerate.keep_fetched_weights(layer)
     assert layer.weight.is_meta
     with compat_accelerate.weights_here(layer):
-        assert torch.equal(layer.weight, weight + 1), "hooks fetch weights from elsewhere; used by keep_changed"
+        assert torch.equal(layer.weight, weight + 1), "hooks fetch weights from elsewhere; used by keep_fetched_weights"
 
 
-def test_dispatched_models_have_a_hook_of_that_kind_on_every_layer():
+def test_a_device_map_puts_such_a_hook_on_every_layer():
     model = nn.Sequential(linear(), nn.Linear(6, 4))
     dispatch_model(model, {"0": "cpu", "1": "cpu"}, force_hooks=True)
-    assert all(compat_accelerate.keeps_its_meaning(layer) for layer in model), "device_map hooks are others now"
+    assert all(compat_accelerate.is_forward_equivalent(layer) for layer in model), (
+        "a device_map adds other hooks; used by has_hooks"
+    )
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def test_modules_keep_their_hooks_and_parameters_where_we_look():
+def test_modules_keep_hooks_and_parameters_in_the_dicts_that_are_read():
     layer = linear()
     assert not compat_torch.has_forward_hooks(layer)
     for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
@@ -309,7 +331,7 @@ def test_modules_keep_their_hooks_and_parameters_where_we_look():
     assert not [*layer.parameters()], "used by packed and trained experts"
 
 
-def test_a_module_becomes_another_for_those_who_keep_its_forward():
+def test_a_stored_forward_follows_the_new_class_of_a_module():
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -334,7 +356,7 @@ def test_changes_in_place_are_counted():
         assert compat_torch.version_of(torch.zeros(3)) is None
 
 
-def test_the_methods_of_modules_that_experts_override_are_called():
+def test_the_methods_of_modules_that_experts_override_have_the_same_parameters():
     for name, parameters in {
         "_apply": ["self", "fn", "recurse"],
         "_save_to_state_dict": ["self", "destination", "prefix", "keep_vars"],

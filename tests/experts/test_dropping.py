@@ -9,7 +9,7 @@ from tests import reference
 from tests.support import V2, random_ids, relative_error, tiny_model
 
 DEVICES, EXPERTS, CHOICES = 4, 12, 3
-NO_ONE_SPARED = {"device_capacity_factor": 1.0, "never_dropped_share": 0.0}
+NO_ONE_SPARED = {"device_capacity_factor": 1.0, "no_drop_fraction": 0.0}
 
 
 def lopsided(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_only_training_drops():
 
 def test_sequences_are_spared_by_chance_and_as_a_whole():
     ids = random_ids(400, 3)
-    model = tiny_model(device_capacity_factor=0.01, never_dropped_share=0.1, num_hidden_layers=2).train()
+    model = tiny_model(device_capacity_factor=0.01, no_drop_fraction=0.1, num_hidden_layers=2).train()
     kept = []
     model.model.layers[1].mlp.gate.register_forward_hook(lambda gate, inputs, output: kept.append(output[1] > 0))
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_sequences_are_spared_by_chance_and_as_a_whole():
 
 
 def test_recomputed_activations_drop_the_same():
-    ids, model = random_ids(4, 20), tiny_model(device_capacity_factor=0.7, never_dropped_share=0.5).train()
+    ids, model = random_ids(4, 20), tiny_model(device_capacity_factor=0.7, no_drop_fraction=0.5).train()
 
     def gradients():
         model.zero_grad()
@@ -115,7 +115,7 @@ def test_recomputed_activations_drop_the_same():
 
 def test_a_config_that_drops_nothing_says_nothing_of_it():
     written = DeepseekV2Config(**V2).to_dict()
-    assert not written.keys() & {"device_capacity_factor", "never_dropped_share"}
-    config = DeepseekV2Config(**V2, device_capacity_factor=1.0, never_dropped_share=0.2)
+    assert not written.keys() & {"device_capacity_factor", "no_drop_fraction"}
+    config = DeepseekV2Config(**V2, device_capacity_factor=1.0, no_drop_fraction=0.2)
     again = DeepseekV2Config.from_dict(config.to_dict())
-    assert (again.device_capacity_factor, again.never_dropped_share) == (1.0, 0.2)
+    assert (again.device_capacity_factor, again.no_drop_fraction) == (1.0, 0.2)

@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
 
 from deepseek_latent import DeepseekV2Config, lora_config
-from deepseek_latent.compat.peft import keep_targets_of
+from deepseek_latent.compat.peft import prevent_target_renaming
 from deepseek_latent.experts.names import ROUTED_EXPERTS
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2PreTrainedModel
 from tests.support import LITE, NATIVE, V2, random_ids, relative_error, tiny_model
@@ -77,7 +77,7 @@ def test_transformers_own_class_is_left_to_peft():
 
 def test_peft_is_changed_once():
     before = transformers_weight_conversion._convert_peft_config_moe
-    keep_targets_of(DeepseekV2PreTrainedModel)
+    prevent_target_renaming(DeepseekV2PreTrainedModel)
     assert transformers_weight_conversion._convert_peft_config_moe is before
 
 

@@ -90,7 +90,7 @@ def test_they_are_logged_beside_each_loss_and_begin_anew(tmp_path):
 
 
 def test_dropped_choices_are_logged(tmp_path):
-    options = {"device_capacity_factor": 0.5, "never_dropped_share": 0.0}
+    options = {"device_capacity_factor": 0.5, "no_drop_fraction": 0.0}
     made = trainer(tmp_path, tiny_model(**options))
     made.train()
     shares = [entry["router/dropped"] for entry in made.state.log_history if entry.keys() >= KEYS]
@@ -113,7 +113,7 @@ def test_padding_and_evaluation_do_not_count(tmp_path):
 
 
 def test_traffic_and_dropped_choices_of_padding_do_not_count():
-    options = {"device_capacity_factor": 0.5, "never_dropped_share": 0.0}
+    options = {"device_capacity_factor": 0.5, "no_drop_fraction": 0.0}
     model, ids = tiny_model(**options).train(), random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0

@@ -1,4 +1,4 @@
-"""What bad use of a cache gets: one sentence that names both sides, before anything is written to the cache."""
+"""Wrong use of a cache is refused by one sentence with both sides, before anything is written to the cache."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ CACHES = {
 }
 EVERY_CACHE = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 OURS = pytest.mark.parametrize("make", [CACHES["LatentCache"], CACHES["8 bits"]], ids=["LatentCache", "8 bits"])
-BY_COUNTING = [name for name in CACHES if name != "StaticCache"]  # a StaticCache has one more count, in a tensor
+GROWING = [name for name in CACHES if name != "StaticCache"]  # a StaticCache also counts its tokens in a tensor
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def lengths(cache) -> list[int]:
 
 @contextlib.contextmanager
 def refused(sentence: str, cache=None, error=ValueError):
-    """One sentence of ours, and nothing has changed in `cache`."""
+    """Expects an error with one sentence, and no change to `cache`."""
     before = None if cache is None else lengths(cache)
     with pytest.raises(error, match=sentence) as caught:
         yield
@@ -94,7 +94,7 @@ def test_another_batch_than_the_cache_holds_is_refused(batch, tokens, make):
 
 
 @EVERY_CACHE
-def test_beams_behind_a_cache_without_them_are_refused(make):
+def test_beams_with_a_cache_of_single_sequences_are_refused(make):
     model = tiny_model()
     cache = filled(make, model)
     with refused(r"\(2, 40, 8\).*\(6, 40, 8\).*batch_repeat_interleave", cache):
@@ -102,14 +102,14 @@ def test_beams_behind_a_cache_without_them_are_refused(make):
 
 
 @OURS
-def test_forgetting_more_than_is_held_is_refused(make):
+def test_cropping_more_tokens_than_are_held_is_refused(make):
     cache = filled(make, tiny_model())
     with refused("cannot forget 10 tokens, the cache holds 9", cache):
         cache.crop(-10)
 
 
 @OURS
-def test_a_length_given_to_crop_is_refused_with_what_was_meant(make):
+def test_cropping_to_a_length_is_refused_with_the_right_call(make):
     cache = filled(make, tiny_model())
     with refused(r"crop takes minus .* to keep the first 4 of 9 tokens, crop\(-5\)", cache):
         cache.crop(4)
@@ -127,14 +127,14 @@ def compiled() -> CompileConfig:
     ids=["greedy", "beams", "chunks", "compiled"],
 )
 @pytest.mark.parametrize("room", [7, 15], ids=["prompt", "answer"])
-def test_a_static_cache_without_room_for_the_answer_is_refused_before_it_begins(room, options):
+def test_a_static_cache_without_room_for_the_answer_is_refused_before_the_first_step(room, options):
     model = tiny_model()
     cache = StaticCache(model.config, max_cache_len=room)
     with refused(f"static cache has room for {room} tokens and would have to hold 16.*max_cache_len", cache):
         answer(model, cache, **options)
 
 
-def test_a_static_cache_without_room_for_the_next_turn_is_refused_before_it_begins():
+def test_a_static_cache_without_room_for_the_next_turn_is_refused_before_the_first_step():
     model = tiny_model()
     cache = filled(CACHES["StaticCache"], model)
     with refused("static cache has room for 30 tokens and would have to hold 31", cache):
@@ -156,7 +156,7 @@ def test_a_static_cache_of_exactly_the_length_is_not_refused():
     assert answer(model, cache).shape[1] == LONGER.shape[1] + 5
 
 
-@pytest.mark.parametrize("make", [CACHES[name] for name in BY_COUNTING], ids=BY_COUNTING)
+@pytest.mark.parametrize("make", [CACHES[name] for name in GROWING], ids=GROWING)
 def test_a_cache_on_another_device_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
@@ -187,7 +187,7 @@ def test_what_is_not_a_cache_is_refused(use, not_a_cache):
 
 
 @EVERY_CACHE
-def test_both_a_cache_and_its_name_are_refused(make):
+def test_a_cache_together_with_cache_implementation_is_refused(make):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"both `cache_implementation` .* and `(cache|past_key_values)`"):
         answer(model, filled(make, model), cache_implementation="dynamic")
@@ -195,7 +195,7 @@ def test_both_a_cache_and_its_name_are_refused(make):
 
 @EVERY_CACHE
 @pytest.mark.parametrize("given", [IDS, IDS[:, :5], LONGER[:, HELD:]], ids=["all held", "less", "new without mask"])
-def test_a_prompt_with_nothing_new_behind_the_cache_is_refused(given, make):
+def test_a_prompt_without_new_tokens_is_refused(given, make):
     model = tiny_model()
     cache = filled(make, model)
     with refused(rf"this cache holds 9 tokens and the prompt has {given.shape[1]}\b.*attention_mask", cache):
@@ -203,16 +203,16 @@ def test_a_prompt_with_nothing_new_behind_the_cache_is_refused(given, make):
 
 
 @EVERY_CACHE
-def test_a_cache_that_is_not_to_be_used_is_refused(make):
+def test_a_cache_with_use_cache_false_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
     with refused("use_cache=False .* the one given holds 9 tokens", cache):
         answer(model, cache, use_cache=False)
 
 
-@pytest.mark.parametrize("make", [CACHES[name] for name in BY_COUNTING], ids=BY_COUNTING)
+@pytest.mark.parametrize("make", [CACHES[name] for name in GROWING], ids=GROWING)
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_a_cache_that_an_interrupted_step_left_uneven_is_refused(tokens, make, monkeypatch):
+def test_a_cache_with_unequal_layers_after_an_interrupted_step_is_refused(tokens, make, monkeypatch):
     model = tiny_model()
     cache = filled(make, model)
 
@@ -229,7 +229,7 @@ def test_a_cache_that_an_interrupted_step_left_uneven_is_refused(tokens, make, m
 
 
 @pytest.mark.parametrize("bits", [7, 16, "8", True, 8.0, "int8"], ids=repr)
-def test_bits_that_there_are_not_are_refused(bits):
+def test_unsupported_bits_are_refused(bits):
     with refused(f"bits must be None .*, 8, 6, 5, 4 or 'fp8', got {bits!r}"):
         LatentCache(tiny_model().config, bits=bits)
 
@@ -247,43 +247,43 @@ def test_bits_that_there_are_not_are_refused(bits):
     ],
     ids=lambda x: str(x)[:60],
 )
-def test_a_cache_config_that_cannot_be_meant_is_refused(cache_config, sentence):
+def test_a_wrong_cache_config_is_refused(cache_config, sentence):
     with refused(sentence):
         tiny_model().generate(IDS, **GREEDY, cache_implementation="quantized", cache_config=cache_config)
 
 
-def test_a_number_of_bits_is_refused_by_the_name_it_was_given():
+def test_bits_are_refused_under_the_name_that_the_user_gave():
     with pytest.raises(ValueError, match=r"^nbits must be"):
         tiny_model().generate(
             IDS, **GREEDY, cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 7}
         )
 
 
-def test_bits_asked_of_a_cache_that_is_not_quantised_are_refused():
-    with refused('the latent backend goes with cache_implementation="quantized" or "static", got None'):
+def test_bits_without_a_quantized_cache_are_refused():
+    with refused('the latent backend needs cache_implementation="quantized" or "static", got None'):
         tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "nbits": 8})
 
 
 @pytest.mark.parametrize("config", [3, {"num_hidden_layers": 3}, tiny_model()], ids=["number", "dict", "model"])
-def test_a_cache_is_made_from_a_config(config):
+def test_a_cache_that_is_not_made_from_a_config_is_refused(config):
     with refused("LatentCache is made from a model's config, got (int|dict|DeepseekV2ForCausalLM)", error=TypeError):
         LatentCache(config)
 
 
-def test_a_gradient_through_fewer_bits_is_refused():
+def test_a_gradient_through_a_quantized_cache_is_refused():
     model = tiny_model()
     cache = filled(CACHES["8 bits"], model)
     with refused("8 bits carry no gradient.*no_grad", cache):
         model(IDS, cache=cache)
 
 
-def test_what_is_refused_leaves_a_fresh_cache_fresh_and_a_narrow_one_narrow():
+def test_a_refusal_leaves_an_empty_cache_empty_and_keeps_the_dtype_of_a_filled_one():
     model = tiny_model()
     cache = LatentCache(model.config, bits=8)
     with refused("8 bits carry no gradient", cache):
         model(IDS, cache=cache)
     assert repr(cache) == "LatentCache(layers=3, empty)"
-    # another batch is therefore as good as the first
+    # so the cache can be filled by another batch
     filled(lambda config: cache, model, random_ids(1, 4))
     narrow = filled(CACHES["8 bits"], tiny_model(torch.bfloat16))
     with refused("8 bits carry no gradient", narrow):

@@ -1,4 +1,4 @@
-"""Models that accelerate spread over devices (`device_map`): every layer has hooks, and does what it does without."""
+"""A model that accelerate has spread over devices (`device_map`) computes and costs the same with its hooks."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ EVERY_CACHE = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 
 
 def with_hooks(folder, tmp_path):
-    """All layers stay where they are, as on a machine whose devices hold the whole model."""
+    """All layers have hooks but do not move, as if the devices had room for the whole model."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     return dispatch_model(model, dict.fromkeys(("model", "lm_head"), "cpu"), force_hooks=True)
 
 
 def partly_on_disk(folder, tmp_path):
-    """The first layer is resident, the two others come from disk at each call."""
+    """The first layer is in memory, and the two others are loaded from disk at each call."""
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
     return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offloaded")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def decoded(model, make) -> tuple[torch.Tensor, int]:
-    """Logits of one token behind many, and the floating-point operations that it took."""
+    """The logits of one token after many cached ones, and the floating-point operations that it took."""
     cache = make(model.config)
     with torch.no_grad():
         model(IDS[:, :-1], cache=cache)
@@ -62,19 +62,19 @@ def decoded(model, make) -> tuple[torch.Tensor, int]:
 @EVERY_CACHE
 def test_a_token_costs_what_it_costs_without_hooks(place, make, folder, tmp_path):
     expected, flops = decoded(AutoModelForCausalLM.from_pretrained(folder), make)
-    logits, flops_there = decoded(place(folder, tmp_path), make)
-    assert flops_there <= 1.1 * flops
+    logits, flops_with_hooks = decoded(place(folder, tmp_path), make)
+    assert flops_with_hooks <= 1.1 * flops
     assert relative_error(logits, expected) <= 1e-6
 
 
 @PLACES
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
-def test_the_same_tokens_are_written(place, options, folder, tmp_path):
+def test_the_same_tokens_are_generated(place, options, folder, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(folder).generate(IDS[:, :20], **GREEDY, **options)
     assert torch.equal(place(folder, tmp_path).generate(IDS[:, :20], **GREEDY, **options), expected)
 
 
-def test_offloaded_weights_are_gone_again_between_two_tokens(folder, tmp_path):
+def test_offloaded_weights_leave_memory_between_two_tokens(folder, tmp_path):
     model = partly_on_disk(folder, tmp_path)
     decoded(model, CACHES["none"])
     assert [layer.self_attn.kv_b_proj.weight.is_meta for layer in model.model.layers] == [False, True, True]
@@ -95,7 +95,7 @@ def test_adapters_act_on_every_layer(place, folder, tmp_path):
     assert relative_error(expected, before) > 1e-2
 
 
-def test_experts_pack_and_train_where_hooks_move_nothing(folder, tmp_path):
+def test_experts_pack_and_train_under_hooks_that_move_nothing(folder, tmp_path):
     model, plain = with_hooks(folder, tmp_path), AutoModelForCausalLM.from_pretrained(folder)
     for each in (model, plain):
         pack_experts(each, bits=8)
@@ -123,7 +123,7 @@ def test_operators_compute_under_hooks_that_move_nothing(weights, folder, tmp_pa
 
 
 @needs_compiler
-def test_int8_is_refused_where_weights_are_elsewhere(folder, tmp_path):
+def test_int8_is_refused_for_offloaded_weights(folder, tmp_path):
     model = partly_on_disk(folder, tmp_path)
     with pytest.raises(ValueError, match=r"model\.layers\.1.*on disk"):
         optimize_for_inference(model, "int8")

@@ -1,4 +1,4 @@
-"""Our class beside transformers' own on the same weights, and beside the paper in float64."""
+"""Our class computes the same as transformers' own class on the same weights, and as the paper in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ VARIANTS = {
     "V2": V2,
     "Lite": LITE,
     "V2.5, mscale 1.0": V2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-    "unlike mscales": V2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    "different mscales": V2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
     "YaRN, untruncated": LITE | {"rope_scaling": YARN | {"truncate": False, "original_max_position_embeddings": 50}},
     "no YaRN": LITE | {"rope_scaling": None},
     "linear RoPE": LITE | {"rope_scaling": {"type": "linear", "factor": 4.0}},
@@ -22,9 +22,9 @@ VARIANTS = {
     "wide values": V2 | {"v_head_dim": 40},
     "narrow latent": V2 | {"kv_lora_rank": 16},
 }
-# where transformers' own class departs from the release (docs/paper-and-release.md), only the paper is the judge
+# here transformers' own class differs from the release (docs/paper-and-release.md), so only the paper is compared
 BEYOND_NATIVE = {
-    "normalised gate weights": V2 | {"norm_topk_prob": True},
+    "normalized gate values": V2 | {"norm_topk_prob": True},
     "every second layer": V2 | {"moe_layer_freq": 2, "num_hidden_layers": 4},
     "dense": V2 | {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
     "no shared experts": V2 | {"n_shared_experts": None},
@@ -36,7 +36,7 @@ IN_THE_PAPER = {name: VARIANTS[name] for name in VARIANTS if name not in OTHER_R
 
 
 def decode_token_by_token(model, ids):
-    """Logits of every position, each token fed alone."""
+    """The logits of every position when each token is fed alone."""
     cache, logits = None, []
     for token in ids.split(1, dim=1):
         output = model(token, use_cache=True, **{CACHE: cache})
@@ -65,11 +65,11 @@ def test_both_paths_equal_the_paper_through_the_whole_model(variant):
 
 
 @torch.no_grad()
-def test_in_bfloat16_both_paths_are_as_near_the_paper_as_native_is():
-    # dense, since a router near a tie may choose another expert in any implementation of this precision
+def test_in_bfloat16_both_paths_are_as_close_to_the_paper_as_native():
+    # the model is dense, since in this precision a router near a tie may choose another expert
     model, ids = tiny_model(torch.bfloat16, n_routed_experts=None, n_shared_experts=None), random_ids(4, 24)
     exact = reference.logits(model.config, official_state_dict(model), ids)
-    # native has no dense model: the same weights in transformers' own attention is our class with explicit weights
+    # native has no dense model, so the yardstick is our class with eager attention, which computes as native does
     model.set_attn_implementation("eager")
     yardstick = relative_error(model(ids, output_attentions=True).logits, exact)
     model.set_attn_implementation("sdpa")
@@ -90,7 +90,7 @@ def test_loss_and_gradients_equal_native():
 
 
 @torch.no_grad()
-def test_cached_latents_are_interchangeable_with_native_ones():
+def test_cached_latents_can_be_exchanged_with_native_ones():
     model, ids = tiny_model(), random_ids(2, 12)
     native = native_twin(model)
     cache, their_cache = (native(ids[:, :8], use_cache=True)[CACHE] for _ in range(2))
@@ -98,7 +98,7 @@ def test_cached_latents_are_interchangeable_with_native_ones():
     assert relative_error(model(ids[:, 8:], cache=cache).logits, theirs) < 1e-5
 
 
-def test_parallel_plans_are_native_ones():
+def test_parallel_plans_equal_native_ones():
     model = tiny_model()
     native = native_twin(model)
     assert model._tp_plan == native._tp_plan

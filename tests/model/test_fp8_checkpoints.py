@@ -1,4 +1,4 @@
-"""Checkpoints in fp8 with a scale per block, as DeepSeek publishes them: opened as the numbers they stand for."""
+"""Checkpoints in fp8 with a scale per block, as DeepSeek publishes them, load with their dequantized values."""
 
 import json
 import re
@@ -32,8 +32,8 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 DEQUANTIZED = {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=(BLOCK, BLOCK))}
 
 
-def quantised(weight):
-    """Codes, scales, and the weight they stand for."""
+def quantized(weight):
+    """Codes, scales, and the weight that they decode to."""
     rows, columns = weight.shape
     blocks = weight.reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     scales = blocks.abs().amax(dim=(1, 3)) / 448
@@ -43,7 +43,7 @@ def quantised(weight):
 
 @pytest.fixture
 def folders(tmp_path):
-    """One in fp8, and one with the weights it stands for."""
+    """A folder in fp8, and one with the dequantized weights."""
     folders = [tmp_path / "fp8", tmp_path / "plain"]
     for folder in folders:
         tiny_model(**WIDTHS).save_pretrained(folder)
@@ -51,7 +51,7 @@ def folders(tmp_path):
     for name, weight in load_file(folders[0] / "model.safetensors").items():
         in_fp8[name] = plain[name] = weight
         if re.search(r"_(proj|mqa)\.weight$", name):
-            in_fp8[name], in_fp8[f"{name}_scale_inv"], plain[name] = quantised(weight)
+            in_fp8[name], in_fp8[f"{name}_scale_inv"], plain[name] = quantized(weight)
     for folder, tensors in zip(folders, (in_fp8, plain)):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folders[0] / "config.json").read_text())
@@ -65,9 +65,9 @@ def folders(tmp_path):
     return folders
 
 
-# without a GPU, transformers dequantizes unasked
-@pytest.mark.parametrize("options", [DEQUANTIZED, {}], ids=["asked for", "unasked"])
-def test_weights_in_fp8_are_opened_as_what_they_stand_for(folders, options):
+# without a GPU, transformers dequantizes without being asked
+@pytest.mark.parametrize("options", [DEQUANTIZED, {}], ids=["requested", "automatic"])
+def test_weights_in_fp8_load_with_their_dequantized_values(folders, options):
     if not options and torch.cuda.is_available():
         pytest.skip("with a GPU, transformers keeps fp8")
     model, expected = (
@@ -82,19 +82,19 @@ def test_weights_in_fp8_are_opened_as_what_they_stand_for(folders, options):
 
 
 @pytest.mark.parametrize("lost", [EXPERT, f"{EXPERT}_scale_inv"])
-def test_of_one_experts_weights_and_scales_what_is_missing_is_named(folders, lost):
+def test_a_missing_weight_or_scale_of_one_expert_is_named(folders, lost):
     file = folders[0] / "model.safetensors"
     tensors = load_file(file)
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    # before 5.23, transformers puts converters of its own in the place of ours, and counts
+    # before 5.23, transformers replaces our converters by its own, which only count
     names_all = "copy" in vars(WeightConverter)
     sentence = rf"{re.escape(lost)} is missing\." if names_all else r"_proj\.weight cannot be merged .*count mismatch"
     with pytest.raises(ValueError, match=sentence):
         DeepseekV2ForCausalLM.from_pretrained(folders[0], dtype=torch.float32, **DEQUANTIZED)
 
 
-def test_routers_in_float32_stay_so_beside_dequantized_weights(folders):
+def test_routers_in_float32_keep_their_dtype_beside_dequantized_weights(folders):
     model = DeepseekV2ForCausalLM.from_pretrained(folders[0], dtype=torch.bfloat16, **DEQUANTIZED)
     routers = {name: x for name, x in model.named_parameters() if name.endswith("mlp.gate.weight")}
     assert {x.dtype for x in routers.values()} == {torch.float32}

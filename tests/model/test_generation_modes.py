@@ -1,7 +1,7 @@
-"""Every way to generate, from every cache: token for token what the same model says without any cache.
+"""Every mode of generation with every cache gives the same tokens as the same model without a cache.
 
-A row of the table (MODES) is a function of a model and of `new_cache`, which makes the options by which `generate`
-comes to the cache of the column (CACHES). A way that cannot do without a cache has to say what plain steps say.
+A row of the table (MODES) is a function of a model and of `new_cache`, which returns the options that make `generate`
+use the cache of the column (CACHES). A mode that requires a cache must give the tokens of plain steps.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_
 SAMPLING = GREEDY | {"do_sample": True, "temperature": 1.3, "top_k": 50, "top_p": 0.95}
 IDS = random_ids(2, PROMPT)
 QUESTIONS = [random_ids(2, length, seed=length) for length in (3, 6, 1)]
-# `subject` continues it with tokens that stand in it, but not always with those that follow there
+# `subject` continues it with tokens that occur in it, but not always with those that follow them there
 REPETITIVE = random_ids(1, 4, seed=1).repeat(1, 3)
-# embeddings that belong to no token
+# embeddings that are not those of tokens
 SOFT_PROMPT = torch.randn(2, PROMPT, 72, generator=seeded(2)) / 4
 
 
@@ -67,7 +67,7 @@ def twin_of_transformers():
 
 @functools.cache
 def assistant():
-    """One layer of other widths that has read the first half of what `subject` says: it guesses right, then wrong."""
+    """One layer of other widths, trained on the first half of `subject`'s output: its drafts are right, then wrong."""
     widths = {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 24, "qk_rope_head_dim": 16}
     model = tiny_model(vocab_size=2048, num_hidden_layers=1, **widths)
     _draft_three_tokens(model)
@@ -91,7 +91,7 @@ def no_cache() -> dict:
 
 
 def if_cached(new_cache, **options) -> dict:
-    """What needs a cache; without one, plain steps say which tokens are right."""
+    """Options that require a cache; without one, plain steps give the expected tokens."""
     return {} if new_cache is no_cache else options
 
 
@@ -140,7 +140,7 @@ def scores_of_beams(model, new_cache):
     return output.sequences, output.sequences_scores, output.beam_indices, torch.stack(output.scores)
 
 
-class RaisesATokenOfItsOwn(LogitsProcessor):
+class RaisesOneToken(LogitsProcessor):
     def __call__(self, ids, scores):
         token = (7 * ids[:, -1:] + ids[:, -3:-2]) % scores.shape[1]
         return scores.scatter_add(1, token, torch.full((len(ids), 1), 4.0))
@@ -153,7 +153,7 @@ class EndsAtAMultipleOfThree(StoppingCriteria):
 
 @mode("a logits processor of the user's")
 def a_logits_processor_of_the_users(model, new_cache):
-    return plain(**GREEDY, logits_processor=[RaisesATokenOfItsOwn()])(model, new_cache)
+    return plain(**GREEDY, logits_processor=[RaisesOneToken()])(model, new_cache)
 
 
 @mode("a stopping criterion of the user's")
@@ -165,7 +165,7 @@ def a_stopping_criterion_of_the_users(model, new_cache):
 
 @mode("stop strings")
 def stop_strings(model, new_cache):
-    # begins inside a token and ends inside the next
+    # the string starts inside one token and ends inside the next
     middle = tokenizer().decode(plain(IDS[:1], **GREEDY)(model, new_cache)[0, PROMPT + 2 : PROMPT + 4])[1:-1]
     ids = plain(IDS[:1], **GREEDY, stop_strings=[middle], tokenizer=tokenizer())(model, new_cache)
     assert ids.shape[1] < PROMPT + NEW
@@ -222,11 +222,11 @@ def chunked_prefill_of_left_padding(model, new_cache):
 
 @contextlib.contextmanager
 def candidates_accepted_and_rejected(model, new_cache):
-    """Counts the tokens that pass through the model: several in one step, and some of which nothing remains."""
+    """Checks that the model computed several tokens in one step, and rejected some of them."""
     lengths, num_layers = [], model.config.num_hidden_layers
 
     def note(module, args, kwargs):
-        # a draft by early exit passes fewer layers
+        # drafts by early exit pass through fewer layers
         if module.config.num_hidden_layers == num_layers:
             lengths.append(kwargs["input_ids"].shape[1])
 
@@ -256,7 +256,7 @@ def assisted(model, new_cache, **options):
 
 @mode("assisted sampling")
 def assisted_sampling(model, new_cache):
-    # draws are spent on candidates too, so only among one token does the same seed draw the same
+    # candidates use random draws too, so the same seed gives the same tokens only if there is one to draw from
     torch.manual_seed(5)
     return assisted(model, new_cache, do_sample=True, top_k=1)
 
@@ -271,7 +271,7 @@ def early_exit(model, new_cache):
 def embeddings(model, new_cache):
     embeds = SOFT_PROMPT.to(model.dtype)
     if new_cache is no_cache:
-        return said_after(model, embeds)
+        return tokens_after(model, embeds)
     return model.generate(inputs_embeds=embeds, **GREEDY, **new_cache())
 
 
@@ -279,13 +279,13 @@ def embeddings(model, new_cache):
 def embeddings_and_ids(model, new_cache):
     embeds = SOFT_PROMPT.to(model.dtype)
     if new_cache is no_cache:
-        return torch.cat((IDS, said_after(model, embeds)), dim=1)
+        return torch.cat((IDS, tokens_after(model, embeds)), dim=1)
     return model.generate(IDS, inputs_embeds=embeds, **GREEDY, **new_cache())
 
 
 @torch.no_grad()
-def said_after(model, embeds: Tensor) -> Tensor:
-    """Greedy tokens [b NEW]; `generate` always caches behind embeddings."""
+def tokens_after(model, embeds: Tensor) -> Tensor:
+    """Greedy tokens [b NEW] without a cache; after embeddings, `generate` always uses one."""
     new = []
     for _ in range(NEW):
         new.append(model(inputs_embeds=embeds, use_cache=False).logits[:, -1:].argmax(-1))
@@ -294,7 +294,7 @@ def said_after(model, embeds: Tensor) -> Tensor:
 
 
 def prefilled(model, new_cache, ids: Tensor, **options):
-    """The cache of the column, holding `ids`."""
+    """Makes the cache of the column, filled with `ids`."""
     options |= GREEDY | {"max_new_tokens": 1, "return_dict_in_generate": True}
     cache = model.generate(ids, **options, **new_cache()).cache
     assert cache.get_seq_length() == ids.shape[1]
@@ -307,12 +307,12 @@ def copies_of_a_prefix(model, new_cache, length: int = PROMPT, **options):
     if new_cache is no_cache:
         return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
     prefix = prefilled(model, new_cache, IDS[:, :length])
-    said = [model.generate(prompt, **GREEDY, **options, cache=copy.deepcopy(prefix)) for prompt in prompts]
-    return torch.cat(said, dim=1)
+    outputs = [model.generate(prompt, **GREEDY, **options, cache=copy.deepcopy(prefix)) for prompt in prompts]
+    return torch.cat(outputs, dim=1)
 
 
-@mode("chunks behind copies of a prefix")
-def chunks_behind_copies_of_a_prefix(model, new_cache):
+@mode("chunks after copies of a prefix")
+def chunks_after_copies_of_a_prefix(model, new_cache):
     return copies_of_a_prefix(model, new_cache, **if_cached(new_cache, prefill_chunk_size=2))
 
 
@@ -321,8 +321,8 @@ def chunks_longer_than_the_prefix_before_them(model, new_cache):
     return copies_of_a_prefix(model, new_cache, length=3, **if_cached(new_cache, prefill_chunk_size=5))
 
 
-@mode("left padding behind a prefix")
-def left_padding_behind_a_prefix(model, new_cache, length: int = 8, **options):
+@mode("left padding after a prefix")
+def left_padding_after_a_prefix(model, new_cache, length: int = 8, **options):
     if new_cache is no_cache:
         return left_padding(model, new_cache)
     cache = prefilled(model, new_cache, PADDED[:, :length], attention_mask=MASK[:, :length])
@@ -332,23 +332,23 @@ def left_padding_behind_a_prefix(model, new_cache, length: int = 8, **options):
 
 @mode("chunks longer than the padded prefix before them")
 def chunks_longer_than_the_padded_prefix_before_them(model, new_cache):
-    return left_padding_behind_a_prefix(model, new_cache, length=3, **if_cached(new_cache, prefill_chunk_size=5))
+    return left_padding_after_a_prefix(model, new_cache, length=3, **if_cached(new_cache, prefill_chunk_size=5))
 
 
 @mode("cropping back to a prefix")
 def cropping_back_to_a_prefix(model, new_cache):
     if new_cache is no_cache:
         return copies_of_a_prefix(model, new_cache)
-    cache, said = prefilled(model, new_cache, IDS), []
+    cache, outputs = prefilled(model, new_cache, IDS), []
     for question in QUESTIONS:
-        said.append(model.generate(torch.cat((IDS, question), dim=1), **GREEDY, cache=cache))
+        outputs.append(model.generate(torch.cat((IDS, question), dim=1), **GREEDY, cache=cache))
         cache.crop(PROMPT - cache.get_seq_length())
-    return torch.cat(said, dim=1)
+    return torch.cat(outputs, dim=1)
 
 
 @mode("one prefix for several rows")
 def one_prefix_for_several_rows(model, new_cache):
-    """And again from a part of it, in which the rows have nothing of their own."""
+    """Also from a part of the prefix, in which rows have no tokens of their own."""
     prompts = [torch.cat((IDS[:1, :kept].expand(2, -1), QUESTIONS[0]), dim=1) for kept in (PROMPT, PROMPT - 4)]
     if new_cache is no_cache:
         return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
@@ -359,8 +359,8 @@ def one_prefix_for_several_rows(model, new_cache):
     return torch.cat((first, model.generate(prompts[1], **GREEDY, cache=cache)), dim=1)
 
 
-@mode("beams behind one prefix")
-def beams_behind_one_prefix(model, new_cache):
+@mode("beams after one prefix")
+def beams_after_one_prefix(model, new_cache):
     prompt = torch.cat((IDS[:1], QUESTIONS[0][:1]), dim=1)
     if new_cache is no_cache:
         return model.generate(prompt, **GREEDY, num_beams=3, **no_cache())
@@ -369,8 +369,8 @@ def beams_behind_one_prefix(model, new_cache):
     return model.generate(prompt, **GREEDY, num_beams=3, cache=cache)
 
 
-@mode("prompt lookup behind a prefix")
-def prompt_lookup_behind_a_prefix(model, new_cache, given: slice = slice(None)):
+@mode("prompt lookup after a prefix")
+def prompt_lookup_after_a_prefix(model, new_cache, given: slice = slice(None)):
     if new_cache is no_cache:
         return model.generate(REPETITIVE, **GREEDY, **no_cache())[:, given]
     cache = prefilled(model, new_cache, REPETITIVE[:, :8])
@@ -378,39 +378,39 @@ def prompt_lookup_behind_a_prefix(model, new_cache, given: slice = slice(None)):
     return model.generate(REPETITIVE[:, given], **GREEDY, **options, cache=cache)
 
 
-@mode("prompt lookup from the new tokens behind a prefix")
-def prompt_lookup_from_the_new_tokens_behind_a_prefix(model, new_cache):
-    return prompt_lookup_behind_a_prefix(model, new_cache, given=slice(8, None))
+@mode("prompt lookup from the new tokens after a prefix")
+def prompt_lookup_from_the_new_tokens_after_a_prefix(model, new_cache):
+    return prompt_lookup_after_a_prefix(model, new_cache, given=slice(8, None))
 
 
 @mode("conversation")
-def conversation(model, new_cache, only_what_is_new: bool = False):
-    said, options = IDS[:, :0], new_cache()
+def conversation(model, new_cache, only_new_tokens: bool = False):
+    tokens, options = IDS[:, :0], new_cache()
     for turn in (IDS, *QUESTIONS):
-        # the last token said is not in the cache, since nothing came after it
-        cached = said.shape[1] - 1 if only_what_is_new and said.shape[1] else 0
-        said = torch.cat((said, turn), dim=1)
-        options |= {"attention_mask": torch.ones_like(said), "return_dict_in_generate": True}
-        output = model.generate(said[:, cached:], **GREEDY | {"max_new_tokens": 6}, **options)
-        said = torch.cat((said[:, :cached], output.sequences), dim=1)
+        # the last generated token is not in the cache, since no token came after it
+        cached = tokens.shape[1] - 1 if only_new_tokens and tokens.shape[1] else 0
+        tokens = torch.cat((tokens, turn), dim=1)
+        options |= {"attention_mask": torch.ones_like(tokens), "return_dict_in_generate": True}
+        output = model.generate(tokens[:, cached:], **GREEDY | {"max_new_tokens": 6}, **options)
+        tokens = torch.cat((tokens[:, :cached], output.sequences), dim=1)
         options = no_cache() if new_cache is no_cache else {"cache": output.cache}
-    return said
+    return tokens
 
 
 @mode("conversation in new tokens")
 def conversation_in_new_tokens(model, new_cache):
-    return conversation(model, new_cache, only_what_is_new=new_cache is not no_cache)
+    return conversation(model, new_cache, only_new_tokens=new_cache is not no_cache)
 
 
-# a static cache is of one length for good: here the conversation's
+# the length of a static cache is fixed; it must hold the conversation
 LONGEST = PROMPT + sum(6 + question.shape[1] for question in QUESTIONS) + 6
 
 
-def rounding_passed(bits: int | str, **options):
+def passed_with_bits(bits: int | str, **options):
     return lambda model: {"cache": LatentCache(model.config, bits=bits, **options)}
 
 
-def rounding_made(bits: int | str):
+def made_with_bits(bits: int | str):
     return lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "latent", "nbits": bits}}
 
 
@@ -422,15 +422,15 @@ CACHES = {
     "DynamicCache": lambda model: {"cache": DynamicCache()},
     "StaticCache": lambda model: {"cache": StaticCache(model.config, max_cache_len=LONGEST)},
     "fp8 of transformers": lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
-    "8 bits": rounding_passed(8),
-    "6 bits": rounding_made(6),
-    "5 bits": rounding_passed(5),
-    "4 bits": rounding_made(4),
-    "fp8": rounding_made("fp8"),
+    "8 bits": passed_with_bits(8),
+    "6 bits": made_with_bits(6),
+    "5 bits": passed_with_bits(5),
+    "4 bits": made_with_bits(4),
+    "fp8": made_with_bits("fp8"),
     "static LatentCache": lambda model: {"cache": LatentCache(model.config, max_cache_len=LONGEST)},
-    "static in 8 bits": lambda model: rounding_made(8)(model) | CACHES["static"](model),
-    "static in 4 bits": rounding_passed(4, max_cache_len=LONGEST),
-    "static in fp8": rounding_passed("fp8", max_cache_len=LONGEST),
+    "static in 8 bits": lambda model: made_with_bits(8)(model) | CACHES["static"](model),
+    "static in 4 bits": passed_with_bits(4, max_cache_len=LONGEST),
+    "static in fp8": passed_with_bits("fp8", max_cache_len=LONGEST),
 }
 BITS = {"8 bits": 8, "6 bits": 6, "5 bits": 5, "4 bits": 4, "fp8": "fp8"}
 BITS |= {"static in 8 bits": 8, "static in 4 bits": 4, "static in fp8": "fp8"}
@@ -440,19 +440,19 @@ CANDIDATES = (
     "assisted",
     "assisted sampling",
     "early exit",
-    "prompt lookup behind a prefix",
-    "prompt lookup from the new tokens behind a prefix",
+    "prompt lookup after a prefix",
+    "prompt lookup from the new tokens after a prefix",
 )
-# since transformers 5.24, which also drafts and takes back behind a static cache
+# since transformers 5.24, assisted decoding also works with a static cache
 STATIC_CAN_BE_CROPPED = hasattr(StaticLayer, "crop")
-# what is refused instead, in which words
+# the cells that are refused, and the errors
 REFUSED = {
     **{
         (way, "StaticCache"): (ValueError, "assisted generate is not supported with Static cache")
         for way in CANDIDATES
         if not STATIC_CAN_BE_CROPPED
     },
-    # by its name, before it is made; not a static LatentCache that is given
+    # refused by name, before the cache is made; a static LatentCache that the user passes is not refused
     **{
         (way, cache): (ValueError, "assisted generate is not supported with Static cache")
         for way in ("prompt lookup", "assisted", "assisted sampling", "early exit")
@@ -460,30 +460,30 @@ REFUSED = {
         if not STATIC_CAN_BE_CROPPED
     },
     **{
-        (way, "fp8 of transformers"): (ValueError, "take tokens back, which a QuantizedCache cannot")
+        (way, "fp8 of transformers"): (ValueError, "remove tokens from the cache, which a QuantizedCache cannot")
         for way in CANDIDATES
     },
-    # methods that the user calls and transformers' own caches do not have, or do not have right
+    # methods that transformers' own caches lack or implement wrongly
     **{
         (way, "StaticCache"): (AttributeError, "'StaticLayer' object has no attribute")
-        for way in ("cropping back to a prefix", "one prefix for several rows", "beams behind one prefix")
+        for way in ("cropping back to a prefix", "one prefix for several rows", "beams after one prefix")
         if not (STATIC_CAN_BE_CROPPED and way == "cropping back to a prefix")
     },
     ("cropping back to a prefix", "fp8 of transformers"): (IndexError, "too many indices"),
     ("one prefix for several rows", "fp8 of transformers"): (RuntimeError, "Sizes of tensors must match"),
-    ("beams behind one prefix", "fp8 of transformers"): (RuntimeError, "Sizes of tensors must match"),
+    ("beams after one prefix", "fp8 of transformers"): (RuntimeError, "Sizes of tensors must match"),
 }
-# the transformers that first has it, or no longer reads the beginning of the prompt a second time
+# the first version of transformers that has it, or that no longer reads the prefix a second time
 SINCE = {
     "fp8 of transformers": "5.21",
-    "chunks behind copies of a prefix": "5.21",
+    "chunks after copies of a prefix": "5.21",
     "chunks longer than the prefix before them": "5.21",
     "chunks longer than the padded prefix before them": "5.21",
-    "prompt lookup from the new tokens behind a prefix": "5.18",
+    "prompt lookup from the new tokens after a prefix": "5.18",
 }
 
 
-# columns that take the same path as one beside them, run by `make test-slow`
+# columns that take the same code path as another, run by `make test-slow`
 LIKE_ANOTHER = (
     "DynamicCache",
     "StaticCache",
@@ -498,18 +498,18 @@ LIKE_ANOTHER = (
 def cell(way: str, cache: str):
     since = max((SINCE.get(name, "0") for name in (way, cache)), key=Version)
     is_missing = Version(transformers.__version__) < Version(since)
-    skip = pytest.mark.skipif(is_missing, reason=f"transformers does it right since {since}")
+    skip = pytest.mark.skipif(is_missing, reason=f"transformers does it correctly since {since}")
     marks = [skip, pytest.mark.slow] if cache in LIKE_ANOTHER else [skip]
     return pytest.param(way, cache, marks=marks, id=f"{way}-{cache}")
 
 
-# the side of guidance that sees no prompt has a cache of its own, which rounds nothing
+# the unconditional side of guidance has a cache of its own, which is not quantized
 CELLS = [cell(way, cache) for way in MODES for cache in CACHES if way != "guidance" or cache not in BITS]
 
 
 @contextlib.contextmanager
 def latents_rounded_to(bits: int | str | None):
-    """Attention sees what `bits` bits leave of latents and rotary keys, although nothing is cached."""
+    """Attention reads latents and rotary keys rounded to `bits` bits, although nothing is cached."""
     compute = DeepseekV2Attention.project
 
     def compute_and_round(self, *args):
@@ -524,22 +524,22 @@ def latents_rounded_to(bits: int | str | None):
 
 
 def dtype_for(bits: int | str | None) -> torch.dtype:
-    """In float64 hardly a number lies so near the border of two codes that the order of a sum decides between them."""
+    """float64 with bits: hardly any value is so close to a border of codes that the order of a sum matters."""
     return torch.float32 if bits is None else torch.float64
 
 
 @functools.cache
-def said_without_cache(way: str, bits: int | str | None = None):
+def output_without_cache(way: str, bits: int | str | None = None):
     with latents_rounded_to(bits):
         return MODES[way](subject(dtype_for(bits)), no_cache)
 
 
 def expected(way: str, cache: str):
     if cache == "fp8 of transformers":
-        # its scale is that of the first tokens, which no model without a cache has: transformers' own has it too
+        # its scale comes from the first tokens, which a model without a cache cannot reproduce; the native class can
         model = copy.deepcopy(twin_of_transformers())
         return MODES[way](model, lambda: CACHES[cache](model))
-    return said_without_cache(way, BITS.get(cache))
+    return output_without_cache(way, BITS.get(cache))
 
 
 def assert_same(actual, expected) -> None:
@@ -555,8 +555,8 @@ def assert_same(actual, expected) -> None:
 
 
 @pytest.mark.parametrize(("way", "cache"), CELLS)
-def test_a_cache_changes_nothing_that_is_said(way, cache):
-    # transformers leaves a model that it could not generate from with the layers of its draft
+def test_a_cache_changes_no_output(way, cache):
+    # after a refused early exit, transformers leaves the model with the layers of the draft
     model = copy.deepcopy(subject(dtype_for(BITS.get(cache))))
 
     def new_cache():
@@ -571,40 +571,40 @@ def test_a_cache_changes_nothing_that_is_said(way, cache):
 
 
 @pytest.mark.parametrize("way", MODES)
-def test_what_is_said_varies(way):
-    said = said_without_cache(way)
-    said = said[0] if isinstance(said, tuple) else said
-    assert len(set(said if isinstance(said, str) else said[:, -5:].flatten().tolist())) > 3
+def test_the_output_varies(way):
+    output = output_without_cache(way)
+    output = output[0] if isinstance(output, tuple) else output
+    assert len(set(output if isinstance(output, str) else output[:, -5:].flatten().tolist())) > 3
 
 
 @pytest.mark.parametrize("new_tokens", range(1, 12))
-def test_prompt_lookup_goes_to_the_end_of_a_static_cache(new_tokens):
-    """Drafts reach beyond the last token that is to be said, and what `generate` makes has room for them."""
+def test_prompt_lookup_fills_a_static_cache_to_its_end(new_tokens):
+    """Drafts reach beyond the last token to generate, and a cache that `generate` makes has room for them."""
     model, options = subject(), GREEDY | {"max_new_tokens": new_tokens}
-    said = model.generate(REPETITIVE, **options)
+    expected = model.generate(REPETITIVE, **options)
     if STATIC_CAN_BE_CROPPED:
         by_name = {"prompt_lookup_num_tokens": 4, "cache_implementation": "static"}
-        assert torch.equal(model.generate(REPETITIVE, **options, **by_name), said)
+        assert torch.equal(model.generate(REPETITIVE, **options, **by_name), expected)
     length = REPETITIVE.shape[1] + new_tokens - 1
     options |= {"prompt_lookup_num_tokens": 4}
     roomy, narrow = (LatentCache(model.config, max_cache_len=length + more) for more in (4, 3))
-    assert torch.equal(model.generate(REPETITIVE, **options, cache=roomy), said)
+    assert torch.equal(model.generate(REPETITIVE, **options, cache=roomy), expected)
     with pytest.raises(ValueError, match=f"room for {length + 3} tokens and would have to hold {length + 4}"):
         model.generate(REPETITIVE, **options, cache=narrow)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
-def test_both_ways_to_ask_for_bits_make_the_same_cache(bits):
+def test_both_ways_to_request_bits_make_the_same_cache(bits):
     model = subject()
-    made = prefilled(model, lambda: rounding_made(bits)(model), IDS)
-    passed = prefilled(model, lambda: rounding_passed(bits)(model), IDS)
+    made = prefilled(model, lambda: made_with_bits(bits)(model), IDS)
+    passed = prefilled(model, lambda: passed_with_bits(bits)(model), IDS)
     assert type(made) is type(passed) is LatentCache
     assert made.bits == passed.bits == bits
     for one, other in zip(made.layers, passed.layers, strict=True):
         assert torch.equal(one.rows(), other.rows())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it is not refused")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is refused without CUDA only")
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_an_offloaded_cache_without_cuda_is_refused(implementation):
     with pytest.raises(ValueError, match=r"offloaded .*CUDA"):
@@ -615,14 +615,14 @@ COMPILED = {
     "greedy": [NEW - 1],
     "left padding": [NEW - 1],
     "sampling": [NEW - 1],
-    # the first chunk finds an empty cache, the second a filled one, and the last is shorter
+    # there is a graph for the empty cache, one for the filled one, and one for the shorter last chunk
     "chunked prefill": [1, 1, 1, NEW - 1],
 }
 
 
 inductor_views_bytes = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.11"),
-    reason="inductor of torch 2.10 refuses to view one scale of a row as bytes, where a latent has one plane",
+    reason="inductor of torch 2.10 cannot view the single scale of a row as bytes if a latent has one plane",
 )
 
 
@@ -663,8 +663,8 @@ def test_a_static_cache_decodes_in_one_compiled_graph(way, cache, compile_graph)
     model = copy.deepcopy(subject())
     if cache in BITS:
         model = model.double()
-    said = MODES[way](model, lambda: CACHES[cache](model) | {"compile_config": compile_config})
-    assert_same(said, said_without_cache(way, BITS.get(cache)))
+    output = MODES[way](model, lambda: CACHES[cache](model) | {"compile_config": compile_config})
+    assert_same(output, output_without_cache(way, BITS.get(cache)))
     assert runs == COMPILED[way]
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]

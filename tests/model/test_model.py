@@ -1,4 +1,4 @@
-"""What users of transformers expect of a model class: heads, training, compilation, resizing, generation by default."""
+"""A model class has what users of transformers expect: heads, training, compilation, resizing, generation."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_bare_forward_makes_a_latent_cache():
     ],
     ids=str,
 )
-def test_generation_with_the_cache_equals_generation_without_any(options):
+def test_generation_with_a_cache_equals_generation_without_one(options):
     model, ids = tiny_model(), random_ids(1, 10)
     expected = model.generate(
         ids, **GREEDY, **{k: v for k, v in options.items() if k.startswith("num_")}, use_cache=False
@@ -79,7 +79,7 @@ def test_sampling_draws_the_same_tokens_with_and_without_a_cache():
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: LatentCache(DeepseekV2Config(**V2))])
-def test_a_cache_the_user_brings_is_the_cache_that_is_used(cache):
+def test_a_cache_that_the_user_passes_is_used(cache):
     model, ids = tiny_model(), random_ids(1, 10)
     given = cache()
     output = model.generate(ids, **GREEDY, cache=given, return_dict_in_generate=True)
@@ -176,7 +176,7 @@ def test_embeddings_instead_of_ids_give_the_same():
 @pytest.mark.parametrize(
     "given", [{}, {"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.ones(1, 2, 72)}]
 )
-def test_both_or_neither_of_ids_and_embeddings_is_refused(given):
+def test_ids_and_embeddings_together_or_neither_are_refused(given):
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         tiny_model().model(**given)
 
@@ -187,7 +187,7 @@ def test_autocast_to_bfloat16_prefills_and_decodes():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = model(ids[:, :8], use_cache=True).cache
         logits = model(ids[:, 8:], cache=cache).logits
-    # the price of the dtype, not of the route: a whole forward in autocast, expanded by its module
+    # the yardstick is the error of a whole forward pass under autocast, which expands the latents
     with torch.autocast("cpu", torch.bfloat16):
         yardstick = relative_error(model(ids).logits, exact)
     assert relative_error(logits, exact[:, 8:]) < 3 * yardstick
@@ -203,7 +203,7 @@ def test_hidden_states_are_one_per_layer_and_the_embedding():
         assert relative_error(ours, theirs) < 1e-5
 
 
-# what dynamo traces is what can break a graph; that inductor's code is right as well takes it a minute
+# with the eager backend, dynamo shows all graph breaks; inductor also checks the compiled code, in a minute
 BACKENDS = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
@@ -262,7 +262,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
     assert relative_error(once(ids).logits, tiny_model()(ids).logits) > 1e-3
 
 
-def test_rotary_frequencies_survive_every_way_of_building():
+def test_rotary_frequencies_are_exact_in_every_way_of_building():
     config = DeepseekV2Config(**V2)
     plain = tiny_model().model.rotary_emb.inv_freq
     with torch.device("meta"):
@@ -277,7 +277,7 @@ def test_rotary_frequencies_survive_every_way_of_building():
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["predict", "evaluate"])
-def test_trainer_predicts_logits_where_router_logits_are_asked_for(grouped, tmp_path):
+def test_trainer_predicts_only_logits_with_router_logits_in_the_output(grouped, tmp_path):
     """Neither the cache, nor the balance loss, nor router logits are predictions."""
     model, ids = tiny_model(output_router_logits=True), random_ids(3, 9)
     seen = {}

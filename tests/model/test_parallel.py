@@ -1,4 +1,4 @@
-"""Tensor, expert and pipeline parallelism by transformers' own plans, on two gloo processes."""
+"""Two gloo processes compute what one does, in tensor, expert and pipeline parallelism by transformers' own plans."""
 
 import os
 import subprocess
@@ -38,14 +38,14 @@ if sizes == {"tp_size": 2}:
         with FlopCounterMode(display=False) as counter:
             last = model(given["long"][:, -1:], cache=cache).logits
     assert (last - given["last"]).abs().max() < 1e-5 * given["last"].abs().max()
-    # what every process computes alike is little beside its half of the heads
+    # each process computes half of the heads; the work that both do is small
     assert counter.get_total_flops() < 0.51 * given["flops"], counter.get_total_flops() / given["flops"]
     try:
         optimize_for_inference(model, "int8")
     except ValueError as error:
         assert "its forward was replaced before, as tensor parallelism does" in str(error), error
     else:
-        raise AssertionError("layers would go on multiplying by weights that are gone")
+        raise AssertionError("layers would still multiply by weights that were removed")
     with torch.no_grad():
         assert torch.equal(model(given["ids"]).logits, logits)
     optimize_for_inference(model)

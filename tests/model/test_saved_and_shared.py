@@ -1,4 +1,4 @@
-"""Caches that outlive a process, and a beginning that many sequences share: kept once, read as if each had its own."""
+"""A saved cache continues in another process, and a prefix that many sequences share is stored once."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ with torch.no_grad():
     assert relative_error(torch.load(tmp_path / "logits.pt"), expected) < 1e-5
 
 
-def test_what_is_done_to_a_loaded_cache_does_not_reach_the_file(tmp_path):
+def test_changes_to_a_loaded_cache_do_not_change_its_file(tmp_path):
     model, ids, path = tiny_model(), random_ids(3, 20), tmp_path / "prompt.safetensors"
     prefilled(model, ids).save(path, tokens=ids, model=model)
     before = path.read_bytes()
@@ -71,8 +71,8 @@ def test_what_is_done_to_a_loaded_cache_does_not_reach_the_file(tmp_path):
     assert relative_error(logits, expected) < 1e-5
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux where memory comes from")
-def test_rows_stay_in_the_file_until_they_are_read(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads from Linux where memory is mapped")
+def test_the_rows_of_a_loaded_cache_are_mapped_from_its_file(tmp_path):
     model, ids, path = tiny_model(), random_ids(1, 20), tmp_path / "prompt.safetensors"
     prefilled(model, ids).save(path, tokens=ids, model=model)
     cache = LatentCache.load(path, model=model)
@@ -102,7 +102,7 @@ def test_a_file_of_another_model_is_refused_with_the_reason(tmp_path, other, mes
 
 
 @pytest.mark.parametrize("tokens", [random_ids(1, 7), random_ids(2, 8)], ids=["too few", "other batch"])
-def test_tokens_that_cannot_be_those_of_the_cache_are_refused(tmp_path, tokens):
+def test_tokens_of_another_shape_than_the_cache_are_refused(tmp_path, tokens):
     model, path = tiny_model(), tmp_path / "prompt.safetensors"
     with pytest.raises(ValueError, match="expected the ids of the cache's 1 sequences of 8 tokens, got"):
         prefilled(model, random_ids(1, 8)).save(path, tokens=tokens, model=model)
@@ -110,7 +110,7 @@ def test_tokens_that_cannot_be_those_of_the_cache_are_refused(tmp_path, tokens):
 
 
 @pytest.mark.parametrize("tokens", [[[2, 3]], "text", None, torch.rand(1, 8), random_ids(2, 4)[None]], ids=str)
-def test_what_is_no_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
+def test_anything_but_a_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
     model = tiny_model()
     with pytest.raises(
         (TypeError, ValueError), match=r"expected token ids (in a tensor \[b t\]|\[b t\] as integers), got"
@@ -120,13 +120,13 @@ def test_what_is_no_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
 
 
 @pytest.mark.parametrize("change", [10**6, -100])
-def test_ids_outside_of_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
+def test_ids_outside_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
     model, ids = tiny_model(), random_ids(1, 8)
     with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; give those"):
         prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids + change, model=model)
 
 
-def test_a_cache_filled_under_autocast_is_not_saved_as_what_the_model_would_make(tmp_path):
+def test_a_cache_filled_under_autocast_is_not_saved(tmp_path):
     model, ids = tiny_model(), random_ids(1, 8)
     with torch.autocast("cpu", torch.bfloat16):
         cache = prefilled(model, ids)
@@ -136,7 +136,7 @@ def test_a_cache_filled_under_autocast_is_not_saved_as_what_the_model_would_make
 
 @pytest.fixture
 def loaded(tmp_path):
-    """A model, 24 ids, and the cache of their first 20, loaded from a file."""
+    """A model, 24 ids, and the cache of the first 20 of them, loaded from a file."""
     model, ids = tiny_model(), random_ids(1, 24)
     prefilled(model, ids[:, :20]).save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
     return model, ids, LatentCache.load(tmp_path / "prompt.safetensors", model=model)
@@ -157,14 +157,14 @@ def test_ids_that_a_loaded_cache_was_not_made_from_are_refused(loaded, others, o
     assert cache.get_seq_length() == 20
 
 
-def test_a_loaded_cache_takes_other_ids_behind_those_it_still_holds(loaded):
+def test_a_loaded_cache_takes_other_ids_after_the_tokens_that_it_still_holds(loaded):
     model, ids, cache = loaded
     given = torch.cat((ids[:, :13], random_ids(1, 9, seed=7)), dim=1)
     cache.crop(-7)
     assert torch.equal(cache.stored_tokens, ids[:, :13])
     answer = continued(model, given, cache)
     assert torch.equal(answer, continued(model, given, LatentCache(model.config)))
-    # the next turn, with more than was loaded
+    # the next turn, with more tokens than were loaded
     longer = torch.cat((answer, random_ids(1, 3, seed=8)), dim=1)
     assert torch.equal(continued(model, longer, cache), continued(model, longer, LatentCache(model.config)))
     cache.reset()
@@ -172,7 +172,7 @@ def test_a_loaded_cache_takes_other_ids_behind_those_it_still_holds(loaded):
     assert torch.equal(continued(model, random_ids(1, 30, seed=9), cache)[:, :30], random_ids(1, 30, seed=9))
 
 
-def test_a_cache_is_not_saved_under_a_model_of_another_dtype(tmp_path):
+def test_a_cache_is_not_saved_for_a_model_of_another_dtype(tmp_path):
     ids = random_ids(1, 8)
     cache = prefilled(tiny_model(), ids)
     with pytest.raises(ValueError, match=r"holds torch.float32 and the model is torch.bfloat16"):
@@ -186,19 +186,19 @@ def test_an_empty_cache_is_not_saved(tmp_path):
 
 
 @BITS
-def test_a_beginning_in_common_is_stored_once_and_read_by_all(bits):
-    """Questions of unlike length after one long beginning, padded between the two."""
-    model, beginning = tiny_model(), random_ids(1, 40)
+def test_a_shared_prefix_is_stored_once_and_read_by_all(bits):
+    """Questions of different lengths follow one long prefix, with padding between."""
+    model, prefix = tiny_model(), random_ids(1, 40)
     questions, padding = random_ids(3, 6, seed=5), (0, 2, 3)
     alone = [
-        continued(model, torch.cat((beginning, questions[[i], count:]), dim=1), prefilled(model, beginning, bits))
+        continued(model, torch.cat((prefix, questions[[i], count:]), dim=1), prefilled(model, prefix, bits))
         for i, count in enumerate(padding)
     ]
-    cache = prefilled(model, beginning, bits)
+    cache = prefilled(model, prefix, bits)
     once = cache.nbytes
     cache.batch_repeat_interleave(3)
     assert cache.nbytes == once
-    ids = torch.cat((beginning.expand(3, -1), questions), dim=1)
+    ids = torch.cat((prefix.expand(3, -1), questions), dim=1)
     mask = torch.ones_like(ids)
     for i, count in enumerate(padding):
         mask[i, 40 : 40 + count] = 0
@@ -209,16 +209,16 @@ def test_a_beginning_in_common_is_stored_once_and_read_by_all(bits):
 
 
 @pytest.mark.parametrize("keep", [10, 40, 44], ids="keep{}".format)
-def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
-    model, beginning = tiny_model(), random_ids(1, 40)
-    cache = prefilled(model, beginning)
+def test_a_cache_cropped_inside_or_after_the_shared_prefix_continues(tmp_path, keep):
+    model, prefix = tiny_model(), random_ids(1, 40)
+    cache = prefilled(model, prefix)
     cache.batch_repeat_interleave(2)
     more, other = random_ids(2, 6, seed=5), random_ids(2, 7, seed=6)
     with torch.no_grad():
         model(more, cache=cache)
         cache.crop(keep - 46)
-        # through a file too, with shared and own rows in it
-        held = torch.cat((beginning.expand(2, -1), more), dim=1)[:, :keep]
+        # also from a file with shared and own rows
+        held = torch.cat((prefix.expand(2, -1), more), dim=1)[:, :keep]
         cache.save(tmp_path / "shared.safetensors", tokens=held, model=model)
         for each in (cache, LatentCache.load(tmp_path / "shared.safetensors", model=model)):
             each.reorder_cache(torch.tensor([1, 0]))
@@ -237,11 +237,11 @@ def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
         (None, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
     ],
 )
-def test_a_cache_config_that_says_something_else_is_refused(cache_config, message):
+def test_a_cache_config_with_other_options_is_refused(cache_config, message):
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(random_ids(1, 4), cache_implementation="quantized", cache_config=cache_config)
 
 
-def test_a_number_of_bits_there_is_no_format_for_is_refused():
+def test_bits_without_a_format_are_refused():
     with pytest.raises(ValueError, match="8, 6, 5, 4 or 'fp8', got 7"):
         LatentCache(tiny_model().config, bits=7)

@@ -1,4 +1,4 @@
-"""Traces, float64 and activated LoRA: the right numbers, or one sentence."""
+"""Traces, float64 and activated LoRA give the right numbers, or are refused by one sentence."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def assert_traced(model):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager", "batched_mm"])
 @pytest.mark.parametrize("variant", [V2, LITE], ids=["V2", "Lite"])
-def test_a_trace_is_the_model_for_other_tokens_too(variant, experts, grad):
+def test_a_trace_equals_the_model_on_other_tokens(variant, experts, grad):
     model = tiny_model(**variant)
     model.set_experts_implementation(experts)
     with torch.set_grad_enabled(grad):
@@ -50,7 +50,7 @@ def test_a_model_with_adapters_is_traced():
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")
-def test_an_optimised_model_is_traced():
+def test_an_optimized_model_is_traced():
     model = tiny_model()
     optimize_for_inference(model)
     assert_traced(model)
@@ -66,29 +66,29 @@ def packed(model):
     return model
 
 
-def optimised(model):
+def optimized(model):
     optimize_for_inference(model)
     return model
 
 
 MADE = {"as it is": lambda model: model, "adapted": adapted, "packed": packed}
-MADE["optimised"] = pytest.param(optimised, marks=needs_compiler)
+MADE["optimized"] = pytest.param(optimized, marks=needs_compiler)
 
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-def test_in_float64_a_model_says_the_same(make):
+def test_a_model_generates_the_same_in_float64(make):
     model = make(tiny_model())
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        said = model.generate(input_ids=IDS, **GREEDY)
+        generated = model.generate(input_ids=IDS, **GREEDY)
         actual = model.double()(input_ids=IDS).logits
     assert actual.dtype == torch.float64
     assert relative_error(expected, actual) < 1e-5
     for options in ({}, {"cache_implementation": "static"}):
-        assert torch.equal(model.generate(input_ids=IDS, **GREEDY, **options), said)
+        assert torch.equal(model.generate(input_ids=IDS, **GREEDY, **options), generated)
 
 
-def test_in_float64_hooks_on_experts_run():
+def test_hooks_on_experts_run_in_float64():
     model, seen = tiny_model().double(), []
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -97,12 +97,12 @@ def test_in_float64_hooks_on_experts_run():
     assert seen
 
 
-def test_in_float64_a_model_says_the_same_from_a_cache_in_8_bits():
+def test_a_model_generates_the_same_in_float64_from_a_cache_in_8_bits():
     options = {**GREEDY, "cache_implementation": "quantized", "cache_config": LATENT}
     assert torch.equal(tiny_model().double().generate(IDS, **options), tiny_model().generate(IDS, **options))
 
 
-def test_gradients_in_float64_are_those_of_the_plain_statement():
+def test_gradients_in_float64_equal_those_of_eager_experts():
     gradients = []
     for experts in ("grouped_mm", "eager"):
         model = tiny_model(torch.float64)
@@ -113,7 +113,7 @@ def test_gradients_in_float64_are_those_of_the_plain_statement():
 
 
 INVOCATION = [5, 6]
-# where each row's invocation begins, from the end
+# the start of each row's invocation, counted from the end
 OFFSETS = [6, 9]
 
 
@@ -155,7 +155,7 @@ def test_an_activated_lora_on_kv_b_proj_is_refused_over_cached_latents(rows, opt
         activated(["kv_b_proj"]).generate(input_ids=invoked()[:rows], **GREEDY, **options)
 
 
-def test_an_activated_lora_elsewhere_generates_and_one_that_is_off_is_not_there():
+def test_an_activated_lora_on_other_layers_generates_and_a_disabled_one_does_nothing():
     model, ids = activated(["q_proj", "kv_a_proj_with_mqa", "o_proj"]), invoked()
     tokens = ids
     for new in range(4):

@@ -1,0 +1,62 @@
+"""How the weights of a DeepSeek-V2 are initialized, loaded and saved, and what is refused."""
+
+import functools
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+
+from .attention.rotary import DeepseekV2RotaryEmbedding
+from .compat.accelerate import device_map_without_offloading
+from .compat.transformers import LoadingHooks
+from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files
+from .experts.routed import DeepseekV2Experts
+from .experts.router import DeepseekV2MoEGate
+
+
+class CheckpointMixin(LoadingHooks):
+    """Goes before PreTrainedModel: loads only complete backbones, and saves only experts that files can hold."""
+
+    # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both compute them in float32
+    dtype_of_files = ("gate.weight",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, DeepseekV2RotaryEmbedding):
+            # these buffers are not in the checkpoint, so they are computed again whenever a model is loaded
+            buffers, _ = module.initial_buffers()
+            for name, buffer in buffers.items():
+                init.copy_(module.get_buffer(name), buffer)
+            return
+        super()._init_weights(module)
+        if isinstance(module, (DeepseekV2Experts, DeepseekV2MoEGate)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        # if transformers itself added adapters, it saves these alone
+        if not self.has_adapters_of_transformers():
+            for module in self.modules():
+                if isinstance(module, DeepseekV2Experts) and module.weights.why_no_saving is not None:
+                    raise ValueError(module.weights.why_no_saving)
+        super().save_pretrained(*args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.load_adapter)
+    def load_adapter(self, *args, **kwargs):
+        # an adapter stays on the device that computes its layer
+        with device_map_without_offloading(self):
+            return super().load_adapter(*args, **kwargs)
+
+    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+        """Refuses a checkpoint that lacks a part of the backbone; transformers would initialize that part at random."""
+        prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
+        problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
+        problems += [
+            f"{pattern_in_files(name)} has shape {list(came)}, expected {list(own)}"
+            for name, came, own in misshapen
+            if name.startswith(prefix)
+        ]
+        if problems:
+            raise incomplete_backbone(problems)
