@@ -16,15 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..experts.names import ROUTED_EXPERTS
+from ..experts.names import PROJECTIONS, ROUTED_EXPERTS
 from .checkpoint import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
+_SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.lora_([AB])\.weight")
 # peft nests two wrappers: the inner one, `base_layer`, is that of gate_up_proj
 _STACK = re.compile(r"(.*\.mlp\.experts)\.(base_layer\.)?lora_([AB])\.weight")
 GATE_UP, DOWN = ROUTED_EXPERTS
-_PROJECTIONS = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
+# by the name that peft gives a stacked weight
+_PROJECTIONS = dict(zip(ROUTED_EXPERTS, PROJECTIONS.values()))
 
 
 def convert_adapter(source: Path, out: Path) -> dict:
@@ -67,7 +68,7 @@ def _stack(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor],
     found = {frozenset(parts) for parts in layers.values()}
     first = next(iter(found))
     present, e = {projection for projection, _, _ in first}, 1 + max(expert for _, expert, _ in first)
-    if len(found) > 1 or len(first) != 2 * e * len(present) or len(present & {"gate", "up"}) == 1:
+    if len(found) > 1 or len(first) != 2 * e * len(present) or len(present & set(_PROJECTIONS[GATE_UP])) == 1:
         raise ValueError("expected the same projections of all experts in every layer, gate and up together.")
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     if ranks != {config["r"]}:
@@ -107,10 +108,10 @@ def _unstack(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor
         names = _PROJECTIONS[parameter]
         parts = single.chunk(len(names), dim=1) if side == "B" else [single] * len(names)
         for projection, part in zip(names, parts):
-            made |= {f"{experts}.{i}.{projection}_proj.lora_{side}.weight": x.clone() for i, x in enumerate(part)}
+            made |= {f"{experts}.{i}.{projection}.lora_{side}.weight": x.clone() for i, x in enumerate(part)}
     for parameter in parameters:
-        pattern = rf"mlp\.experts\.\d+\.({'|'.join(_PROJECTIONS[parameter])})_proj"
+        pattern = rf"mlp\.experts\.\d+\.({'|'.join(_PROJECTIONS[parameter])})"
         ranks[pattern], alphas[pattern] = rank_of[parameter], alpha_of[parameter]
-    modules = {f"{name}_proj" for parameter in parameters for name in _PROJECTIONS[parameter]}
+    modules = {name for parameter in parameters for name in _PROJECTIONS[parameter]}
     changes = {"target_modules": sorted({*config["target_modules"], *modules}), "target_parameters": None}
     return made, changes | {"rank_pattern": ranks, "alpha_pattern": alphas}

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..experts.names import shapes_in_files
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -29,7 +29,6 @@ MODEL_CLASSES = (
 # DeepseekForCausalLM is the name in the first upload of the release
 _ARCHITECTURES = {model.__name__: model for model in MODEL_CLASSES} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 # file name: its tensors by name, or None if it is unreadable
 Headers = dict[str, "dict[str, StoredTensor] | None"]
 
@@ -120,21 +119,8 @@ def checkpoint_tensors(
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name not in model.all_tied_weights_keys:
-            tensors.update(_shapes_in_files(name, tuple(tensor.shape)))
+            tensors.update(shapes_in_files(name, tuple(tensor.shape)))
     return tensors
-
-
-def _shapes_in_files(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Splits gate_up_proj [e 2f d] and down_proj [e d f] into matrices per expert. Other tensors are unchanged."""
-    fused = _FUSED_EXPERTS.fullmatch(name)
-    if fused is None:
-        return {name: shape}
-    experts, projection = fused.groups()
-    e, rows, columns = shape
-    if projection == "down_proj":
-        return {f"{experts}.{i}.down_proj.weight": (rows, columns) for i in range(e)}
-    halves = ("gate_proj", "up_proj")
-    return {f"{experts}.{i}.{half}.weight": (rows // 2, columns) for i in range(e) for half in halves}
 
 
 def has_weights(folder: Path) -> bool:
