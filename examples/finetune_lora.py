@@ -1,8 +1,9 @@
 """What LoRA learns of a new text, and keeps of the old: python examples/finetune_lora.py
 
-The embedded checkpoint, which knows documentation, learns source by adapters on attention's projections, then on the
-dense and shared MLPs as well, then on the routed experts as well; these last also by TRL's SFTTrainer. Held-out losses
-go to benchmarks/results/finetune.json, and with those of finetune_esft.py into a table and a plot.
+The checkpoint in examples/pydoc-tiny, which was trained on documentation, learns source with adapters on the
+projections of attention, then also on dense and shared MLPs, then also on routed experts. The last variant is trained
+by TRL's SFTTrainer as well. Held-out losses go to benchmarks/results/finetune.json, and with those of finetune_esft.py
+into a table and a plot.
 """
 
 import tempfile
@@ -26,7 +27,7 @@ attention = partial(lora_config, target_modules=ATTENTION)
 routed = partial(lora_config, routed_experts=True)
 
 
-def by_trainer(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
+def train(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
     model = get_peft_model(model, adapter(model))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(**training_options(folder, options))
@@ -34,11 +35,11 @@ def by_trainer(model: PreTrainedModel, texts: Texts, options: Namespace, *, adap
     return model
 
 
-def by_sft_trainer(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
-    """As above, but for a balance loss: TRL adds its own, Mixtral's, with the factor `aux_loss_alpha` of our config.
+def train_by_trl(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
+    """Like `train`, plus a balance loss: TRL adds Mixtral's, with the factor `aux_loss_alpha` of our config.
 
-    The model itself leaves balance out of the loss as long as its router is frozen. `router_aux_loss_coef=0.0` in
-    `SFTConfig` would do the same there.
+    The model itself adds no balance loss while its router is frozen. `router_aux_loss_coef=0.0` in `SFTConfig` would
+    leave TRL's out.
     """
     with tempfile.TemporaryDirectory() as folder:
         # SFTConfig would turn these two on; neither makes two cores faster
@@ -57,10 +58,10 @@ def by_sft_trainer(model: PreTrainedModel, texts: Texts, options: Namespace, *, 
 
 
 VARIANTS = {
-    "LoRA on attention": partial(by_trainer, adapter=attention),
-    "LoRA, + dense and shared MLPs": partial(by_trainer, adapter=lora_config),
-    "LoRA, + routed experts": partial(by_trainer, adapter=routed),
-    "LoRA, + routed experts, by TRL": partial(by_sft_trainer, adapter=routed),
+    "LoRA on attention": partial(train, adapter=attention),
+    "LoRA, + dense and shared MLPs": partial(train, adapter=lora_config),
+    "LoRA, + routed experts": partial(train, adapter=routed),
+    "LoRA, + routed experts, by TRL": partial(train_by_trl, adapter=routed),
 }
 
 if __name__ == "__main__":

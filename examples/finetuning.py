@@ -1,7 +1,7 @@
-"""What the fine-tuning examples share: the text they learn, the losses they report, and where these are kept.
+"""What the fine-tuning examples share: the text they learn, the losses they report, and the file of these losses.
 
-The embedded checkpoint has learnt documentation. Here it learns source, the modules of Python's standard library, and
-is judged by modules it never saw and by the documentation held out when it was made.
+The checkpoint in examples/pydoc-tiny was trained on documentation. Here it learns source, the modules of Python's
+standard library. It is evaluated on modules it never saw, and on the documentation held out when it was made.
 """
 
 import json
@@ -34,22 +34,22 @@ from benchmarks.machine import described
 CHECKPOINT = Path(__file__).parent / "pydoc-tiny"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 BATCH = 8
-JUDGED = 96  # windows of new text
+NUM_EVALUATED = 96  # windows of new text
 BEFORE = "before"
 
 
 class Texts(NamedTuple):
     training: Windows
     new: Tensor  # [windows s]  source, of other modules
-    old: Tensor  # [windows s]  documentation, of other topics than the checkpoint learnt
+    old: Tensor  # [windows s]  documentation, of other topics than the checkpoint was trained on
 
 
-# takes the checkpoint in float32, and returns what it has made of it
+# takes the checkpoint in float32, and returns the trained model
 Variant = Callable[[PreTrainedModel, Texts, Namespace], nn.Module]
 
 
 def split_modules() -> tuple[list[str], list[str]]:
-    """The standard library's modules that are one file, as training and held-out text; the name alone says which."""
+    """One-file modules of the standard library, as training and held-out text; the file's name alone decides which."""
     training, held_out = [], []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if path.stem in sys.stdlib_module_names:
@@ -65,8 +65,8 @@ def read_texts() -> Texts:
         Windows(tokens, torch.arange(0, len(tokens) - WINDOW + 1, WINDOW))
         for tokens in (encode(tokenizer, documents) for documents in (*split_modules(), topics))
     )
-    # of the new text as many as fit the patience of a reader, from all modules
-    return Texts(training, new.rows()[:: max(len(new) // JUDGED, 1)][:JUDGED], old.rows())
+    # few enough windows of the new text to be evaluated quickly, evenly spaced over all modules
+    return Texts(training, new.rows()[:: max(len(new) // NUM_EVALUATED, 1)][:NUM_EVALUATED], old.rows())
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def nats_per_token(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 def training_options(folder: str, options: Namespace) -> dict:
-    """For `TrainingArguments` of any trainer: the same for all variants, and the same windows in the same order."""
+    """Options of `TrainingArguments`, by which all variants see the same windows in the same order."""
     return {
         "output_dir": folder,
         "max_steps": options.steps,
@@ -98,7 +98,10 @@ def read_options(description: str, *, learning_rate: float) -> Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of finetune.json (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
-        "--learning-rate", type=float, default=learning_rate, help="at its highest (default: %(default)s)"
+        "--learning-rate",
+        type=float,
+        default=learning_rate,
+        help="highest learning rate of the schedule (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -123,9 +126,9 @@ def row_of(variant: Variant, texts: Texts, options: Namespace) -> dict[str, floa
 
 
 def compare(variants: dict[str, Variant], options: Namespace) -> None:
-    """Judges the checkpoint and every variant of it, keeps that in finetune.json, prints and draws all that is there.
+    """Evaluates the checkpoint and all variants, writes that to finetune.json, then prints and plots the whole file.
 
-    What other programs have written into finetune.json stays.
+    What other programs have written to finetune.json stays.
     """
     texts, rows = read_texts(), {}
     for name, variant in {BEFORE: lambda model, *_: model.requires_grad_(False), **variants}.items():
@@ -147,7 +150,15 @@ def compare(variants: dict[str, Variant], options: Namespace) -> None:
 
 def table(rows: dict[str, dict]) -> str:
     """Markdown, losses in nats per token."""
-    lines = ["| what learns | parameters of it | learning rate | source | documentation | seconds |", "|" + "---|" * 6]
+    columns = (
+        "what is trained",
+        "trained parameters",
+        "learning rate",
+        "loss on source",
+        "loss on documentation",
+        "seconds",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
         losses = f"{row['new_nats_per_token']:.3f} | {row['old_nats_per_token']:.3f}"
         rate = f"{row['learning_rate']:g}" if row["trainable_parameters"] else ""
@@ -157,7 +168,7 @@ def table(rows: dict[str, dict]) -> str:
 
 def plot(rows: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    # hollow, each of its own shape: variants that come to the same lie on one another
+    # hollow markers of different shapes, since variants with equal losses lie on one another
     for (name, row), marker in zip(rows.items(), cycle("*os^vDPX<>")):
         place = row["old_nats_per_token"], row["new_nats_per_token"]
         axes.plot(*place, marker, markersize=10, markerfacecolor="none", markeredgewidth=1.5, label=name)
