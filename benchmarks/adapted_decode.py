@@ -1,9 +1,9 @@
 """Decoding with adapters that are not merged: python -m benchmarks.adapted_decode
 
-Lite-4 in bfloat16, one token decoded, in plain torch and after `optimize_for_inference`: bare, and with LoRA (r = 16)
-on attention's projections, on dense and shared MLPs as well, on routed experts as well; all in turn, in one process.
-First each must say, within rounding, what its modules called one by one say of the whole sequence, and the adapter must
-act.
+Lite-4 in bfloat16 decodes one token, in plain torch and after `optimize_for_inference`: without adapters, and with
+LoRA (r = 16) on the projections of attention, then also on dense and shared MLPs, then also on routed experts. All take
+turns in one process. Before that, decoding with each must equal, within rounding, a pass with gradients over the whole
+sequence, which calls every module, and the adapter must change the result.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ADAPTERS = {
 }
 
 
-def sides() -> dict[str, PreTrainedModel | PeftModel]:
-    """The weights are there once."""
+def build_models() -> dict[str, PreTrainedModel | PeftModel]:
+    """All models that are compared; they share one copy of the base weights."""
     bare = build("ours")
     made = {"bare": bare} | {name: adapted(twin(bare), config(bare.config)).eval() for name, config in ADAPTERS.items()}
     with_kernels = {"bare": twin(bare)}
@@ -44,18 +44,18 @@ def sides() -> dict[str, PreTrainedModel | PeftModel]:
 
 
 def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
-    """Relative differences: between decoding and a pass with gradients on, of the adapter's effect from none."""
+    """Checks each model, and returns the relative difference between its decoding and a pass with gradients."""
     ids = torch.randint(0, 1000, (1, 12), generator=torch.Generator().manual_seed(0))
-    expected, said = {}, {}
+    expected, decoded = {}, {}
     for name, model in models.items():
         with torch.enable_grad():
             expected[name] = model(input_ids=ids).logits[:, -1].detach().float()
         cache = filled(model, 0, None)
         model(input_ids=ids[:, :-1], cache=cache)
-        said[name] = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
+        decoded[name] = model(input_ids=ids[:, -1:], cache=cache).logits[:, -1].float()
     differences = {}
     for name in models:
-        error = ((said[name] - expected[name]).norm() / expected[name].norm()).item()
+        error = ((decoded[name] - expected[name]).norm() / expected[name].norm()).item()
         assert error < 0.05, f"{name} differs by {error}"
         bare = expected["bare, plain"]
         effect = ((expected[name] - bare).norm() / bare.norm()).item()
@@ -66,7 +66,7 @@ def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(context: int, repetitions: int) -> dict:
-    models, token = sides(), torch.tensor([[17]])
+    models, token = build_models(), torch.tensor([[17]])
     differences = check(models)
     caches = {name: filled(model, context, None) for name, model in models.items()}
     turns = {name: partial(decode, model, caches[name], token) for name, model in models.items()}

@@ -1,16 +1,16 @@
-"""Which LoRA targets arrive elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
+"""Which LoRA targets work elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
 
-Adapters of small random DeepSeek-V2 models are saved from this package: one for each target alone, those of
-`lora_config`, lists meant for one destination, and a model merged with its adapter. Each is read by peft on
-transformers' own class, in a process that never imports this package, and by llama.cpp after its own converter. Of each
-is told how many of LoRA's tensors in the file arrive, and whether the adapter moves the logits there as it moves ours:
-equal (relative error of what it adds below 2e-2), no effect, differs, or refused with an error. `lora_B` is filled at
-random, since adapters that begin at zero are all equal.
+This package saves adapters of small random DeepSeek-V2 models: one for each target alone, those of `lora_config`, those
+with the targets that suit one destination, and a model merged with its adapter. peft loads each on transformers' own
+class, in a process that never imports this package, and llama.cpp loads each after its own converter. For each, the
+result is how many of the file's LoRA tensors are loaded, and whether the adapter changes the logits there as it changes
+ours: equal (what it adds has a relative error below 2e-2), no effect, differs, or refused with an error. `lora_B` is
+random, because an adapter with `lora_B` zero has no effect anywhere.
 
-FOLDER is llama.cpp as it comes in the source of llama-cpp-python: `pip download --no-binary :all: --no-deps
-llama-cpp-python`, unpacked, then vendor/llama.cpp in it; its converters run by the python of this command. PYTHON is
-that of any environment with `pip install llama-cpp-python`, which needs no torch. Measured with version 0.3.36 of it,
-in two minutes.
+FOLDER is llama.cpp from the source of llama-cpp-python: run `pip download --no-binary :all: --no-deps
+llama-cpp-python`, unpack that, and take vendor/llama.cpp in it. Its converters are run by the python of this command.
+PYTHON is the python of any environment with `pip install llama-cpp-python`, which does not need torch. The results were
+measured with its version 0.3.36, in two minutes.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-# torch and this package are imported where they are used: llama.cpp's environment has neither, stock's process must
-# not see the second
+# torch and this package are imported inside functions: the environment of llama.cpp has neither, and the process of
+# stock peft must not import this package
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 CONFIG = {
@@ -55,7 +55,7 @@ BASES = {"full": {"q_lora_rank": 40, "num_hidden_layers": 4}, "lite": {"q_lora_r
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# options of LoraConfig by row
+# options of LoraConfig, by row of the table
 ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *MLP]} | {
     "gate_proj, up_proj, down_proj": {"target_modules": MLP},
     **{name: {"target_modules": [], "target_parameters": [name]} for name in EXPERTS},
@@ -63,7 +63,7 @@ ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *ML
     "router's gate.weight": {"target_modules": [], "target_parameters": ["gate.weight"]},
     "lm_head": {"target_modules": ["lm_head"]},
 }
-# options of lora_config by row
+# options of lora_config, by row of the table
 ROUTED = "lora_config(routed_experts=True)"
 CHOSEN = {
     "lora_config()": {},
@@ -76,7 +76,7 @@ ADAPTERS = [*ALONE, *CHOSEN]
 MERGED = f"{ROUTED}, merged"
 MODELS = [*BASES, MERGED]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
-# the tokenizer has no hash that llama.cpp knows, and only ids are compared: any name of a pre-tokenizer does
+# llama.cpp does not know the tokenizer's hash; only ids are compared, so any name of a pre-tokenizer will do
 CONVERT_MODEL = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -87,29 +87,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def place(scratch: Path, name: str) -> Path:
-    """Folder of a model or an adapter: `saved`, `saved.gguf`, and logits [s vocabulary] of each part."""
+def folder_of(scratch: Path, name: str) -> Path:
+    """The folder of a model or an adapter: `saved`, `saved.gguf`, and the logits [s vocabulary] of each program."""
     return scratch / re.sub(r"\W+", "_", name)
 
 
 def base_of(name: str) -> str:
-    """The model an adapter belongs to; a model's own name."""
+    """The name of the model that an adapter belongs to; for a model, its own name."""
     return name if name in MODELS else "lite" if name == "q_proj" else "full"
 
 
-def refused(error: str) -> dict:
+def refusal(error: str) -> dict:
     return {"verdict": "refused", "error": textwrap.shorten(error, 100, placeholder=" ...")}
 
 
 def lora_tensors(folder: Path) -> set[str]:
     from safetensors.numpy import load_file
 
-    # with lm_head, peft saves its own weight too
+    # for lm_head, peft saves the weight of the layer as well
     return {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}
 
 
-def ours(scratch: Path) -> dict:
-    """Saves all models, adapters and our logits."""
+def run_ours(scratch: Path) -> dict:
+    """Saves all models and adapters, and our logits."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -118,8 +118,8 @@ def ours(scratch: Path) -> dict:
     ids = torch.randint(3, 2000, (1, 24), generator=torch.Generator().manual_seed(5))
     np.save(scratch / "ids.npy", ids.numpy())
 
-    def keep(name: str, model: torch.nn.Module) -> None:
-        folder = place(scratch, name)
+    def save(name: str, model: torch.nn.Module) -> None:
+        folder = folder_of(scratch, name)
         model.save_pretrained(folder / "saved")
         np.save(folder / "ours.npy", model(input_ids=ids, use_cache=False).logits[0].detach().numpy())
         if name in MODELS:
@@ -128,9 +128,9 @@ def ours(scratch: Path) -> dict:
 
     for name, layers in BASES.items():
         torch.manual_seed(0)
-        keep(name, DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG | layers)).eval())
+        save(name, DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG | layers)).eval())
     for name in ADAPTERS:
-        model = DeepseekV2ForCausalLM.from_pretrained(place(scratch, base_of(name)) / "saved").eval()
+        model = DeepseekV2ForCausalLM.from_pretrained(folder_of(scratch, base_of(name)) / "saved").eval()
         torch.manual_seed(1)
         if name in ALONE:
             config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **ALONE[name])
@@ -140,27 +140,27 @@ def ours(scratch: Path) -> dict:
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        keep(name, model)
+        save(name, model)
         if name == ROUTED:
-            keep(MERGED, model.merge_and_unload())
+            save(MERGED, model.merge_and_unload())
     return {}
 
 
-def stock(scratch: Path) -> dict:
-    """Logits of transformers' own class under peft; how many of each adapter's tensors it holds, or its error."""
+def run_stock(scratch: Path) -> dict:
+    """Saves the logits of transformers' own class; returns how many tensors of each adapter peft loads, or why not."""
     import torch
     from peft import PeftModel
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
 
     ids, found = torch.from_numpy(np.load(scratch / "ids.npy")), {}
     for name in [*MODELS, *ADAPTERS]:
-        folder = place(scratch, name)
-        model = DeepseekV2ForCausalLM.from_pretrained(place(scratch, base_of(name)) / "saved").eval()
+        folder = folder_of(scratch, name)
+        model = DeepseekV2ForCausalLM.from_pretrained(folder_of(scratch, base_of(name)) / "saved").eval()
         if name in ADAPTERS:
             try:
                 model = PeftModel.from_pretrained(model, folder / "saved").eval()
             except (ValueError, RuntimeError) as error:
-                found[name] = refused(f"{type(error).__name__}: {error}")
+                found[name] = refusal(f"{type(error).__name__}: {error}")
                 continue
             held = {key.replace(".default.", ".") for key, _ in model.named_parameters()}
             found[name] = {"landed": len(held & lora_tensors(folder / "saved"))}
@@ -169,97 +169,101 @@ def stock(scratch: Path) -> dict:
     return found
 
 
-def llama(scratch: Path) -> dict:
-    """Logits of llama.cpp for all that was converted; its errors and version."""
+def run_llama(scratch: Path) -> dict:
+    """Saves the logits of llama.cpp for all that was converted; returns its version and errors."""
     import llama_cpp
 
     ids, errors = np.load(scratch / "ids.npy")[0].tolist(), {}
     for name in [*MODELS, *ADAPTERS]:
-        file, adapter = place(scratch, base_of(name)) / "saved.gguf", place(scratch, name) / "saved.gguf"
+        file, adapter = folder_of(scratch, base_of(name)) / "saved.gguf", folder_of(scratch, name) / "saved.gguf"
         if not adapter.exists():
             continue
-        # type 0 is a cache in float32
+        # type 0 is float32, here of the cache
         options = {"n_ctx": 64, "logits_all": True, "flash_attn": False, "type_k": 0, "type_v": 0, "verbose": False}
         try:
             model = llama_cpp.Llama(str(file), lora_path=str(adapter) if name in ADAPTERS else None, **options)
             model.eval(ids)
         except (ValueError, RuntimeError) as error:
-            errors[name] = refused(f"{type(error).__name__}: {error}")
+            errors[name] = refusal(f"{type(error).__name__}: {error}")
             continue
-        np.save(place(scratch, name) / "llama.npy", model.scores[: len(ids)])
+        np.save(folder_of(scratch, name) / "llama.npy", model.scores[: len(ids)])
     return {"version": importlib.metadata.version("llama-cpp-python"), "errors": errors}
 
 
-def converted(scratch: Path, name: str, llama_cpp: Path) -> dict:
-    """What llama.cpp's converter makes of a model or an adapter: number of tensors, or the last line of its error."""
-    saved, out = place(scratch, name) / "saved", place(scratch, name) / "saved.gguf"
+def convert(scratch: Path, name: str, llama_cpp: Path) -> dict:
+    """Runs the converter of llama.cpp; returns the number of tensors in its file, or the last line of its error."""
+    saved, out = folder_of(scratch, name) / "saved", folder_of(scratch, name) / "saved.gguf"
     if name in MODELS:
         own = ["-c", CONVERT_MODEL, llama_cpp, llama_cpp / "convert_hf_to_gguf.py", saved, "--outtype", "f32"]
     else:
-        own = [llama_cpp / "convert_lora_to_gguf.py", "--base", place(scratch, base_of(name)) / "saved", saved]
+        own = [llama_cpp / "convert_lora_to_gguf.py", "--base", folder_of(scratch, base_of(name)) / "saved", saved]
     command = [sys.executable, *own, "--outfile", out]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=OFFLINE)
     if done.returncode:
         assert name in ADAPTERS, done.stderr
         out.unlink(missing_ok=True)
-        return {"tensors": None} | refused(done.stderr.strip().splitlines()[-1])
+        return {"tensors": None} | refusal(done.stderr.strip().splitlines()[-1])
     # GGUF: magic, version, number of tensors
     _, _, tensors = struct.unpack("<4sIQ", out.read_bytes()[:16])
     return {"tensors": tensors, "verdict": "converted", "error": None}
 
 
-def judged(scratch: Path, name: str, part: str, known: dict) -> dict:
-    """`known` of a part, with its verdict: None where there was nothing to read."""
+def add_verdict(scratch: Path, name: str, program: str, known: dict) -> dict:
+    """`known` and whether the logits change as ours do; a verdict of None where the program saved no logits."""
     row = {"verdict": None, "relative_error": None, "error": None} | known
-    if row["error"] is not None or not (place(scratch, name) / f"{part}.npy").exists():
+    if row["error"] is not None or not (folder_of(scratch, name) / f"{program}.npy").exists():
         return row
-    # a merged model is one of the adapters of the full one
+    # the merged model is compared with the full one
     pair = (name, "full" if name == MERGED else base_of(name))
-    logits = [[np.load(place(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", part)]
+    logits = [
+        [np.load(folder_of(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", program)
+    ]
     expected, found = (with_it - without for with_it, without in logits)
     error, share = (float(np.linalg.norm(x) / np.linalg.norm(expected)) for x in (found - expected, found))
     verdict = "equal" if error < 2e-2 else "no effect" if share < 1e-6 else "differs"
     return row | {"verdict": verdict, "relative_error": float(f"{error:.1e}")}
 
 
-def without_adapter(scratch: Path, part: str) -> float:
-    """Largest difference of the bases' logits from ours, relative to the largest logit."""
-    pairs = [[np.load(place(scratch, name) / f"{side}.npy") for side in ("ours", part)] for name in BASES]
+def difference_without_adapter(scratch: Path, program: str) -> float:
+    """The largest difference between the logits of the models there and here, relative to the largest logit."""
+    pairs = [[np.load(folder_of(scratch, name) / f"{side}.npy") for side in ("ours", program)] for name in BASES]
     found = max(float(abs(other - own).max() / abs(own).max()) for own, other in pairs)
-    assert found < 1e-4, f"the logits of {part} differ by {found} without any adapter"
+    assert found < 1e-4, f"the logits of {program} differ by {found} without any adapter"
     return float(f"{found:.1e}")
 
 
-def cell(row: dict, arrived: str = "") -> str:
+def format_cell(row: dict, loaded: str = "") -> str:
     if row["verdict"] == "refused":
         return f"refused: {row['error']}"
-    count = f"{row[arrived]} of {row['saved']}; " if row.get("saved") else ""
+    count = f"{row[loaded]} of {row['saved']}; " if row.get("saved") else ""
     error = f" ({row['relative_error']:.2g})" if row["verdict"] in ("equal", "differs") else ""
     return f"{count}{row['verdict'] or '-'}{error}"
 
 
-def run(python: str, part: str, scratch: Path) -> dict:
-    """What the function of that name returns in a process of its own."""
-    code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({part}(Path(sys.argv[1]))))"
+def run_elsewhere(python: str, function: str, scratch: Path) -> dict:
+    """Calls the function of that name in a process of its own, and returns what it returns."""
+    code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({function}(Path(sys.argv[1]))))"
     done = subprocess.run([python, "-c", code, scratch], check=True, stdout=subprocess.PIPE, text=True, env=OFFLINE)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(scratch: Path, llama_cpp: Path, llama_python: str) -> dict:
-    run(sys.executable, "ours", scratch)
-    in_stock, rows = run(sys.executable, "stock", scratch), {}
-    converters = {name: converted(scratch, name, llama_cpp) for name in [*MODELS, *ADAPTERS]}
-    in_llama = run(llama_python, "llama", scratch)
+    run_elsewhere(sys.executable, "run_ours", scratch)
+    in_stock, rows = run_elsewhere(sys.executable, "run_stock", scratch), {}
+    converters = {name: convert(scratch, name, llama_cpp) for name in [*MODELS, *ADAPTERS]}
+    in_llama = run_elsewhere(llama_python, "run_llama", scratch)
     for name in [*ADAPTERS, MERGED]:
-        saved = len(lora_tensors(place(scratch, name) / "saved")) if name in ADAPTERS else None
+        saved = len(lora_tensors(folder_of(scratch, name) / "saved")) if name in ADAPTERS else None
         rows[name] = {
-            "stock": {"landed": None, "saved": saved} | judged(scratch, name, "stock", in_stock.get(name, {})),
+            "stock": {"landed": None, "saved": saved} | add_verdict(scratch, name, "stock", in_stock.get(name, {})),
             "converter": converters[name] | {"saved": saved},
-            "llama_cpp": judged(scratch, name, "llama", in_llama["errors"].get(name, {})),
+            "llama_cpp": add_verdict(scratch, name, "llama", in_llama["errors"].get(name, {})),
         }
     return {
         "llama_cpp_python": in_llama["version"],
-        "difference_without_adapter": {part: without_adapter(scratch, part) for part in ("stock", "llama")},
+        "difference_without_adapter": {
+            program: difference_without_adapter(scratch, program) for program in ("stock", "llama")
+        },
         "rows": rows,
     }
 
@@ -277,7 +281,11 @@ def main() -> None:
     result = described("python -m benchmarks.adapter_targets") | {"peft": importlib.metadata.version("peft")} | result
     print("| target | stock transformers and peft | converter of llama.cpp | llama.cpp |\n|---|---|---|---|")
     for name, row in result["rows"].items():
-        cells = (cell(row["stock"], "landed"), cell(row["converter"], "tensors"), cell(row["llama_cpp"]))
+        cells = (
+            format_cell(row["stock"], "landed"),
+            format_cell(row["converter"], "tensors"),
+            format_cell(row["llama_cpp"]),
+        )
         print(f"| {name} | {' | '.join(cells)} |")
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,10 +1,10 @@
 """LoRA on routed experts: python -m benchmarks.expert_lora --out benchmarks/results/expert_lora.json
 
-Two layers of experts at V2-Lite's widths in bfloat16 with LoRA (r = 16) on all routed experts, by this package and by
-stock peft on transformers' own class, whose weights and adapters are the same: a training step of 512 tokens, and one
-token decoded with the adapter not merged. Losses, gradients and logits are compared first, then both sides take turns.
-Memory is the peak of each side in a process of its own, less what was resident before the step. The vocabulary is a
-small one, since lm_head would be most of the step and is nobody's.
+Two layers of experts at V2-Lite's widths in bfloat16 with LoRA (r = 16) on all routed experts take a training step of
+512 tokens, and decode one token with the adapter not merged. One side is this package, the other is stock peft on
+transformers' own class, with the same weights and adapters. Losses, gradients and logits are compared first, then both
+sides take turns. Memory is the peak of each side in a process of its own, minus what was resident before the step. The
+vocabulary is small, because lm_head would take most of the step and is the same on both sides.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from .train import SIDES, adapted, compared, peak, peak_elsewhere
 
 LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "vocab_size": 1024}
 LORA = LoraConfig(r=16, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-CACHED = 128  # tokens behind which one is decoded
+CACHED = 128  # tokens before the one that is decoded
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
+def decode(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([[17]]), **{CACHE: cache}).logits
     cache.crop(-1)
     return logits
 
 
 @torch.no_grad()
-def read(model: nn.Module, cache: DynamicCache) -> DynamicCache:
+def prefill(model: nn.Module, cache: DynamicCache) -> DynamicCache:
     model(input_ids=torch.arange(CACHED)[None], **{CACHE: cache})
     return cache
 
@@ -55,12 +55,12 @@ def main() -> None:
     ours = build("ours", **LAYERS)
     models = {"native": adapted(build("native", weights=ours, **LAYERS), LORA), "ours": adapted(ours, LORA)}
     agreement, training = compared(models, options.tokens, options.repetitions)
-    caches = {"native": read(models["native"].eval(), DynamicCache())}
-    caches["ours"] = read(models["ours"].eval(), LatentCache(ours.config))
-    logits = [decoded(models[side], caches[side]).float() for side in SIDES]
+    caches = {"native": prefill(models["native"].eval(), DynamicCache())}
+    caches["ours"] = prefill(models["ours"].eval(), LatentCache(ours.config))
+    logits = [decode(models[side], caches[side]).float() for side in SIDES]
     difference = ((logits[0] - logits[1]).norm() / logits[0].norm()).item()
     assert difference < 0.05, f"logits differ by {difference}"
-    turns = {side: lambda side=side: decoded(models[side], caches[side]) for side in SIDES}
+    turns = {side: lambda side=side: decode(models[side], caches[side]) for side in SIDES}
     decoding = {name: statistics.median(x) for name, x in alternated(turns, 10 * options.repetitions).items()}
     result = described("python -m benchmarks.expert_lora") | {
         "model": f"2 layers of V2-Lite's experts, bfloat16, LoRA r=16 on all routed experts, {options.tokens} tokens",

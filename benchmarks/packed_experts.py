@@ -1,10 +1,10 @@
 """Routed experts in 16, 8 and 4 bits under LoRA: python -m benchmarks.packed_experts
 
-Two layers of experts at V2-Lite's widths with LoRA (r = 16) on all routed experts, a training step of 512 tokens: bytes
-of the experts; peak memory of a step above the weights, each in a process of its own, where glibc gives freed blocks
-back at once (by default it keeps up to 2 GB of them); seconds of steps taken in turn. Before, the loss of packed
-experts is compared with that of the same experts unpacked. And the perplexity of the trained checkpoint,
-examples/pydoc-tiny, on its held-out text.
+Two layers of experts at V2-Lite's widths with LoRA (r = 16) on all routed experts take a training step of 512 tokens.
+Measured are the bytes of the experts; the peak memory of a step above the weights, for each number of bits in a process
+of its own, where glibc returns freed blocks at once (by default it keeps up to 2 GB of them); and the seconds of steps
+taken in turn. Before that, the loss with packed experts is compared with the loss with the same experts unpacked. The
+last figure is the perplexity of a trained checkpoint, examples/pydoc-tiny, on its held-out text.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from .machine import alternated, described, report
 from .train import adapted, peak, step
 
 BITS = (16, 8, 4)
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
+RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
 PYDOC = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 
 
-def built(bits: int, weights: nn.Module | None = None) -> nn.Module:
+def build_adapted(bits: int, weights: nn.Module | None = None) -> nn.Module:
     model = build("ours", **LAYERS) if weights is None else twin(weights)
     if bits < 16:
         pack_experts(model, bits)
@@ -40,12 +40,12 @@ def built(bits: int, weights: nn.Module | None = None) -> nn.Module:
 
 
 def bytes_of_experts(model: nn.Module) -> int:
-    kept = {}
+    storages = {}
     for module in model.modules():
         if isinstance(module, DeepseekV2Experts):
             tensors = (*module.parameters(), *module.buffers())
-            kept |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(kept.values())
+            storages |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def perplexities() -> dict[int, float]:
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--here", type=int, choices=BITS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(peak(built(options.here), options.tokens))
+        print(peak(build_adapted(options.here), options.tokens))
         return
     memory = {}
     for bits in BITS:
@@ -80,13 +80,15 @@ def main() -> None:
             "--tokens",
             str(options.tokens),
         ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | GIVE_BACK)
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURN_FREED_BLOCKS
+        )
         memory[bits] = int(done.stdout.splitlines()[-1])
     plain = build("ours", **LAYERS)
-    models = {bits: built(bits, plain) for bits in BITS}
+    models = {bits: build_adapted(bits, plain) for bits in BITS}
     losses = {bits: step(model, options.tokens) for bits, model in models.items()}
     for bits in (8, 4):
-        rounded = built(bits, plain)
+        rounded = build_adapted(bits, plain)
         unpack_experts(rounded)
         expected = step(rounded, options.tokens)
         assert abs(losses[bits] - expected) < 2e-3 * expected, (bits, losses[bits], expected)
