@@ -58,7 +58,9 @@ def test_training_changes_the_chosen_experts_and_nothing_else(tmp_path):
 def test_adapters_on_experts_in_training_are_refused():
     model, ids = model_in_training(), random_ids(2, 9)
     model = get_peft_model(model, lora_config(model, routed_experts=True))
-    with pytest.raises(ValueError, match=r"take no adapters while they are in training by ESFT; end that with finish"):
+    with pytest.raises(
+        ValueError, match=r"take no adapters while they are in training by ESFT; end the training with finish"
+    ):
         model(input_ids=ids)
 
 

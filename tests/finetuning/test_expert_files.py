@@ -66,13 +66,15 @@ def test_saving_another_selection_than_the_one_in_training_is_refused(tmp_path):
     model = model_in_training()
     others = {layer: [*chosen, 9] for layer, chosen in CHOSEN.items()}
     for selection in (ExpertSelection(others), ExpertSelection({1: CHOSEN[1]})):
-        with pytest.raises(ValueError, match=r"expected the selection that is in training, of layer \d experts"):
+        with pytest.raises(
+            ValueError, match=r"expected the selection that is in training, with experts .* in layer \d, got"
+        ):
             save_experts(model, selection, tmp_path / "experts")
     for part in ("shared_experts", "non_expert_modules"):
-        with pytest.raises(ValueError, match=f"and {part}, which it names, are frozen"):
+        with pytest.raises(ValueError, match=f"got one with {part}, which are frozen"):
             save_experts(model, ExpertSelection(CHOSEN, **{part: True}), tmp_path / "experts")
     one_layer = model_in_training(selection=ExpertSelection({1: CHOSEN[1]}))
-    with pytest.raises(ValueError, match=r"of layer 2 experts \[\], got \["):
+    with pytest.raises(ValueError, match=r"with experts \[\] in layer 2, got \["):
         save_experts(one_layer, ExpertSelection(CHOSEN), tmp_path / "experts")
     assert not (tmp_path / "experts").exists()
     # a model without shared experts has none that are frozen
