@@ -16,7 +16,7 @@ class TokenDropping(NamedTuple):
     """Which tokens of a training step may lose choices, so that no device computes more than its capacity.
 
     is_token   [m]  bool, False at padding, which uses no capacity
-    is_exempt  [m]  bool, True in the sequences of which nothing is dropped
+    is_exempt  [m]  bool, True in sequences that keep all their choices
     """
 
     is_token: Tensor

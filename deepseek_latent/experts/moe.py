@@ -1,4 +1,4 @@
-"""DeepSeekMoE: many narrow routed experts of which each token sees a few, and a shared expert for all tokens.
+"""DeepSeekMoE: many narrow routed experts, a few for each token, and a shared expert for all tokens.
 
 Letters: b batch, s tokens, d model width, k experts per token.
 """

@@ -1,4 +1,4 @@
-"""Routed experts of which some are trained, as expert-specialized fine-tuning does it; only these get gradients.
+"""Trains some routed experts and freezes the others, as expert-specialized fine-tuning does.
 
 Letters: n trained experts of a layer, d model width, f width of one expert.
 """
@@ -20,7 +20,7 @@ TRAINED = tuple(f"trained_{name}" for name in STACKED)
 
 
 class TrainedWeights(StackedWeights):
-    """Stacked weights of which some experts are trained and the others frozen.
+    """Stacked weights in which some experts are trained and the others are frozen.
 
     The module of the experts gets two more parameters, in float32, for the optimizer:
 

@@ -25,7 +25,7 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
     """Lets gradients reach what `selection` names, and nothing else of `model`.
 
     Then train as usual. Saving the model gives a checkpoint in the official layout at any time, `save_experts` writes
-    what was trained alone, and `finish_training` ends the training.
+    only what was trained, and `finish_training` ends the training.
 
     Raises:
         ValueError: before anything is changed, where nothing is selected, layers or experts do not exist, or experts
@@ -76,7 +76,9 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
-        raise ValueError(f"expected a folder for the trained experts alone, got {folder}, which holds a checkpoint.")
+        raise ValueError(
+            f"expected a folder for nothing but the trained experts, got {folder}, which holds a checkpoint."
+        )
     layers = _moe_layers_without_adapters(model)
     _check_selection(selection, layers)
     _check_holds_weights(layers)

@@ -1,4 +1,4 @@
-"""A tiny model of which some experts are in training, and a step of it."""
+"""A tiny model with some experts in training, and a training step."""
 
 import torch
 

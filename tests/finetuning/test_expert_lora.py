@@ -256,7 +256,7 @@ def test_factors_on_16_bit_experts_are_trained_in_float32(dtype, calls_with_adap
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_gives_the_same_results_and_gradients_in_bfloat16():
-    """Left alone, it lays the factors out as torch's grouped products refuse them."""
+    """Without our cast, it gives the factors a layout that torch's grouped products refuse."""
     torch.compiler.reset()
     block = adapted(torch.bfloat16, lora(r=8)).base_model.model.model.layers[1].mlp
     hidden = torch.randn(2, 20, 72, dtype=torch.bfloat16)
