@@ -1,9 +1,9 @@
-"""Decoding with adapters that are not merged: python -m benchmarks.adapted_decode
+"""Times decoding with adapters that are not merged: python -m benchmarks.adapted_decode
 
-Lite-4 in bfloat16 decodes one token, in plain torch and after `optimize_for_inference`: without adapters, and with
-LoRA (r = 16) on the projections of attention, then also on dense and shared MLPs, then also on routed experts. All take
-turns in one process. Before that, decoding with each must equal, within rounding, a pass with gradients over the whole
-sequence, which calls every module, and the adapter must change the result.
+Lite-4 in bfloat16 decodes one token, in plain torch and after `optimize_for_inference`: without adapters, and with LoRA
+(r = 16) on the projections of attention, then also on dense and shared MLPs, then also on routed experts. All variants
+are timed in turn in one process. Before that, the logits of each variant are compared with those of a pass with
+gradients, which calls every module, and the adapter must change them.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ADAPTERS = {
 }
 
 
-def build_models() -> dict[str, PreTrainedModel | PeftModel]:
-    """All models that are compared; they share one copy of the base weights."""
+def sides() -> dict[str, PreTrainedModel | PeftModel]:
+    """Builds all variants, which share one set of weights."""
     bare = build("ours")
     made = {"bare": bare} | {name: adapted(twin(bare), config(bare.config)).eval() for name, config in ADAPTERS.items()}
     with_kernels = {"bare": twin(bare)}
@@ -44,7 +44,7 @@ def build_models() -> dict[str, PreTrainedModel | PeftModel]:
 
 
 def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
-    """Checks each model, and returns the relative difference between its decoding and a pass with gradients."""
+    """Compares decoding with a pass with gradients, checks that adapters act, and returns relative differences."""
     ids = torch.randint(0, 1000, (1, 12), generator=torch.Generator().manual_seed(0))
     expected, decoded = {}, {}
     for name, model in models.items():
@@ -66,7 +66,7 @@ def check(models: dict[str, PreTrainedModel | PeftModel]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(context: int, repetitions: int) -> dict:
-    models, token = build_models(), torch.tensor([[17]])
+    models, token = sides(), torch.tensor([[17]])
     differences = check(models)
     caches = {name: filled(model, context, None) for name, model in models.items()}
     turns = {name: partial(decode, model, caches[name], token) for name, model in models.items()}

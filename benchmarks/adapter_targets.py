@@ -1,16 +1,16 @@
-"""Which LoRA targets work elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
+"""Which LoRA targets act elsewhere: python -m benchmarks.adapter_targets --llama-cpp FOLDER --llama-python PYTHON
 
-This package saves adapters of small random DeepSeek-V2 models: one for each target alone, those of `lora_config`, those
-with the targets that suit one destination, and a model merged with its adapter. peft loads each on transformers' own
-class, in a process that never imports this package, and llama.cpp loads each after its own converter. For each, the
-result is how many of the file's LoRA tensors are loaded, and whether the adapter changes the logits there as it changes
-ours: equal (what it adds has a relative error below 2e-2), no effect, differs, or refused with an error. `lora_B` is
-random, because an adapter with `lora_B` zero has no effect anywhere.
+This package saves adapters of small random DeepSeek-V2 models: one for each single target, those of `lora_config`,
+lists for one destination, and a model merged with its adapter. Each is read by peft on transformers' own class, in a
+process that never imports this package, and by llama.cpp after its own converter. The result is the number of LoRA
+tensors that are loaded from the file, and whether the adapter changes the logits there as it does here: equal (the
+relative error of the change is below 2e-2), no effect, differs, or refused with an error. `lora_B` is random, since
+adapters that start at zero have no effect.
 
 FOLDER is llama.cpp from the source of llama-cpp-python: run `pip download --no-binary :all: --no-deps
-llama-cpp-python`, unpack that, and take vendor/llama.cpp in it. Its converters are run by the python of this command.
-PYTHON is the python of any environment with `pip install llama-cpp-python`, which does not need torch. The results were
-measured with its version 0.3.36, in two minutes.
+llama-cpp-python`, unpack it, and take vendor/llama.cpp; its converters run in the environment of this command. PYTHON
+is the interpreter of any environment with llama-cpp-python, which does not need torch. It takes two minutes and was run
+with version 0.3.36.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-# torch and this package are imported inside functions: the environment of llama.cpp has neither, and the process of
+# torch and this package are imported inside functions: llama.cpp's environment has neither of them, and the process of
 # stock peft must not import this package
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
@@ -50,12 +50,12 @@ CONFIG = {
     "eos_token_id": 1,
     "initializer_range": 0.08,
 }
-# llama.cpp takes a model without q_lora_rank for a "lite" one only at 26 or 27 layers
+# llama.cpp recognizes a model without q_lora_rank only if it has 26 or 27 layers
 BASES = {"full": {"q_lora_rank": 40, "num_hidden_layers": 4}, "lite": {"q_lora_rank": None, "num_hidden_layers": 27}}
 MLP = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# options of LoraConfig, by row of the table
+# rows with a LoraConfig, and its options
 ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *MLP]} | {
     "gate_proj, up_proj, down_proj": {"target_modules": MLP},
     **{name: {"target_modules": [], "target_parameters": [name]} for name in EXPERTS},
@@ -63,7 +63,7 @@ ALONE = {name: {"target_modules": [name]} for name in ["q_proj", *ATTENTION, *ML
     "router's gate.weight": {"target_modules": [], "target_parameters": ["gate.weight"]},
     "lm_head": {"target_modules": ["lm_head"]},
 }
-# options of lora_config, by row of the table
+# rows with a `lora_config`, and its options
 ROUTED = "lora_config(routed_experts=True)"
 CHOSEN = {
     "lora_config()": {},
@@ -76,7 +76,7 @@ ADAPTERS = [*ALONE, *CHOSEN]
 MERGED = f"{ROUTED}, merged"
 MODELS = [*BASES, MERGED]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
-# llama.cpp does not know the tokenizer's hash; only ids are compared, so any name of a pre-tokenizer will do
+# llama.cpp does not know the tokenizer's hash; any pre-tokenizer will do, since only ids are compared
 CONVERT_MODEL = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -88,12 +88,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def folder_of(scratch: Path, name: str) -> Path:
-    """The folder of a model or an adapter: `saved`, `saved.gguf`, and the logits [s vocabulary] of each program."""
+    """The folder of a model or an adapter, with `saved`, `saved.gguf`, and the logits [s vocab] of each part."""
     return scratch / re.sub(r"\W+", "_", name)
 
 
 def base_of(name: str) -> str:
-    """The name of the model that an adapter belongs to; for a model, its own name."""
+    """The name of the model to which an adapter belongs; for a model, its own name."""
     return name if name in MODELS else "lite" if name == "q_proj" else "full"
 
 
@@ -104,12 +104,12 @@ def refusal(error: str) -> dict:
 def lora_tensors(folder: Path) -> set[str]:
     from safetensors.numpy import load_file
 
-    # for lm_head, peft saves the weight of the layer as well
+    # for lm_head, peft also saves the weight itself
     return {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}
 
 
 def run_ours(scratch: Path) -> dict:
-    """Saves all models and adapters, and our logits."""
+    """Saves all models, adapters and our logits."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -147,7 +147,7 @@ def run_ours(scratch: Path) -> dict:
 
 
 def run_stock(scratch: Path) -> dict:
-    """Saves the logits of transformers' own class; returns how many tensors of each adapter peft loads, or why not."""
+    """Saves the logits of transformers' own class with peft; returns the number of loaded tensors or the error."""
     import torch
     from peft import PeftModel
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
@@ -170,7 +170,7 @@ def run_stock(scratch: Path) -> dict:
 
 
 def run_llama(scratch: Path) -> dict:
-    """Saves the logits of llama.cpp for all that was converted; returns its version and errors."""
+    """Saves llama.cpp's logits for all that was converted; returns its errors and version."""
     import llama_cpp
 
     ids, errors = np.load(scratch / "ids.npy")[0].tolist(), {}
@@ -178,7 +178,7 @@ def run_llama(scratch: Path) -> dict:
         file, adapter = folder_of(scratch, base_of(name)) / "saved.gguf", folder_of(scratch, name) / "saved.gguf"
         if not adapter.exists():
             continue
-        # type 0 is float32, here of the cache
+        # type 0 means a cache in float32
         options = {"n_ctx": 64, "logits_all": True, "flash_attn": False, "type_k": 0, "type_v": 0, "verbose": False}
         try:
             model = llama_cpp.Llama(str(file), lora_path=str(adapter) if name in ADAPTERS else None, **options)
@@ -191,7 +191,7 @@ def run_llama(scratch: Path) -> dict:
 
 
 def convert(scratch: Path, name: str, llama_cpp: Path) -> dict:
-    """Runs the converter of llama.cpp; returns the number of tensors in its file, or the last line of its error."""
+    """Runs llama.cpp's converter on a model or an adapter; returns the number of tensors or the error's last line."""
     saved, out = folder_of(scratch, name) / "saved", folder_of(scratch, name) / "saved.gguf"
     if name in MODELS:
         own = ["-c", CONVERT_MODEL, llama_cpp, llama_cpp / "convert_hf_to_gguf.py", saved, "--outtype", "f32"]
@@ -208,15 +208,15 @@ def convert(scratch: Path, name: str, llama_cpp: Path) -> dict:
     return {"tensors": tensors, "verdict": "converted", "error": None}
 
 
-def add_verdict(scratch: Path, name: str, program: str, known: dict) -> dict:
-    """`known` and whether the logits change as ours do; a verdict of None where the program saved no logits."""
+def add_verdict(scratch: Path, name: str, part: str, known: dict) -> dict:
+    """Adds the verdict to what is `known` of a part; it is None if the part has no logits."""
     row = {"verdict": None, "relative_error": None, "error": None} | known
-    if row["error"] is not None or not (folder_of(scratch, name) / f"{program}.npy").exists():
+    if row["error"] is not None or not (folder_of(scratch, name) / f"{part}.npy").exists():
         return row
     # the merged model is compared with the full one
     pair = (name, "full" if name == MERGED else base_of(name))
     logits = [
-        [np.load(folder_of(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", program)
+        [np.load(folder_of(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", part)
     ]
     expected, found = (with_it - without for with_it, without in logits)
     error, share = (float(np.linalg.norm(x) / np.linalg.norm(expected)) for x in (found - expected, found))
@@ -224,11 +224,11 @@ def add_verdict(scratch: Path, name: str, program: str, known: dict) -> dict:
     return row | {"verdict": verdict, "relative_error": float(f"{error:.1e}")}
 
 
-def difference_without_adapter(scratch: Path, program: str) -> float:
-    """The largest difference between the logits of the models there and here, relative to the largest logit."""
-    pairs = [[np.load(folder_of(scratch, name) / f"{side}.npy") for side in ("ours", program)] for name in BASES]
+def difference_without_adapter(scratch: Path, part: str) -> float:
+    """The largest difference between the base models' logits and ours, relative to the largest logit."""
+    pairs = [[np.load(folder_of(scratch, name) / f"{side}.npy") for side in ("ours", part)] for name in BASES]
     found = max(float(abs(other - own).max() / abs(own).max()) for own, other in pairs)
-    assert found < 1e-4, f"the logits of {program} differ by {found} without any adapter"
+    assert found < 1e-4, f"the logits of {part} differ by {found} without any adapter"
     return float(f"{found:.1e}")
 
 
@@ -241,7 +241,7 @@ def format_cell(row: dict, loaded: str = "") -> str:
 
 
 def run_elsewhere(python: str, function: str, scratch: Path) -> dict:
-    """Calls the function of that name in a process of its own, and returns what it returns."""
+    """Calls the function of this name in a process of its own, and returns its result."""
     code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({function}(Path(sys.argv[1]))))"
     done = subprocess.run([python, "-c", code, scratch], check=True, stdout=subprocess.PIPE, text=True, env=OFFLINE)
     return json.loads(done.stdout.splitlines()[-1])
@@ -261,9 +261,7 @@ def measure(scratch: Path, llama_cpp: Path, llama_python: str) -> dict:
         }
     return {
         "llama_cpp_python": in_llama["version"],
-        "difference_without_adapter": {
-            program: difference_without_adapter(scratch, program) for program in ("stock", "llama")
-        },
+        "difference_without_adapter": {part: difference_without_adapter(scratch, part) for part in ("stock", "llama")},
         "rows": rows,
     }
 

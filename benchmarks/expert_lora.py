@@ -1,10 +1,10 @@
-"""LoRA on routed experts: python -m benchmarks.expert_lora --out benchmarks/results/expert_lora.json
+"""Times LoRA on routed experts: python -m benchmarks.expert_lora --out benchmarks/results/expert_lora.json
 
-Two layers of experts at V2-Lite's widths in bfloat16 with LoRA (r = 16) on all routed experts take a training step of
-512 tokens, and decode one token with the adapter not merged. One side is this package, the other is stock peft on
-transformers' own class, with the same weights and adapters. Losses, gradients and logits are compared first, then both
-sides take turns. Memory is the peak of each side in a process of its own, minus what was resident before the step. The
-vocabulary is small, because lm_head would take most of the step and is the same on both sides.
+Two layers with experts of V2-Lite's widths in bfloat16 and LoRA (r = 16) on all routed experts, in this package and in
+stock peft on transformers' own class with the same weights and adapters: a training step of 512 tokens, and one decoded
+token without merging the adapter. Losses, gradients and logits are compared first, then both sides are timed in turn.
+Memory is the peak of each side in a process of its own, minus what was resident before the step. The vocabulary is
+small, since lm_head would otherwise dominate the step and is the same on both sides.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .train import SIDES, adapted, compared, peak, peak_elsewhere
 
 LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "vocab_size": 1024}
 LORA = LoraConfig(r=16, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-CACHED = 128  # tokens before the one that is decoded
+CACHED = 128  # tokens before the decoded one
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Routed experts in 16, 8 and 4 bits under LoRA: python -m benchmarks.packed_experts
+"""Measures LoRA on routed experts in 16, 8 and 4 bits: python -m benchmarks.packed_experts
 
-Two layers of experts at V2-Lite's widths with LoRA (r = 16) on all routed experts take a training step of 512 tokens.
-Measured are the bytes of the experts; the peak memory of a step above the weights, for each number of bits in a process
-of its own, where glibc returns freed blocks at once (by default it keeps up to 2 GB of them); and the seconds of steps
-taken in turn. Before that, the loss with packed experts is compared with the loss with the same experts unpacked. The
-last figure is the perplexity of a trained checkpoint, examples/pydoc-tiny, on its held-out text.
+Two layers with experts of V2-Lite's widths and LoRA (r = 16) on all routed experts take training steps of 512 tokens.
+The results are the bytes of the experts; the peak memory of a step above the weights, each in a process of its own in
+which glibc returns freed blocks at once (by default it keeps up to 2 GB); the seconds of a step, timed in turn; and the
+perplexity of the trained checkpoint examples/pydoc-tiny on its held-out text. The loss of packed experts is compared
+with that of the same experts unpacked.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .machine import alternated, described, report
 from .train import adapted, peak, step
 
 BITS = (16, 8, 4)
-RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
 PYDOC = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 
 
@@ -80,9 +80,7 @@ def main() -> None:
             "--tokens",
             str(options.tokens),
         ]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURN_FREED_BLOCKS
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURN_MEMORY)
         memory[bits] = int(done.stdout.splitlines()[-1])
     plain = build("ours", **LAYERS)
     models = {bits: build_adapted(bits, plain) for bits in BITS}

@@ -1,9 +1,9 @@
-"""What LoRA learns of a new text, and keeps of the old: python examples/finetune_lora.py
+"""Compares what LoRA learns and what it forgets with different targets: python examples/finetune_lora.py
 
-The checkpoint in examples/pydoc-tiny, which was trained on documentation, learns source with adapters on the
-projections of attention, then also on dense and shared MLPs, then also on routed experts. The last variant is trained
-by TRL's SFTTrainer as well. Held-out losses go to benchmarks/results/finetune.json, and with those of finetune_esft.py
-into a table and a plot.
+The small checkpoint of this repository knows documentation and learns source code. The adapters are on the projections
+of attention, then also on the dense and shared MLPs, then also on the routed experts; the last variant is trained by
+TRL's SFTTrainer too. Held-out losses are written to benchmarks/results/finetune.json, and shown with those of
+finetune_esft.py in a table and a plot.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ attention = partial(lora_config, target_modules=ATTENTION)
 routed = partial(lora_config, routed_experts=True)
 
 
-def train(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
+def train_with_trainer(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
     model = get_peft_model(model, adapter(model))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(**training_options(folder, options))
@@ -35,14 +35,14 @@ def train(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: 
     return model
 
 
-def train_by_trl(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
-    """Like `train`, plus a balance loss: TRL adds Mixtral's, with the factor `aux_loss_alpha` of our config.
+def train_with_trl(model: PreTrainedModel, texts: Texts, options: Namespace, *, adapter: Adapter) -> PeftModel:
+    """Trains by TRL, which adds a balance loss of its own, Mixtral's, with the factor `aux_loss_alpha` of our config.
 
     The model itself adds no balance loss while its router is frozen. `router_aux_loss_coef=0.0` in `SFTConfig` would
-    leave TRL's out.
+    turn TRL's loss off.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # SFTConfig would turn these two on; neither makes two cores faster
+        # by default, SFTConfig turns these two on; neither helps on two cores
         arguments = SFTConfig(
             **training_options(folder, options), max_length=WINDOW, bf16=False, gradient_checkpointing=False
         )
@@ -58,10 +58,10 @@ def train_by_trl(model: PreTrainedModel, texts: Texts, options: Namespace, *, ad
 
 
 VARIANTS = {
-    "LoRA on attention": partial(train, adapter=attention),
-    "LoRA, + dense and shared MLPs": partial(train, adapter=lora_config),
-    "LoRA, + routed experts": partial(train, adapter=routed),
-    "LoRA, + routed experts, by TRL": partial(train_by_trl, adapter=routed),
+    "LoRA on attention": partial(train_with_trainer, adapter=attention),
+    "LoRA, + dense and shared MLPs": partial(train_with_trainer, adapter=lora_config),
+    "LoRA, + routed experts": partial(train_with_trainer, adapter=routed),
+    "LoRA, + routed experts, by TRL": partial(train_with_trl, adapter=routed),
 }
 
 if __name__ == "__main__":

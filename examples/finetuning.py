@@ -1,7 +1,7 @@
-"""What the fine-tuning examples share: the text they learn, the losses they report, and the file of these losses.
+"""What the fine-tuning examples share: the text to learn, the losses, and the files that they are written to.
 
-The checkpoint in examples/pydoc-tiny was trained on documentation. Here it learns source, the modules of Python's
-standard library. It is evaluated on modules it never saw, and on the documentation held out when it was made.
+The checkpoint examples/pydoc-tiny has learned documentation. Here it learns source code, the modules of Python's
+standard library. It is evaluated on other modules and on the documentation that was held out when it was trained.
 """
 
 import json
@@ -34,22 +34,22 @@ from benchmarks.machine import described
 CHECKPOINT = Path(__file__).parent / "pydoc-tiny"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 BATCH = 8
-NUM_EVALUATED = 96  # windows of new text
+EVALUATED = 96  # windows of new text
 BEFORE = "before"
 
 
 class Texts(NamedTuple):
     training: Windows
-    new: Tensor  # [windows s]  source, of other modules
-    old: Tensor  # [windows s]  documentation, of other topics than the checkpoint was trained on
+    new: Tensor  # [windows s]  source code of other modules
+    old: Tensor  # [windows s]  documentation on topics that the checkpoint has not learned
 
 
-# takes the checkpoint in float32, and returns the trained model
+# takes the checkpoint in float32 and returns it fine-tuned
 Variant = Callable[[PreTrainedModel, Texts, Namespace], nn.Module]
 
 
 def split_modules() -> tuple[list[str], list[str]]:
-    """One-file modules of the standard library, as training and held-out text; the file's name alone decides which."""
+    """The standard library's single-file modules, split by their names into training and held-out text."""
     training, held_out = [], []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if path.stem in sys.stdlib_module_names:
@@ -65,8 +65,8 @@ def read_texts() -> Texts:
         Windows(tokens, torch.arange(0, len(tokens) - WINDOW + 1, WINDOW))
         for tokens in (encode(tokenizer, documents) for documents in (*split_modules(), topics))
     )
-    # few enough windows of the new text to be evaluated quickly, evenly spaced over all modules
-    return Texts(training, new.rows()[:: max(len(new) // NUM_EVALUATED, 1)][:NUM_EVALUATED], old.rows())
+    # a sample of all new modules, so that an evaluation takes seconds
+    return Texts(training, new.rows()[:: max(len(new) // EVALUATED, 1)][:EVALUATED], old.rows())
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def nats_per_token(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 def training_options(folder: str, options: Namespace) -> dict:
-    """Options of `TrainingArguments`, by which all variants see the same windows in the same order."""
+    """Options for any trainer's `TrainingArguments`, so that all variants see the same windows in the same order."""
     return {
         "output_dir": folder,
         "max_steps": options.steps,
@@ -98,10 +98,7 @@ def read_options(description: str, *, learning_rate: float) -> Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of finetune.json (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
-        "--learning-rate",
-        type=float,
-        default=learning_rate,
-        help="highest learning rate of the schedule (default: %(default)s)",
+        "--learning-rate", type=float, default=learning_rate, help="the highest of the schedule (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -126,9 +123,9 @@ def row_of(variant: Variant, texts: Texts, options: Namespace) -> dict[str, floa
 
 
 def compare(variants: dict[str, Variant], options: Namespace) -> None:
-    """Evaluates the checkpoint and all variants, writes that to finetune.json, then prints and plots the whole file.
+    """Evaluates the checkpoint and its variants, adds the results to finetune.json, and prints and plots that file.
 
-    What other programs have written to finetune.json stays.
+    Results of other programs in finetune.json are kept.
     """
     texts, rows = read_texts(), {}
     for name, variant in {BEFORE: lambda model, *_: model.requires_grad_(False), **variants}.items():
@@ -149,7 +146,7 @@ def compare(variants: dict[str, Variant], options: Namespace) -> None:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown, losses in nats per token."""
+    """Returns a Markdown table with losses in nats per token."""
     columns = (
         "what is trained",
         "trained parameters",
@@ -168,7 +165,7 @@ def table(rows: dict[str, dict]) -> str:
 
 def plot(rows: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    # hollow markers of different shapes, since variants with equal losses lie on one another
+    # markers are hollow and differ in shape, since points of similar variants overlap
     for (name, row), marker in zip(rows.items(), cycle("*os^vDPX<>")):
         place = row["old_nats_per_token"], row["new_nats_per_token"]
         axes.plot(*place, marker, markersize=10, markerfacecolor="none", markeredgewidth=1.5, label=name)
