@@ -87,7 +87,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def place(scratch: Path, name: str) -> Path:
+def folder_of(scratch: Path, name: str) -> Path:
     """The folder of a model or an adapter, with `saved`, `saved.gguf`, and the logits [s vocab] of each part."""
     return scratch / re.sub(r"\W+", "_", name)
 
@@ -97,7 +97,7 @@ def base_of(name: str) -> str:
     return name if name in MODELS else "lite" if name == "q_proj" else "full"
 
 
-def refused(error: str) -> dict:
+def refusal(error: str) -> dict:
     return {"verdict": "refused", "error": textwrap.shorten(error, 100, placeholder=" ...")}
 
 
@@ -108,7 +108,7 @@ def lora_tensors(folder: Path) -> set[str]:
     return {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" in name}
 
 
-def ours(scratch: Path) -> dict:
+def run_ours(scratch: Path) -> dict:
     """Saves all models, adapters and our logits."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -118,8 +118,8 @@ def ours(scratch: Path) -> dict:
     ids = torch.randint(3, 2000, (1, 24), generator=torch.Generator().manual_seed(5))
     np.save(scratch / "ids.npy", ids.numpy())
 
-    def keep(name: str, model: torch.nn.Module) -> None:
-        folder = place(scratch, name)
+    def save(name: str, model: torch.nn.Module) -> None:
+        folder = folder_of(scratch, name)
         model.save_pretrained(folder / "saved")
         np.save(folder / "ours.npy", model(input_ids=ids, use_cache=False).logits[0].detach().numpy())
         if name in MODELS:
@@ -128,9 +128,9 @@ def ours(scratch: Path) -> dict:
 
     for name, layers in BASES.items():
         torch.manual_seed(0)
-        keep(name, DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG | layers)).eval())
+        save(name, DeepseekV2ForCausalLM(DeepseekV2Config(**CONFIG | layers)).eval())
     for name in ADAPTERS:
-        model = DeepseekV2ForCausalLM.from_pretrained(place(scratch, base_of(name)) / "saved").eval()
+        model = DeepseekV2ForCausalLM.from_pretrained(folder_of(scratch, base_of(name)) / "saved").eval()
         torch.manual_seed(1)
         if name in ALONE:
             config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **ALONE[name])
@@ -140,13 +140,13 @@ def ours(scratch: Path) -> dict:
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        keep(name, model)
+        save(name, model)
         if name == ROUTED:
-            keep(MERGED, model.merge_and_unload())
+            save(MERGED, model.merge_and_unload())
     return {}
 
 
-def stock(scratch: Path) -> dict:
+def run_stock(scratch: Path) -> dict:
     """Saves the logits of transformers' own class with peft; returns the number of loaded tensors or the error."""
     import torch
     from peft import PeftModel
@@ -154,13 +154,13 @@ def stock(scratch: Path) -> dict:
 
     ids, found = torch.from_numpy(np.load(scratch / "ids.npy")), {}
     for name in [*MODELS, *ADAPTERS]:
-        folder = place(scratch, name)
-        model = DeepseekV2ForCausalLM.from_pretrained(place(scratch, base_of(name)) / "saved").eval()
+        folder = folder_of(scratch, name)
+        model = DeepseekV2ForCausalLM.from_pretrained(folder_of(scratch, base_of(name)) / "saved").eval()
         if name in ADAPTERS:
             try:
                 model = PeftModel.from_pretrained(model, folder / "saved").eval()
             except (ValueError, RuntimeError) as error:
-                found[name] = refused(f"{type(error).__name__}: {error}")
+                found[name] = refusal(f"{type(error).__name__}: {error}")
                 continue
             held = {key.replace(".default.", ".") for key, _ in model.named_parameters()}
             found[name] = {"landed": len(held & lora_tensors(folder / "saved"))}
@@ -169,13 +169,13 @@ def stock(scratch: Path) -> dict:
     return found
 
 
-def llama(scratch: Path) -> dict:
+def run_llama(scratch: Path) -> dict:
     """Saves llama.cpp's logits for all that was converted; returns its errors and version."""
     import llama_cpp
 
     ids, errors = np.load(scratch / "ids.npy")[0].tolist(), {}
     for name in [*MODELS, *ADAPTERS]:
-        file, adapter = place(scratch, base_of(name)) / "saved.gguf", place(scratch, name) / "saved.gguf"
+        file, adapter = folder_of(scratch, base_of(name)) / "saved.gguf", folder_of(scratch, name) / "saved.gguf"
         if not adapter.exists():
             continue
         # type 0 means a cache in float32
@@ -184,82 +184,84 @@ def llama(scratch: Path) -> dict:
             model = llama_cpp.Llama(str(file), lora_path=str(adapter) if name in ADAPTERS else None, **options)
             model.eval(ids)
         except (ValueError, RuntimeError) as error:
-            errors[name] = refused(f"{type(error).__name__}: {error}")
+            errors[name] = refusal(f"{type(error).__name__}: {error}")
             continue
-        np.save(place(scratch, name) / "llama.npy", model.scores[: len(ids)])
+        np.save(folder_of(scratch, name) / "llama.npy", model.scores[: len(ids)])
     return {"version": importlib.metadata.version("llama-cpp-python"), "errors": errors}
 
 
-def converted(scratch: Path, name: str, llama_cpp: Path) -> dict:
+def convert(scratch: Path, name: str, llama_cpp: Path) -> dict:
     """Runs llama.cpp's converter on a model or an adapter; returns the number of tensors or the error's last line."""
-    saved, out = place(scratch, name) / "saved", place(scratch, name) / "saved.gguf"
+    saved, out = folder_of(scratch, name) / "saved", folder_of(scratch, name) / "saved.gguf"
     if name in MODELS:
         own = ["-c", CONVERT_MODEL, llama_cpp, llama_cpp / "convert_hf_to_gguf.py", saved, "--outtype", "f32"]
     else:
-        own = [llama_cpp / "convert_lora_to_gguf.py", "--base", place(scratch, base_of(name)) / "saved", saved]
+        own = [llama_cpp / "convert_lora_to_gguf.py", "--base", folder_of(scratch, base_of(name)) / "saved", saved]
     command = [sys.executable, *own, "--outfile", out]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=OFFLINE)
     if done.returncode:
         assert name in ADAPTERS, done.stderr
         out.unlink(missing_ok=True)
-        return {"tensors": None} | refused(done.stderr.strip().splitlines()[-1])
+        return {"tensors": None} | refusal(done.stderr.strip().splitlines()[-1])
     # GGUF: magic, version, number of tensors
     _, _, tensors = struct.unpack("<4sIQ", out.read_bytes()[:16])
     return {"tensors": tensors, "verdict": "converted", "error": None}
 
 
-def judged(scratch: Path, name: str, part: str, known: dict) -> dict:
+def add_verdict(scratch: Path, name: str, part: str, known: dict) -> dict:
     """Adds the verdict to what is `known` of a part; it is None if the part has no logits."""
     row = {"verdict": None, "relative_error": None, "error": None} | known
-    if row["error"] is not None or not (place(scratch, name) / f"{part}.npy").exists():
+    if row["error"] is not None or not (folder_of(scratch, name) / f"{part}.npy").exists():
         return row
-    # a merged model is one of the adapters of the full one
+    # the merged model is compared with the full one
     pair = (name, "full" if name == MERGED else base_of(name))
-    logits = [[np.load(place(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", part)]
+    logits = [
+        [np.load(folder_of(scratch, x) / f"{side}.npy").astype("float64") for x in pair] for side in ("ours", part)
+    ]
     expected, found = (with_it - without for with_it, without in logits)
     error, share = (float(np.linalg.norm(x) / np.linalg.norm(expected)) for x in (found - expected, found))
     verdict = "equal" if error < 2e-2 else "no effect" if share < 1e-6 else "differs"
     return row | {"verdict": verdict, "relative_error": float(f"{error:.1e}")}
 
 
-def without_adapter(scratch: Path, part: str) -> float:
+def difference_without_adapter(scratch: Path, part: str) -> float:
     """The largest difference between the base models' logits and ours, relative to the largest logit."""
-    pairs = [[np.load(place(scratch, name) / f"{side}.npy") for side in ("ours", part)] for name in BASES]
+    pairs = [[np.load(folder_of(scratch, name) / f"{side}.npy") for side in ("ours", part)] for name in BASES]
     found = max(float(abs(other - own).max() / abs(own).max()) for own, other in pairs)
     assert found < 1e-4, f"the logits of {part} differ by {found} without any adapter"
     return float(f"{found:.1e}")
 
 
-def cell(row: dict, arrived: str = "") -> str:
+def format_cell(row: dict, loaded: str = "") -> str:
     if row["verdict"] == "refused":
         return f"refused: {row['error']}"
-    count = f"{row[arrived]} of {row['saved']}; " if row.get("saved") else ""
+    count = f"{row[loaded]} of {row['saved']}; " if row.get("saved") else ""
     error = f" ({row['relative_error']:.2g})" if row["verdict"] in ("equal", "differs") else ""
     return f"{count}{row['verdict'] or '-'}{error}"
 
 
-def run(python: str, part: str, scratch: Path) -> dict:
-    """Calls the function named `part` in a process of its own, and returns its result."""
-    code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({part}(Path(sys.argv[1]))))"
+def run_elsewhere(python: str, function: str, scratch: Path) -> dict:
+    """Calls the function of this name in a process of its own, and returns its result."""
+    code = f"import sys; from benchmarks.adapter_targets import *; print(json.dumps({function}(Path(sys.argv[1]))))"
     done = subprocess.run([python, "-c", code, scratch], check=True, stdout=subprocess.PIPE, text=True, env=OFFLINE)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(scratch: Path, llama_cpp: Path, llama_python: str) -> dict:
-    run(sys.executable, "ours", scratch)
-    in_stock, rows = run(sys.executable, "stock", scratch), {}
-    converters = {name: converted(scratch, name, llama_cpp) for name in [*MODELS, *ADAPTERS]}
-    in_llama = run(llama_python, "llama", scratch)
+    run_elsewhere(sys.executable, "run_ours", scratch)
+    in_stock, rows = run_elsewhere(sys.executable, "run_stock", scratch), {}
+    converters = {name: convert(scratch, name, llama_cpp) for name in [*MODELS, *ADAPTERS]}
+    in_llama = run_elsewhere(llama_python, "run_llama", scratch)
     for name in [*ADAPTERS, MERGED]:
-        saved = len(lora_tensors(place(scratch, name) / "saved")) if name in ADAPTERS else None
+        saved = len(lora_tensors(folder_of(scratch, name) / "saved")) if name in ADAPTERS else None
         rows[name] = {
-            "stock": {"landed": None, "saved": saved} | judged(scratch, name, "stock", in_stock.get(name, {})),
+            "stock": {"landed": None, "saved": saved} | add_verdict(scratch, name, "stock", in_stock.get(name, {})),
             "converter": converters[name] | {"saved": saved},
-            "llama_cpp": judged(scratch, name, "llama", in_llama["errors"].get(name, {})),
+            "llama_cpp": add_verdict(scratch, name, "llama", in_llama["errors"].get(name, {})),
         }
     return {
         "llama_cpp_python": in_llama["version"],
-        "difference_without_adapter": {part: without_adapter(scratch, part) for part in ("stock", "llama")},
+        "difference_without_adapter": {part: difference_without_adapter(scratch, part) for part in ("stock", "llama")},
         "rows": rows,
     }
 
@@ -277,7 +279,11 @@ def main() -> None:
     result = described("python -m benchmarks.adapter_targets") | {"peft": importlib.metadata.version("peft")} | result
     print("| target | stock transformers and peft | converter of llama.cpp | llama.cpp |\n|---|---|---|---|")
     for name, row in result["rows"].items():
-        cells = (cell(row["stock"], "landed"), cell(row["converter"], "tensors"), cell(row["llama_cpp"]))
+        cells = (
+            format_cell(row["stock"], "landed"),
+            format_cell(row["converter"], "tensors"),
+            format_cell(row["llama_cpp"]),
+        )
         print(f"| {name} | {' | '.join(cells)} |")
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -29,14 +29,14 @@ CACHED = 128  # tokens before the decoded one
 
 
 @torch.no_grad()
-def decoded(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
+def decode(model: nn.Module, cache: DynamicCache) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([[17]]), **{CACHE: cache}).logits
     cache.crop(-1)
     return logits
 
 
 @torch.no_grad()
-def read(model: nn.Module, cache: DynamicCache) -> DynamicCache:
+def prefill(model: nn.Module, cache: DynamicCache) -> DynamicCache:
     model(input_ids=torch.arange(CACHED)[None], **{CACHE: cache})
     return cache
 
@@ -55,12 +55,12 @@ def main() -> None:
     ours = build("ours", **LAYERS)
     models = {"native": adapted(build("native", weights=ours, **LAYERS), LORA), "ours": adapted(ours, LORA)}
     agreement, training = compared(models, options.tokens, options.repetitions)
-    caches = {"native": read(models["native"].eval(), DynamicCache())}
-    caches["ours"] = read(models["ours"].eval(), LatentCache(ours.config))
-    logits = [decoded(models[side], caches[side]).float() for side in SIDES]
+    caches = {"native": prefill(models["native"].eval(), DynamicCache())}
+    caches["ours"] = prefill(models["ours"].eval(), LatentCache(ours.config))
+    logits = [decode(models[side], caches[side]).float() for side in SIDES]
     difference = ((logits[0] - logits[1]).norm() / logits[0].norm()).item()
     assert difference < 0.05, f"logits differ by {difference}"
-    turns = {side: lambda side=side: decoded(models[side], caches[side]) for side in SIDES}
+    turns = {side: lambda side=side: decode(models[side], caches[side]) for side in SIDES}
     decoding = {name: statistics.median(x) for name, x in alternated(turns, 10 * options.repetitions).items()}
     result = described("python -m benchmarks.expert_lora") | {
         "model": f"2 layers of V2-Lite's experts, bfloat16, LoRA r=16 on all routed experts, {options.tokens} tokens",

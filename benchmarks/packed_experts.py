@@ -33,7 +33,7 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4194304"}
 PYDOC = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
 
 
-def built(bits: int, weights: nn.Module | None = None) -> nn.Module:
+def build_adapted(bits: int, weights: nn.Module | None = None) -> nn.Module:
     model = build("ours", **LAYERS) if weights is None else twin(weights)
     if bits < 16:
         pack_experts(model, bits)
@@ -41,12 +41,12 @@ def built(bits: int, weights: nn.Module | None = None) -> nn.Module:
 
 
 def bytes_of_experts(model: nn.Module) -> int:
-    kept = {}
+    storages = {}
     for module in model.modules():
         if isinstance(module, DeepseekV2Experts):
             tensors = (*module.parameters(), *module.buffers())
-            kept |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(kept.values())
+            storages |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def perplexities() -> dict[int, float]:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--here", type=int, choices=BITS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(peak(built(options.here), options.tokens))
+        print(peak(build_adapted(options.here), options.tokens))
         return
     memory = {}
     for bits in BITS:
@@ -84,10 +84,10 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | RETURN_MEMORY)
         memory[bits] = int(done.stdout.splitlines()[-1])
     plain = build("ours", **LAYERS)
-    models = {bits: built(bits, plain) for bits in BITS}
+    models = {bits: build_adapted(bits, plain) for bits in BITS}
     losses = {bits: step(model, options.tokens) for bits, model in models.items()}
     for bits in (8, 4):
-        rounded = built(bits, plain)
+        rounded = build_adapted(bits, plain)
         unpack_experts(rounded)
         expected = step(rounded, options.tokens)
         assert abs(losses[bits] - expected) < 2e-3 * expected, (bits, losses[bits], expected)

@@ -147,7 +147,15 @@ def compare(variants: dict[str, Variant], options: Namespace) -> None:
 
 def table(rows: dict[str, dict]) -> str:
     """Returns a Markdown table with losses in nats per token."""
-    lines = ["| what learns | parameters of it | learning rate | source | documentation | seconds |", "|" + "---|" * 6]
+    columns = (
+        "what is trained",
+        "trained parameters",
+        "learning rate",
+        "loss on source",
+        "loss on documentation",
+        "seconds",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
         losses = f"{row['new_nats_per_token']:.3f} | {row['old_nats_per_token']:.3f}"
         rate = f"{row['learning_rate']:g}" if row["trainable_parameters"] else ""

@@ -1,7 +1,8 @@
-"""LoRA on the stacked weights of routed experts, computed beside their products: no weight with an adapter is made.
+"""LoRA on the stacked weights of routed experts, computed beside their products and never added to the weights.
 
-peft wraps a parameter of experts in a `ParamWrapper`, one around the other, and adds every adapter to all experts'
-weights at each call. Here the wrappers are read and their factors applied to the tokens, as for any linear layer.
+peft wraps each parameter of the experts in a `ParamWrapper`, one around the other, and adds every adapter to the
+weights of all experts at each call. Here the factors are read from the wrappers and multiplied by the tokens, as for
+any linear layer.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ..compat.peft import Adapter, acting_adapters, is_lora_parameter, stacked_f
 from .products import Product, grouped_product
 from .routed import DeepseekV2Experts
 
-# torch's grouped products take rows of a multiple of 16 bytes
+# torch's grouped products take rows whose size is a multiple of 16 bytes
 RANK_MULTIPLE = 8
 
 
@@ -51,7 +52,7 @@ def with_adapters(experts: nn.Module) -> Callable[..., Tensor]:
             "model with a device_map that offloads none."
         )
     weights = inner.weights
-    # calling offloaded experts would fetch the weights without the adapters, however they are multiplied
+    # offloaded experts go this way under every implementation: to call them would fetch weights without the adapters
     if factors and (is_offloaded(inner) or weights.allows_adapters):
         return partial(weights.forward_with, _product_with(weights.product, factors, weights.dtype))
     if weights.why_no_adapters is not None:
@@ -98,7 +99,7 @@ def _product_by_groups(x: Tensor, all_factors: list[Factors], ends: Tensor) -> T
     a = torch.cat([one.a for one in all_factors], dim=1)
     b = torch.cat([one.b * one.scaling for one in all_factors], dim=2)
     missing = -a.shape[1] % RANK_MULTIPLE
-    # in 16 bits, inductor lays B out as torch's grouped products refuse it; in float32 transformers has another way
+    # in 16 bits, inductor gives b a layout that torch's grouped products refuse; in float32 there is a fallback
     dtype = torch.float32 if torch.compiler.is_compiling() else x.dtype
     a, b = F.pad(a, (0, 0, 0, missing)).to(dtype), F.pad(b, (0, missing)).to(dtype)
     return grouped_product(grouped_product(x.to(dtype), a, ends), b, ends).to(x.dtype)

@@ -1,6 +1,6 @@
 """The balance losses of training, which keep experts, devices and the traffic between devices evenly loaded.
 
-Experts lie on devices in their order, as the groups of device-limited routing do.
+Each device holds consecutive experts, which are one group of device-limited routing.
 
 Letters: b batch, s tokens of a sequence, e routed experts, k experts per token, D devices, M devices per token.
 """
@@ -24,7 +24,7 @@ class BalanceLosses(NamedTuple):
     communication: Tensor  # []
 
     def weighted_sum(self, config: DeepseekV2Config) -> Tensor:
-        """The losses times their factors of the config, added up."""
+        """The sum of the losses, each times its factor in the config."""
         factors = (config.aux_loss_alpha, config.device_aux_loss_alpha, config.communication_aux_loss_alpha)
         return sum(factor * loss for factor, loss in zip(factors, self))
 
@@ -38,7 +38,7 @@ def balance_losses(
     devices_per_token: int,
     sequence_wise: bool,
 ) -> BalanceLosses:
-    """Sums of load times mean score over experts, over devices, and over the devices that tokens are sent to.
+    """Sums of load times mean score: over experts, over devices, and over devices by the tokens sent to them.
 
     Loads count choices and carry no gradient. The losses are computed over all tokens at once, or for each sequence
     and then averaged (`seq_aux` of the release).

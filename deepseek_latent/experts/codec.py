@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 64  # elements of a row that share a scale, or as many of these as divide its width
-_INTEGER_OF_PAIR = {2: torch.int32, 4: torch.int64}  # by the bytes of one element
+GROUP = 64  # elements of a row that share a scale; if it does not divide the width, their greatest common divisor
+_INTEGER_OF_PAIR = {2: torch.int32, 4: torch.int64}  # an integer as wide as two elements, by the bytes of one
 
 
 def _normal_float() -> Tensor:
@@ -63,8 +63,8 @@ class Packed(NamedTuple):
 def pack(weight: Tensor, bits: int, group: int | None = GROUP) -> Packed:
     """A weight [.. out in], each element rounded to the nearest value that its group's scale allows.
 
-    A group has `group` elements, or the greatest divisor of both that and the row; None makes one group of a row. Its
-    scale is that of its greatest magnitude.
+    A group has `group` elements, or the greatest common divisor of that and the width of a row; None makes each row one
+    group. The scale of a group is its greatest magnitude divided by the greatest value of a code.
     """
     width = weight.shape[-1]
     group = width if group is None else math.gcd(width, group)
@@ -79,9 +79,9 @@ def pack(weight: Tensor, bits: int, group: int | None = GROUP) -> Packed:
 
 def _pack_matrix(weight: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor) -> None:
     groups = torch.unflatten(weight, -1, (-1, group)).float()
-    most = 127 if bits == 8 else 1
+    max_value = 127 if bits == 8 else 1
     # the scale is rounded before the codes are computed, so that these compensate for its rounding
-    scales.copy_(groups.abs().amax(dim=-1) / most)
+    scales.copy_(groups.abs().amax(dim=-1) / max_value)
     scaled = groups / torch.where(scales == 0, 1, scales.float())[..., None]
     if bits == 8:
         codes.copy_(scaled.round_().clamp_(-127, 127).flatten(-2))

@@ -16,7 +16,7 @@ class TokenDropping(NamedTuple):
     """Which tokens of a training step may lose choices, so that no device computes more than its capacity.
 
     is_token   [m]  bool, False at padding, which uses no capacity
-    is_exempt  [m]  bool, True in the sequences of which nothing is dropped
+    is_exempt  [m]  bool, True in sequences that keep all their choices
     """
 
     is_token: Tensor
@@ -47,7 +47,7 @@ def token_dropping(
     attention_mask: Tensor | None,  # [b t], 0 at padding
     inputs_embeds: Tensor,  # [b s d]
 ) -> TokenDropping | None:
-    """For one forward pass in training; None where the config asks for none. Draws the exempt sequences anew."""
+    """The dropping of one forward pass in training, with newly drawn exempt sequences; None if the config has none."""
     if config.device_capacity_factor is None:
         return None
     (b, s, _), device = inputs_embeds.shape, inputs_embeds.device

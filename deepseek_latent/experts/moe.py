@@ -1,4 +1,4 @@
-"""DeepSeekMoE: many narrow routed experts of which each token sees a few, and a shared expert for all tokens.
+"""DeepSeekMoE: many narrow routed experts, a few for each token, and a shared expert for all tokens.
 
 Letters: b batch, s tokens, d model width, k experts per token.
 """
@@ -16,8 +16,8 @@ from .dropping import TokenDropping
 from .routed import DeepseekV2Experts
 from .router import DeepseekV2MoEGate
 
-# routed rows (tokens x k) that pass through the experts at once where no gradient is wanted; a GPU reads all experts
-# anew for each block, and has more to do in one
+# without gradients, at most this many rows (tokens times k) pass through the experts at once; more off the CPU, since a
+# GPU reads all experts again for each block, and needs larger blocks to be busy
 ROWS_PER_BLOCK = 1 << 14
 ROWS_PER_BLOCK_OFF_CPU = 1 << 16
 
@@ -65,7 +65,7 @@ class DeepseekV2MoE(nn.Module):
         inner = getattr(self.experts, "get_base_layer", lambda: None)() if is_wrapped else self.experts
         if isinstance(inner, DeepseekV2Experts) and not tokens.is_meta:
             inner.check_loaded()
-        # adapters are computed beside weights that are read here, not only by the experts' own forward
+        # products with adapters read the weights here, and not only in the experts' own forward
         with weights_here(self.experts) if is_wrapped else nullcontext():
             multiply = with_adapters(self.experts)
             if torch.is_grad_enabled() or torch.jit.is_tracing() or tokens.shape[0] <= per_block:

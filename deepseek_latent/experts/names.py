@@ -1,4 +1,4 @@
-"""The names of routed experts: in files one matrix per expert and projection, in the model two stacked weights.
+"""The names of routed experts: files hold one matrix per expert and projection, the model two stacked weights.
 
 Letters: e routed experts, d model width, f width of one expert.
 """
@@ -26,7 +26,7 @@ def name_of_expert(expert: int, projection: str) -> str:
 
 
 def find_expert(name: str) -> tuple[int, str] | None:
-    """The expert and the projection that `name_of_expert` made a name of; None for any other name."""
+    """The inverse of `name_of_expert`: the expert and the projection, or None for any other name."""
     found = _WEIGHT_OF_EXPERT.fullmatch(name)
     return None if found is None else (int(found["expert"]), f"{found['projection']}_proj")
 
@@ -43,7 +43,7 @@ def split_projections(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def shapes_in_files(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """By its name in files, the shape of each tensor that the model's parameter `name` of this shape becomes there."""
+    """The names and shapes of the tensors in files that hold the model's parameter `name` of this shape."""
     stacked = _STACKED_WEIGHT.fullmatch(name)
     if stacked is None:
         return {name: shape}
@@ -90,7 +90,7 @@ class ExpertConverter(CheckedConverter):
 
 
 def missing_in_files(name: str, failed_conversion: str | None) -> str:
-    """Says that a parameter is missing, or why its experts could not be stacked."""
+    """A message that a parameter is missing, or why its experts could not be stacked."""
     if failed_conversion is None:
         return f"{pattern_in_files(name)} is missing"
     return f"{pattern_in_files(name)} cannot be merged ({reason_of(failed_conversion)})"

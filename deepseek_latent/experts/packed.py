@@ -30,8 +30,8 @@ EXPERTS_UNPACKED_AT_ONCE = 4
 class StandIn(nn.Parameter):
     """A parameter in the place of a packed weight: it has the weight's shape and no memory of its own.
 
-    Its dtype is uint8, so that an accidental product fails. peft, which merges adapters into `data`, finds the experts
-    unpacked there.
+    Its dtype is uint8, so that an accidental product fails. Reading `data` unpacks the experts, since peft merges
+    adapters into it.
     """
 
     def __new__(cls, experts: "DeepseekV2Experts", weight_name: str, shape: torch.Size, device: torch.device):
@@ -171,7 +171,7 @@ class _PackedProduct(torch.autograd.Function):
 
 
 def _unpacked_where_needed(packed: Packed, ends: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each few experts that have rows: the slice of rows, their weights [g out in], each one's end offset [g]."""
+    """Yields, for a few experts with rows at a time: the slice of rows, the weights [g out in], the end offsets [g]."""
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     with_rows = [expert for expert, count in enumerate(counts) if count]
     start = 0

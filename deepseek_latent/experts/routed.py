@@ -18,8 +18,8 @@ from .names import STACKED, find_expert, split_projections, stacked_name
 from .weights import ExpertWeights, StackedWeights
 
 WEIGHTS_MISSING = (
-    "expected the weights of all routed experts, and none came; accelerate's load_checkpoint functions drop what files "
-    "have for each expert, so load the model by from_pretrained(folder, device_map=...)."
+    "expected the weights of all routed experts, and none were loaded; accelerate's load_checkpoint functions drop the "
+    "matrices that files hold for each expert, so load the model with from_pretrained(folder, device_map=...)."
 )
 
 
@@ -27,7 +27,7 @@ WEIGHTS_MISSING = (
 class StackedExperts(nn.Module):
     """All routed experts of a layer in two parameters, gate_up_proj [e 2f d] (gate rows first) and down_proj [e d f].
 
-    `experts_implementation` names how transformers multiplies them; `forward` here is "eager", which states it plainly.
+    `experts_implementation` names how transformers multiplies them; `forward` is "eager", the plainest implementation.
     """
 
     def __init__(self, config: DeepseekV2Config):
@@ -54,7 +54,7 @@ class StackedExperts(nn.Module):
 
 
 class DeepseekV2Experts(StackedExperts):
-    """Routed experts whose `weights` say how they are stored and multiplied: stacked at first."""
+    """Routed experts whose `weights` decide how they are stored and multiplied; at first they are stacked."""
 
     def __init__(self, config: DeepseekV2Config):
         super().__init__(config)
@@ -80,7 +80,7 @@ class DeepseekV2Experts(StackedExperts):
         return super().forward(*routed)
 
     def check_loaded(self) -> None:
-        """Raises ValueError where the weights never came, and torch's products on a CPU would read any memory."""
+        """Raises ValueError if the weights were never loaded; torch's products on a CPU would read arbitrary memory."""
         if lacks_weights(self, STACKED):
             raise ValueError(WEIGHTS_MISSING)
 
@@ -110,12 +110,13 @@ class DeepseekV2Experts(StackedExperts):
 
         Trainer hands a saved checkpoint to `load_state_dict` when it resumes, and ignores names that are unknown.
         """
-        # experts with an adapter on them are wrapped, so that its weights do not come here
+        # an adapter that was put on the experts wraps them, and its weights are loaded by the wrapper
         dropped = next((key for key in state_dict if key.startswith(prefix) and ".lora_" in key), None)
         if dropped is not None:
             raise ValueError(
-                f"this adapter is on routed experts ({dropped}), which its config does not name, so peft would drop it "
-                "without a word; if it has experts one by one, make a copy: deepseek-latent convert adapter SRC OUT."
+                f"this adapter has weights for routed experts ({dropped}) that its config does not name, so peft would "
+                "drop them silently; if it has one matrix per expert, make a copy with stacked ones by deepseek-latent "
+                "convert adapter SRC OUT."
             )
         # a shard may hold some of the experts, and then the others keep their stacked weights
         self._weights.sync()
@@ -125,7 +126,7 @@ class DeepseekV2Experts(StackedExperts):
         self._weights.after_load({key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)})
 
     def _stack(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Puts stacked weights in the place of experts one by one."""
+        """Replaces the matrices of single experts in `state_dict` by stacked weights."""
         stacked: dict[str, Tensor] = {}
         for key in [key for key in state_dict if key.startswith(prefix)]:
             found = find_expert(key.removeprefix(prefix))
@@ -153,7 +154,7 @@ def check_plain(experts: nn.Module) -> None:
     if not experts.weights.is_plain:
         raise ValueError(
             "expected plain routed experts, and they are sharded, quantized, offloaded or watched by hooks; load the "
-            "model as it is, on one device."
+            "model without that, on one device."
         )
 
 

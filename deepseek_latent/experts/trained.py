@@ -1,4 +1,4 @@
-"""Routed experts of which some are trained, as expert-specialized fine-tuning does it; only these get gradients.
+"""Trains some routed experts and freezes the others, as expert-specialized fine-tuning does.
 
 Letters: n trained experts of a layer, d model width, f width of one expert.
 """
@@ -20,22 +20,22 @@ TRAINED = tuple(f"trained_{name}" for name in STACKED)
 
 
 class TrainedWeights(StackedWeights):
-    """Stacked weights of which some experts are trained and the others frozen.
+    """Stacked weights in which some experts are trained and the others are frozen.
 
-    The module of the experts gets two parameters more, in float32, which the optimizer sees:
+    The module of the experts gets two more parameters, in float32, for the optimizer:
 
     trained_gate_up_proj  [n 2f d]
     trained_down_proj     [n d f]
 
-    The stacked weights of all experts follow at each call, rounded to their dtype. So generating, saving and converting
-    see the trained model, and `state_dict` is that of a model without these parameters.
+    At each call these are copied into the stacked weights, rounded to their dtype. So generating, saving and converting
+    use the trained model, and `state_dict` is that of a model without these parameters.
     """
 
     name = "in training by ESFT"
     way_back = "finish_training(model)"
     why_no_adapters = (
-        "experts take no adapters while they are in training by ESFT; end that with finish_training(model), with or "
-        "without the adapters."
+        "experts take no adapters while they are in training by ESFT; end the training with finish_training(model), "
+        "where adapters may stay attached."
     )
     unsaved = TRAINED
     is_plain = False
@@ -44,7 +44,7 @@ class TrainedWeights(StackedWeights):
 
     def __init__(self, trained: Sequence[int]):
         self.trained = [*trained]
-        # of each trained parameter, as it was when it was last written: its version and a sample
+        # the version and a sample of each trained parameter when it was last copied into the stacked weights
         self.written: list[tuple[int | None, Tensor]] = []
 
     def take_over(self) -> None:
@@ -66,13 +66,13 @@ class TrainedWeights(StackedWeights):
 
     def sync(self) -> None:
         for name, parameter in zip(STACKED, self.parameters):
-            # `data`, because autograd would find the weight changed between two passes and their gradients
+            # through `data`, because autograd refuses weights that change between a forward pass and its backward pass
             stacked = getattr(self.experts, name).data
             stacked[self.trained] = parameter.detach().to(stacked.dtype)
         self.written = [(version_of(x), _sample(x).clone()) for x in self.parameters]
 
     def _is_synced(self) -> bool:
-        # fused optimizers and writes through `data` raise no version
+        # fused optimizers and writes through `data` leave the version as it is
         return len(self.written) > 0 and all(
             version_of(x) == version and torch.equal(_sample(x), sample)
             for x, (version, sample) in zip(self.parameters, self.written)
@@ -90,7 +90,7 @@ class TrainedWeights(StackedWeights):
 
     def after_load(self, loaded: set[str]) -> None:
         for name, parameter in zip(STACKED, self.parameters):
-            # where other weights were loaded, the trained ones keep what 16 bits would round
+            # if this weight was not loaded, the parameter keeps the digits that the stacked weight has rounded away
             if name in loaded:
                 with torch.no_grad():
                     parameter.copy_(getattr(self.experts, name)[self.trained])

@@ -33,7 +33,7 @@ class StoredExperts(NamedTuple):
 
 
 class ExpertOperators(Protocol):
-    """What computes with stored experts in the place of torch; each function gives None where it cannot."""
+    """Functions that multiply stored experts instead of torch; each returns None where it cannot."""
 
     @staticmethod
     def product(weights: "ExpertWeights", x: Tensor, name: str, ends: Tensor) -> Tensor | None: ...
@@ -77,16 +77,16 @@ class ExpertWeights:
 
     @contextmanager
     def kept_from_casts(self) -> Iterator[None]:
-        """Inside, `.to()` and its kin may go through the tensors of the experts."""
+        """Inside, the experts have only tensors that `.to()` and similar calls may convert."""
         yield
 
     def after_save(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Makes the tensors of `self.experts` in a state dict, after `prefix`, what files should hold."""
+        """Changes the entries of a state dict that start with `prefix`, those of the experts, to what files hold."""
         for name in self.unsaved:
             del state_dict[prefix + name]
 
     def after_load(self, loaded: set[str]) -> None:
-        """Follows the stacked weights that a state dict of these names has changed."""
+        """Takes over the stacked weights after a state dict with these names was loaded into them."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,7 +95,7 @@ class ExpertWeights:
 
     @property
     def is_plain(self) -> bool:
-        """Whether these are stacked weights, all of them in memory, that nothing watches or replaces."""
+        """Whether these are stacked weights, all of them in memory, with neither hooks nor a replaced `forward`."""
         return False
 
     @property
@@ -131,7 +131,7 @@ class ExpertWeights:
         return self.plain_forward(*routed) if total is None else total
 
     def forward_with(self, product: Product, *routed: Tensor) -> Tensor:
-        """What `forward` gives, with `product` for the matrix products."""
+        """The result of `forward`, computed with `product` for the matrix products."""
         return routed_sum(product, self.experts.act_fn, *routed, num_experts=self.experts.num_experts)
 
 

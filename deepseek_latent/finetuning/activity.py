@@ -1,4 +1,4 @@
-"""What the routers of a model choose on a text: how often each expert, how evenly, and how unlike another text.
+"""What the routers of a model choose on a text: how often each expert, how evenly, how far from another text.
 
 Letters: l layers with experts, m tokens, e routed experts, k experts per token, D devices (groups of experts).
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..experts.dropping import padding_mask_as_bool
 from ..modeling_deepseek_v2 import DeepseekV2Model, moe_layers
 
-WINDOW = 1024  # tokens that are read at a time
+WINDOW = 1024  # tokens per forward pass
 
 
 class RouterCounts:
@@ -121,7 +121,7 @@ class Activity(NamedTuple):
         return (self.shares == 0).sum(dim=1)
 
     def distance(self, other: "Activity") -> Tensor:
-        """[l]: the share of choices that falls on other experts there (total variation); 0 is equal, 1 is disjoint."""
+        """[l]: the total variation between the shares here and in `other`; 0 is equal, 1 means no expert in both."""
         return (self.shares - other.shares).abs().sum(dim=1) / 2
 
 
@@ -133,8 +133,8 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     """
     counts = RouterCounts(model)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
-        came = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"expected token ids as a tensor [b s] of at least one token, got {came}.")
+        given = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"expected token ids as a tensor [b s] of at least one token, got {given}.")
     was_training = model.training
     model.eval()
     try:

@@ -25,7 +25,7 @@ def train_experts(model: PreTrainedModel, selection: ExpertSelection) -> None:
     """Lets gradients reach what `selection` names, and nothing else of `model`.
 
     Then train as usual. Saving the model gives a checkpoint in the official layout at any time, `save_experts` writes
-    what was trained alone, and `finish_training` ends the training.
+    only what was trained, and `finish_training` ends the training.
 
     Raises:
         ValueError: before anything is changed, where nothing is selected, layers or experts do not exist, or experts
@@ -68,7 +68,7 @@ def _set_requires_grad(module: nn.Module, requires_grad: bool) -> None:
 
 
 def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str | Path) -> None:
-    """Writes what was trained, by its names in checkpoints, and expert_cfg.json: DeepSeek's ESFT adapters.
+    """Writes the trained weights, under their names in checkpoints, and expert_cfg.json: the files of DeepSeek's ESFT.
 
     `model` may be in training or finished. `load_experts` and DeepSeek's own code put the experts back into the model
     they came from. Raises ValueError for a folder that holds a checkpoint, and for a selection of other experts than
@@ -76,12 +76,14 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
-        raise ValueError(f"expected a folder for the trained experts alone, got {folder}, which holds a checkpoint.")
+        raise ValueError(
+            f"expected a folder for nothing but the trained experts, got {folder}, which holds a checkpoint."
+        )
     layers = _moe_layers_without_adapters(model)
     _check_selection(selection, layers)
     _check_holds_weights(layers)
     _check_is_in_training(selection, layers, model)
-    # DeepSeek's code asks for every layer
+    # DeepSeek's code expects every layer
     selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone() for name, tensor in _selected(model, selection).items()}
@@ -110,7 +112,7 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
         try:
             tensors = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is cut off or no safetensors file ({error}); copy it anew.") from error
+            raise ValueError(f"{file} is cut off or not a safetensors file ({error}); copy it again.") from error
         # DeepSeek's code names tensors from the model with its head, or from the backbone
         loaded |= {name if name in own else f"model.{name}": tensor for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
@@ -185,18 +187,18 @@ def _check_is_in_training(selection: ExpertSelection, layers: dict[int, Deepseek
         trained, given = sorted(training.get(layer, [])), sorted(selection.experts.get(layer, []))
         if trained != given:
             raise ValueError(
-                f"expected the selection that is in training, of layer {layer} experts {trained}, got {given}."
+                f"expected the selection that is in training, with experts {trained} in layer {layer}, got {given}."
             )
     for part in ("shared_experts", "non_expert_modules"):
         only_part = ExpertSelection({}, **{part: True})
         parameters = [x for name, x in model.named_parameters() if _is_selected(name, only_part)]
         if getattr(selection, part) and parameters and not any(x.requires_grad for x in parameters):
-            raise ValueError(f"expected the selection that is in training, and {part}, which it names, are frozen.")
+            raise ValueError(f"expected the selection that is in training, got one with {part}, which are frozen.")
 
 
 def _check_holds_weights(layers: dict[int, DeepseekV2MoE]) -> None:
     """Refuses experts without stacked weights in memory, such as packed ones."""
     for moe in layers.values():
-        # a packed weight is one number that looks like all of it
+        # the stand-in of a packed weight is a single number, expanded to the shape of the weight
         if not moe.experts.down_proj.is_contiguous():
             raise not_stacked(moe.experts.weights)

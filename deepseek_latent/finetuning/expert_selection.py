@@ -12,7 +12,7 @@ from pathlib import Path
 from .activity import Activity
 
 CONFIG_FILE = "expert_cfg.json"
-# those of the paper, by the way experts are scored
+# the paper's thresholds, by the score of `expert_scores`
 THRESHOLDS = {"token": 0.2, "gate": 0.1}
 
 
@@ -37,7 +37,7 @@ class ExpertSelection:
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertSelection":
-        """Reads an expert_cfg.json, or the one in the folder `path`; ValueError where it is missing or holds else."""
+        """Reads an expert_cfg.json, or the one in the folder `path`. Raises ValueError if there is no valid one."""
         path = Path(path)
         path = path / CONFIG_FILE if path.is_dir() else path
         if not path.is_file():
@@ -64,7 +64,7 @@ class ExpertSelection:
 
 
 def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float]]:
-    """By layer, how much a text uses each expert, from `activity_of(model, ids)`.
+    """How much a text uses each expert, by layer, from `activity_of(model, ids)`.
 
     "token" scores by the share of choices, which adds up to 1; "gate" by the mean gate value. Source: paper 3.2.
     """
@@ -76,7 +76,7 @@ def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float
 def select_experts(scores: Mapping[int, Sequence[float]], threshold: float) -> dict[int, list[int]]:
     """The best experts of each layer, best first, until their scores add up to `threshold`.
 
-    `THRESHOLDS` holds those of the paper. Source: paper 3.3.
+    `THRESHOLDS` has the thresholds of the paper. Source: paper 3.3.
     """
     if not isinstance(scores, Mapping):
         raise TypeError(f"expected scores by layer, from expert_scores(activity), got {type(scores).__name__}.")

@@ -20,8 +20,8 @@ def lora_config(
     With `routed_experts` it also targets these, at rank max(r // experts per token, 1), since that many experts act on
     a token. `lora_alpha` is 2 r unless given, and every module has the scaling lora_alpha / r. `options` are those of
     `LoraConfig`, such as `lora_dropout` or `use_dora`, which peft has for linear layers only. peft warns that the
-    patterns of routed experts did not match; they do. Where this package is not imported, peft leaves dense and shared
-    MLPs out of a saved adapter: merge it first.
+    patterns of routed experts did not match; they do. Where this package is not imported, peft drops dense and shared
+    MLPs from a saved adapter, so merge the adapter first.
 
     Raises:
         ValueError: for a rank below 1, and for routed experts where no layer has any, or with options that peft does

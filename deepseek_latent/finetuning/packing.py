@@ -1,4 +1,4 @@
-"""Packs the routed experts of a model in 8 or 4 bits, and makes stacked weights of them again."""
+"""Packs the routed experts of a model in 8 or 4 bits, and unpacks them to stacked weights."""
 
 from transformers import PreTrainedModel
 
@@ -28,14 +28,18 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
         # adapters may be wrapped around the experts
         experts, *copies = [module for module in moe.modules() if isinstance(module, DeepseekV2Experts)]
         if copies:
-            raise ValueError("expected experts that are frozen, and peft trains a copy of them (modules_to_save).")
+            raise ValueError(
+                "expected experts that are frozen, and peft trains a copy of them; leave them out of modules_to_save."
+            )
         if any(has_merged_adapters(module) for module in moe.experts.modules()):
             raise ValueError(
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )
         check_plain(experts)
         if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
-            raise ValueError("experts of an odd width cannot be packed in pairs.")
+            raise ValueError(
+                "expected experts of even widths, since two elements are packed in a byte, got an odd width."
+            )
         found.append(experts)
     for experts in found:
         experts.weights = PackedWeights(bits)

@@ -31,7 +31,7 @@ class RouterStatistics(TrainerCallback):
 
     def __init__(self, trainer: "Trainer"):
         if not hasattr(trainer, "callback_handler"):
-            raise TypeError(f"expected a Trainer, to whose log this adds, got {type(trainer).__name__}.")
+            raise TypeError(f"expected the Trainer that is to log these values, got {type(trainer).__name__}.")
         self.trainer = trainer
         self._watching = ExitStack()
 

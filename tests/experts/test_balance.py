@@ -1,4 +1,4 @@
-"""The balance losses are those of the paper, leave padding out, and are counted once in a step of training."""
+"""The balance losses equal those of the paper, ignore padding, and count once in a step of training."""
 
 import pytest
 import torch
@@ -20,41 +20,41 @@ def routed(b: int = 3, s: int = 11, e: int = 12, k: int = 3) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("sequence_wise", [True, False])
-def test_losses_are_those_of_the_paper(sequence_wise):
+def test_losses_equal_those_of_the_paper(sequence_wise):
     scores, chosen = routed()
-    found = balance_losses(scores, chosen, torch.ones(3, 11, dtype=torch.bool), sequence_wise=sequence_wise, **DEVICES)
-    assert found.expert.item() == pytest.approx(reference.expert_balance_loss(scores, chosen, sequence_wise).item())
+    losses = balance_losses(scores, chosen, torch.ones(3, 11, dtype=torch.bool), sequence_wise=sequence_wise, **DEVICES)
+    assert losses.expert.item() == pytest.approx(reference.expert_balance_loss(scores, chosen, sequence_wise).item())
     if not sequence_wise:
         scores, chosen = (x.flatten(0, 1)[None] for x in (scores, chosen))
-    assert found.device.item() == pytest.approx(reference.device_balance_loss(scores, chosen, 4).item())
+    assert losses.device.item() == pytest.approx(reference.device_balance_loss(scores, chosen, 4).item())
     communication = reference.communication_balance_loss(scores, chosen, 4, 2)
-    assert found.communication.item() == pytest.approx(communication.item())
+    assert losses.communication.item() == pytest.approx(communication.item())
 
 
-def test_an_even_load_costs_one():
+def test_losses_of_an_even_load_are_one():
     scores, chosen = torch.full((2, 4, 12), 1 / 12), torch.arange(12).view(4, 3).expand(2, 4, 3)
-    present = torch.ones(2, 4, dtype=torch.bool)
-    even = balance_losses(scores, chosen, present, num_devices=4, devices_per_token=1, sequence_wise=True)
+    is_token = torch.ones(2, 4, dtype=torch.bool)
+    even = balance_losses(scores, chosen, is_token, num_devices=4, devices_per_token=1, sequence_wise=True)
     assert [x.item() for x in even] == pytest.approx([1, 1, 1])
-    one_for_all = balance_losses(
-        scores, chosen[:, :1].expand(2, 4, 3), present, num_devices=4, devices_per_token=1, sequence_wise=True
+    one_device_for_all = balance_losses(
+        scores, chosen[:, :1].expand(2, 4, 3), is_token, num_devices=4, devices_per_token=1, sequence_wise=True
     )
-    # scores are even, so only they decide
-    assert one_for_all.expert.item() == pytest.approx(1)
+    # even scores make the loss 1 for any load
+    assert one_device_for_all.expert.item() == pytest.approx(1)
     scores = torch.zeros(2, 4, 12).index_fill_(-1, torch.arange(3), 1 / 3)
     worst = balance_losses(
-        scores, chosen[:, :1].expand(2, 4, 3), present, num_devices=4, devices_per_token=1, sequence_wise=True
+        scores, chosen[:, :1].expand(2, 4, 3), is_token, num_devices=4, devices_per_token=1, sequence_wise=True
     )
     assert [x.item() for x in worst] == pytest.approx([4, 4, 4])
 
 
 @pytest.mark.parametrize("sequence_wise", [True, False])
-def test_padding_does_not_count(sequence_wise):
+def test_losses_ignore_padding(sequence_wise):
     scores, chosen = routed(b=2)
-    present = torch.ones(2, 11, dtype=torch.bool)
-    present[0, :4] = False
-    found = balance_losses(scores, chosen, present, sequence_wise=sequence_wise, **DEVICES)
-    rows = [(scores[i, present[i]][None], chosen[i, present[i]][None]) for i in range(2)]
+    is_token = torch.ones(2, 11, dtype=torch.bool)
+    is_token[0, :4] = False
+    losses = balance_losses(scores, chosen, is_token, sequence_wise=sequence_wise, **DEVICES)
+    rows = [(scores[i, is_token[i]][None], chosen[i, is_token[i]][None]) for i in range(2)]
     if sequence_wise:
         parts = [
             balance_losses(*row, torch.ones(row[0].shape[:2], dtype=torch.bool), sequence_wise=True, **DEVICES)
@@ -64,12 +64,12 @@ def test_padding_does_not_count(sequence_wise):
     else:
         joined = [torch.cat(x, dim=1) for x in zip(*rows)]
         expected = balance_losses(*joined, torch.ones(1, 18, dtype=torch.bool), sequence_wise=True, **DEVICES)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected])
-    # a sequence that is padding alone is not there
-    present[0] = False
-    found = balance_losses(scores, chosen, present, sequence_wise=sequence_wise, **DEVICES)
-    expected = balance_losses(scores[1:], chosen[1:], present[1:], sequence_wise=True, **DEVICES)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected])
+    assert [x.item() for x in losses] == pytest.approx([x.item() for x in expected])
+    # a sequence of padding alone does not count in the mean
+    is_token[0] = False
+    losses = balance_losses(scores, chosen, is_token, sequence_wise=sequence_wise, **DEVICES)
+    expected = balance_losses(scores[1:], chosen[1:], is_token[1:], sequence_wise=True, **DEVICES)
+    assert [x.item() for x in losses] == pytest.approx([x.item() for x in expected])
 
 
 def test_only_scores_carry_a_gradient():
@@ -82,7 +82,7 @@ def test_only_scores_carry_a_gradient():
 
 
 @pytest.mark.parametrize("variant", [{}, LITE, {"seq_aux": False}], ids=str)
-def test_a_model_adds_them_with_their_factors_in_training_alone(variant):
+def test_a_model_adds_the_losses_times_their_factors_only_in_training(variant):
     factors = {"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.05, "communication_aux_loss_alpha": 0.02}
     model, ids = tiny_model(**variant | factors), random_ids(2, 15)
     plain = model(ids, labels=ids)
@@ -108,7 +108,7 @@ def test_a_model_adds_them_with_their_factors_in_training_alone(variant):
     assert model(ids, labels=ids, output_router_logits=True).loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
-def test_a_models_padding_does_not_count():
+def test_the_aux_loss_of_a_model_ignores_padding():
     model, ids = tiny_model(), random_ids(1, 9)
     padded, mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1), torch.ones(1, 13, dtype=torch.long)
     mask[:, :4] = 0
@@ -117,7 +117,7 @@ def test_a_models_padding_does_not_count():
     assert beside.item() == pytest.approx(alone.item(), rel=1e-4)
 
 
-def test_the_router_learns_from_it_alone():
+def test_gradients_of_the_aux_loss_alone_even_out_the_load():
     model, ids = tiny_model(aux_loss_alpha=1.0).train(), random_ids(2, 15)
     before = model(ids, labels=ids, output_router_logits=True).aux_loss.item()
     gates = [layer.mlp.gate.weight for layer in model.model.layers[1:]]
@@ -137,12 +137,12 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": random_ids(4, 12)[index], "labels": random_ids(4, 12)[index]}
 
 
-def weights_after_a_step(folder, accumulated: int) -> torch.Tensor:
+def weights_after_a_step(folder, accumulation_steps: int) -> torch.Tensor:
     model = tiny_model(aux_loss_alpha=2.0, output_router_logits=True)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=4 // accumulated,
-        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=4 // accumulation_steps,
+        gradient_accumulation_steps=accumulation_steps,
         max_steps=1,
         optim="sgd",
         learning_rate=0.1,
@@ -156,14 +156,14 @@ def weights_after_a_step(folder, accumulated: int) -> torch.Tensor:
     return model.model.layers[1].mlp.gate.weight.detach()
 
 
-def test_accumulated_gradients_count_it_once(tmp_path):
-    """Sequence by sequence, the mean over four rows is that over two times two."""
+def test_accumulated_gradients_count_the_losses_once(tmp_path):
+    """For losses per sequence, the mean over four rows equals the mean over two batches of two rows."""
     whole, halves = weights_after_a_step(tmp_path, 1), weights_after_a_step(tmp_path, 2)
     torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-6)
     assert (whole - tiny_model().model.layers[1].mlp.gate.weight).abs().max() > 1e-4
 
 
-def test_the_factor_has_the_name_that_training_tools_know():
+def test_router_aux_loss_coef_is_another_name_of_aux_loss_alpha():
     config = DeepseekV2Config(**V2, router_aux_loss_coef=0.25)
     assert config.aux_loss_alpha == config.router_aux_loss_coef == 0.25
     config.router_aux_loss_coef = 0.5
@@ -174,13 +174,13 @@ def test_the_factor_has_the_name_that_training_tools_know():
         DeepseekV2Config(**V2, device_aux_loss_alpha=-1.0)
 
 
-def test_the_share_of_a_batch_counts_what_is_predicted():
+def test_fraction_of_batch_counts_the_labels_that_are_predicted():
     labels = torch.tensor([[5, 6, -100, 7], [-100, 8, 9, 1]])
-    # the first of a row is predicted by nothing
+    # nothing predicts the first label of a row
     assert fraction_of_batch(labels, 20).item() == pytest.approx(5 / 20)
     assert fraction_of_batch(labels, None) == 1.0
 
 
-def test_a_mask_longer_than_what_is_read_speaks_of_its_end():
+def test_of_a_longer_mask_the_last_columns_are_those_of_the_input():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
     assert padding_mask_as_bool(mask, (2, 3), mask.device).tolist() == [[True] * 3, [True, False, True]]

@@ -1,4 +1,4 @@
-"""The router and the experts, against the paper's equations in float64 and transformers' own classes."""
+"""The router and the experts equal the paper's equations in float64 and transformers' own classes."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ ROUTERS = {
     "grouped": {},
     "grouped, one group kept": {"topk_group": 1},
     "grouped, groups of one": {"n_group": 12, "topk_group": 5},
-    "normalised": {"norm_topk_prob": True},
+    "normalized": {"norm_topk_prob": True},
     "scaled by 2.5": {"routed_scaling_factor": 2.5},
 }
 
@@ -36,7 +36,7 @@ def gate(**overrides) -> DeepseekV2MoEGate:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_gate_chooses_and_weighs_as_the_paper_does(router):
+def test_gate_chooses_and_weights_experts_as_the_paper_does(router):
     module = gate(**ROUTERS[router])
     tokens = torch.randn(50, V2["hidden_size"])
     _, weights, experts = module(tokens)
@@ -51,8 +51,8 @@ def test_gate_chooses_and_weighs_as_the_paper_does(router):
 def test_device_limited_routing_ranks_a_group_by_its_best_expert_not_by_its_best_two():
     module = gate(n_group=4, topk_group=1, num_experts_per_tok=2)
     logits = torch.full((1, 12), -9.0)
-    logits[0, 0] = 3.0  # group 0: one star
-    logits[0, 3:6] = 2.5  # group 1: three good ones
+    logits[0, 0] = 3.0  # group 0: one excellent expert
+    logits[0, 3:6] = 2.5  # group 1: three good experts
     with torch.no_grad():
         module.weight.zero_()
         module.weight[:, 0] = logits[0]
@@ -109,7 +109,7 @@ def official(module: DeepseekV2MoE) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("overrides", [{}, {"n_shared_experts": None}, {"n_shared_experts": 3}], ids=str)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_compute_the_paper(dtype, implementation, overrides, grad):
+def test_the_moe_layer_computes_the_equations_of_the_paper(dtype, implementation, overrides, grad):
     module = moe(dtype, implementation, **overrides)
     hidden = torch.randn(2, 7, V2["hidden_size"]).to(dtype)
     exact = reference.moe(module.experts.config, official(module), hidden)
@@ -122,7 +122,7 @@ def test_experts_compute_the_paper(dtype, implementation, overrides, grad):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_blocks_of_tokens_change_nothing(implementation, monkeypatch):
+def test_splitting_tokens_into_blocks_changes_nothing(implementation, monkeypatch):
     module = moe(implementation=implementation)
     hidden = torch.randn(2, 9, V2["hidden_size"])
     with torch.no_grad():
@@ -132,17 +132,17 @@ def test_blocks_of_tokens_change_nothing(implementation, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_experts_run_under_autocast(implementation):
+def test_experts_under_autocast_are_as_exact_as_in_bfloat16(implementation):
     module, hidden = moe(implementation=implementation), torch.randn(2, 7, V2["hidden_size"])
     exact = reference.moe(module.experts.config, official(module), hidden)
     with torch.autocast("cpu", torch.bfloat16):
         actual = module(hidden)
-    # as far off as the same module is in bfloat16 throughout
+    # the error may be that of the same module entirely in bfloat16
     module.experts.config._experts_implementation = "eager"
     assert_within_rounding(actual.float(), exact, module.bfloat16()(hidden.bfloat16()))
 
 
-def test_every_used_expert_and_the_router_get_gradients_equal_across_implementations():
+def test_gradients_of_experts_and_router_are_equal_across_implementations():
     gradients = []
     for implementation in ("eager", "grouped_mm", "batched_mm"):
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def test_every_used_expert_and_the_router_get_gradients_equal_across_implementat
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
 
 
-def test_the_class_can_be_told_how_to_multiply_experts():
+def test_the_experts_implementation_of_a_model_can_be_set():
     model, ids = tiny_model(), random_ids(2, 5)
     assert model.config._experts_implementation == "grouped_mm"
     logits = model(ids).logits
@@ -164,7 +164,7 @@ def test_the_class_can_be_told_how_to_multiply_experts():
     assert relative_error(model(ids).logits, logits) < 1e-5
 
 
-def test_router_logits_are_recorded_per_moe_layer_and_equal_native():
+def test_router_logits_of_each_moe_layer_equal_those_of_transformers():
     model, ids = tiny_model(), random_ids(2, 5)
     recorded = model(ids, output_router_logits=True).router_logits
     assert [tuple(x.shape) for x in recorded] == [(10, 12)] * 2
@@ -188,7 +188,7 @@ def test_moe_layers_are_those_of_the_release(freq, first, expected):
     assert relative_error(model(ids).logits, expected_logits) < 1e-5
 
 
-def test_experts_a_parallel_rank_does_not_own_add_nothing():
+def test_experts_of_other_ranks_add_nothing():
     module = moe(implementation="eager")
     tokens = torch.randn(4, V2["hidden_size"])
     index = torch.tensor([[0, 12], [12, 12], [3, 5], [12, 1]])

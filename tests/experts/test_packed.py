@@ -1,4 +1,4 @@
-"""Experts in 8 and 4 bits: what is computed is what was packed, adapters train on top, and memory is what it says."""
+"""Experts in 8 and 4 bits compute what their rounded weights compute, take adapters, and take less memory."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def packed(bits: int, dtype=torch.float32, **variant):
 
 
 def rounded(bits: int, dtype=torch.float32, **variant):
-    """The same experts as ordinary weights."""
+    """The model whose stacked weights have the values that packing rounds to."""
     model = packed(bits, dtype, **variant)
     unpack_experts(model)
     return model
@@ -41,7 +41,7 @@ def adapted(model, seed: int = 3):
     return get_peft_model(model, lora_config(model, r=6, routed_experts=True, init_lora_weights=False))
 
 
-def test_the_values_are_those_of_nf4():
+def test_the_values_of_4_bits_are_those_of_nf4():
     # QLoRA, appendix E
     published = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
     published += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
@@ -50,7 +50,7 @@ def test_the_values_are_those_of_nf4():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_every_element_is_the_nearest_of_its_group(bits, dtype):
+def test_every_element_is_rounded_to_the_nearest_value_of_its_group(bits, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(3, 10, 192) * torch.rand(3, 10, 1)).to(dtype)
     weight[0, 0, :64] = 0
@@ -71,7 +71,7 @@ def test_every_element_is_the_nearest_of_its_group(bits, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_packed_experts_compute_what_their_rounded_weights_do(bits, dtype):
+def test_packed_experts_compute_what_their_rounded_weights_compute(bits, dtype):
     ids, model, plain = random_ids(2, 20), packed(bits, dtype), rounded(bits, dtype)
     assert relative_error(model(ids).logits, plain(ids).logits) < (1e-5 if dtype == torch.float32 else 2**-6)
     assert relative_error(model(ids).logits, tiny_model(dtype)(ids).logits) > 1e-3
@@ -80,7 +80,7 @@ def test_packed_experts_compute_what_their_rounded_weights_do(bits, dtype):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_loss_and_gradients_are_those_of_the_rounded_weights(bits):
+def test_loss_and_gradients_equal_those_of_the_rounded_weights(bits):
     ids = random_ids(3, 30)
     found = []
     for model in (packed(bits), rounded(bits)):
@@ -97,8 +97,8 @@ def test_loss_and_gradients_are_those_of_the_rounded_weights(bits):
         assert gradient.abs().max() > 0, name
 
 
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.52), (4, 0.27)])
-def test_the_memory_is_what_it_says(bits, share):
+@pytest.mark.parametrize(("bits", "fraction"), [(8, 0.52), (4, 0.27)])
+def test_packed_experts_take_0_52_or_0_27_of_their_memory_in_bfloat16(bits, fraction):
     model = packed(bits, torch.bfloat16, **WIDTHS)
     before = sum(
         x.numel() * 2 for layer in tiny_model(**WIDTHS).model.layers[1:] for x in layer.mlp.experts.parameters()
@@ -107,11 +107,11 @@ def test_the_memory_is_what_it_says(bits, share):
     for layer in model.model.layers[1:]:
         tensors = [*layer.mlp.experts.parameters(), *layer.mlp.experts.buffers()]
         after += sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
-    assert after / before == pytest.approx(share, abs=0.005)
+    assert after / before == pytest.approx(fraction, abs=0.005)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_backward_pass_keeps_nothing_the_size_of_experts(bits):
+def test_nothing_of_the_size_of_experts_is_kept_for_the_backward_pass(bits):
     model = packed(bits, **WIDTHS).train()
     adapted(model)
     kept = []
@@ -120,7 +120,7 @@ def test_the_backward_pass_keeps_nothing_the_size_of_experts(bits):
         loss = model(ids, labels=ids).loss
     e, _, d = model.model.layers[1].mlp.experts.base_layer.base_layer.gate_up_proj.shape
     floats = [x for x in kept if x.is_floating_point() and x.dim() == 3 and x.shape[0] == e]
-    # factors and scales, never a weight
+    # only factors of adapters and scales are kept, never a weight
     assert max(x.numel() for x in floats) < e * d * 64
     loss.backward()
 
@@ -147,7 +147,7 @@ def test_adapters_train_save_load_and_merge_after_unpacking(tmp_path):
     with torch.no_grad():
         expected = model.eval()(ids).logits
         again = packed(4, torch.bfloat16)
-        # as it was trained: the other weights in float32
+        # as in training, the weights that are not packed are in float32
         again = PeftModel.from_pretrained(prepare_model_for_kbit_training(again), tmp_path / "adapter").eval()
         assert torch.equal(again(ids).logits, expected)
         unpack_experts(again)
@@ -155,7 +155,7 @@ def test_adapters_train_save_load_and_merge_after_unpacking(tmp_path):
         assert relative_error(again.merge_and_unload()(ids).logits, expected) < 2**-4
 
 
-def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
+def test_packing_twice_in_other_bits_or_without_experts_and_saving_are_refused(tmp_path):
     with pytest.raises(ValueError, match="packed in 8 or 4 bits, got 2"):
         pack_experts(tiny_model(), 2)
     with pytest.raises(ValueError, match="expected a model with experts"):
@@ -172,14 +172,14 @@ def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
 @torch.no_grad()
-def test_merging_unpacks(merge, safe_merge):
+def test_merging_an_adapter_unpacks_the_experts(merge, safe_merge):
     model, ids = adapted(packed(4)).eval(), random_ids(2, 20)
     expected = model(input_ids=ids).logits
     merged = getattr(model, merge)(safe_merge=safe_merge) or model
     assert relative_error(merged(input_ids=ids).logits, expected) < 1e-5
-    at_once = adapted(rounded(4))
-    at_once = getattr(at_once, merge)(safe_merge=safe_merge) or at_once
-    for name, parameter in at_once.named_parameters():
+    unpacked_first = adapted(rounded(4))
+    unpacked_first = getattr(unpacked_first, merge)(safe_merge=safe_merge) or unpacked_first
+    for name, parameter in unpacked_first.named_parameters():
         torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=0, atol=0)
     if merge == "merge_adapter":
         model.unmerge_adapter()
@@ -188,7 +188,7 @@ def test_merging_unpacks(merge, safe_merge):
             assert relative_error(model(input_ids=ids).logits, rounded(4)(ids).logits) < 1e-5
 
 
-def test_experts_with_merged_or_trained_weights_are_not_packed():
+def test_experts_that_are_merged_copied_or_watched_are_not_packed():
     merged = adapted(tiny_model())
     merged.merge_adapter()
     with pytest.raises(ValueError, match="expected experts without merged adapters; call unmerge_adapter"):
@@ -206,7 +206,7 @@ def test_experts_with_merged_or_trained_weights_are_not_packed():
 
 
 @needs_its_peft
-def test_adapters_of_transformers_are_saved_from_a_packed_model(tmp_path):
+def test_an_adapter_added_by_transformers_is_saved_from_a_packed_model(tmp_path):
     model = packed(4)
     model.add_adapter(lora_config(model, r=6, routed_experts=True, init_lora_weights=False))
     model.save_pretrained(tmp_path)
@@ -216,7 +216,7 @@ def test_adapters_of_transformers_are_saved_from_a_packed_model(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_copy_takes_no_more_memory():
+def test_a_copy_is_packed_and_independent():
     model = packed(4)
     other = copy.deepcopy(model)
     experts = other.model.layers[1].mlp.experts
@@ -245,7 +245,7 @@ def test_hooks_that_would_leave_adapters_out_are_refused():
 
 
 @torch.no_grad()
-def test_packed_storage_is_its_state():
+def test_a_state_dict_holds_packed_experts_as_they_are():
     model, other, ids = packed(4), packed(4, seed=5), random_ids(2, 9)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, model(ids).logits)
@@ -255,7 +255,7 @@ def test_packed_storage_is_its_state():
 
 @needs_compiler
 @torch.no_grad()
-def test_kernels_and_casts_leave_packed_experts_as_they_are():
+def test_experts_stay_packed_under_kernels_and_casts():
     model, ids = packed(4), random_ids(2, 9)
     expected = model.generate(ids, **GREEDY)
     optimize_for_inference(model)
@@ -268,11 +268,11 @@ def test_kernels_and_casts_leave_packed_experts_as_they_are():
 
 
 @torch.no_grad()
-def test_a_trained_model_keeps_its_perplexity():
+def test_a_trained_model_keeps_its_perplexity_when_it_is_packed():
     model = AutoModelForCausalLM.from_pretrained(PYDOC, dtype=torch.float32).eval()
     _, windows = split_into_windows(PYDOC, (PYDOC / "held_out.txt").read_text(encoding="utf-8"))
     plain = perplexity(model, windows)
-    for bits, most in ((8, 1.001), (4, 1.02)):
+    for bits, max_ratio in ((8, 1.001), (4, 1.02)):
         other = copy.deepcopy(model)
         pack_experts(other, bits)
-        assert perplexity(other, windows) / plain < most
+        assert perplexity(other, windows) / plain < max_ratio

@@ -1,4 +1,4 @@
-"""LoRA on routed experts: what stock peft computes with whole weights, without making them."""
+"""LoRA on routed experts computes what stock peft computes, without adding adapters to whole weights."""
 
 import copy
 
@@ -32,8 +32,8 @@ def adapted(dtype=torch.float32, config: LoraConfig | None = None, **variant) ->
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Calls of our own products."""
+def calls_with_adapters(monkeypatch):
+    """The calls that multiply experts by our own products, with adapters beside them."""
     calls = []
 
     def count(*arguments):
@@ -45,7 +45,7 @@ def counted(monkeypatch):
     return calls
 
 
-def by_peft(monkeypatch) -> None:
+def leave_adapters_to_peft(monkeypatch) -> None:
     monkeypatch.setattr(moe, "with_adapters", lambda experts: experts)
 
 
@@ -78,14 +78,14 @@ CASES |= {"gate_up alone": (OPERATIONS["as it is"], BOTH[:1]), "down alone": (OP
 
 
 @pytest.mark.parametrize(("operation", "parameters"), CASES.values(), ids=CASES)
-def test_loss_and_gradients_are_those_of_stock_peft(monkeypatch, counted, operation, parameters):
+def test_loss_and_gradients_equal_those_of_stock_peft(monkeypatch, calls_with_adapters, operation, parameters):
     model, ids = adapted(config=lora(*parameters)).train(), random_ids(3, 30)
     torch.manual_seed(6)
     operation(model)
     loss, gradients = loss_and_gradients(model, ids)
-    # again in the backward pass where activations were not kept
-    assert len(counted) == (4 if model.is_gradient_checkpointing else 2)
-    by_peft(monkeypatch)
+    # with checkpointing, the backward pass calls them again
+    assert len(calls_with_adapters) == (4 if model.is_gradient_checkpointing else 2)
+    leave_adapters_to_peft(monkeypatch)
     expected_loss, expected = loss_and_gradients(model, ids)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert gradients.keys() == expected.keys()
@@ -97,16 +97,16 @@ def test_loss_and_gradients_are_those_of_stock_peft(monkeypatch, counted, operat
 
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"rank_pattern": {"experts.down_proj": 7}}], ids=str)
-def test_scaling_and_ranks_are_pefts(monkeypatch, counted, options):
+def test_scaling_and_ranks_equal_those_of_stock_peft(monkeypatch, calls_with_adapters, options):
     model, ids = adapted(config=lora(**options)), random_ids(2, 20)
     loss, _ = loss_and_gradients(model, ids)
-    assert len(counted) == 2
-    by_peft(monkeypatch)
+    assert len(calls_with_adapters) == 2
+    leave_adapters_to_peft(monkeypatch)
     assert loss == pytest.approx(loss_and_gradients(model, ids)[0], rel=1e-6)
 
 
-def test_factors_are_those_whose_product_peft_adds():
-    """Experts, rank, input and output pairwise different, so that no axis is taken for another."""
+def test_the_product_of_factors_is_what_peft_adds_to_the_weights():
+    """All axes have different lengths, so that none can be taken for another."""
     model = adapted()
     wrapper = model.base_model.model.model.layers[1].mlp.experts
     _, factors = unwrapped(wrapper)
@@ -117,23 +117,23 @@ def test_factors_are_those_whose_product_peft_adds():
 
 
 @torch.no_grad()
-def test_adapters_that_are_off_or_merged_add_nothing_twice(counted):
+def test_disabled_adapters_add_nothing_and_merged_ones_act_once(calls_with_adapters):
     model, ids = adapted(), random_ids(2, 20)
     with_adapters = model(ids).logits
     with model.disable_adapter():
         assert relative_error(model(ids).logits, tiny_model()(ids).logits) < 1e-6
-    count = len(counted)
+    count = len(calls_with_adapters)
     model.merge_adapter()
     assert relative_error(model(ids).logits, with_adapters) < 1e-5
-    assert len(counted) == count
+    assert len(calls_with_adapters) == count
     model.unmerge_adapter()
     assert relative_error(model(ids).logits, with_adapters) < 1e-5
     assert relative_error(model.merge_and_unload()(ids).logits, with_adapters) < 1e-5
 
 
 @torch.no_grad()
-def test_files_are_pefts_and_open_on_transformers_own_class(tmp_path):
-    # transformers' class does not normalise shares, and ours does not here
+def test_saved_adapters_load_on_transformers_own_class_and_back(tmp_path):
+    # with this config, our class does not normalize gates; transformers' class never does
     model, ids = adapted(), random_ids(2, 20)
     model.save_pretrained(tmp_path / "adapter")
     tiny_model().save_pretrained(tmp_path / "base")
@@ -152,7 +152,7 @@ def test_files_are_pefts_and_open_on_transformers_own_class(tmp_path):
 
 
 @torch.no_grad()
-def test_an_adapter_can_be_loaded_without_memory_and_put_in_place_of_another(tmp_path, counted):
+def test_an_adapter_can_be_loaded_with_low_memory_and_hotswapped(tmp_path, calls_with_adapters):
     first, ids = adapted(), random_ids(2, 20)
     torch.manual_seed(9)
     second = get_peft_model(tiny_model(), lora()).eval()
@@ -166,7 +166,7 @@ def test_an_adapter_can_be_loaded_without_memory_and_put_in_place_of_another(tmp
 
 
 @torch.no_grad()
-def test_two_adapters_of_unlike_dtypes_decode(tmp_path):
+def test_two_adapters_of_different_dtypes_can_decode_together(tmp_path):
     model, ids = adapted(torch.bfloat16), random_ids(1, 9)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "b", autocast_adapter_dtype=False)
@@ -176,7 +176,7 @@ def test_two_adapters_of_unlike_dtypes_decode(tmp_path):
 
 
 @torch.no_grad()
-def test_a_training_step_between_two_generations_is_seen(counted):
+def test_generation_after_a_training_step_uses_the_new_factors(calls_with_adapters):
     model, ids = adapted(), random_ids(2, 20)
     first = model.generate(input_ids=ids, **GREEDY)
     with torch.enable_grad():
@@ -186,15 +186,14 @@ def test_a_training_step_between_two_generations_is_seen(counted):
     second = model.generate(input_ids=ids, **GREEDY)
     assert not torch.equal(first, second)
     assert torch.equal(second, copy.deepcopy(model).merge_and_unload().generate(ids, **GREEDY))
-    assert counted
+    assert calls_with_adapters
 
 
 @torch.no_grad()
-def test_what_only_peft_can_do_is_left_to_it(counted):
+def test_other_implementations_and_hooked_experts_are_left_to_peft(calls_with_adapters):
     model, ids = adapted(), random_ids(2, 20)
     expected = model(ids).logits
-    count = len(counted)
-    # another way of multiplying experts was asked for
+    count = len(calls_with_adapters)
     model.base_model.model.set_experts_implementation("eager")
     assert relative_error(model(ids).logits, expected) < 1e-5
     model.base_model.model.set_experts_implementation("grouped_mm")
@@ -202,18 +201,18 @@ def test_what_only_peft_can_do_is_left_to_it(counted):
     wrapper = model.base_model.model.model.layers[1].mlp.experts
     wrapper.register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert relative_error(model(ids).logits, expected) < 1e-5
-    # the layer that is watched is peft's, the other is ours
+    # peft computes the layer with the hook, we compute the other
     assert len(seen) == 1
-    assert len(counted) == count + 1
+    assert len(calls_with_adapters) == count + 1
 
 
 @torch.no_grad()
-def test_a_mixed_batch_is_refused_in_pefts_words():
+def test_a_mixed_batch_raises_the_error_of_peft():
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         adapted()(input_ids=random_ids(2, 9), adapter_names=["default", "__base__"])
 
 
-def test_what_peft_does_not_do_for_parameters_is_said_in_its_words():
+def test_what_peft_does_not_support_for_parameters_raises_its_error():
     with pytest.raises(ValueError, match="does not work with lora_dropout"):
         adapted(config=lora(lora_dropout=0.1))
     model = adapted()
@@ -222,8 +221,8 @@ def test_what_peft_does_not_do_for_parameters_is_said_in_its_words():
         model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "both", combination_type="linear")
 
 
-def test_routing_that_flips_between_forward_and_recomputation_does_not_break_checkpointing():
-    """Nothing on the tape has a size that depends on how many tokens an expert got."""
+def test_checkpointing_works_where_recomputation_routes_tokens_differently():
+    """No size in the graph of autograd depends on how many tokens an expert got."""
     model, ids = adapted().train(), random_ids(2, 20)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -236,7 +235,7 @@ def test_routing_that_flips_between_forward_and_recomputation_does_not_break_che
 
 @needs_compiler
 @torch.no_grad()
-def test_adapters_act_beside_the_kernels(counted):
+def test_adapters_act_on_experts_that_kernels_multiply(calls_with_adapters):
     model, ids = adapted(), random_ids(2, 9)
     expected = model.generate(input_ids=ids, **GREEDY)
     optimize_for_inference(model.base_model.model)
@@ -246,18 +245,18 @@ def test_adapters_act_beside_the_kernels(counted):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_half_precision_factors_are_trained_in_float32(dtype, counted):
+def test_factors_on_16_bit_experts_are_trained_in_float32(dtype, calls_with_adapters):
     model, ids = adapted(dtype).train(), random_ids(2, 20)
     _, gradients = loss_and_gradients(model, ids)
-    assert len(counted) == 2
+    assert len(calls_with_adapters) == 2
     assert {x.dtype for name, x in gradients.items() if "experts" in name} == {torch.float32}
     assert all(x.isfinite().all() for x in gradients.values())
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_inductor_says_the_same_in_bfloat16():
-    """It hands torch's grouped products the factors in an order that these refuse."""
+def test_inductor_gives_the_same_results_and_gradients_in_bfloat16():
+    """Without our cast, it gives the factors a layout that torch's grouped products refuse."""
     torch.compiler.reset()
     block = adapted(torch.bfloat16, lora(r=8)).base_model.model.model.layers[1].mlp
     hidden = torch.randn(2, 20, 72, dtype=torch.bfloat16)
@@ -276,10 +275,10 @@ def test_inductor_says_the_same_in_bfloat16():
 
 
 @torch.no_grad()
-def test_one_token_meets_all_active_adapters(monkeypatch):
+def test_all_active_adapters_act_on_a_single_token(monkeypatch):
     model, token = adapted(), random_ids(1, 1)
     model.add_adapter("b", lora(r=5))
     model.base_model.set_adapter(["default", "b"])
     ours = model(input_ids=token).logits
-    by_peft(monkeypatch)
+    leave_adapters_to_peft(monkeypatch)
     assert relative_error(ours, model(input_ids=token).logits) < 1e-5

@@ -1,4 +1,4 @@
-"""The fine-tuning examples run, with TRL too, and each keeps what the other has written."""
+"""The fine-tuning examples run, TRL trains adapters, and each example keeps the results of the other."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 trl = pytest.importorskip("trl", reason="trl is not installed; make test-tools installs it")
 
 
-def test_examples_judge_every_variant_and_keep_each_others_rows(tmp_path):
+def test_examples_evaluate_every_variant_and_keep_each_others_rows(tmp_path):
     for program in ("finetune_lora.py", "finetune_esft.py"):
         command = [sys.executable, f"examples/{program}", "--steps", "3", "--out", str(tmp_path)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -27,14 +27,14 @@ def test_examples_judge_every_variant_and_keep_each_others_rows(tmp_path):
     written = json.loads((tmp_path / "finetune.json").read_text())
     rows = {name: row for program in written.values() for name, row in program["rows"].items()}
     assert len(rows) == 8
-    # three steps change little, but it changes something, and the checkpoint is the same for all
+    # every variant starts from the same checkpoint, and three steps change its loss a little
     before = rows.pop("before")["new_nats_per_token"]
     assert all(0 < abs(row["new_nats_per_token"] - before) < 1 for row in rows.values())
     assert all(f"| {name} |" in done.stdout for name in rows)
     assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("coefficient", [None, 0.0], ids=["as TRL has it", "no balance loss"])
+@pytest.mark.parametrize("coefficient", [None, 0.0], ids=["default of TRL", "no balance loss"])
 def test_trl_trains_adapters_on_routed_experts(coefficient, tmp_path):
     from datasets import Dataset
 

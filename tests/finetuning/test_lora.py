@@ -1,4 +1,4 @@
-"""What peft's targets reach on this model, as they are written; on transformers' own class they are peft's affair."""
+"""peft's targets are the modules of these names on this model; on transformers' own class, peft decides."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 def adapted_names(model) -> set[str]:
-    """Modules with an adapter, without the layer's number; parameters of experts by theirs."""
+    """The names of modules with an adapter, without the layer's number, and of experts' parameters with one."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
@@ -33,7 +33,7 @@ def targets(names: set[str], *places: str) -> set[str]:
 
 
 DENSE_AND_SHARED = targets(MLP, "mlp", "mlp.shared_experts")
-# peft 0.21.2 would make routed experts of the first, second, third and fourth, and refuse the fifth
+# peft 0.21.2 would take the first four for routed experts, and refuse the fifth
 TARGETS = {
     "MLPs": (["gate_proj", "up_proj", "down_proj"], DENSE_AND_SHARED),
     "all-linear": ("all-linear", targets(ATTENTION, "self_attn") | DENSE_AND_SHARED),
@@ -52,13 +52,13 @@ def test_targets_are_the_modules_of_these_names(written, expected):
     assert ranks == {8}
 
 
-def test_routed_experts_are_reached_by_their_parameters():
+def test_routed_experts_are_targets_by_the_names_of_their_parameters():
     config = LoraConfig(target_modules=["up_proj"], target_parameters=["experts.gate_up_proj"])
     expected = {"experts.gate_up_proj", "mlp.up_proj", "mlp.shared_experts.up_proj"}
     assert adapted_names(get_peft_model(tiny_model(), config)) == expected
 
 
-def test_an_adapter_is_found_again_where_it_was_put(tmp_path):
+def test_a_saved_adapter_loads_on_the_modules_it_was_on(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["down_proj"], init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path)
     again = tiny_model()
@@ -82,7 +82,7 @@ def test_peft_is_changed_once():
 
 
 @pytest.mark.parametrize("variant", [{}, LITE], ids=["V2", "Lite"])
-def test_the_ready_config_reaches_all_but_the_router(variant):
+def test_lora_config_targets_all_linear_layers_but_the_router(variant):
     model = tiny_model(**variant)
     queries = {"q_proj"} if variant else {"q_a_proj", "q_b_proj"}
     attention = targets(queries | {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "self_attn")
@@ -90,7 +90,7 @@ def test_the_ready_config_reaches_all_but_the_router(variant):
     assert adapted_names(get_peft_model(model, config)) == attention | DENSE_AND_SHARED
 
 
-def test_routed_experts_get_the_rank_that_a_token_sees_and_the_scaling_of_the_rest():
+def test_routed_experts_get_r_divided_by_experts_per_token_and_the_same_scaling():
     model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True))
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     assert {f"experts.{wrapper.parameter_name}" for wrapper in wrappers} == set(ROUTED_EXPERTS)
@@ -103,12 +103,12 @@ def test_routed_experts_get_the_rank_that_a_token_sees_and_the_scaling_of_the_re
     assert not any("gate.weight" in name and "lora" in name for name, _ in model.named_parameters())
 
 
-def test_options_are_those_of_peft():
+def test_lora_config_takes_the_options_of_peft():
     config = lora_config(DeepseekV2Config(**V2), r=4, lora_alpha=4, target_modules=["o_proj"], lora_dropout=0.1)
     assert (config.r, config.lora_alpha, config.target_modules, config.lora_dropout) == (4, 4, {"o_proj"}, 0.1)
 
 
-def test_patterns_of_ones_own_stand_beside_those_of_experts():
+def test_patterns_of_the_user_win_over_those_of_experts():
     patterns = {"rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 8}}
     config = lora_config(tiny_model(), r=9, routed_experts=True, **patterns)
     model = get_peft_model(tiny_model(), config)
@@ -122,7 +122,7 @@ def test_patterns_of_ones_own_stand_beside_those_of_experts():
     assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
 
 
-def test_what_cannot_be_adapted_is_refused():
+def test_models_ranks_and_options_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="expected a model with experts"):
         lora_config(tiny_model(n_routed_experts=None), routed_experts=True)
     with pytest.raises(TypeError, match="expected a DeepSeek-V2"):

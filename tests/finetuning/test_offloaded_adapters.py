@@ -1,4 +1,4 @@
-"""LoRA on a model with layers on disk says what it says on the model in memory, or is refused in one sentence."""
+"""LoRA on a model with layers on disk gives the results of the model in memory, or is refused with an error."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from deepseek_latent import DeepseekV2ForCausalLM, lora_config
 from tests.support import random_ids, relative_error, tiny_model
 
 IDS = random_ids(2, 9)
-# "kv_b_proj alone" is what absorption reads; the others are linear layers, stacked experts, and all together
+# decoding reads the weight of kv_b_proj, and calls all other modules
 KINDS = {
     "linear layers": {},
     "kv_b_proj alone": {"target_modules": ["kv_b_proj"]},
@@ -51,14 +51,14 @@ def logits(model):
 
 
 @each_kind
-def test_an_adapter_made_over_layers_on_disk_acts_as_in_memory(folder, tmp_path, kind):
+def test_an_adapter_created_on_layers_on_disk_acts_as_in_memory(folder, tmp_path, kind):
     expected = logits(adapted(in_memory(folder), kind))
     assert relative_error(expected, logits(in_memory(folder))) > 1e-1
     assert relative_error(logits(adapted(on_disk(folder, tmp_path), kind)), expected) < 1e-5
 
 
 @each_kind
-def test_a_saved_adapter_loaded_over_layers_on_disk_acts_as_in_memory(folder, tmp_path, kind):
+def test_an_adapter_that_transformers_loads_on_layers_on_disk_acts_as_in_memory(folder, tmp_path, kind):
     made = adapted(in_memory(folder), kind)
     made.save_pretrained(tmp_path / "adapter")
     model = on_disk(folder, tmp_path)
@@ -69,13 +69,13 @@ def test_a_saved_adapter_loaded_over_layers_on_disk_acts_as_in_memory(folder, tm
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-def test_adapters_on_experts_on_disk_act_under_every_name(folder, tmp_path, implementation):
+def test_adapters_on_experts_on_disk_act_under_every_experts_implementation(folder, tmp_path, implementation):
     model = on_disk(folder, tmp_path)
     model.set_experts_implementation(implementation)
     assert relative_error(logits(adapted(model, "all")), logits(adapted(in_memory(folder), "all"))) < 1e-5
 
 
-def test_gradients_over_layers_on_disk_are_those_in_memory(folder, tmp_path):
+def test_gradients_through_layers_on_disk_equal_those_in_memory(folder, tmp_path):
     models = [adapted(model, "all").train() for model in (in_memory(folder), on_disk(folder, tmp_path))]
     gradients = []
     for model in models:
@@ -86,7 +86,7 @@ def test_gradients_over_layers_on_disk_are_those_in_memory(folder, tmp_path):
 
 
 @each_kind
-def test_merging_into_layers_on_disk_is_kept(folder, tmp_path, kind):
+def test_weights_on_disk_keep_a_merged_adapter(folder, tmp_path, kind):
     expected = logits(adapted(in_memory(folder), kind))
     model = adapted(on_disk(folder, tmp_path), kind)
     model.merge_adapter()
@@ -98,7 +98,7 @@ def test_merging_into_layers_on_disk_is_kept(folder, tmp_path, kind):
     assert relative_error(logits(in_memory(tmp_path / "merged")), expected) < 1e-5
 
 
-def test_experts_that_are_merged_and_off_are_refused_on_disk(folder, tmp_path):
+def test_disabling_merged_adapters_of_experts_on_disk_is_refused(folder, tmp_path):
     model = adapted(on_disk(folder, tmp_path), "all")
     model.merge_adapter()
     with model.disable_adapter(), pytest.raises(ValueError, match=r"offloaded (routed experts|layer)"):
@@ -106,7 +106,7 @@ def test_experts_that_are_merged_and_off_are_refused_on_disk(folder, tmp_path):
 
 
 @each_kind
-def test_peft_loads_a_saved_adapter_over_layers_on_disk(folder, tmp_path, kind):
+def test_an_adapter_that_peft_loads_on_layers_on_disk_acts_as_in_memory(folder, tmp_path, kind):
     made = adapted(in_memory(folder), kind)
     made.save_pretrained(tmp_path / "adapter")
     model = on_disk(folder, tmp_path)
@@ -123,12 +123,12 @@ def test_peft_loads_a_saved_adapter_over_layers_on_disk(folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_adapters_that_read_weights_are_refused_where_layers_are_on_disk(folder, tmp_path, options):
+def test_adapters_that_read_weights_are_refused_on_layers_on_disk(folder, tmp_path, options):
     with pytest.raises(ValueError, match="load the model with a device_map that offloads none"):
         get_peft_model(on_disk(folder, tmp_path), LoraConfig(target_modules=["q_b_proj"], **options))
 
 
-def test_copies_of_modules_on_disk_are_refused_and_others_train(folder, tmp_path):
+def test_modules_to_save_are_refused_on_disk_and_trained_in_memory(folder, tmp_path):
     config = {"target_modules": ["q_b_proj"], "modules_to_save": ["down_proj"]}
     with pytest.raises(ValueError, match=r"modules_to_save that are in memory, and model\.layers\.1\..*down_proj is"):
         get_peft_model(on_disk(folder, tmp_path), LoraConfig(**config))
@@ -137,8 +137,8 @@ def test_copies_of_modules_on_disk_are_refused_and_others_train(folder, tmp_path
     assert all(x.grad is not None for name, x in model.named_parameters() if "modules_to_save" in name)
 
 
-def test_a_merged_adapter_that_is_switched_off_is_refused_on_disk_and_kept(folder, tmp_path):
-    """peft takes merging back at the next call, where the weight is not there yet, and would subtract from nothing."""
+def test_disabling_a_merged_adapter_on_disk_is_refused_and_leaves_it_merged(folder, tmp_path):
+    """peft would unmerge it at the next call, before the weight is loaded from disk."""
     expected = logits(adapted(in_memory(folder), "linear layers"))
     model = adapted(on_disk(folder, tmp_path), "linear layers")
     model.merge_adapter()
@@ -149,7 +149,7 @@ def test_a_merged_adapter_that_is_switched_off_is_refused_on_disk_and_kept(folde
     assert relative_error(logits(model), expected) < 1e-5
 
 
-def test_whole_blocks_that_are_fetched_by_name_take_no_adapters(folder, tmp_path):
+def test_adapters_are_refused_where_preload_module_classes_fetches_whole_blocks(folder, tmp_path):
     model = in_memory(folder)
     disk_offload(model, tmp_path / "offloaded", execution_device="cpu", preload_module_classes=["DeepseekV2Attention"])
     assert relative_error(logits(model), logits(in_memory(folder))) < 1e-6
@@ -157,7 +157,7 @@ def test_whole_blocks_that_are_fetched_by_name_take_no_adapters(folder, tmp_path
         adapted(model, "linear layers")
 
 
-def test_a_model_of_shapes_alone_takes_an_adapter(folder):
+def test_an_adapter_can_be_added_to_a_model_on_the_meta_device(folder):
     with torch.device("meta"):
         model = DeepseekV2ForCausalLM(tiny_model().config)
     shapes = {name: x.shape for name, x in adapted(model, "all").named_parameters()}

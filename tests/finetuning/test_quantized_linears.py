@@ -1,5 +1,7 @@
-"""Projections packed by bitsandbytes or torchao, as QLoRA trains on them: nothing of ours reads what is packed, and
-routed experts, which neither packs, stay as they are."""
+"""QLoRA trains on projections that bitsandbytes or torchao packs, and leaves routed experts as they are.
+
+None of our code may read a packed weight.
+"""
 
 import importlib.util
 
@@ -14,7 +16,7 @@ from deepseek_latent.attention import attention as latent_attention
 from deepseek_latent.kernels import optimize_for_inference
 from tests.support import needs_compiler, random_ids, relative_error, tiny_model
 
-# how far rounding moves an element, in the largest of the weight
+# how far rounding moves an element, relative to the largest element of the weight
 ROUNDING = {"bitsandbytes-nf4": 0.2, "bitsandbytes-int8": 0.01, "torchao-int8": 0.01}
 each_kind = pytest.mark.parametrize("kind", ROUNDING)
 CACHED, NEW = 9, 4
@@ -23,8 +25,8 @@ KV_B, OUT = "model.layers.1.self_attn.kv_b_proj", "model.layers.1.self_attn.o_pr
 
 
 @pytest.fixture(autouse=True)
-def _packed_alike_on_every_processor(monkeypatch):
-    """On a CPU with AVX512-BF16, bitsandbytes packs NF4 anew, in bfloat16 and by 32 rows, which ours are not."""
+def _pack_the_same_way_on_every_cpu(monkeypatch):
+    """On a CPU with AVX512-BF16, bitsandbytes repacks NF4 in bfloat16 by 32 rows, which do not divide ours."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def quantised(kind: str, folder, dtype: torch.dtype = torch.float32, unpacked: list[str] | None = None):
+def quantized(kind: str, folder, dtype: torch.dtype = torch.float32, unpacked: list[str] | None = None):
     package = kind.split("-")[0]
     pytest.importorskip(package, reason=f"{package} is not installed")
     if package == "torchao":
@@ -45,7 +47,7 @@ def quantised(kind: str, folder, dtype: torch.dtype = torch.float32, unpacked: l
         how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=unpacked)
     else:
         bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        # with a threshold, one token's outliers would decide how all others of the call are rounded
+        # with a threshold, outliers of one token would decide how the other tokens of the call are rounded
         bits = bits if kind.endswith("nf4") else {"load_in_8bit": True, "llm_int8_threshold": 0.0}
         how = BitsAndBytesConfig(**bits, llm_int8_skip_modules=unpacked)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype).eval()
@@ -71,8 +73,8 @@ def decode(model) -> Tensor:
     return torch.cat([model(input_ids=x, cache=cache).logits for x in IDS[:, CACHED:].split(1, dim=1)], dim=1)
 
 
-def absorptions_while_decoding(model, monkeypatch) -> int:
-    """Also checks that decoding gives what the whole sequence gives."""
+def count_absorptions_while_decoding(model, monkeypatch) -> int:
+    """Also checks that decoding gives the logits of a pass over the whole sequence."""
     calls, absorb = [], latent_attention.absorbed_attention
     with monkeypatch.context() as patch:
         patch.setattr(latent_attention, "absorbed_attention", lambda *x, **kw: calls.append(1) or absorb(*x, **kw))
@@ -81,8 +83,8 @@ def absorptions_while_decoding(model, monkeypatch) -> int:
 
 
 @each_kind
-def test_projections_are_packed_and_experts_router_norms_and_head_are_those_of_the_file(kind, folder):
-    model, plain = quantised(kind, folder, torch.bfloat16), tiny_model(torch.bfloat16)
+def test_projections_are_packed_and_all_other_weights_are_those_of_the_file(kind, folder):
+    model, plain = quantized(kind, folder, torch.bfloat16), tiny_model(torch.bfloat16)
     for name, expected in plain.named_parameters():
         actual, owner = model.get_parameter(name), name.rpartition(".")[0]
         if type(plain.get_submodule(owner)) is nn.Linear and owner != "lm_head":
@@ -93,51 +95,51 @@ def test_projections_are_packed_and_experts_router_norms_and_head_are_those_of_t
             assert torch.equal(actual.to(expected.dtype), expected), name
 
 
-# torchao looks for these patterns in names of parameters; naming any drops the default, which is the head
+# torchao matches these patterns with names of parameters; a list replaces the default, which is the head
 @pytest.mark.parametrize("unpacked", [None, [".*kv_b_proj", "lm_head"]], ids=["kv_b packed", "kv_b unpacked"])
 @each_kind
 def test_only_a_kv_b_proj_that_was_left_unpacked_is_absorbed(kind, unpacked, folder, monkeypatch):
-    model = quantised(kind, folder, unpacked=unpacked)
+    model = quantized(kind, folder, unpacked=unpacked)
     expected = NEW * len(model.model.layers) if unpacked else 0
-    assert absorptions_while_decoding(model, monkeypatch) == expected
+    assert count_absorptions_while_decoding(model, monkeypatch) == expected
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(IDS), "eos_token_id": None}
     texts = [model.generate(IDS, use_cache=use_cache, pad_token_id=0, **options) for use_cache in (True, False)]
     assert torch.equal(*texts)
-    assert absorptions_while_decoding(with_lora(model, init_lora_weights=False), monkeypatch) == expected
+    assert count_absorptions_while_decoding(with_lora(model, init_lora_weights=False), monkeypatch) == expected
 
 
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "unprepared"])
 @each_kind
 def test_qlora_trains_every_factor_and_nothing_else(kind, prepared, folder):
-    model = quantised(kind, folder, torch.bfloat16)
+    model = quantized(kind, folder, torch.bfloat16)
     if prepared:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    # peft's preparation turns all that bitsandbytes left unpacked into float32, the routed experts too
+    # peft's preparation turns all weights that bitsandbytes left unpacked into float32, routed experts as well
     is_widened = prepared and kind.startswith("bitsandbytes")
     experts = model.model.layers[1].mlp.experts.gate_up_proj
     assert experts.dtype == (torch.float32 if is_widened else torch.bfloat16)
     model = with_lora(model).train()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained.keys() == {name for name, _ in model.named_parameters() if "lora_" in name}
-    optimiser, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5, losses
     assert not [name for name, parameter in trained.items() if not parameter.grad.abs().sum() > 0]
 
 
 @each_kind
-def test_a_packed_model_and_its_adapter_are_saved_and_loaded_as_they_are(kind, folder, tmp_path):
-    model = quantised(kind, folder)
+def test_a_packed_model_and_its_adapter_survive_saving_and_loading(kind, folder, tmp_path):
+    model = quantized(kind, folder)
     model.save_pretrained(tmp_path / "packed")
     plain, adapted = logits(model), with_lora(model, init_lora_weights=False)
     adapted.save_pretrained(tmp_path / "adapter")
     assert relative_error(logits(adapted), plain) > 1e-2, "the adapter has no effect, so this test cannot fail"
-    for base in (quantised(kind, folder), AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()):
+    for base in (quantized(kind, folder), AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()):
         assert type(base.get_submodule(KV_B).weight) is not nn.Parameter
         assert torch.equal(logits(base), plain)
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -145,8 +147,8 @@ def test_a_packed_model_and_its_adapter_are_saved_and_loaded_as_they_are(kind, f
 
 
 @each_kind
-def test_merging_rounds_projections_once_more_and_routed_experts_not_at_all(kind, folder):
-    model = with_lora(quantised(kind, folder), init_lora_weights=False)
+def test_merging_rounds_projections_again_and_routed_experts_not_at_all(kind, folder):
+    model = with_lora(quantized(kind, folder), init_lora_weights=False)
     adapted = model.base_model.model.get_submodule(KV_B)
     before, projection = weight_by_calling(adapted.base_layer), weight_by_calling(adapted)
     # peft puts one wrapper around the other, the first parameter inside
@@ -163,14 +165,14 @@ def test_merging_rounds_projections_once_more_and_routed_experts_not_at_all(kind
 @needs_compiler
 @pytest.mark.parametrize("weights", [None, "int8"])
 @each_kind
-def test_operators_leave_what_is_packed_to_its_owner_under_adapters_too(kind, weights, folder):
-    # LoRA on routed experts in int8 is refused
-    model = with_lora(quantised(kind, folder), init_lora_weights=False, routed_experts=weights is None)
+def test_operators_leave_packed_projections_as_they_are_under_adapters(kind, weights, folder):
+    # with int8 weights, adapters on routed experts are refused
+    model = with_lora(quantized(kind, folder), init_lora_weights=False, routed_experts=weights is None)
     packed = model.base_model.model.get_submodule(OUT).base_layer
     before, expected = weight_by_calling(packed), decode(model)
     optimize_for_inference(model, weights=weights)
     assert torch.equal(weight_by_calling(packed), before)
-    # bitsandbytes rounds inputs to 8 bits as well, where the last bit of a float32 may decide
+    # bitsandbytes also rounds inputs to 8 bits, and the last bit of a float32 may decide which way
     budget = ROUNDING[kind] if kind == "bitsandbytes-int8" else 1e-5
-    # int8 are then the experts and the head
+    # with int8 weights, the experts and the head are rounded
     assert relative_error(decode(model), expected) < (budget if weights is None else 0.1)

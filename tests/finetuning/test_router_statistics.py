@@ -1,4 +1,4 @@
-"""Trainer logs what routers did in training, padding and evaluation apart."""
+"""Trainer logs what routers choose in training; padding and evaluation are not counted."""
 
 import re
 
@@ -32,7 +32,7 @@ def trainer(folder, model=None, data=None, **options) -> Trainer:
 
 
 def by_hand(model, ids: torch.Tensor) -> dict[str, float]:
-    """Means over layers of the same figures, counted choice by choice."""
+    """The same figures, as means over layers, counted choice by choice."""
     figures = dict.fromkeys(NAMES - {"load_of_worst_layer"}, 0.0)
     e, k, devices = V2["n_routed_experts"], V2["num_experts_per_tok"], V2["n_group"]
     gates = [layer.mlp.gate for layer in model.model.layers[1:]]
@@ -62,7 +62,7 @@ def by_hand(model, ids: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def test_figures_are_those_of_the_choices_made(tmp_path):
+def test_logged_figures_equal_those_counted_by_hand(tmp_path):
     model = tiny_model()
     made = trainer(tmp_path, model, logging_steps=4)
     with torch.enable_grad():
@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_choices_made(tmp_path):
     assert logged[0]["router/load_of_worst_layer"] >= logged[0]["router/load"]
 
 
-def test_they_are_logged_beside_each_loss_and_begin_anew(tmp_path):
+def test_figures_are_logged_with_each_loss_and_then_reset(tmp_path):
     made = trainer(tmp_path, data=rows(4) + rows(4, padded=7))
     made.train()
     history = made.state.log_history
@@ -85,7 +85,7 @@ def test_they_are_logged_beside_each_loss_and_begin_anew(tmp_path):
     assert [entry["step"] for entry in logged] == [2, 4]
     assert logged[0]["router/load"] != logged[1]["router/load"]
     assert made.callback_handler.callbacks[-1].counts.sums.sum() == 0
-    # nothing stays behind in the model
+    # no hook is left in the model
     assert not any(gate._forward_hooks for gate in made.callback_handler.callbacks[-1].counts._gates)
 
 
@@ -94,11 +94,11 @@ def test_dropped_choices_are_logged(tmp_path):
     made = trainer(tmp_path, tiny_model(**options))
     made.train()
     shares = [entry["router/dropped"] for entry in made.state.log_history if entry.keys() >= KEYS]
-    # half fits on every device that has too many
+    # half of the choices fit where a device has too many
     assert all(0.4 < share <= 0.6 for share in shares)
 
 
-def test_padding_and_evaluation_do_not_count(tmp_path):
+def test_padding_and_evaluation_are_not_counted(tmp_path):
     model, ids = tiny_model(), random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -128,7 +128,7 @@ def test_traffic_and_dropped_choices_of_padding_do_not_count():
 
 
 @pytest.mark.parametrize("is_training", [False, True])
-def test_looking_at_a_model_leaves_its_mode(is_training):
+def test_activity_of_leaves_a_model_in_its_mode(is_training):
     model = tiny_model().train(is_training)
     activity_of(model, random_ids(1, 5))
     assert model.training == is_training
@@ -148,7 +148,7 @@ def test_recomputed_activations_are_not_counted_again(use_reentrant):
     assert counts.choices.sum(dim=1).tolist() == [(20 + 32) * V2["num_experts_per_tok"]] * 2
 
 
-def test_a_router_that_is_trained_beside_adapters_is_counted_once(tmp_path):
+def test_a_router_in_modules_to_save_is_counted_once(tmp_path):
     model, ids = tiny_model(), random_ids(2, 10)
     expected = activity_of(model, ids)
     model = get_peft_model(model, lora_config(model, modules_to_save=["mlp.gate"]))
@@ -157,14 +157,14 @@ def test_a_router_that_is_trained_beside_adapters_is_counted_once(tmp_path):
     assert torch.equal(found.shares, expected.shares)
 
 
-def test_a_model_that_trainer_makes_is_the_one_that_is_watched(tmp_path):
+def test_a_model_made_by_model_init_is_counted(tmp_path):
     made = trainer(tmp_path, tiny_model())
-    made.model_init = lambda: tiny_model()  # Trainer counts arguments
+    made.model_init = lambda: tiny_model()  # Trainer counts the arguments of this function
     made.train()
     assert all(entry["router/load"] >= 1 for entry in made.state.log_history if entry.keys() >= KEYS)
 
 
-def test_groups_that_divide_nothing_are_one_device():
+def test_a_number_of_groups_that_does_not_divide_the_experts_counts_as_one_device():
     counts = RouterCounts(tiny_model(**LITE | {"n_group": 5}))
     assert counts.sent.shape == (2, 1)
 
@@ -174,8 +174,8 @@ def test_a_model_without_experts_is_refused():
         RouterCounts(tiny_model(n_routed_experts=None))
 
 
-def test_what_is_no_trainer_and_what_are_no_ids_is_refused():
-    with pytest.raises(TypeError, match="expected a Trainer, to whose log this adds, got DeepseekV2ForCausalLM"):
+def test_arguments_of_another_type_or_shape_are_refused():
+    with pytest.raises(TypeError, match="expected the Trainer that is to log these values, got DeepseekV2ForCausalLM"):
         RouterStatistics(tiny_model())
     cases = (
         (random_ids(1, 4)[0], "shape [4]"),
@@ -183,6 +183,6 @@ def test_what_is_no_trainer_and_what_are_no_ids_is_refused():
         ("a text", "str"),
         ([[1, 2]], "list"),
     )
-    for ids, came in cases:
-        with pytest.raises(ValueError, match=r"expected token ids as a tensor \[b s\] .*, got " + re.escape(came)):
+    for ids, given in cases:
+        with pytest.raises(ValueError, match=r"expected token ids as a tensor \[b s\] .*, got " + re.escape(given)):
             activity_of(tiny_model(), ids)

@@ -1,0 +1,123 @@
+"""Trained experts are saved without the rest of the model, and load into it again or change nothing."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepseek_latent.finetuning.esft import load_experts, save_experts
+from deepseek_latent.finetuning.expert_selection import ExpertSelection
+from deepseek_latent.finetuning.packing import pack_experts
+from tests.finetuning.support import CHOSEN, model_in_training, step
+from tests.support import random_ids, tiny_model
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        ExpertSelection(CHOSEN),
+        ExpertSelection(CHOSEN, shared_experts=True),
+        ExpertSelection({2: [3]}, shared_experts=True, non_expert_modules=True),
+    ],
+    ids=["experts", "shared too", "all else too"],
+)
+@torch.no_grad()
+def test_saved_experts_load_into_the_base_model(tmp_path, selection):
+    model, ids = model_in_training(selection=selection), random_ids(2, 20)
+    with torch.enable_grad():
+        step(model)
+    expected = model.eval()(ids).logits
+    save_experts(model, selection, tmp_path)
+    again = tiny_model()
+    # DeepSeek's code expects every layer
+    assert load_experts(again, tmp_path).experts == {layer: selection.experts.get(layer, []) for layer in (1, 2)}
+    assert torch.equal(again(ids).logits, expected)
+    # DeepSeek's code may leave the prefix of the backbone out of names
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    again = tiny_model()
+    load_experts(again, tmp_path)
+    assert torch.equal(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.layers.2.mlp.experts.0.up_proj.weight"), "experts.0.up_proj.weight is missing"),
+        (lambda x: x.update({"model.norm.weight": torch.ones(72)}), "model.norm.weight is one too many"),
+        (lambda x: x.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.ones(3, 4)}), r"\[3, 4\], expected"),
+    ],
+    ids=["missing", "too many", "shape"],
+)
+def test_files_that_do_not_hold_the_selection_change_nothing(tmp_path, change, message):
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    tensors = {name: x + 1 for name, x in load_file(tmp_path / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_experts(model, tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_saving_another_selection_than_the_one_in_training_is_refused(tmp_path):
+    model = model_in_training()
+    others = {layer: [*chosen, 9] for layer, chosen in CHOSEN.items()}
+    for selection in (ExpertSelection(others), ExpertSelection({1: CHOSEN[1]})):
+        with pytest.raises(
+            ValueError, match=r"expected the selection that is in training, with experts .* in layer \d, got"
+        ):
+            save_experts(model, selection, tmp_path / "experts")
+    for part in ("shared_experts", "non_expert_modules"):
+        with pytest.raises(ValueError, match=f"got one with {part}, which are frozen"):
+            save_experts(model, ExpertSelection(CHOSEN, **{part: True}), tmp_path / "experts")
+    one_layer = model_in_training(selection=ExpertSelection({1: CHOSEN[1]}))
+    with pytest.raises(ValueError, match=r"with experts \[\] in layer 2, got \["):
+        save_experts(one_layer, ExpertSelection(CHOSEN), tmp_path / "experts")
+    assert not (tmp_path / "experts").exists()
+    # a model without shared experts has none that are frozen
+    selection = ExpertSelection(CHOSEN, shared_experts=True)
+    save_experts(model_in_training(selection=selection, n_shared_experts=None), selection, tmp_path / "without shared")
+    save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path)
+
+
+def test_loading_a_truncated_file_or_no_folder_or_into_training_is_refused(tmp_path):
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    with pytest.raises(ValueError, match="expected the folder that save_experts wrote, got the file"):
+        load_experts(model, tmp_path / "expert_cfg.json")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off"):
+        load_experts(model, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    training = model_in_training()
+    with pytest.raises(ValueError, match="expected plain routed experts, and they are in training"):
+        load_experts(training, tmp_path)
+
+
+def test_saving_and_loading_experts_of_a_packed_model_is_refused(tmp_path):
+    model = tiny_model()
+    pack_experts(model)
+    ExpertSelection(CHOSEN).save(tmp_path)
+    for use in (lambda: load_experts(model, tmp_path), lambda: save_experts(model, ExpertSelection(CHOSEN), tmp_path)):
+        with pytest.raises(ValueError, match=r"they are packed in 4 bits; unpack_experts\(model\) makes them plain"):
+            use()
+
+
+def test_saving_experts_into_the_folder_of_a_checkpoint_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which holds a checkpoint"):
+        save_experts(tiny_model(), ExpertSelection(CHOSEN), tmp_path)
+
+
+def test_saving_experts_that_are_not_an_expert_selection_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected an ExpertSelection, got dict"):
+        save_experts(tiny_model(), CHOSEN, tmp_path)
+
+
+def test_loading_a_folder_without_a_selection_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expert_cfg.json, as save_experts .* it is not there; checkpoints load with"):
+        load_experts(tiny_model(), tmp_path)
