@@ -65,7 +65,6 @@ CACHES = {
 }
 BITS = {"8 bits": 8, "6 bits": 6, "5 bits": 5, "4 bits": 4, "fp8": "fp8"}
 BITS |= {"static in 8 bits": 8, "static in 4 bits": 4, "static in fp8": "fp8"}
-
 CANDIDATES = (
     "prompt lookup",
     "assisted",
