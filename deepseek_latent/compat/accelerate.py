@@ -2,7 +2,7 @@
 
 With a `device_map`, accelerate puts a hook around every module: it replaces `forward` on the instance, keeps the old
 one in `_old_forward`, and moves inputs, outputs or weights between devices.
-tests/compat/test_canaries.py has a test for each thing that is used here, which fails when a release changes it.
+tests/compat/test_accelerate.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
 from collections.abc import Iterator, Sequence

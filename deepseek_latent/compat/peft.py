@@ -1,7 +1,7 @@
 """What this package uses of peft beyond its documented interface, each thing once (peft 0.20 to 0.21).
 
 Layers are recognized by the names of their classes, since a checkpoint's own code must load without peft installed.
-tests/compat/test_canaries.py has a test for each thing that is used here, which fails when a release changes it.
+tests/compat/test_peft.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
 import functools

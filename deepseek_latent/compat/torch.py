@@ -1,6 +1,6 @@
 """What this package uses of torch beyond its documented interface, each thing once (torch 2.10 to 2.14).
 
-tests/compat/test_canaries.py has a test for each thing that is used here, which fails when a release changes it.
+tests/compat/test_torch.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
 from collections.abc import Callable

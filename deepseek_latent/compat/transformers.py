@@ -1,8 +1,8 @@
 """What this package uses of transformers beyond its documented interface, each thing once (transformers 5.17 to 5.24).
 
-Every entry says what it is for, which versions have it and when it can be dropped. tests/compat/test_canaries.py has a
-test for each, which fails when a release changes a name, a signature or a behavior, and says what changed and who uses
-it here.
+Every entry says what it is for, which versions have it and when it can be dropped. tests/compat/test_transformers.py
+has a test for each, which fails when a release changes a name, a signature or a behavior, and says what changed and
+which code uses it here.
 """
 
 import functools

@@ -1,406 +1,37 @@
 """Every mode of generation with every cache gives the same tokens as the same model without a cache.
 
-A row of the table (MODES) is a function of a model and of `new_cache`, which returns the options that make `generate`
-use the cache of the column (CACHES). A mode that requires a cache must give the tokens of plain steps.
+The rows of the table are MODES in generation_modes.py and generation_after_prefix.py, and its columns are CACHES.
 """
 
 import contextlib
 import copy
 import functools
-import io
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
-from transformers import (
-    AutoTokenizer,
-    CompileConfig,
-    DynamicCache,
-    LogitsProcessor,
-    StaticCache,
-    StoppingCriteria,
-    TextIteratorStreamer,
-    TextStreamer,
-)
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from deepseek_latent import LatentCache
 from deepseek_latent.attention.attention import DeepseekV2Attention
 from deepseek_latent.cache.format import latent_format
-from tests.support import native_twin, random_ids, seeded, tiny_model
-
-PROMPT, NEW = 11, 10
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-SAMPLING = GREEDY | {"do_sample": True, "temperature": 1.3, "top_k": 50, "top_p": 0.95}
-IDS = random_ids(2, PROMPT)
-QUESTIONS = [random_ids(2, length, seed=length) for length in (3, 6, 1)]
-# `subject` continues it with tokens that occur in it, but not always with those that follow them there
-REPETITIVE = random_ids(1, 4, seed=1).repeat(1, 3)
-# embeddings that are not those of tokens
-SOFT_PROMPT = torch.randn(2, PROMPT, 72, generator=seeded(2)) / 4
-
-
-@functools.cache
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "pydoc-tiny")
-
-
-@functools.cache
-def subject(dtype: torch.dtype = torch.float32):
-    model = tiny_model(dtype, vocab_size=2048, seed=2)
-    # torch has no grouped_mm for float64
-    model.set_experts_implementation("eager" if dtype == torch.float64 else "grouped_mm")
-    _draft_three_tokens(model)
-    return model
-
-
-@functools.cache
-def twin_of_transformers():
-    return native_twin(subject())
-
-
-@functools.cache
-def assistant():
-    """One layer of other widths, trained on the first half of `subject`'s output: its drafts are right, then wrong."""
-    widths = {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 24, "qk_rope_head_dim": 16}
-    model = tiny_model(vocab_size=2048, num_hidden_layers=1, **widths)
-    _draft_three_tokens(model)
-    read = subject().generate(REPETITIVE, **GREEDY | {"max_new_tokens": NEW // 2}, **no_cache())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with torch.enable_grad():
-        for _ in range(12):
-            optimizer.zero_grad()
-            model(read, labels=read).loss.backward()
-            optimizer.step()
-    return model
-
-
-def _draft_three_tokens(model) -> None:
-    model.generation_config.num_assistant_tokens = 3
-    model.generation_config.assistant_confidence_threshold = 0
-
-
-def no_cache() -> dict:
-    return {"use_cache": False}
-
-
-def if_cached(new_cache, **options) -> dict:
-    """Options that require a cache; without one, plain steps give the expected tokens."""
-    return {} if new_cache is no_cache else options
-
-
-def plain(ids: Tensor = IDS, **options):
-    def generate(model, new_cache):
-        torch.manual_seed(5)
-        return model.generate(ids, **options, **new_cache())
-
-    return generate
-
-
-MODES = {
-    "greedy": plain(**GREEDY),
-    "sampling": plain(**SAMPLING),
-    "beams": plain(**GREEDY, num_beams=3),
-    "beams that end early": plain(
-        **GREEDY | {"eos_token_id": list(range(1500, 1700))}, num_beams=4, length_penalty=0.3, early_stopping=True
-    ),
-    "beam sampling": plain(**SAMPLING, num_beams=3),
-    "several samples": plain(**SAMPLING, num_return_sequences=3),
-    "several beams": plain(**GREEDY, num_beams=4, num_return_sequences=3),
-    "several sampled beams": plain(**SAMPLING, num_beams=3, num_return_sequences=2),
-    "penalties": plain(REPETITIVE, **GREEDY, repetition_penalty=1.4, no_repeat_ngram_size=2, bad_words_ids=[[1484]]),
-    "guidance": plain(IDS[:1], **GREEDY, guidance_scale=1.5, negative_prompt_ids=IDS[1:]),
-    "rows that end at different times": plain(**GREEDY | {"eos_token_id": list(range(1900, 2000))}),
-    "max_length": plain(**GREEDY | {"max_new_tokens": None, "max_length": PROMPT + 7}),
-    "min_new_tokens": plain(**GREEDY | {"eos_token_id": list(range(1000, 2048))}, min_new_tokens=5),
-}
-
-
-def mode(name: str):
-    return lambda generate: MODES.setdefault(name, generate)
-
-
-@mode("scores and logits")
-def scores_and_logits(model, new_cache):
-    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    output = plain(**SAMPLING, **wanted)(model, new_cache)
-    return output.sequences, torch.stack(output.scores), torch.stack(output.logits)
-
-
-@mode("scores of beams")
-def scores_of_beams(model, new_cache):
-    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    output = plain(**GREEDY, num_beams=3, **wanted)(model, new_cache)
-    return output.sequences, output.sequences_scores, output.beam_indices, torch.stack(output.scores)
-
-
-class RaisesOneToken(LogitsProcessor):
-    def __call__(self, ids, scores):
-        token = (7 * ids[:, -1:] + ids[:, -3:-2]) % scores.shape[1]
-        return scores.scatter_add(1, token, torch.full((len(ids), 1), 4.0))
-
-
-class EndsAtAMultipleOfThree(StoppingCriteria):
-    def __call__(self, ids, scores, **kwargs):
-        return ids[:, -1] % 3 == 0
-
-
-@mode("a logits processor of the user's")
-def a_logits_processor_of_the_users(model, new_cache):
-    return plain(**GREEDY, logits_processor=[RaisesOneToken()])(model, new_cache)
-
-
-@mode("a stopping criterion of the user's")
-def a_stopping_criterion_of_the_users(model, new_cache):
-    ids = plain(**GREEDY, stopping_criteria=[EndsAtAMultipleOfThree()])(model, new_cache)
-    assert ids.shape[1] < PROMPT + NEW
-    return ids
-
-
-@mode("stop strings")
-def stop_strings(model, new_cache):
-    # the string starts inside one token and ends inside the next
-    middle = tokenizer().decode(plain(IDS[:1], **GREEDY)(model, new_cache)[0, PROMPT + 2 : PROMPT + 4])[1:-1]
-    ids = plain(IDS[:1], **GREEDY, stop_strings=[middle], tokenizer=tokenizer())(model, new_cache)
-    assert ids.shape[1] < PROMPT + NEW
-    assert middle in tokenizer().decode(ids[0])
-    return ids
-
-
-@mode("TextStreamer")
-def text_streamer(model, new_cache):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        ids = plain(IDS[:1], **GREEDY, streamer=TextStreamer(tokenizer(), skip_prompt=True))(model, new_cache)
-    assert printed.getvalue() == tokenizer().decode(ids[0, PROMPT:]) + "\n"
-    return printed.getvalue()
-
-
-@mode("TextIteratorStreamer")
-def text_iterator_streamer(model, new_cache):
-    streamer = TextIteratorStreamer(tokenizer(), timeout=60)
-    thread = threading.Thread(target=plain(IDS[:1], **GREEDY, streamer=streamer), args=(model, new_cache))
-    thread.start()
-    pieces = [piece for piece in streamer if piece]
-    thread.join()
-    assert len(pieces) > 2
-    return "".join(pieces)
-
-
-ROWS = [random_ids(1, length, seed=length) for length in (PROMPT, 4, 8)]
-PADDED = torch.cat([torch.nn.functional.pad(row, (PROMPT - row.shape[1], 0)) for row in ROWS])
-MASK = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (PROMPT - row.shape[1], 0)) for row in ROWS])
-
-
-@mode("left padding")
-def left_padding(model, new_cache, **options):
-    if new_cache is no_cache:
-        return torch.cat([model.generate(row, **GREEDY, **options, **no_cache())[:, -NEW:] for row in ROWS])
-    return model.generate(PADDED, attention_mask=MASK, **GREEDY, **options, **new_cache())[:, PROMPT:]
-
-
-@mode("left padding of beams")
-def left_padding_of_beams(model, new_cache):
-    return left_padding(model, new_cache, num_beams=3)
-
-
-@mode("chunked prefill")
-def chunked_prefill(model, new_cache):
-    return model.generate(IDS, **GREEDY, **new_cache(), **if_cached(new_cache, prefill_chunk_size=4))
-
-
-@mode("chunked prefill of left padding")
-def chunked_prefill_of_left_padding(model, new_cache):
-    return left_padding(model, new_cache, **if_cached(new_cache, prefill_chunk_size=4))
-
-
-@contextlib.contextmanager
-def candidates_accepted_and_rejected(model, new_cache):
-    """Checks that the model computed several tokens in one step, and rejected some of them."""
-    lengths, num_layers = [], model.config.num_hidden_layers
-
-    def note(module, args, kwargs):
-        # drafts by early exit pass through fewer layers
-        if module.config.num_hidden_layers == num_layers:
-            lengths.append(kwargs["input_ids"].shape[1])
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-    if new_cache is not no_cache:
-        assert len(lengths) < NEW
-        assert sum(lengths) > REPETITIVE.shape[1] + NEW - 1
-
-
-@mode("prompt lookup")
-def prompt_lookup(model, new_cache):
-    with candidates_accepted_and_rejected(model, new_cache):
-        options = if_cached(new_cache, prompt_lookup_num_tokens=3)
-        return model.generate(REPETITIVE, **GREEDY, **new_cache(), **options)
-
-
-@mode("assisted")
-def assisted(model, new_cache, **options):
-    helped = if_cached(new_cache, assistant_model=assistant())
-    with candidates_accepted_and_rejected(model, new_cache):
-        return model.generate(REPETITIVE, **GREEDY | options, **new_cache(), **helped)
-
-
-@mode("assisted sampling")
-def assisted_sampling(model, new_cache):
-    # candidates use random draws too, so the same seed gives the same tokens only if there is one to draw from
-    torch.manual_seed(5)
-    return assisted(model, new_cache, do_sample=True, top_k=1)
-
-
-@mode("early exit")
-def early_exit(model, new_cache):
-    with candidates_accepted_and_rejected(model, new_cache):
-        return model.generate(REPETITIVE, **GREEDY, **new_cache(), **if_cached(new_cache, assistant_early_exit=2))
-
-
-@mode("embeddings")
-def embeddings(model, new_cache):
-    embeds = SOFT_PROMPT.to(model.dtype)
-    if new_cache is no_cache:
-        return tokens_after(model, embeds)
-    return model.generate(inputs_embeds=embeds, **GREEDY, **new_cache())
-
-
-@mode("embeddings and ids")
-def embeddings_and_ids(model, new_cache):
-    embeds = SOFT_PROMPT.to(model.dtype)
-    if new_cache is no_cache:
-        return torch.cat((IDS, tokens_after(model, embeds)), dim=1)
-    return model.generate(IDS, inputs_embeds=embeds, **GREEDY, **new_cache())
-
-
-@torch.no_grad()
-def tokens_after(model, embeds: Tensor) -> Tensor:
-    """Greedy tokens [b NEW] without a cache; after embeddings, `generate` always uses one."""
-    new = []
-    for _ in range(NEW):
-        new.append(model(inputs_embeds=embeds, use_cache=False).logits[:, -1:].argmax(-1))
-        embeds = torch.cat((embeds, model.get_input_embeddings()(new[-1])), dim=1)
-    return torch.cat(new, dim=1)
-
-
-def prefilled(model, new_cache, ids: Tensor, **options):
-    """Makes the cache of the column, filled with `ids`."""
-    options |= GREEDY | {"max_new_tokens": 1, "return_dict_in_generate": True}
-    cache = model.generate(ids, **options, **new_cache()).cache
-    assert cache.get_seq_length() == ids.shape[1]
-    return cache
-
-
-@mode("copies of a prefix")
-def copies_of_a_prefix(model, new_cache, length: int = PROMPT, **options):
-    prompts = [torch.cat((IDS, question), dim=1) for question in QUESTIONS]
-    if new_cache is no_cache:
-        return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
-    prefix = prefilled(model, new_cache, IDS[:, :length])
-    outputs = [model.generate(prompt, **GREEDY, **options, cache=copy.deepcopy(prefix)) for prompt in prompts]
-    return torch.cat(outputs, dim=1)
-
-
-@mode("chunks after copies of a prefix")
-def chunks_after_copies_of_a_prefix(model, new_cache):
-    return copies_of_a_prefix(model, new_cache, **if_cached(new_cache, prefill_chunk_size=2))
-
-
-@mode("chunks longer than the prefix before them")
-def chunks_longer_than_the_prefix_before_them(model, new_cache):
-    return copies_of_a_prefix(model, new_cache, length=3, **if_cached(new_cache, prefill_chunk_size=5))
-
-
-@mode("left padding after a prefix")
-def left_padding_after_a_prefix(model, new_cache, length: int = 8, **options):
-    if new_cache is no_cache:
-        return left_padding(model, new_cache)
-    cache = prefilled(model, new_cache, PADDED[:, :length], attention_mask=MASK[:, :length])
-    options |= GREEDY | {"attention_mask": MASK, "cache": cache}
-    return model.generate(PADDED, **options)[:, PROMPT:]
-
-
-@mode("chunks longer than the padded prefix before them")
-def chunks_longer_than_the_padded_prefix_before_them(model, new_cache):
-    return left_padding_after_a_prefix(model, new_cache, length=3, **if_cached(new_cache, prefill_chunk_size=5))
-
-
-@mode("cropping back to a prefix")
-def cropping_back_to_a_prefix(model, new_cache):
-    if new_cache is no_cache:
-        return copies_of_a_prefix(model, new_cache)
-    cache, outputs = prefilled(model, new_cache, IDS), []
-    for question in QUESTIONS:
-        outputs.append(model.generate(torch.cat((IDS, question), dim=1), **GREEDY, cache=cache))
-        cache.crop(PROMPT - cache.get_seq_length())
-    return torch.cat(outputs, dim=1)
-
-
-@mode("one prefix for several rows")
-def one_prefix_for_several_rows(model, new_cache):
-    """Also from a part of the prefix, in which rows have no tokens of their own."""
-    prompts = [torch.cat((IDS[:1, :kept].expand(2, -1), QUESTIONS[0]), dim=1) for kept in (PROMPT, PROMPT - 4)]
-    if new_cache is no_cache:
-        return torch.cat([model.generate(prompt, **GREEDY, **no_cache()) for prompt in prompts], dim=1)
-    cache = prefilled(model, new_cache, IDS[:1])
-    cache.batch_repeat_interleave(2)
-    first = model.generate(prompts[0], **GREEDY, cache=cache)
-    cache.crop(PROMPT - 4 - cache.get_seq_length())
-    return torch.cat((first, model.generate(prompts[1], **GREEDY, cache=cache)), dim=1)
-
-
-@mode("beams after one prefix")
-def beams_after_one_prefix(model, new_cache):
-    prompt = torch.cat((IDS[:1], QUESTIONS[0][:1]), dim=1)
-    if new_cache is no_cache:
-        return model.generate(prompt, **GREEDY, num_beams=3, **no_cache())
-    cache = prefilled(model, new_cache, IDS[:1])
-    cache.batch_repeat_interleave(3)
-    return model.generate(prompt, **GREEDY, num_beams=3, cache=cache)
-
-
-@mode("prompt lookup after a prefix")
-def prompt_lookup_after_a_prefix(model, new_cache, given: slice = slice(None)):
-    if new_cache is no_cache:
-        return model.generate(REPETITIVE, **GREEDY, **no_cache())[:, given]
-    cache = prefilled(model, new_cache, REPETITIVE[:, :8])
-    options = {"attention_mask": torch.ones_like(REPETITIVE), "prompt_lookup_num_tokens": 3}
-    return model.generate(REPETITIVE[:, given], **GREEDY, **options, cache=cache)
-
-
-@mode("prompt lookup from the new tokens after a prefix")
-def prompt_lookup_from_the_new_tokens_after_a_prefix(model, new_cache):
-    return prompt_lookup_after_a_prefix(model, new_cache, given=slice(8, None))
-
-
-@mode("conversation")
-def conversation(model, new_cache, only_new_tokens: bool = False):
-    tokens, options = IDS[:, :0], new_cache()
-    for turn in (IDS, *QUESTIONS):
-        # the last generated token is not in the cache, since no token came after it
-        cached = tokens.shape[1] - 1 if only_new_tokens and tokens.shape[1] else 0
-        tokens = torch.cat((tokens, turn), dim=1)
-        options |= {"attention_mask": torch.ones_like(tokens), "return_dict_in_generate": True}
-        output = model.generate(tokens[:, cached:], **GREEDY | {"max_new_tokens": 6}, **options)
-        tokens = torch.cat((tokens[:, :cached], output.sequences), dim=1)
-        options = no_cache() if new_cache is no_cache else {"cache": output.cache}
-    return tokens
-
-
-@mode("conversation in new tokens")
-def conversation_in_new_tokens(model, new_cache):
-    return conversation(model, new_cache, only_new_tokens=new_cache is not no_cache)
-
+from tests.model.generation_after_prefix import prefilled
+from tests.model.generation_modes import (
+    GREEDY,
+    IDS,
+    MODES,
+    NEW,
+    PROMPT,
+    QUESTIONS,
+    REPETITIVE,
+    no_cache,
+    subject,
+    twin_of_transformers,
+)
 
 # the length of a static cache is fixed; it must hold the conversation
 LONGEST = PROMPT + sum(6 + question.shape[1] for question in QUESTIONS) + 6
@@ -434,7 +65,6 @@ CACHES = {
 }
 BITS = {"8 bits": 8, "6 bits": 6, "5 bits": 5, "4 bits": 4, "fp8": "fp8"}
 BITS |= {"static in 8 bits": 8, "static in 4 bits": 4, "static in fp8": "fp8"}
-
 CANDIDATES = (
     "prompt lookup",
     "assisted",

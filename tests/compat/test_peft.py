@@ -1,0 +1,90 @@
+"""Canaries: what compat/peft.py uses of peft is still as it expects.
+
+A test here fails with what changed and which code uses it. It passes on all versions that pyproject.toml admits.
+"""
+
+import inspect
+import warnings
+
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import transformers_weight_conversion
+from torch import nn
+
+from deepseek_latent.compat import peft as compat
+from tests.compat.helpers import linear, takes
+
+
+def adapted(**options) -> nn.Module:
+    model = nn.Sequential(linear())
+    options = {"target_modules": ["0"], "init_lora_weights": False} | options
+    return get_peft_model(model, LoraConfig(r=2, **options)).base_model.model[0]
+
+
+def test_lora_layers_have_the_class_names_that_are_checked():
+    assert compat.is_lora_linear(adapted()), "used by attention/read_linear"
+    assert peft_lora.ParamWrapper.__module__ == "peft.tuners.lora.layer", "used by experts/adapters"
+    assert not compat.is_lora_linear(linear())
+    assert compat.is_adapted(adapted()), "used by fingerprints and by ESFT"
+
+
+def test_lora_layers_have_the_attributes_that_are_read():
+    layer = adapted().eval()
+    for name in ("lora_A", "lora_B", "scaling", "lora_variant", "merged", "disable_adapters", "active_adapters"):
+        assert hasattr(layer, name), f"LoRA layers have no {name}; used by acting_adapters"
+    (adapter,) = compat.acting_adapters(layer)
+    x = torch.randn(3, 4)
+    added = adapter.b(adapter.a(x)) * adapter.scaling
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
+    assert compat.acting_adapters(adapted(use_dora=True)) is None, (
+        "variants are no longer in lora_variant; used by acting_adapters"
+    )
+    for name in ("other_param_names", "active_adapter", "merged_adapters"):
+        assert hasattr(layer, name), f"LoRA layers have no {name}; used by adapter_state"
+
+
+def test_stacked_factors_multiply_to_what_peft_adds():
+    model = nn.Sequential(nn.Module())
+    model[0].weight = nn.Parameter(torch.zeros(3, 5, 4))
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapper = get_peft_model(model, config).base_model.model[0]
+    assert compat.is_lora_parameter(wrapper)
+    assert wrapper.parameter_name == "weight", "used by experts/adapters"
+    (adapter,) = compat.acting_adapters(wrapper)
+    a, b = compat.stacked_factors(wrapper, adapter)
+    torch.testing.assert_close(b @ a * adapter.scaling, wrapper.get_delta_weight("default"))
+
+
+def test_peft_converts_targets_by_the_function_that_is_replaced():
+    """If peft drops it, the tests of targets show whether `prevent_target_renaming` is still needed."""
+    ours = transformers_weight_conversion._convert_peft_config_moe
+    assert [*inspect.signature(ours).parameters] == ["peft_config", "model"], "used by prevent_target_renaming"
+    assert ours.__wrapped__.__module__ == "peft.utils.transformers_weight_conversion"
+
+
+def test_peft_attaches_and_merges_by_the_functions_that_are_wrapped():
+    inject = BaseTuner.inject_adapter
+    assert [*inspect.signature(inject).parameters][:3] == ["self", "model", "adapter_name"], (
+        "used by support_offloading"
+    )
+    assert inject.__wrapped__.__module__ == "peft.tuners.tuners_utils"
+    for method in (peft_lora.ParamWrapper.merge, peft_lora.ParamWrapper.unmerge):
+        assert method.__wrapped__.__module__ == "peft.tuners.lora.layer", "used by support_offloading"
+    assert hasattr(peft_lora.ParamWrapper, "get_param"), "used by support_offloading"
+    for kind in (PeftModel, PeftMixedModel):
+        load = kind.from_pretrained.__func__
+        assert [*inspect.signature(load).parameters][:3] == ["cls", "model", "model_id"], "used by support_offloading"
+        assert load.__wrapped__.__module__.startswith("peft."), "used by support_offloading"
+    assert takes(PeftModel.load_adapter, "model_id", "adapter_name"), "used by support_offloading"
+    config = LoraConfig()
+    assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "support_offloading"
+
+
+def test_activated_adapters_have_a_variant_of_their_own():
+    layer = adapted(alora_invocation_tokens=[1])
+    assert compat.acts_on_some_tokens(layer), "aLoRA is stored otherwise; used by DeepseekV2Attention"
+    assert not compat.acts_on_some_tokens(adapted())

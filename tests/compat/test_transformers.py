@@ -1,0 +1,174 @@
+"""Canaries: what compat/transformers.py uses of transformers is still as it expects.
+
+A test here fails with what changed and which code uses it. It passes on all versions that pyproject.toml admits.
+"""
+
+import inspect
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.distributed import tensor_parallel
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+from transformers.integrations import moe
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+
+import deepseek_latent
+from deepseek_latent.compat import transformers as compat
+from deepseek_latent.compat.cache_name import CACHE
+from tests.compat.helpers import linear, takes
+from tests.support import NATIVE, random_ids, tiny_model
+
+
+def test_one_name_of_the_cache_goes_through_all_of_transformers():
+    for user, function in {
+        "DeepseekV2Model.forward": create_causal_mask,
+        "the heads for classification": GenericForSequenceClassification.forward,
+        "LatentGenerationMixin": GenerationMixin.prepare_inputs_for_generation,
+        "no code here, but transformers' own class": NATIVE.DeepseekV2Model.forward,
+    }.items():
+        assert takes(function, CACHE), f"{function.__qualname__} no longer takes {CACHE}; used by {user}"
+    for name in ("MoeModelOutputWithPast", "MoeCausalLMOutputWithPast", "SequenceClassifierOutputWithPast"):
+        theirs = getattr(transformers.modeling_outputs, name)
+        assert CACHE in theirs.__dataclass_fields__, f"{name} has no {CACHE}; used by compat/cache_name"
+    source = inspect.getsource(inspect.getmodule(GradientCheckpointingLayer))
+    assert f'"{CACHE}" in kwargs' in source, (
+        "gradient checkpointing no longer removes the cache; used by DeepseekV2Model"
+    )
+
+
+def test_generate_makes_its_cache_in_the_method_that_is_overridden():
+    hook = GenerationMixin._prepare_cache_for_generation
+    assert takes(hook, "generation_config", "model_kwargs", "generation_mode"), "used by GenerationHooks"
+    source = inspect.getsource(GenerationMixin.generate)
+    assert "self._prepare_cache_for_generation(" in source, (
+        "generate() makes its cache elsewhere; used by GenerationHooks"
+    )
+    made = {}
+    model = tiny_model()
+    model.choose_cache = lambda cache, *args: made.setdefault("cache", cache)
+    model.generate(random_ids(1, 3), max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert type(made["cache"]) is transformers.DynamicCache, (
+        "the default cache has another class; used by LatentGenerationMixin"
+    )
+
+
+def test_the_length_of_a_dropped_mask_is_kept():
+    seen = []
+    model, ids = tiny_model(), random_ids(1, 7)
+    model.prepare_cache_settings = lambda given, settings, mask: seen.append((mask, settings)) or settings
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0)
+    mask, settings = seen[0]
+    length = mask.shape[1] if mask is not None else compat.length_of_dropped_mask(settings)
+    assert length == 7, "generate() no longer keeps the length of the mask; used by check_cache_for_generation"
+
+
+def test_pages_are_made_and_written_as_paged_latents_expect():
+    assert takes(PagedAttentionCache.update, "key_states", "value_states", "layer_idx"), "used by update_pages"
+    rest = ("kwargs",) if compat._pages_take_all_arguments() else ("read_index", "write_index")
+    assert takes(PagedAttentionCache.update, *rest), "used by update_pages"
+    source = inspect.getsource(ContinuousBatchingManager)
+    assert "self._create_batch_processor()" in source, "managers make pages elsewhere; used by with_pages_for"
+    assert "self.model.config" in inspect.getsource(ContinuousBatchingManager._create_batch_processor), (
+        "managers no longer read their model's config; used by with_pages_for"
+    )
+
+
+def test_continuous_batching_passes_its_pages_as_the_cache():
+    given = {}
+    model = tiny_model()
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: given.update(kwargs) or forward(*args, **kwargs)
+    settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=1)
+    few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)
+    model.generate_batch([[5, 6, 7]], generation_config=settings, continuous_batching_config=few)
+    assert isinstance(given["cache"], PagedAttentionCache), "pages have another name or type; used by DeepseekV2Model"
+    wanted = {"block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index"}
+    assert wanted <= set(given), f"pages are passed without {wanted - set(given)}; used by PagedLatents"
+
+
+def test_our_caches_have_the_attributes_of_the_classes_whose_constructors_they_skip():
+    config = tiny_model().config
+    ours = deepseek_latent.LatentCache(config)
+    for theirs, own in ((DynamicLayer(), ours.layers[0]), (transformers.DynamicCache(config=config), ours)):
+        missing = [name for name in vars(theirs) if not hasattr(own, name)]
+        assert not missing, f"{type(theirs).__name__} has {missing} now; set it in {type(own).__name__}"
+
+
+def test_the_config_has_the_names_of_implementations():
+    config = tiny_model().config
+    assert (compat.attention_name(config), compat.experts_name(config)) == (
+        "sdpa",
+        "grouped_mm",
+    ), "attn_implementation or experts_implementation has another default or is stored elsewhere"
+    model = tiny_model()
+    model.set_attn_implementation("paged|eager")
+    assert compat.is_paged(model.config), "continuous batching has another prefix; used by is_paged"
+
+
+def test_experts_can_be_dispatched():
+    theirs = inspect.getattr_static(PreTrainedModel, "_can_set_experts_implementation")
+    assert isinstance(theirs, classmethod), (
+        "transformers decides otherwise whether experts can be dispatched; used by LoadingHooks"
+    )
+    model = tiny_model()
+    model.set_experts_implementation("eager")
+    assert compat.experts_name(model.config) == "eager"
+
+
+def test_grouped_products_take_rows_weights_and_ends():
+    assert [*inspect.signature(moe._grouped_linear).parameters][:2] == ["input", "weight"], "used by grouped_linear"
+    x, weight = torch.randn(5, 8), torch.randn(3, 16, 8)
+    actual = compat.grouped_linear(x, weight, torch.tensor([2, 2, 5], dtype=torch.int32))
+    torch.testing.assert_close(actual, torch.cat((x[:2] @ weight[0].T, x[2:] @ weight[2].T)))
+    doubled = compat.grouped_linear(x.double(), weight.double(), torch.tensor([2, 2, 5]).int())
+    assert doubled.dtype == torch.float64, "used for models in float64"
+
+
+def test_loading_reports_missing_weights_before_it_initializes_them():
+    hook = PreTrainedModel._adjust_missing_and_unexpected_keys
+    assert [*inspect.signature(hook).parameters] == ["self", "loading_info"], "used by LoadingHooks"
+    assert [*inspect.signature(PreTrainedModel._get_dtype_plan).parameters] == ["self", "dtype"], "used by LoadingHooks"
+    reported = {"missing_keys", "mismatched_keys", "conversion_errors"}
+    assert reported <= set(transformers.utils.loading_report.LoadStateDictInfo.__dataclass_fields__), (
+        "used by LoadingHooks"
+    )
+    assert PreTrainedModel._hf_peft_config_loaded is False, "used by has_adapters_of_transformers"
+    assert transformers.PreTrainedConfig._auto_class is None, "used by carries_its_code"
+
+
+def test_converters_keep_what_checked_converters_read():
+    for known in get_checkpoint_conversion_mapping("deepseek_v2"):
+        for name in ("_original_source_patterns", "_original_target_patterns", "layer_targets", "operations"):
+            assert hasattr(known, name), f"WeightConverter has no {name}; used by CheckedConverter"
+    names = ["self", "layer_name", "model", "config", "hf_quantizer", "loading_info"]
+    assert [*inspect.signature(WeightConverter.convert).parameters] == names, "used by CheckedConverter"
+    text = inspect.getsource(transformers.core_model_loading)
+    assert "\\nError: " in text, "failed conversions are reported otherwise; used by reason_of"
+
+
+def test_tensor_parallelism_replaces_forward_as_local_rows_expects():
+    styles = tensor_parallel.ParallelInterface._global_mapping
+    assert type(styles["colwise"]).__name__ == "ColwiseParallel", "used by local_rows"
+    layer = linear()
+    styles["colwise"].install_forward(layer, None)
+    forward = vars(layer)["forward"]
+    assert forward.__module__ == "transformers.distributed.tensor_parallel", "used by local_rows"
+    assert {"self", "original_forward"} <= set(forward.__code__.co_freevars), "used by local_rows"
+
+
+def test_class_names_are_looked_up_in_the_module_transformers():
+    for user, module in {"pipelines": "transformers.pipelines.base", "serve": None}.items():
+        if module is not None:
+            source = inspect.getsource(__import__(module, fromlist=["base"]))
+            assert 'importlib.import_module("transformers")' in source, (
+                f"{user} look classes up elsewhere; used by put_into_transformers"
+            )
+    assert transformers.DeepseekV2ForCausalLM is deepseek_latent.DeepseekV2ForCausalLM
+    assert NATIVE.DeepseekV2ForCausalLM is not deepseek_latent.DeepseekV2ForCausalLM
