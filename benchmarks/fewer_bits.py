@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deepseek_latent import LatentCache
 from deepseek_latent.attention.ops import UpProjection, absorbed_attention
-from deepseek_latent.cache.format import Latents, SeparateStretch
 from deepseek_latent.cache.layer import LatentCacheLayer
+from deepseek_latent.cache.segments import Latents, SplitSegment
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu.layers import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
@@ -80,7 +80,7 @@ def attention_error(attend, layer: LatentCacheLayer) -> float:
     q_content, q_rotary, w_uk, w_uv = (
         torch.randn(shape, generator=generator) for shape in ((1, 1, 16, 128), (1, 1, 16, 64), *[(16, 128, 512)] * 2)
     )
-    dense = Latents(SeparateStretch(layer.keys[:, 0].float(), layer.values[:, 0].float()))
+    dense = Latents(SplitSegment(layer.keys[:, 0].float(), layer.values[:, 0].float()))
     actual, expected = (
         attend(q_content, q_rotary, latents, UpProjection(w_uk), UpProjection(w_uv), mask=None, scale=512**-0.5 / 16)
         for attend, latents in ((attend, layer.latents), (absorbed_attention, dense))

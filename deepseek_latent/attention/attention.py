@@ -12,9 +12,10 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from ..cache.checks import check_dense_mask
-from ..cache.format import LatentFormat, Latents, SeparateStretch, Stretch
+from ..cache.format import LatentFormat
 from ..cache.latent_cache import LatentCache
 from ..cache.paged import PagedLatents
+from ..cache.segments import Latents, Segment, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
@@ -91,7 +92,7 @@ class DeepseekV2Attention(nn.Module):
                 latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
             if _is_empty_static_prefill(hidden_states, latent, attention_mask, attention_name(self.config)):
                 latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
-            latents = Latents(SeparateStretch(latent[:, 0], k_rotary[:, 0]))
+            latents = Latents(SplitSegment(latent[:, 0], k_rotary[:, 0]))
         context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
         return self.o_proj(context.flatten(2)), weights
 
@@ -145,7 +146,7 @@ class DeepseekV2Attention(nn.Module):
 
     def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
-        latents = Latents(Stretch(rows, LatentFormat(self.c, self.r, rows.dtype)))
+        latents = Latents(Segment(rows, LatentFormat(self.c, self.r, rows.dtype)))
         return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
 
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from ..cache.format import Latents
+from ..cache.segments import Latents
 
 # bounds on what one block of work may allocate: scores, and widened latents or expanded keys or values
 SCORES_PER_BLOCK = 1 << 24

@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..compat.peft import adapted_layers, adapter_state
 
-FORMAT = 1
+FORMAT = 2
 KEY = "deepseek_latent"  # of our entry in the file's header
 # beside transformers' own fields, what a config.json says that no cached number depends on
 _NEUTRAL = re.compile(
@@ -138,12 +138,13 @@ def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str
         raise ValueError(f"{path} was written by something else: expected an entry {KEY!r} in its header, got none.")
     try:
         record = json.loads(entries[KEY])
-        is_newer = record["format"] > FORMAT
-        is_whole = is_newer or record.pop("seal") == _hash(record)
+        is_older, is_newer = record["format"] < FORMAT, record["format"] > FORMAT
+        is_whole = is_older or is_newer or record.pop("seal") == _hash(record)
     except (ValueError, TypeError, KeyError) as error:
         raise _altered(path, "its header is") from error
-    if is_newer:
-        raise ValueError(f"expected format {FORMAT}, got {record['format']} in {path}; update deepseek-latent.")
+    if is_older or is_newer:
+        remedy = "update deepseek-latent" if is_newer else "write it again"
+        raise ValueError(f"expected format {FORMAT}, got {record['format']} in {path}; {remedy}.")
     if not is_whole:
         raise _altered(path, "its header is")
     return record

@@ -3,7 +3,6 @@
 Letters: b batch, t tokens, c latent width, r rotary width. A plane is 128 neighbouring elements of a latent.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -14,8 +13,6 @@ from torch import Tensor
 # what `LatentCache(bits=)` takes; None is as the model computes
 BITS = (None, 8, 6, 5, 4, "fp8")
 PLANE = 128
-# tokens whose codes are turned back at a time where all of them are wanted
-DECODED_AT_ONCE = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -204,73 +201,3 @@ def latent_format(bits: int | str | None, latent_width: int, rotary_width: int, 
     if bits == "fp8":
         return Float8Format(latent_width, rotary_width, dtype)
     return IntegerFormat(latent_width, rotary_width, dtype, bits)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Neighbouring tokens as `LatentCache` stores them: rows [b t row_width], or [1 t row_width] for all sequences."""
-
-    rows: Tensor
-    format: LatentFormat
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows.shape[1]
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        # split, which torch.compile follows for any number of tokens up to the next block, as it does not a range
-        return (self.format.decode(rows, dtype) for rows in self.rows.split(num_tokens, dim=1))
-
-    def both(self) -> tuple[Tensor, Tensor]:
-        widths, dtype = (self.format.latent_width, self.format.rotary_width), self.format.dtype
-        if self.format.bits is None:
-            return self.rows.split(widths, dim=-1)
-        both = self.rows.new_empty(*self.rows.shape[:2], sum(widths), dtype=dtype)
-        for part, block in zip(both.split(DECODED_AT_ONCE, dim=1), self.blocks(DECODED_AT_ONCE, dtype)):
-            part.copy_(block)
-        return both.split(widths, dim=-1)
-
-
-@dataclass(frozen=True)
-class SeparateStretch:
-    """Neighbouring tokens as two tensors: latent [b t c] and k_rotary [b t r], as any other cache gives them."""
-
-    latent: Tensor
-    k_rotary: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.latent.shape[1]
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        pairs = zip(self.latent.split(num_tokens, dim=1), self.k_rotary.split(num_tokens, dim=1))
-        return (torch.cat(pair, dim=-1).to(dtype) for pair in pairs)
-
-    def both(self) -> tuple[Tensor, Tensor]:
-        return self.latent, self.k_rotary
-
-
-class Latents:
-    """All tokens that queries may see, in order, as they are stored.
-
-    Where only the device knows how many tokens a buffer holds, `num_held` [] int64 is that number; what is stored
-    after them says nothing yet, and the last of s queries sees those held.
-    """
-
-    def __init__(self, *stretches: Stretch | SeparateStretch, num_held: Tensor | None = None):
-        self.stretches, self.num_held = stretches, num_held
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(stretch.num_tokens for stretch in self.stretches)
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Latent and rotary key side by side, at most `num_tokens` tokens at a time: [b t' c+r], or [1 t' c+r]."""
-        for stretch in self.stretches:
-            yield from stretch.blocks(num_tokens, dtype)
-
-    def dense(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Everything as [b t c] and [b t r] in the dtype of the model; views where it lies so already."""
-        pairs = [[x.expand(batch, -1, -1) for x in stretch.both()] for stretch in self.stretches]
-        latent, k_rotary = zip(*pairs)
-        return (latent[0], k_rotary[0]) if len(pairs) == 1 else (torch.cat(latent, 1), torch.cat(k_rotary, 1))

@@ -14,8 +14,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .checks import check_ids
 from .files import fingerprint, read_tensors, write_tensors
-from .format import Float8Format, Latents, check_bits, latent_format
+from .format import Float8Format, check_bits, latent_format
 from .layer import LatentCacheLayer
+from .segments import Latents
 from .static_layer import StaticLatentCacheLayer, TokenCount
 
 
@@ -185,9 +186,9 @@ class LatentCache(DynamicCache):
         cache.stored_tokens = torch.tensor(stored["tokens"])
         widths = stored["latent width"], stored["rotary width"]
         for i, layer in enumerate(cache.layers):
-            shared, own = (tensors.get(f"layers.{i}.{name}") for name in ("shared", "own"))
-            shared, own = (None if x is None else x.to(model.device) for x in (shared, own))
-            layer.restore(latent_format(cache.bits, *widths, model.dtype), shared, own)
+            prefix, rows = (tensors.get(f"layers.{i}.{name}") for name in ("prefix", "rows"))
+            prefix, rows = (None if x is None else x.to(model.device) for x in (prefix, rows))
+            layer.restore(latent_format(cache.bits, *widths, model.dtype), prefix, rows)
         return cache
 
     @staticmethod

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_room, check_same_length
-from .format import Latents, Stretch
 from .layer import LatentCacheLayer
+from .segments import Latents, Segment
 
 
 class TokenCount:
@@ -98,22 +98,22 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         super().__init__(bits)
 
     @property
-    def _num_own(self) -> int:
+    def _num_buffered(self) -> int:
         self.count.to_host()
         return self.num_held
 
-    @_num_own.setter
-    def _num_own(self, num_tokens: int) -> None:
+    @_num_buffered.setter
+    def _num_buffered(self, num_tokens: int) -> None:
         if num_tokens < self.num_held:
             self._make_writable()
             # what is forgotten may not have been finite, and a recorded step multiplies it by 0
-            self._own[:, num_tokens : self.num_held].zero_()
+            self._buffer[:, num_tokens : self.num_held].zero_()
         self.num_held, self.count.device_is_right = num_tokens, False
 
     def reset(self) -> None:
         """Forgets all tokens; the buffer stays."""
         if getattr(self, "is_initialized", False):
-            self._num_own = 0
+            self._num_buffered = 0
         else:
             super().reset()
 
@@ -122,7 +122,7 @@ class StaticLatentCacheLayer(LatentCacheLayer):
 
     def get_seq_length(self) -> int | Tensor:
         """Tokens held; a tensor [] on the device in a step that is recorded."""
-        return self.count.on_device if self.count.is_recorded else self._num_own
+        return self.count.on_device if self.count.is_recorded else self._num_buffered
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens attention reads, and from which on."""
@@ -133,14 +133,14 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         if not self.count.is_recorded:
             return super().latents
         # layers may lie on several devices, and the count on that of the first
-        return Latents(Stretch(self._own, self._format), num_held=self.count.on_device.to(self._own.device))
+        return Latents(Segment(self._buffer, self._format), num_held=self.count.on_device.to(self._buffer.device))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         # what is not written yet is read by products that give it no weight, so it must be finite
-        self._own = self._new_rows(key_states.shape[0], self.max_cache_len).zero_()
+        self._buffer = self._new_rows(key_states.shape[0], self.max_cache_len).zero_()
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self._own)
+            torch._dynamo.mark_static_address(self._buffer)
 
     def _append(self, rows: Tensor) -> None:
         if torch.is_grad_enabled() and rows.requires_grad:
@@ -148,37 +148,37 @@ class StaticLatentCacheLayer(LatentCacheLayer):
                 "a static LatentCache carries no gradient: generate or evaluate under torch.no_grad(), or use a "
                 "LatentCache without max_cache_len."
             )
-        own, start = self._claim(rows[:, None])
+        buffer, start = self._claim(rows[:, None])
         if isinstance(start, Tensor):
-            own.index_copy_(1, start + torch.arange(rows.shape[1], device=rows.device), rows)
+            buffer.index_copy_(1, start + torch.arange(rows.shape[1], device=rows.device), rows)
         else:
-            own[:, start : start + rows.shape[1]] = rows
+            buffer[:, start : start + rows.shape[1]] = rows
 
     def _make_writable(self) -> None:
-        if _is_left_by_inference_mode(self._own):
-            self._own = self._own.clone()
+        if _is_left_by_inference_mode(self._buffer):
+            self._buffer = self._buffer.clone()
 
     def _claim(self, new: Tensor) -> tuple[Tensor, int | Tensor]:
         self._make_writable()
         if self.count.is_recorded:
-            return self._own, self.count.before_step.to(self._own.device)
-        start, end = self._num_own, self._num_own + new.shape[2]
+            return self._buffer, self.count.before_step.to(self._buffer.device)
+        start, end = self._num_buffered, self._num_buffered + new.shape[2]
         check_room(self.max_cache_len, end)
-        self._num_own = end
-        return self._own, start
+        self._num_buffered = end
+        return self._buffer, start
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times, side by side, in a buffer of its own."""
         if self.is_initialized:
-            self._own = self._own.repeat_interleave(repeats, dim=0)
+            self._buffer = self._buffer.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences `indices` (integers, or one boolean per sequence), in that order."""
         if not self.is_initialized:
             return
-        chosen = self._own[indices.to(self._own.device)]
+        chosen = self._buffer[indices.to(self._buffer.device)]
         # beams change places all the time, in the buffer that they have
-        self._own = self._own.copy_(chosen) if chosen.shape == self._own.shape else chosen
+        self._buffer = self._buffer.copy_(chosen) if chosen.shape == self._buffer.shape else chosen
 
 
 def _is_left_by_inference_mode(buffer: Tensor) -> bool:

@@ -14,7 +14,8 @@ from deepseek_latent.attention.ops import (
     fused_attention,
     masked_softmax,
 )
-from deepseek_latent.cache.format import Latents, SeparateStretch, Stretch, latent_format
+from deepseek_latent.cache.format import latent_format
+from deepseek_latent.cache.segments import Latents, Segment, SplitSegment
 from tests import reference
 from tests.support import assert_within_rounding, relative_error
 
@@ -41,11 +42,11 @@ def attention_inputs(new: int, cached: int, dtype: torch.dtype, rank: int = 0) -
 
 
 def absorbed(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
-    return absorbed_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+    return absorbed_attention(latents=Latents(SplitSegment(latent, k_rotary)), **others)
 
 
 def expanded(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
-    return expanded_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+    return expanded_attention(latents=Latents(SplitSegment(latent, k_rotary)), **others)
 
 
 def exact(inputs: dict) -> torch.Tensor:
@@ -147,8 +148,8 @@ def test_tokens_in_common_are_read_as_if_every_sequence_had_them(attend, bits, m
     inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(bits, C, R, torch.float32)
     rows = rows_format.encode(inputs.pop("latent"), inputs.pop("k_rotary"))
     rows[:, :9] = rows[:1, :9]
-    apart = Latents(Stretch(rows[:1, :9], rows_format), Stretch(rows[:, 9:], rows_format))
-    whole = Latents(Stretch(rows, rows_format))
+    apart = Latents(Segment(rows[:1, :9], rows_format), Segment(rows[:, 9:], rows_format))
+    whole = Latents(Segment(rows, rows_format))
     torch.testing.assert_close(attend(latents=apart, **inputs), attend(latents=whole, **inputs), rtol=1e-5, atol=1e-6)
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_latent import DeepseekV2Config, LatentCache
-from deepseek_latent.cache.format import Latents, Stretch, latent_format
+from deepseek_latent.cache.format import latent_format
 from deepseek_latent.cache.layer import LatentCacheLayer
+from deepseek_latent.cache.segments import Latents, Segment
 from tests.support import V2, seeded
 
 INTEGERS = (8, 6, 5, 4)
@@ -571,11 +572,11 @@ def test_blocks_are_the_whole_in_order(bits, block, shared, own):
     c, r, b = 130, 6, 3
     rows_format = latent_format(bits, c, r, torch.bfloat16)
     both = [noise(1, shared, c + r), noise(b, own, c + r, seed=1)]
-    stretches = [rows_format.encode(*x.bfloat16().split((c, r), dim=-1)) for x in both]
-    latents = Latents(*(Stretch(rows, rows_format) for rows in stretches if rows.shape[1]))
+    segments = [rows_format.encode(*x.bfloat16().split((c, r), dim=-1)) for x in both]
+    latents = Latents(*(Segment(rows, rows_format) for rows in segments if rows.shape[1]))
     blocks = [x.expand(b, -1, -1) for x in latents.blocks(block, torch.float32)]
     assert all(0 < x.shape[1] <= block for x in blocks)
-    whole = torch.cat([rows_format.decode(rows, torch.float32).expand(b, -1, -1) for rows in stretches], dim=1)
+    whole = torch.cat([rows_format.decode(rows, torch.float32).expand(b, -1, -1) for rows in segments], dim=1)
     assert torch.equal(torch.cat(blocks, dim=1), whole)
     latent, k_rotary = latents.dense(b)
     assert latent.dtype == k_rotary.dtype == torch.bfloat16
@@ -588,7 +589,7 @@ def test_a_long_prompt_is_read_in_the_same_pieces_as_it_is_stored(bits):
     latent, k_rotary = noise(1, 2500, 9).bfloat16(), noise(1, 2500, 4, seed=1).bfloat16()
     rows_format = latent_format(bits, 9, 4, torch.bfloat16)
     rows = rows_format.encode(latent, k_rotary)
-    read = Latents(Stretch(rows, rows_format)).dense(2)
+    read = Latents(Segment(rows, rows_format)).dense(2)
     assert torch.equal(torch.cat(read, dim=-1), rows_format.decode(rows, torch.bfloat16).expand(2, -1, -1))
 
 

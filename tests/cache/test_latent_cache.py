@@ -64,10 +64,10 @@ def test_every_operation_leaves_what_a_dynamic_cache_holds(operation, lengths):
 def test_a_new_token_is_written_in_place():
     layer, _ = filled(9)
     layer.update(*tokens(1))
-    before = layer._own.data_ptr()
+    before = layer._buffer.data_ptr()
     for _ in range(40):
         layer.update(*tokens(1))
-    assert layer._own.data_ptr() == before
+    assert layer._buffer.data_ptr() == before
 
 
 @torch.no_grad()
@@ -76,8 +76,8 @@ def test_growing_copies_each_token_a_bounded_number_of_times():
     copied, buffer = 0, None
     for _ in range(3000):
         layer.update(*tokens(1, batch=1))
-        if layer._own.data_ptr() != buffer:
-            copied, buffer = copied + layer.get_seq_length() - 1, layer._own.data_ptr()
+        if layer._buffer.data_ptr() != buffer:
+            copied, buffer = copied + layer.get_seq_length() - 1, layer._buffer.data_ptr()
     assert copied < 12 * 3000
     assert layer.allocated_nbytes < 1.2 * layer.nbytes
 

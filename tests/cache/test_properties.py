@@ -26,7 +26,8 @@ from torch import Tensor
 
 from deepseek_latent import LatentCache
 from deepseek_latent.attention import ops as latent_ops
-from deepseek_latent.cache.format import Latents, SeparateStretch, latent_format
+from deepseek_latent.cache.format import latent_format
+from deepseek_latent.cache.segments import Latents, SplitSegment
 from tests import reference
 from tests.support import assert_within_rounding, random_ids, seeded, tiny_model
 
@@ -307,7 +308,7 @@ class CacheMachine(RuleBasedStateMachine):
         blocks = {"TOKENS_PER_BLOCK": tokens_per_block, "ELEMENTS_PER_BLOCK": elements_per_block}
         with torch.no_grad(), patch.multiple(latent_ops, **blocks):
             actual = latent_ops.absorbed_attention(q_content, q_rotary, latents, *up, mask=None, scale=scale)
-        plain = Latents(SeparateStretch(latent, k_rotary))
+        plain = Latents(SplitSegment(latent, k_rotary))
         with torch.no_grad():
             yardstick = latent_ops.expanded_attention(q_content, q_rotary, plain, *up, mask=None, scale=scale)
         visible = torch.ones(b, s, self.plain.length, dtype=torch.bool).tril(self.plain.length - s)
@@ -315,7 +316,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert_within_rounding(actual, truth, yardstick, slack=4.0)
 
     def in_graph(self) -> bool:
-        rows = [layer._own for layer in self.cache.layers] + [layer._shared for layer in self.cache.layers]
+        rows = [layer._buffer for layer in self.cache.layers] + [layer._prefix for layer in self.cache.layers]
         return any(x is not None and x.requires_grad for x in rows)
 
     @invariant()

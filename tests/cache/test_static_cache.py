@@ -69,11 +69,11 @@ def test_every_operation_leaves_what_a_growing_cache_holds(operation, bits):
 @pytest.mark.parametrize("operation", ["update", "crop", "reorder"])
 def test_rows_stay_where_they_are(operation):
     cache, _ = filled(9)
-    before = [layer._own.data_ptr() for layer in cache.layers]
+    before = [layer._buffer.data_ptr() for layer in cache.layers]
     OPERATIONS[operation](cache, tokens(2))
     cache.reset()
     OPERATIONS["update"](cache, tokens(2))
-    assert [layer._own.data_ptr() for layer in cache.layers] == before
+    assert [layer._buffer.data_ptr() for layer in cache.layers] == before
     assert cache.get_seq_length() == 2
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from deepseek_latent import LatentCache
 from deepseek_latent.attention.ops import _attend_to_blocks
 from deepseek_latent.attention.rotary import rotate
-from deepseek_latent.cache.format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
+from deepseek_latent.cache.format import LatentFormat, latent_format
+from deepseek_latent.cache.segments import Latents, Segment, SplitSegment
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu import library
 from deepseek_latent.kernels.cpu.int8 import rounded
@@ -240,14 +241,14 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
     if lies == "in rows":
         buffer = torch.full((b, t + 5, c + r), torch.nan, dtype=dtype)
         buffer[:, :t] = rows
-        latents = Latents(Stretch(buffer[:, :t], rows_format))
+        latents = Latents(Segment(buffer[:, :t], rows_format))
     elif lies == "apart":
-        latents = Latents(SeparateStretch(rows[..., :c].contiguous(), rows[..., c:].contiguous()))
+        latents = Latents(SplitSegment(rows[..., :c].contiguous(), rows[..., c:].contiguous()))
     else:
-        latents = Latents(Stretch(rows[:1, : t // 2], rows_format), Stretch(rows[:, t // 2 :], rows_format))
+        latents = Latents(Segment(rows[:1, : t // 2], rows_format), Segment(rows[:, t // 2 :], rows_format))
     mask = mask_of(kind, b, s, h, t)
     exact = _attend_to_blocks(queries.double(), latents, mask, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.segments))
     absorbed, q_rotary = (2 * queries).split((c, r), dim=-1)
     result = torch.ops.deepseek_latent.attend(absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, _additive(mask))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
@@ -264,10 +265,10 @@ def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
     latent, k_rotary = noise(b, t, c).bfloat16() * 3, noise(b, t, r, seed=1).bfloat16()
     rows = rows_format.encode(latent * noise(b, t, 1, seed=4).exp(), k_rotary)
     parts = (rows[:1, :40], rows[:, 40:]) if shared else (rows,)
-    latents = Latents(*(Stretch(part, rows_format) for part in parts))
+    latents = Latents(*(Segment(part, rows_format) for part in parts))
     queries = noise(b, s, h, c + r, seed=2) / c**0.5
     exact = _attend_to_blocks(queries.double(), latents, None, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.segments))
     absorbed, q_rotary = queries[..., :c].contiguous(), queries[..., c:]
     result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, bits_of(latents))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection, absorbed_attention
-from ...cache.format import Latents, SeparateStretch, Stretch
+from ...cache.segments import Latents, Segment, SplitSegment
 from ...compat.hooks import has_hooks
 from ...experts.balance import TokenDropping
 from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
@@ -170,7 +170,7 @@ def attend_in_place(
     scale: float,
 ) -> Tensor:  # [b s h v]
     """`absorbed_attention` by our operators, in float32 throughout."""
-    pairs, bits = [as_pair(stretch) for stretch in latents.stretches], bits_of(latents)
+    pairs, bits = [as_pair(segment) for segment in latents.segments], bits_of(latents)
     if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
     past = (*map(list, zip(*pairs)), scale, _additive(mask), bits)
@@ -183,19 +183,19 @@ def attend_in_place(
     return w_uv.with_adapters_expanded(expanded, context)
 
 
-def as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
+def as_pair(segment: Segment | SplitSegment) -> tuple[Tensor, Tensor]:
     """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
-    if isinstance(stretch, SeparateStretch):
-        return stretch.latent, stretch.k_rotary
-    if stretch.format.bits is None:
-        return stretch.both()
-    rotary_bytes = 2 * stretch.format.rotary_width
-    return stretch.rows[..., :-rotary_bytes], stretch.rows[..., -rotary_bytes:].view(torch.bfloat16)
+    if isinstance(segment, SplitSegment):
+        return segment.latent, segment.k_rotary
+    if segment.format.bits is None:
+        return segment.latent_and_rotary()
+    rotary_bytes = 2 * segment.format.rotary_width
+    return segment.rows[..., :-rotary_bytes], segment.rows[..., -rotary_bytes:].view(torch.bfloat16)
 
 
 def bits_of(latents: Latents) -> str:
-    first = latents.stretches[0]
-    return str(first.format.bits) if isinstance(first, Stretch) and first.format.bits is not None else ""
+    first = latents.segments[0]
+    return str(first.format.bits) if isinstance(first, Segment) and first.format.bits is not None else ""
 
 
 def _additive(mask: Tensor | None) -> Tensor | None:

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from ...attention.attention import DeepseekV2Attention
-from ...cache.format import Latents
 from ...cache.latent_cache import LatentCache
+from ...cache.segments import Latents
 from ...compat.cache_name import takes_either_cache_name
 from ...compat.hooks import has_hooks
 from ...experts.balance import TokenDropping
