@@ -20,7 +20,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..compat.torch import version_of
 from .checks import check_ids
-from .files import FORMAT, fingerprint, read_metadata, settings_of
+from .files import FORMAT, read_metadata
+from .fingerprint import fingerprint, settings_of
 from .format import check_bits
 from .latent_cache import LatentCache
 

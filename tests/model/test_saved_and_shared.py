@@ -85,12 +85,12 @@ def test_rows_stay_in_the_file_until_they_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"num_hidden_layers": 2}, "of a model with number of layers 3, this one has 2"),
-        ({"kv_lora_rank": 48}, "of a model with latent width 40, this one has 48"),
-        ({"qk_rope_head_dim": 16}, "of a model with rotary width 8, this one has 16"),
-        ({"dtype": torch.bfloat16}, "of a model with dtype torch.float32, this one has torch.bfloat16"),
-        ({"seed": 1}, "of a model with other weights, settings or adapters"),
-        ({"routed_scaling_factor": 2.0}, "of a model with other weights, settings or adapters"),
+        ({"num_hidden_layers": 2}, "computed by a model with number of layers 3, this one has 2"),
+        ({"kv_lora_rank": 48}, "computed by a model with latent width 40, this one has 48"),
+        ({"qk_rope_head_dim": 16}, "computed by a model with rotary width 8, this one has 16"),
+        ({"dtype": torch.bfloat16}, "computed by a model with dtype torch.float32, this one has torch.bfloat16"),
+        ({"seed": 1}, "computed by a model with other weights, settings or adapters"),
+        ({"routed_scaling_factor": 2.0}, "computed by a model with other weights, settings or adapters"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
