@@ -10,8 +10,9 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .cache.checks import check_begins_as_stored, check_cache_for_generation, check_room, room_needed
+from .cache.checks import check_capacity
 from .cache.format import check_bits
+from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
 from .cache.paged import check_batching_config, with_latent_pages
 from .compat.cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
@@ -48,7 +49,7 @@ class LatentGenerationMixin(GenerationHooks):
             if num_tokens == input_ids.shape[1]:
                 next_sequence_length = num_tokens - int(held)
         if is_first_iteration and held and next_sequence_length == input_ids.shape[1] - held:
-            check_begins_as_stored(cache, input_ids)
+            check_starts_with_stored_tokens(cache, input_ids)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -76,7 +77,7 @@ class LatentGenerationMixin(GenerationHooks):
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
         if wanted is not None and wanted.startswith("static"):
-            settings.max_cache_len = max(settings.max_cache_len or 0, room_needed(settings))
+            settings.max_cache_len = max(settings.max_cache_len or 0, num_tokens_to_hold(settings))
         asks_for_bits = _bits_asked_for(settings) is not None
         if asks_for_bits and given is None and settings.cache_implementation == "quantized":
             # to transformers it is the default cache, whose place ours takes
@@ -122,7 +123,7 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     if not isinstance(cache, LatentCache):
         return step(**inputs)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    check_room(cache.max_cache_len, cache.get_seq_length() + ids.shape[1])
+    check_capacity(cache.max_cache_len, cache.get_seq_length() + ids.shape[1])
     if mask is not None and mask.dim() == 2:
         inputs["attention_mask"] = F.pad(mask, (0, cache.max_cache_len - mask.shape[1]), value=1)
     cache.count.to_device(ids.device)

@@ -5,13 +5,11 @@ per head, c KV latent width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from ..cache.checks import check_dense_mask
 from ..cache.format import LatentFormat
 from ..cache.latent_cache import LatentCache
 from ..cache.paged import PagedLatents
@@ -19,14 +17,13 @@ from ..cache.segments import Latents, Segment, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
-from ..compat.torch import device_of
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from .masks import check_dense_mask, dense_mask, held_tokens_mask
 from .ops import (
     UpProjection,
     absorbed_attention,
     absorbing_is_cheaper,
-    causal_mask,
     expanded_attention,
     explicit_attention,
     fused_attention,
@@ -108,7 +105,7 @@ class DeepseekV2Attention(nn.Module):
         num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
         if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
-            attention_mask = mask_of_held(attention_mask, num_tokens, latents)
+            attention_mask = held_tokens_mask(attention_mask, num_tokens, latents)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
@@ -218,32 +215,6 @@ class DeepseekV2Attention(nn.Module):
         if wants_weights:
             return explicit_attention_forward
         return ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), explicit_attention_forward)
-
-
-def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:
-    """A mask made for any attention function as None, or as [b 1 s t], boolean or additive."""
-    if isinstance(mask, BlockMask):
-        batch, heads = mask.shape[:2]
-        return create_mask(mask.mask_mod, batch, heads, s, t, device=device_of(mask))
-    if mask is None or mask.dim() == 4:
-        return mask
-    # flash's masks [b t] name the padding and leave the order to the kernel
-    present = mask[:, None, None, :].bool()
-    order = causal_mask(s, t, None, mask.device)
-    return present if order is None else present & order
-
-
-def mask_of_held(padding: Tensor | None, s: int, latents: Latents) -> Tensor:
-    """Which of a buffer's t places the last s of the tokens held may see, as [b 1 s t] or [1 1 s t], boolean.
-
-    `padding` [b t'] names padding among the first places, and may be shorter than the buffer.
-    """
-    places = torch.arange(latents.num_tokens, device=latents.num_held.device)
-    ends = latents.num_held + torch.arange(1 - s, 1, device=places.device)
-    held = (places < ends[:, None])[None, None]
-    if padding is None:
-        return held
-    return held & F.pad(padding.bool(), (0, latents.num_tokens - padding.shape[1]), value=True)[:, None, None]
 
 
 def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:

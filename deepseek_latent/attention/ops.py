@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
 from ..cache.segments import Latents
+from .masks import causal_mask
 
 # bounds on what one block of work may allocate: scores, and widened latents or expanded keys or values
 SCORES_PER_BLOCK = 1 << 24
@@ -283,13 +284,6 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     # the lowest finite number, not -inf: a row of -inf would be NaN before it is zeroed
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
-
-
-def causal_mask(s: int, t: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """The mask that None stands for, where more than one query token makes it matter: [1 1 s t], boolean."""
-    if mask is not None or s == 1:
-        return mask
-    return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)[None, None]
 
 
 def absorbing_is_cheaper(s: int, t: int, *, c: int, n: int, v: int) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .checks import check_room, check_same_length
+from .checks import check_capacity, check_same_length
 from .layer import LatentCacheLayer
 from .segments import Latents, Segment
 
@@ -61,7 +61,7 @@ class TokenCount:
     def to_host(self) -> None:
         if not self.host_is_right:
             num_tokens = int(self.on_device)
-            check_room(self.layers[0].max_cache_len, num_tokens)
+            check_capacity(self.layers[0].max_cache_len, num_tokens)
             self._set_host(num_tokens)
 
     def advance(self, num_tokens: int) -> None:
@@ -163,7 +163,7 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         if self.count.is_recorded:
             return self._buffer, self.count.before_step.to(self._buffer.device)
         start, end = self._num_buffered, self._num_buffered + new.shape[2]
-        check_room(self.max_cache_len, end)
+        check_capacity(self.max_cache_len, end)
         self._num_buffered = end
         return self._buffer, start
 

@@ -252,7 +252,7 @@ def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(1, 1, 4, 6, dtype=torch.bool), "must cover all 8 visible tokens, cached too, got 6"),
+        (torch.ones(1, 1, 4, 6, dtype=torch.bool), "must cover all 8 visible tokens, cached or new, got 6"),
         (torch.ones(1, 1, 4, 8, dtype=torch.long), "boolean or additive in floating point, got torch.int64"),
     ],
 )
