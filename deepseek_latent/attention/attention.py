@@ -7,7 +7,6 @@ per head, c KV latent width.
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from ..cache.format import LatentFormat
@@ -20,16 +19,10 @@ from ..compat.peft import acts_on_some_tokens
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .masks import check_dense_mask, dense_mask, held_tokens_mask
-from .ops import (
-    UpProjection,
-    absorbed_attention,
-    absorbing_is_cheaper,
-    expanded_attention,
-    explicit_attention,
-    fused_attention,
-)
+from .ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
 from .read_linear import effective_weight
 from .rotary import rotate, softmax_scale
+from .sdpa import ATTENTION_FUNCTIONS, explicit_attention_forward
 
 
 class DeepseekV2Attention(nn.Module):
@@ -220,21 +213,3 @@ class DeepseekV2Attention(nn.Module):
 def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:
     """No mask although more is stored than is new: the unwritten tail of a static cache, left to us to cut off."""
     return attention_mask is None and 1 < hidden_states.shape[1] < latent.shape[2] and implementation == "sdpa"
-
-
-def explicit_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
-    """`explicit_attention` by the calling convention of transformers' attention functions."""
-    mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
-    context, weights = explicit_attention(query, key, value, mask=mask, scale=scaling, dropout=dropout)
-    return context.transpose(1, 2), weights
-
-
-def fused_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
-    """`fused_attention` by the calling convention of transformers' attention functions."""
-    context = fused_attention(query, key, value, mask=attention_mask, scale=scaling, dropout=dropout)
-    return context.transpose(1, 2), None
-
-
-# a local table, as transformers asks for: only here "sdpa" pads the values
-ATTENTION_FUNCTIONS = AttentionInterface()
-ATTENTION_FUNCTIONS["sdpa"] = fused_attention_forward

@@ -5,15 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_latent.attention import ops as latent_ops
-from deepseek_latent.attention.ops import (
-    UpProjection,
-    absorbed_attention,
-    absorbing_is_cheaper,
-    expanded_attention,
-    explicit_attention,
-    fused_attention,
-    masked_softmax,
-)
+from deepseek_latent.attention.ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
+from deepseek_latent.attention.sdpa import explicit_attention, fused_attention, masked_softmax
 from deepseek_latent.cache.format import latent_format
 from deepseek_latent.cache.segments import Latents, Segment, SplitSegment
 from tests import reference
@@ -78,7 +71,7 @@ def test_both_paths_equal_the_paper(attend, new, cached, rank, dtype):
     inputs = attention_inputs(new, cached, dtype, rank)
     # an honest run of this precision: keys and values as tensors of this dtype, scores in the open
     keys, values = (
-        torch.einsum("btc,hmc->bhtm", inputs["latent"], inputs[w].effective_weight()) for w in ("w_uk", "w_uv")
+        torch.einsum("btc,hmc->bhtm", inputs["latent"], inputs[w].merged_weight()) for w in ("w_uk", "w_uv")
     )
     keys = torch.cat((keys, inputs["k_rotary"][:, None].expand(-1, H, -1, -1)), -1)
     queries = torch.cat((inputs["q_content"], inputs["q_rotary"]), -1).transpose(1, 2)
