@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from deepseek_latent import LatentCache
+from deepseek_latent.cache.files import FORMAT
 from deepseek_latent.cache.prompt_cache import PromptCache
 from tests.support import needs_its_peft, random_ids, tiny_model
 
@@ -365,7 +366,7 @@ def test_a_damaged_file_is_removed_with_a_warning_and_the_next_best_is_loaded(pl
 
 def test_files_of_others_are_left_alone(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=1), random_ids(1, 100)
-    names = ["notes.txt", "model.safetensors", "0" * 64 + ".v2.safetensors"]
+    names = ["notes.txt", "model.safetensors", "0" * 64 + f".v{FORMAT + 1}.safetensors"]
     for name in names:
         (folder / name).write_text("not a prompt of ours")
     with pytest.raises(ValueError, match="raise max_bytes"):

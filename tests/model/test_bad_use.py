@@ -71,7 +71,7 @@ def test_a_cache_of_other_widths_is_refused(use, make):
 @pytest.mark.parametrize("use", [step, answer])
 def test_a_cache_of_another_number_of_layers_is_refused(use, num_layers, make):
     cache = filled(make, tiny_model(num_hidden_layers=num_layers))
-    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+    with refused(f"this cache has {num_layers} layers and the model has 3", cache):
         use(tiny_model(), cache)
 
 
@@ -79,7 +79,7 @@ def test_a_cache_of_another_number_of_layers_is_refused(use, num_layers, make):
 @pytest.mark.parametrize("num_layers", [2, 5])
 def test_an_empty_cache_of_another_number_of_layers_is_refused(num_layers, make):
     cache = make(tiny_model(num_hidden_layers=num_layers).config)
-    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+    with refused(f"this cache has {num_layers} layers and the model has 3", cache):
         step(tiny_model(), cache)
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_with_nothing_new_behind_the_cache_is_refused(given, make):
 def test_a_cache_that_is_not_to_be_used_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
-    with refused("use_cache=False .* the one given holds 9 tokens", cache):
+    with refused("use_cache=False .* got one that holds 9 tokens", cache):
         answer(model, cache, use_cache=False)
 
 

@@ -122,7 +122,7 @@ def test_what_is_no_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens):
 @pytest.mark.parametrize("change", [10**6, -100])
 def test_ids_outside_of_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
     model, ids = tiny_model(), random_ids(1, 8)
-    with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; give those"):
+    with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; pass the ids that"):
         prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids + change, model=model)
 
 
@@ -130,7 +130,7 @@ def test_a_cache_filled_under_autocast_is_not_saved_as_what_the_model_would_make
     model, ids = tiny_model(), random_ids(1, 8)
     with torch.autocast("cpu", torch.bfloat16):
         cache = prefilled(model, ids)
-    with pytest.raises(ValueError, match=r"holds torch.bfloat16 .* fill it outside of autocast"):
+    with pytest.raises(ValueError, match=r"holds torch.bfloat16 .* compute it outside of autocast"):
         cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
 
 
