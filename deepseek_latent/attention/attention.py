@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention: the projections, the write to the cache, and the choice of path.
+"""Multi-head Latent Attention as a module: its projections, its use of the cache, and the choice of path.
 
 Letters: b batch, s new tokens, t all visible tokens, h heads, d model width, n/r/v content, rotary and value width
 per head, c KV latent width.
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
-from ..cache.format import LatentFormat
 from ..cache.latent_cache import LatentCache
-from ..cache.paged import PagedLatents
-from ..cache.segments import Latents, Segment, SplitSegment
+from ..cache.paged import PagedLatents, select_tokens
+from ..cache.segments import Latents, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
@@ -26,11 +25,11 @@ from .sdpa import ATTENTION_FUNCTIONS, explicit_attention_forward
 
 
 class DeepseekV2Attention(nn.Module):
-    """Caches one latent and one rotary key per token and attends to them as they are.
+    """Caches one latent and one rotary key per token and attends to them in that form.
 
-    Three routes lead to the same numbers. Where the up-projection can be read exactly (`up_projections`), few new
-    tokens take `absorbed_attention` and many take `expanded_attention`; everywhere else, and in training,
-    `kv_b_proj` is called as the module it is and the attention function the user named does the rest.
+    Three paths give the same result. If the weight of `kv_b_proj` can be read exactly (`up_projections`), few new
+    tokens take `absorbed_attention` and many take `expanded_attention`. Otherwise, and in training, `kv_b_proj` is
+    called as a module, and the attention function that the user selected attends to keys and values.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1, eqs. 9-19 and 37-47.
     """
 
@@ -42,7 +41,7 @@ class DeepseekV2Attention(nn.Module):
         self.layer_idx = layer_idx
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.num_key_value_groups = 1  # transformers' attention functions ask; every head has its own expanded key
+        self.num_key_value_groups = 1  # read by transformers' attention functions: each head has its own expanded key
         self.scaling = softmax_scale(config)
 
         d, h, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
@@ -52,7 +51,7 @@ class DeepseekV2Attention(nn.Module):
             self.q_proj = nn.Linear(d, h * (self.n + self.r), bias=False)
         else:
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=config.attention_bias)
-            # the latents' norms keep eps 1e-6 whatever rms_norm_eps is, as in the release
+            # as in the release, the norms of latents have eps 1e-6, whatever rms_norm_eps is
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, h * (self.n + self.r), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(d, c + self.r, bias=config.attention_bias)
@@ -68,23 +67,52 @@ class DeepseekV2Attention(nn.Module):
         cache: Cache | PagedLatents | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,  # cos, sin [b s r/2]
         **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
+    ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] if they are wanted
         q_content, q_rotary, latent, k_rotary = self.project(hidden_states, position_embeddings)
         if isinstance(cache, PagedLatents):
-            inputs = (q_content, q_rotary, latent, k_rotary)
-            context = cache.attend(self.attend_to_rows, self.layer_idx, *inputs)
-            return self.o_proj(context.flatten(2)), None
-        # the cache is written and read while keys and values are still compressed
-        if isinstance(cache, LatentCache):
-            latents = cache.append(latent, k_rotary, self.layer_idx)
+            context, weights = self.attend_to_pages(q_content, q_rotary, latent, k_rotary, cache), None
         else:
-            if cache is not None:
-                latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
-            if _is_empty_static_prefill(hidden_states, latent, attention_mask, attention_name(self.config)):
-                latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
-            latents = Latents(SplitSegment(latent[:, 0], k_rotary[:, 0]))
-        context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
+            latents = self.append(latent, k_rotary, cache, attention_mask)
+            context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
         return self.o_proj(context.flatten(2)), weights
+
+    def append(
+        self,
+        latent: Tensor,  # [b 1 s c]
+        k_rotary: Tensor,  # [b 1 s r]
+        cache: Cache | None,
+        attention_mask: Tensor | BlockMask | None,
+    ) -> Latents:
+        """Adds new tokens to the cache, if there is one, and returns all tokens to attend to."""
+        if isinstance(cache, LatentCache):
+            return cache.append(latent, k_rotary, self.layer_idx)
+        num_tokens = latent.shape[2]
+        if cache is not None:
+            # the cache holds latents and rotary keys, in place of keys and values
+            latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
+        if attention_mask is None and 1 < num_tokens < latent.shape[2] and attention_name(self.config) == "sdpa":
+            # the first prompt in a StaticCache: without a mask, it is for us to drop the part that is not written yet
+            latent, k_rotary = (x[:, :, :num_tokens] for x in (latent, k_rotary))
+        return Latents(SplitSegment(latent[:, 0], k_rotary[:, 0]))
+
+    @torch.compiler.disable  # the number and sizes of groups are known only at run time
+    def attend_to_pages(
+        self,
+        q_content: Tensor,  # [1 s h n]  all requests, packed
+        q_rotary: Tensor,  # [1 s h r]
+        latent: Tensor,  # [1 1 s c]
+        k_rotary: Tensor,  # [1 1 s r]
+        pages: PagedLatents,
+    ) -> Tensor:  # [1 s h v]
+        """Adds new tokens to the pages and attends to one group of requests after another; padding tokens get zeros."""
+        context = None
+        for queries, latents, mask in pages.append(latent, k_rotary, self.layer_idx):
+            query_pair = (select_tokens(x[0], queries) for x in (q_content, q_rotary))
+            part, _ = self.attend(*query_pair, latents, mask, output_attentions=False)
+            if context is None:
+                context = part.new_zeros(q_content.shape[1], *part.shape[2:])
+            context[queries] = part
+        return context[None]
 
     def attend(
         self,
@@ -93,8 +121,8 @@ class DeepseekV2Attention(nn.Module):
         latents: Latents,  # t tokens
         attention_mask: Tensor | BlockMask | None,
         **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] where they were asked for
-        """The context of every head by the cheapest route that is right here (see the class)."""
+    ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] if they are wanted
+        """Computes the context of every head by the cheapest path that is exact here (see the class)."""
         num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
         if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
@@ -102,7 +130,7 @@ class DeepseekV2Attention(nn.Module):
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
-        # gradients and dropout belong to the modules' own forward; a trace must not depend on whether they are wanted
+        # gradients and dropout need the modules' own forward; a trace must not depend on whether gradients are on
         may_read = not (wants_weights or dropout or torch.is_grad_enabled() or torch.jit.is_tracing())
         attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read else None
         if attend is not None:
@@ -116,10 +144,10 @@ class DeepseekV2Attention(nn.Module):
         if acts_on_some_tokens(self.kv_b_proj):
             if num_tokens < latents.num_tokens:
                 raise ValueError(
-                    "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not tell what came "
-                    "after its invocation; leave kv_b_proj out of its target_modules."
+                    "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not show which "
+                    "tokens follow its invocation; leave kv_b_proj out of its target_modules."
                 )
-            # peft takes a view of it
+            # peft takes a view of it, which needs contiguous memory
             latent = latent.contiguous()
         keys, values = self.expand_kv(latent, k_rotary)
         queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
@@ -134,47 +162,42 @@ class DeepseekV2Attention(nn.Module):
             **kwargs,
         )
 
-    def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
-        latents = Latents(Segment(rows, LatentFormat(self.c, self.r, rows.dtype)))
-        return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
-
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[b s d] to q_content [b s h n], q_rotary [b s h r], latent [b 1 s c] and k_rotary [b 1 s r], both rotated."""
+        """Maps [b s d] to q_content [b s h n], latent [b 1 s c], and q_rotary [b s h r], k_rotary [b 1 s r], rotated."""
         q_content, q_rotary = self.project_queries(hidden_states)
         latent, k_rotary = self.project_latents(hidden_states)
-        # the key as one more head, in steps that a GPU would have to start twice
+        # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
         return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, :, -1][:, None]
 
     def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
+        """Maps [b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
         project = self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries = project(self.query_input(hidden_states))
-        # -1, since a tensor-parallel rank has only its share of the heads
+        # -1, since a tensor-parallel rank has only some of the heads
         return queries.view(*hidden_states.shape[:2], -1, self.n + self.r).split((self.n, self.r), dim=-1)
 
     def query_input(self, hidden_states: Tensor) -> Tensor:
-        """What the last projection of queries is applied to: [b s d] as it is, or the query latent [b s a] (eq. 12)."""
+        """Returns the input of the last projection of queries: [b s d] itself, or the query latent [b s a] (eq. 12)."""
         return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
 
     def project_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
+        """Maps [b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_rotary = compressed.split((self.c, self.r), dim=-1)
         return self.kv_a_layernorm(latent), k_rotary
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """[b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v], by calling `kv_b_proj` (eqs. 10-11, 17).
+        """Expands [b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v] by `kv_b_proj` (eqs. 10-11, 17).
 
-        Two arguments in, a pair out: by this shape vLLM's transformers backend finds the place to put its own MLA.
+        vLLM's transformers backend recognizes this signature, two tensors in and two out, and puts its own MLA here.
         """
         expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, self.n + self.v)).transpose(1, 2)
         k_content, values = expanded.split((self.n, self.v), dim=-1)
         return torch.cat((k_content, k_rotary.expand(-1, k_content.shape[1], -1, -1)), dim=-1), values
 
     def up_projections(self) -> tuple[UpProjection, UpProjection] | None:
-        """W^UK [h n c] and W^UV [h v c] as `kv_b_proj` applies them at this moment, or None if only a call can tell."""
+        """Reads W^UK [h n c] and W^UV [h v c] from `kv_b_proj`, with adapters; None if it can only be called."""
         effective = effective_weight(self.kv_b_proj)
         if effective is None:
             return None
@@ -189,15 +212,15 @@ class DeepseekV2Attention(nn.Module):
         )
 
     def choose_path(self, s: int, t: int, mask: Tensor | BlockMask | None):
-        """The cheaper of `absorbed_attention` and `expanded_attention`, or None for the user's attention function.
+        """Chooses `absorbed_attention`, `expanded_attention`, or None for the attention function the user selected.
 
-        `attn_implementation` says how expanded attention is computed, so only "sdpa" takes ours. Decoding absorbs
-        under every name, as far as the mask made for that name can be read.
+        `attn_implementation` selects how expanded attention is computed, so our own is used for "sdpa" only. Absorbed
+        attention is used with every implementation whose mask `dense_mask` can convert.
         """
         implementation = attention_name(self.config)
-        # flash's masks say nothing about order among several queries, and what other functions expect is unknown
+        # flash attention's masks do not order several queries, and the masks of unknown functions cannot be read
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
-        # a static cache is wider than the padding mask that comes with it
+        # the rows of a static cache are more than its padding mask covers
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
         if readable and absorbing_is_cheaper(s, t, c=self.c, n=self.n, v=self.v):
@@ -208,8 +231,3 @@ class DeepseekV2Attention(nn.Module):
         if wants_weights:
             return explicit_attention_forward
         return ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), explicit_attention_forward)
-
-
-def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:
-    """No mask although more is stored than is new: the unwritten tail of a static cache, left to us to cut off."""
-    return attention_mask is None and 1 < hidden_states.shape[1] < latent.shape[2] and implementation == "sdpa"
