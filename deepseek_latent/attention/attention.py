@@ -19,7 +19,7 @@ from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .masks import check_dense_mask, dense_mask, held_tokens_mask
 from .ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
-from .read_linear import effective_weight
+from .read_linear import read_linear
 from .rotary import rotate, softmax_scale
 from .sdpa import ATTENTION_FUNCTIONS, explicit_attention_forward
 
@@ -44,20 +44,21 @@ class DeepseekV2Attention(nn.Module):
         self.num_key_value_groups = 1  # read by transformers' attention functions: each head has its own expanded key
         self.scaling = softmax_scale(config)
 
-        d, h, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-        self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.c, self.q_lora_rank = c, config.q_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.qk_head_dim, self.v_head_dim = config.qk_head_dim, config.v_head_dim
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
+        d, h, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, h * (self.n + self.r), bias=False)
+            self.q_proj = nn.Linear(d, h * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_proj = nn.Linear(d, self.q_lora_rank, bias=bias)
             # as in the release, the norms of latents have eps 1e-6, whatever rms_norm_eps is
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, h * (self.n + self.r), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d, c + self.r, bias=config.attention_bias)
-        self.kv_a_layernorm = nn.RMSNorm(c, eps=1e-6)
-        self.kv_b_proj = nn.Linear(c, h * (self.n + self.v), bias=False)
-        self.o_proj = nn.Linear(h * self.v, d, bias=config.attention_bias)
+            self.q_a_layernorm = nn.RMSNorm(self.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, h * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=1e-6)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, h * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(h * self.v_head_dim, d, bias=bias)
 
     @takes_either_cache_name
     def forward(
@@ -163,7 +164,10 @@ class DeepseekV2Attention(nn.Module):
         )
 
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Maps [b s d] to q_content [b s h n], latent [b 1 s c], and q_rotary [b s h r], k_rotary [b 1 s r], rotated."""
+        """Maps [b s d] to q_content [b s h n], q_rotary [b s h r], latent [b 1 s c] and k_rotary [b 1 s r].
+
+        Both rotary parts are rotated.
+        """
         q_content, q_rotary = self.project_queries(hidden_states)
         latent, k_rotary = self.project_latents(hidden_states)
         # the key is rotated as one more head, which saves a GPU half of the launches
@@ -175,7 +179,8 @@ class DeepseekV2Attention(nn.Module):
         project = self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries = project(self.query_input(hidden_states))
         # -1, since a tensor-parallel rank has only some of the heads
-        return queries.view(*hidden_states.shape[:2], -1, self.n + self.r).split((self.n, self.r), dim=-1)
+        queries = queries.view(*hidden_states.shape[:2], -1, self.qk_head_dim)
+        return queries.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
 
     def query_input(self, hidden_states: Tensor) -> Tensor:
         """Returns the input of the last projection of queries: [b s d] itself, or the query latent [b s a] (eq. 12)."""
@@ -184,7 +189,7 @@ class DeepseekV2Attention(nn.Module):
     def project_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
-        latent, k_rotary = compressed.split((self.c, self.r), dim=-1)
+        latent, k_rotary = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(latent), k_rotary
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,24 +197,28 @@ class DeepseekV2Attention(nn.Module):
 
         vLLM's transformers backend recognizes this signature, two tensors in and two out, and puts its own MLA here.
         """
-        expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, self.n + self.v)).transpose(1, 2)
-        k_content, values = expanded.split((self.n, self.v), dim=-1)
+        widths = (self.qk_nope_head_dim, self.v_head_dim)
+        expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, sum(widths))).transpose(1, 2)
+        k_content, values = expanded.split(widths, dim=-1)
         return torch.cat((k_content, k_rotary.expand(-1, k_content.shape[1], -1, -1)), dim=-1), values
 
     def up_projections(self) -> tuple[UpProjection, UpProjection] | None:
         """Reads W^UK [h n c] and W^UV [h v c] from `kv_b_proj`, with adapters; None if it can only be called."""
-        effective = effective_weight(self.kv_b_proj)
-        if effective is None:
+        read = read_linear(self.kv_b_proj)
+        if read is None:
             return None
-        weight, factors = effective
-        w_uk, w_uv = torch.unflatten(weight, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1)
-        per_head = [
-            (torch.unflatten(b, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1), a) for b, a in factors
-        ]
+        weight, factors = read
+        w_uk, w_uv = self._split_by_head(weight)
+        per_head = [(self._split_by_head(b), a) for b, a in factors]
         return (
             UpProjection(w_uk, tuple((b_uk, a) for (b_uk, _), a in per_head)),
             UpProjection(w_uv, tuple((b_uv, a) for (_, b_uv), a in per_head)),
         )
+
+    def _split_by_head(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits [h(n+v) k] into [h n k] and [h v k]."""
+        widths = (self.qk_nope_head_dim, self.v_head_dim)
+        return torch.unflatten(weight, 0, (-1, sum(widths))).split(widths, dim=1)
 
     def choose_path(self, s: int, t: int, mask: Tensor | BlockMask | None):
         """Chooses `absorbed_attention`, `expanded_attention`, or None for the attention function the user selected.
@@ -223,7 +232,7 @@ class DeepseekV2Attention(nn.Module):
         # the rows of a static cache are more than its padding mask covers
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
-        if readable and absorbing_is_cheaper(s, t, c=self.c, n=self.n, v=self.v):
+        if readable and absorbing_is_cheaper(s, t, c=self.kv_lora_rank, n=self.qk_nope_head_dim, v=self.v_head_dim):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 

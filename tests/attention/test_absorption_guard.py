@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deepseek_latent.attention import attention as latent_attention
-from deepseek_latent.attention.read_linear import effective_weight
+from deepseek_latent.attention.read_linear import read_linear
 from tests.support import random_ids, relative_error, tiny_model
 
 CACHED, NEW = 9, 2
@@ -207,11 +207,11 @@ def test_decode_equals_calling_the_module(wrap, monkeypatch):
 
 
 @pytest.mark.parametrize("wrap", READABLE)
-def test_effective_weight_is_what_the_module_multiplies_by(wrap):
+def test_the_weight_read_is_what_the_module_multiplies_by(wrap):
     model = tiny_model()
     wrap(model)
     for _, linear in every_kv_b_proj(model):
-        weight, factors = effective_weight(linear)
+        weight, factors = read_linear(linear)
         total = weight + sum((b @ a for b, a in factors), torch.zeros_like(weight))
         torch.testing.assert_close(total.T, linear(torch.eye(linear.in_features)), rtol=1e-5, atol=1e-5)
 
@@ -268,7 +268,7 @@ def test_active_dropout_inside_an_adapter_is_not_skipped():
 
 
 def test_weights_on_the_meta_device_are_not_read():
-    assert effective_weight(nn.Linear(4, 6, bias=False, device="meta")) is None
+    assert read_linear(nn.Linear(4, 6, bias=False, device="meta")) is None
 
 
 def test_offloaded_weights_are_fetched_by_calling(tmp_path):
@@ -276,5 +276,5 @@ def test_offloaded_weights_are_fetched_by_calling(tmp_path):
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     expected = by_calling_the_module(model, ids)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
-    assert effective_weight(model.model.layers[0].self_attn.kv_b_proj) is None
+    assert read_linear(model.model.layers[0].self_attn.kv_b_proj) is None
     assert relative_error(decode(model, ids), expected) < 1e-5

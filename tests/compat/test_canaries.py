@@ -193,7 +193,7 @@ def adapted(**options) -> nn.Module:
 
 
 def test_lora_layers_are_told_by_their_classes():
-    assert compat_peft.is_lora_linear(adapted()), "used by effective_weight"
+    assert compat_peft.is_lora_linear(adapted()), "used by read_linear"
     assert peft_lora.ParamWrapper.__module__ == "peft.tuners.lora.layer", "used by expert_lora.unwrapped"
     assert not compat_peft.is_lora_linear(linear())
     assert compat_peft.is_adapted(adapted()), "used by fingerprints and by ESFT"

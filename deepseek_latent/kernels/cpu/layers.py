@@ -149,10 +149,11 @@ class KernelAttention(DeepseekV2Attention):
             norm.weight,
             norm.eps,
             *rotation,
-            self.n + self.r,
+            self.qk_head_dim,
         )
-        queries = torch.unflatten(queries, -1, (-1, self.n + self.r))
-        return *queries.split((self.n, self.r), dim=-1), *rows[:, None].split((self.c, self.r), dim=-1)
+        queries = torch.unflatten(queries, -1, (-1, self.qk_head_dim))
+        q_content, q_rotary = queries.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        return q_content, q_rotary, *rows[:, None].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
 
     def choose_path(self, s: int, t: int, mask):
         path = super().choose_path(s, t, mask)

@@ -47,12 +47,12 @@ def attended_by_one_token(
     if len(query_weights) == 2:
         q_a_norm = module.q_a_layernorm
         (queries,) = project(queries, [query_weights[1]], Norm(q_a_norm.weight, q_a_norm.eps), **options)
-    queries, compressed = queries.view(1, 1, -1, module.n + module.r), compressed.view(1, 1, -1)
-    rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
+    queries, compressed = queries.view(1, 1, -1, module.qk_head_dim), compressed.view(1, 1, -1)
+    rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
     q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=layer.bits, **options)
-    q_rotary, past = queries[..., module.n :], as_stored(layer.latents)
+    q_rotary, past = queries[..., module.qk_nope_head_dim :], as_stored(layer.latents)
     parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None
