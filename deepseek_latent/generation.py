@@ -11,7 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .cache.checks import check_capacity
-from .cache.format import check_bits
+from .cache.format import check_cache_dtype
 from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
 from .cache.paged import check_batching_config, with_latent_pages
@@ -78,8 +78,8 @@ class LatentGenerationMixin(GenerationHooks):
             check_offloading()
         if wanted is not None and wanted.startswith("static"):
             settings.max_cache_len = max(settings.max_cache_len or 0, num_tokens_to_hold(settings))
-        asks_for_bits = _bits_asked_for(settings) is not None
-        if asks_for_bits and given is None and settings.cache_implementation == "quantized":
+        is_quantized = _requested_cache_dtype(settings) is not None
+        if is_quantized and given is None and settings.cache_implementation == "quantized":
             # to transformers it is the default cache, whose place ours takes
             settings.cache_implementation = None
         return settings
@@ -88,14 +88,14 @@ class LatentGenerationMixin(GenerationHooks):
         if isinstance(made, QuantizedCache) and mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assisted decoding and prompt lookup take tokens back, which a QuantizedCache cannot; "
-                'use cache_config={"backend": "latent", "nbits": 8}.'
+                'use cache_config={"backend": "latent", "cache_dtype": "int8"}.'
             )
         if given is None and type(made) is StaticCache and not made.offloading:
             room = made.layers[0].max_cache_len
-            return LatentCache(self.config, bits=_bits_asked_for(settings), max_cache_len=room)
+            return LatentCache(self.config, cache_dtype=_requested_cache_dtype(settings), max_cache_len=room)
         if given is not None or type(made) is not DynamicCache:
             return made
-        return LatentCache(self.config, offloading=made.offloading, bits=_bits_asked_for(settings))
+        return LatentCache(self.config, offloading=made.offloading, cache_dtype=_requested_cache_dtype(settings))
 
     def create_masks_for_generate(self, attention_mask, **kwargs):
         """The mask of one step over a cache that can be compiled, before `forward` makes it; ours is made there."""
@@ -136,10 +136,10 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     return output
 
 
-def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
-    """What `generate(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 6})` asks for.
+def _requested_cache_dtype(settings: GenerationConfig) -> str | None:
+    """The "int6" of `generate(cache_config={"backend": "latent", "cache_dtype": "int6"}, ...)`.
 
-    None where another backend is named: then transformers makes its own quantised cache.
+    It is None if another backend is named, for which transformers makes its own quantized cache.
     """
     cache_implementation, cache_config = settings.cache_implementation, settings.cache_config
     if settings.is_assistant and cache_implementation is None and cache_config is not None:
@@ -149,7 +149,8 @@ def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
     if cache_implementation == "quantized" and backend is None:
         # transformers would take quanto, a package of its own
         raise ValueError(
-            'cache_implementation="quantized" needs a backend, such as cache_config={"backend": "latent", "nbits": 6}.'
+            'cache_implementation="quantized" needs a backend, such as '
+            'cache_config={"backend": "latent", "cache_dtype": "int8"}.'
         )
     if backend != "latent":
         return None
@@ -157,7 +158,9 @@ def _bits_asked_for(settings: GenerationConfig) -> int | str | None:
         raise ValueError(
             f'the latent backend goes with cache_implementation="quantized" or "static", got {cache_implementation!r}.'
         )
-    if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
-        raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
-    check_bits(cache_config["nbits"], "nbits")
-    return cache_config["nbits"]
+    if cache_config.keys() != {"backend", "cache_dtype"} or cache_config["cache_dtype"] is None:
+        instead = "takes cache_dtype in place of nbits, as in" if "nbits" in cache_config else "takes"
+        example = '{"backend": "latent", "cache_dtype": "int8"}'
+        raise ValueError(f"the latent backend {instead} {example}, got {cache_config}.")
+    check_cache_dtype(cache_config["cache_dtype"])
+    return cache_config["cache_dtype"]

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .format import check_bits
+from .format import check_cache_dtype, refuse_bits
 from .layer import LatentCacheLayer
 from .records import layer_to_records, rows_from_records
 from .segments import Latents
@@ -26,17 +26,19 @@ def check_offloading() -> None:
 
 
 class LatentCache(DynamicCache):
-    """All layers' latents: the cache that DeepSeek-V2 uses by default in `generate()` and `forward(use_cache=True)`.
+    """The latents of all layers: the default cache of DeepSeek-V2 in `generate()` and `forward(use_cache=True)`.
 
-    Per token it holds exactly (c + r) layers elements: 34,560 for DeepSeek-V2, 15,552 for V2-Lite (paper, Table 1).
+    Per token and layer it holds exactly c + r elements: in all, 34,560 for DeepSeek-V2 and 15,552 for V2-Lite (paper,
+    Table 1).
 
     Args:
-        config: a `DeepseekV2Config`; or, as `torch.nn.DataParallel` passes it when it gathers the replicas' outputs,
-            an iterable with (latents, rotary keys, ...) per layer.
+        config: a `DeepseekV2Config`; or an iterable with (latents, rotary keys, ...) per layer, which is what
+            `torch.nn.DataParallel` passes when it gathers the replicas' outputs.
         offloading: keep the layers on the CPU and fetch each one just before it is read (CUDA only).
-        bits: 8, 6, 5 or 4 bits per latent element, or "fp8", with rotary keys in bfloat16; None keeps what the model
-            computes. New tokens too are read as they were stored, so chunks of a prompt do not change what is said.
-        max_cache_len: makes it a static cache, for at most so many tokens in buffers that stay where they are, as
+        cache_dtype: quantize latents to "int8", "int6", "int5", "int4" or "fp8", and store rotary keys in bfloat16;
+            None stores both in the dtype that the model computes in. New tokens are quantized before they are first
+            read, so a prompt read in chunks gives the same output.
+        max_cache_len: make it a static cache for at most this many tokens, in buffers whose addresses never change, as
             compiled and captured steps need it; None lets it grow.
     """
 
@@ -44,14 +46,18 @@ class LatentCache(DynamicCache):
         self,
         config: PreTrainedConfig | Iterable[tuple[Tensor, ...]],
         offloading: bool = False,
-        bits: int | str | None = None,
+        cache_dtype: str | None = None,
         max_cache_len: int | None = None,
+        **unknown,
     ):
-        check_bits(bits)
+        refuse_bits("LatentCache", unknown)
+        check_cache_dtype(cache_dtype)
         if offloading:
             check_offloading()
             if max_cache_len is not None:
-                raise ValueError("an offloaded cache moves, and a static one stays where it is; leave out one of both.")
+                raise ValueError(
+                    "an offloaded cache moves and a static one must not; drop offloading or max_cache_len."
+                )
         gathered = []
         if isinstance(config, PreTrainedConfig):
             num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -59,13 +65,13 @@ class LatentCache(DynamicCache):
             gathered = list(config)
             num_layers = len(gathered)
         else:
-            raise TypeError(f"LatentCache is made from a model's config, got {type(config).__name__}.")
-        # of a static cache alone
+            raise TypeError(f"expected a model's config to make a LatentCache from, got {type(config).__name__}.")
+        # only a static cache has one
         self.count = None if max_cache_len is None else TokenCount()
         if self.count is None:
-            layers = [LatentCacheLayer(bits) for _ in range(num_layers)]
+            layers = [LatentCacheLayer(cache_dtype) for _ in range(num_layers)]
         else:
-            layers = [StaticLatentCacheLayer(max_cache_len, self.count, bits) for _ in range(num_layers)]
+            layers = [StaticLatentCacheLayer(max_cache_len, self.count, cache_dtype) for _ in range(num_layers)]
         Cache.__init__(self, layers=layers, offloading=offloading)
         self.stored_tokens: Tensor | None = None
         for layer, (keys, values, *_) in zip(self.layers, gathered):
@@ -73,7 +79,7 @@ class LatentCache(DynamicCache):
                 layer.update(keys, values)
 
     def append(self, latent: Tensor, k_rotary: Tensor, layer_idx: int) -> Latents:
-        """`update` for a reader who takes all tokens as they are stored."""
+        """Adds new tokens as `update` does, and returns all tokens as they are stored."""
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
         return latents
 
@@ -91,12 +97,12 @@ class LatentCache(DynamicCache):
         return self.layers[0].max_cache_len if self.is_static else None
 
     def begin_step(self, device: torch.device) -> None:
-        """Settles who counts the tokens of the next step, which is computed on `device`; see `TokenCount`."""
+        """Brings up to date the count that the next step on `device` uses; see `TokenCount`."""
         if self.is_static:
             self.count.to_device(device) if self.is_recorded else self.count.to_host()
 
     def advance(self, num_tokens: int) -> None:
-        """Counts a step's tokens before its first layer writes, where the device counts."""
+        """Counts the tokens of a recorded step before its first layer writes them."""
         if self.is_recorded:
             self.count.advance(num_tokens)
 
@@ -114,12 +120,12 @@ class LatentCache(DynamicCache):
         self.stored_tokens = None
 
     @property
-    def bits(self) -> int | str | None:
-        return self.layers[0].bits
+    def cache_dtype(self) -> str | None:
+        return self.layers[0].cache_dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held: b t layers times (c + r) itemsize, or what `bits` makes of a row."""
+        """Bytes of the tokens held: b t layers times (c + r) itemsize, or the bytes of a row in `cache_dtype`."""
         return sum(layer.nbytes for layer in self.layers)
 
     def __repr__(self) -> str:
@@ -127,10 +133,10 @@ class LatentCache(DynamicCache):
         if first is None or not first.is_initialized:
             return f"LatentCache(layers={len(self.layers)}, empty)"
         allocated = sum(layer.allocated_nbytes for layer in self.layers)
-        kept_as = str(first.dtype).removeprefix("torch.") if self.bits is None else f"bits={self.bits}"
+        stored_as = str(first.dtype).removeprefix("torch.") if self.cache_dtype is None else self.cache_dtype
         return (
             f"LatentCache(layers={len(self.layers)}, batch={first.batch_size}, tokens={first.get_seq_length()}, "
-            f"latent={first.format.latent_width}, rotary={first.format.rotary_width}, {kept_as}, "
+            f"latent={first.format.latent_width}, rotary={first.format.rotary_width}, {stored_as}, "
             f"{self.nbytes:,} bytes held, {allocated:,} allocated)"
         )
 
@@ -151,7 +157,7 @@ class LatentCache(DynamicCache):
         is cut off or altered, or belongs to another model.
         """
         stored = read_layers(path, model)
-        cache = cls(model.config, bits=stored.format.bits)
+        cache = cls(model.config, cache_dtype=stored.format.cache_dtype)
         cache.stored_tokens = stored.tokens
         for layer, (prefix, rows) in zip(cache.layers, stored.rows):
             layer.restore(stored.format, prefix, rows)
@@ -160,7 +166,7 @@ class LatentCache(DynamicCache):
     def flashmla_records(self) -> list[Tensor]:
         """Copies the tokens of each layer into records [b t 656] of bytes, as FlashMLA, vLLM and SGLang keep them.
 
-        With `bits="fp8"` these are the rows as they are stored; any other cache is rounded to fp8.
+        With `cache_dtype="fp8"` these are the rows as they are stored; any other cache is rounded to fp8.
         """
         self._check_not_empty("make records of")
         return [layer_to_records(layer) for layer in self.layers]
@@ -169,11 +175,11 @@ class LatentCache(DynamicCache):
     def from_flashmla_records(
         cls, records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16
     ) -> "LatentCache":
-        """Makes a cache with `bits="fp8"` from records [b t 656] of bytes per layer, for a model of `dtype`.
+        """Makes a cache with `cache_dtype="fp8"` from records [b t 656] of bytes per layer, for a model of `dtype`.
 
         The records are copied. Raises ValueError if layers differ in shape, or a code or scale is not finite.
         """
-        cache = cls(config, bits="fp8")
+        cache = cls(config, cache_dtype="fp8")
         record_format, rows_of_layers = rows_from_records(records, config, dtype)
         for layer, rows in zip(cache.layers, rows_of_layers):
             layer.restore(record_format, None, rows)

@@ -22,7 +22,7 @@ from ..compat.torch import version_of
 from .checks import check_ids
 from .files import FORMAT, read_metadata
 from .fingerprint import fingerprint, settings_of
-from .format import check_bits
+from .format import check_cache_dtype, refuse_bits
 from .latent_cache import LatentCache
 
 BLOCK = 64  # tokens
@@ -65,11 +65,12 @@ class PromptCache:
         bits: as in LatentCache; prompts stored in other bits are left alone.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_bytes: int, bits: int | str | None = None):
-        check_bits(bits)
+    def __init__(self, folder: str | os.PathLike, *, max_bytes: int, cache_dtype: str | None = None, **unknown):
+        refuse_bits("PromptCache", unknown)
+        check_cache_dtype(cache_dtype)
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}.")
-        self.folder, self.max_bytes, self.bits = Path(folder), max_bytes, bits
+        self.folder, self.max_bytes, self.cache_dtype = Path(folder), max_bytes, cache_dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         self._prompts: dict[tuple[str, int], tuple[_Prompt, list[bytes]]] = {}
@@ -98,7 +99,7 @@ class PromptCache:
             _touch(path)
             cache.crop(num_tokens - cache.get_seq_length())
             return cache
-        return LatentCache(model.config, bits=self.bits)
+        return LatentCache(model.config, cache_dtype=self.cache_dtype)
 
     def store(self, cache: LatentCache, tokens: Tensor, model: PreTrainedModel) -> None:
         """Keeps what `cache` holds, the first of these ids [t] or [1 t], unless that is less than a block.
@@ -113,10 +114,11 @@ class PromptCache:
                 f"expected a LatentCache, got {type(cache).__name__}; generate with the one `load` returns."
             )
         ids, length = _one_sequence(tokens), cache.get_seq_length()
-        if cache.bits != self.bits:
+        if cache.cache_dtype != self.cache_dtype:
             raise ValueError(
-                f"this folder was opened with bits={self.bits} and the cache has bits={cache.bits}; open it with "
-                f"PromptCache(folder, max_bytes=..., bits={cache.bits!r}), or fill the cache that `load` returns."
+                f"this folder was opened with cache_dtype={self.cache_dtype!r} and the cache has "
+                f"cache_dtype={cache.cache_dtype!r}; open it with PromptCache(folder, max_bytes=..., "
+                f"cache_dtype={cache.cache_dtype!r}), or use the cache that `load` returns."
             )
         if length < BLOCK:
             return
@@ -149,8 +151,8 @@ class PromptCache:
 
     def __repr__(self) -> str:
         return (
-            f"PromptCache({str(self.folder)!r}, bits={self.bits}: {len(self)} prompts, {self.nbytes:,} of "
-            f"{self.max_bytes:,} bytes)"
+            f"PromptCache({str(self.folder)!r}, cache_dtype={self.cache_dtype!r}: {len(self)} prompts, "
+            f"{self.nbytes:,} of {self.max_bytes:,} bytes)"
         )
 
     @property
@@ -181,7 +183,7 @@ class PromptCache:
         if state != known_state:
             known = fingerprint(model)
             self._fingerprints[model] = state, known
-        return f"{known} {self.bits}"
+        return f"{known} {self.cache_dtype}"
 
     def _matches(self, wanted: _Prompt) -> list[tuple[int, Path]]:
         """How many tokens each file has in common with `wanted`, where it is a block or more; the most first."""
@@ -219,7 +221,7 @@ class PromptCache:
         if nbytes > self.max_bytes:
             raise ValueError(
                 f"expected a prompt of at most max_bytes={self.max_bytes:,} bytes, got one of {nbytes:,}; raise "
-                "max_bytes, use fewer bits, or store fewer tokens."
+                "max_bytes, quantize the cache by cache_dtype, or store fewer tokens."
             )
 
     def _evict(self, kept: Path) -> None:
@@ -245,7 +247,7 @@ def _one_sequence(ids: Tensor) -> array:
 
 def _read_prompt(path: Path) -> tuple[_Prompt, list[bytes]]:
     stored = read_metadata(path)
-    prompt = _Prompt(f"{stored['fingerprint']} {stored['bits']}", array("q", stored["tokens"][0]))
+    prompt = _Prompt(f"{stored['fingerprint']} {stored['cache_dtype']}", array("q", stored["tokens"][0]))
     return prompt, prompt.chain()
 
 

@@ -18,7 +18,7 @@ RECORD_BYTES = 656
 def layer_to_records(layer: LatentCacheLayer) -> Tensor:
     """The tokens of one layer as a new tensor of records [b t 656], rounded to fp8 unless they are stored so."""
     record = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
-    if layer.bits == "fp8":
+    if layer.cache_dtype == "fp8":
         return layer.rows().clone()
     return record.encode(*layer.latents.dense(layer.batch_size))
 

@@ -32,7 +32,7 @@ class Segment:
 
     def latent_and_rotary(self) -> tuple[Tensor, Tensor]:
         widths, dtype = (self.format.latent_width, self.format.rotary_width), self.format.dtype
-        if self.format.bits is None:
+        if self.format.cache_dtype is None:
             return self.rows.split(widths, dim=-1)
         decoded = self.rows.new_empty(*self.rows.shape[:2], sum(widths), dtype=dtype)
         blocks = self.blocks(DECODED_TOKENS_PER_STEP, dtype)

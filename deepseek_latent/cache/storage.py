@@ -48,7 +48,11 @@ def write_layers(
             "computed it, and compute it outside of autocast."
         )
     tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(layers) for name, x in layer.tensors().items()}
-    stored = {"bits": layers[0].bits, "tokens": tokens[:, :length].tolist(), "fingerprint": fingerprint(model)}
+    stored = {
+        "cache_dtype": layers[0].cache_dtype,
+        "tokens": tokens[:, :length].tolist(),
+        "fingerprint": fingerprint(model),
+    }
     write_tensors(path, tensors, _shape_for(model) | stored)
 
 
@@ -66,7 +70,7 @@ def read_layers(path: str | PathLike, model: PreTrainedModel) -> StoredLayers:
             f"{path} was computed by a model with other weights, settings or adapters than this one; load that model, "
             "or use a fresh cache."
         )
-    rows_format = latent_format(stored["bits"], stored["latent width"], stored["rotary width"], model.dtype)
+    rows_format = latent_format(stored["cache_dtype"], stored["latent width"], stored["rotary width"], model.dtype)
     rows = []
     for i in range(stored["number of layers"]):
         pair = (tensors.get(f"layers.{i}.{name}") for name in ("prefix", "rows"))

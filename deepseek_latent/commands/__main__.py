@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from .. import LatentCache, __version__
-from ..cache.format import BITS, latent_format
+from ..cache.format import CACHE_DTYPES, latent_format
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import (
     architecture_of,
@@ -33,7 +33,6 @@ from .experts import add_command as add_experts
 from .run import prepare_tool, run_tool
 
 PROBLEMS_SHOWN = 40
-CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +70,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         output = model.generate(
             **inputs.to(model.device),
-            cache=LatentCache(model.config, bits=arguments.cache_bits),
+            cache=LatentCache(model.config, cache_dtype=arguments.cache_dtype),
             streamer=streamer,
             max_new_tokens=arguments.max_new_tokens,
             use_cache=True,
@@ -200,11 +199,10 @@ def _cache_table(config: DeepseekV2Config) -> Table:
     ours = config.cached_width * config.num_hidden_layers
     for attention, count in cached_elements_per_token(config).items():
         table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / ours:.2f}")
-    for bits in CACHE_BITS:
-        row = latent_format(bits, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
+    for cache_dtype in CACHE_DTYPES[1:]:
+        row = latent_format(cache_dtype, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
         in_bytes = row * config.num_hidden_layers
-        name = f"MLA, {bits} bits" if isinstance(bits, int) else f"MLA, {bits}"
-        table.add_row(name, f"{ours:,}", f"{in_bytes:,}", f"{in_bytes / (ours * dtype.itemsize):.2f}")
+        table.add_row(f"MLA, {cache_dtype}", f"{ours:,}", f"{in_bytes:,}", f"{in_bytes / (ours * dtype.itemsize):.2f}")
     return table
 
 
@@ -238,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", choices=dtypes, default="auto", help="default: that of the checkpoint")
     generate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda where there is one")
     generate.add_argument(
-        "--cache-bits", type=_cache_bits, metavar="B", help="8, 6, 5, 4 or fp8 per latent element; default: as computed"
+        "--cache-dtype", choices=CACHE_DTYPES[1:], help="quantize the cache; default: the dtype that is computed in"
     )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     generate.set_defaults(action=_generate)
@@ -272,12 +270,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
     run.set_defaults(action=lambda arguments: prepare_tool(arguments.module, arguments.script))
     return parser
-
-
-def _cache_bits(text: str) -> int | str:
-    if text not in map(str, CACHE_BITS):
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, CACHE_BITS))}, got {text}")
-    return text if text == "fp8" else int(text)
 
 
 def _between(kind: type, low: float, high: float):

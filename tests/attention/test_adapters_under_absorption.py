@@ -103,7 +103,7 @@ WAYS = {
     "default": plain(),
     "chunked prefill": plain(prefill_chunk_size=4),
     "static": plain(cache_implementation="static"),
-    "8 bits": plain(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 8}),
+    "int8": plain(cache_implementation="quantized", cache_config={"backend": "latent", "cache_dtype": "int8"}),
     "continuous batching": continuous_batching,
     "compiled": compiled(),
     "compiled in pieces": compiled(fullgraph=False),
@@ -134,7 +134,7 @@ def subject(variant: str, kind: str) -> tuple[PeftModel, tuple, tuple]:
 
 def fit_for(way: str, model: PeftModel) -> PeftModel:
     """In float64 hardly a number is so near the border of two codes that the order of a sum decides between them."""
-    if way == "8 bits":
+    if way == "int8":
         model = copy.deepcopy(model).double()
         # torch has no grouped_mm for float64
         model.base_model.model.set_experts_implementation("eager")
@@ -143,7 +143,7 @@ def fit_for(way: str, model: PeftModel) -> PeftModel:
 
 def expected_of(way: str, *inputs) -> tuple:
     """What has to be said; fewer bits and beams change it, other ways do not."""
-    return (WAYS[way] if way in ("8 bits", "beams") else WITHOUT_CACHE)(*inputs)
+    return (WAYS[way] if way in ("int8", "beams") else WITHOUT_CACHE)(*inputs)
 
 
 def assert_said(actual, expected) -> None:
@@ -157,7 +157,7 @@ def test_what_is_said_is_what_the_merged_model_says(way, kind, variant):
     model, expected, without = subject(variant, kind)
     assert expected[0] != without[0]
     assert relative_error(expected[1], without[1]) > 1e-1
-    if way == "8 bits":
+    if way == "int8":
         model = fit_for(way, model)
         expected = WAYS[way](merged(model))
     assert_said(WAYS[way](model), expected)
@@ -233,7 +233,7 @@ def step(model: PeftModel) -> None:
 
 
 # a compiled step is the same for both variants but for the queries
-SEVERAL = [(way, variant) for way in ("default", "static", "8 bits") for variant in VARIANTS]
+SEVERAL = [(way, variant) for way in ("default", "static", "int8") for variant in VARIANTS]
 SEVERAL += [pytest.param("compiled", "V2", marks=pytest.mark.slow)]
 EVENTS = {
     "the second": lambda model: model.set_adapter("second"),

@@ -240,13 +240,13 @@ def test_the_distance_of_tokens_counts_and_not_where_they_are():
     assert relative_error(exact("all over the window"), exact("at the start")) > 0.1
 
 
-@pytest.mark.parametrize("bits", [None, 6], ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, "int6"], ids=str)
 @torch.no_grad()
-def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
+def test_the_last_tokens_of_a_full_window_see_all_of_it(cache_dtype):
     s, past = 2, WINDOW - 2
     model = tiny_model(**LONG | {"num_hidden_layers": 1})
     config, ids = model.config, random_ids(1, s)
-    cache = LatentCache(config, bits=bits)
+    cache = LatentCache(config, cache_dtype=cache_dtype)
     cache.update(torch.randn(1, 1, past, config.kv_lora_rank), torch.randn(1, 1, past, config.qk_rope_head_dim), 0)
     latent, k_rotary = (x[:, 0].double() for x in (cache.layers[0].keys, cache.layers[0].values))
     # positions are those behind the cached tokens, without being told
@@ -259,7 +259,7 @@ def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
     normed = rms_norm(hidden, layer["input_layernorm.weight"], config.rms_norm_eps)
     positions = past + torch.arange(s)[None]
     q_content, q_rotary, new_latent, new_k_rotary = queries_and_latents(config, attention, normed, positions)
-    if bits is not None:
+    if cache_dtype is not None:
         # new tokens too are read as they are stored
         new_latent, new_k_rotary = (x[:, 0, -s:].double() for x in (cache.layers[0].keys, cache.layers[0].values))
     context = reference.absorbed_attention(

@@ -135,10 +135,10 @@ def test_no_mask_means_causal(attend, cached, tokens_per_block, monkeypatch):
 
 
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
-@pytest.mark.parametrize("bits", [None, 6])
-def test_tokens_in_common_are_read_as_if_every_sequence_had_them(attend, bits, monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [None, "int6"])
+def test_tokens_in_common_are_read_as_if_every_sequence_had_them(attend, cache_dtype, monkeypatch):
     monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 4)
-    inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(bits, C, R, torch.float32)
+    inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(cache_dtype, C, R, torch.float32)
     rows = rows_format.encode(inputs.pop("latent"), inputs.pop("k_rotary"))
     rows[:, :9] = rows[:1, :9]
     apart = Latents(Segment(rows[:1, :9], rows_format), Segment(rows[:, 9:], rows_format))

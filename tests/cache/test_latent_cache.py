@@ -183,10 +183,10 @@ def test_what_autograd_saved_is_not_written_over_by_a_later_step_without_gradien
     loss.backward()  # raises where a saved tensor was changed
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @torch.no_grad()
-def test_wider_tokens_widen_the_cache(bits):
-    layer = LatentCacheLayer(bits)
+def test_wider_tokens_widen_the_cache(cache_dtype):
+    layer = LatentCacheLayer(cache_dtype)
     layer.update(*(x.bfloat16() for x in tokens(5)))
     layer.batch_select_indices(torch.tensor([1]))
     layer.batch_repeat_interleave(B)
@@ -194,7 +194,7 @@ def test_wider_tokens_widen_the_cache(bits):
     layer.update(*tokens(1))
     assert layer.keys.dtype == torch.float32
     # codes are now read in float32
-    torch.testing.assert_close(layer.keys[:, :, :5], held, rtol=0 if bits is None else 2**-8, atol=0)
+    torch.testing.assert_close(layer.keys[:, :, :5], held, rtol=0 if cache_dtype is None else 2**-8, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def read(model, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
 
 
 def stored(prompts: PromptCache, model, ids: torch.Tensor) -> None:
-    cache = LatentCache(model.config, bits=prompts.bits)
+    cache = LatentCache(model.config, cache_dtype=prompts.cache_dtype)
     read(model, ids, cache)
     prompts.store(cache, ids, model)
 
@@ -59,10 +59,10 @@ def found(prompts: PromptCache, model, ids: torch.Tensor) -> int:
 
 
 def test_a_folder_says_how_full_it_is(model, folder):
-    prompts = PromptCache(folder, max_bytes=ROOM, bits=6)
+    prompts = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6")
     stored(prompts, model, random_ids(1, 100))
     assert repr(prompts) == (
-        f"PromptCache({str(folder)!r}, bits=6: 1 prompts, {prompts.nbytes:,} of 1,000,000,000 bytes)"
+        f"PromptCache({str(folder)!r}, cache_dtype='int6': 1 prompts, {prompts.nbytes:,} of 1,000,000,000 bytes)"
     )
 
 
@@ -76,14 +76,14 @@ def test_a_prompt_finds_every_token_it_has_in_common_with_a_stored_one(common, m
     assert torch.equal(cache.stored_tokens, wanted[:, :common])
 
 
-@pytest.mark.parametrize("bits", [None, 8, "fp8"])
-def test_what_is_loaded_gives_the_logits_of_the_whole_prompt(bits, model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM, bits=bits), random_ids(1, 150)
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
+def test_what_is_loaded_gives_the_logits_of_the_whole_prompt(cache_dtype, model, folder):
+    prompts, ids = PromptCache(folder, max_bytes=ROOM, cache_dtype=cache_dtype), random_ids(1, 150)
     stored(prompts, model, ids)
     wanted = begins(ids, 111, seed=3)
     cache = prompts.load(wanted, model)
     assert cache.get_seq_length() == 111
-    expected = read(model, wanted, LatentCache(model.config, bits=bits))
+    expected = read(model, wanted, LatentCache(model.config, cache_dtype=cache_dtype))
     torch.testing.assert_close(read(model, wanted, cache), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -120,9 +120,9 @@ def test_less_than_a_block_is_neither_found_nor_stored(model, folder):
 
 
 def test_an_empty_cache_of_the_asked_bits_comes_where_nothing_is_stored(model, folder):
-    cache = PromptCache(folder, max_bytes=ROOM, bits=6).load(random_ids(1, 90), model)
+    cache = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6").load(random_ids(1, 90), model)
     assert cache.get_seq_length() == 0
-    assert cache.bits == 6
+    assert cache.cache_dtype == "int6"
 
 
 def test_the_longest_of_several_beginnings_is_found(model, folder):
@@ -217,11 +217,11 @@ def test_each_adapter_finds_what_it_stored(folder):
 def test_other_bits_find_nothing_and_evict_what_is_oldest_all_the_same(model, folder):
     ids = random_ids(1, 150)
     stored(PromptCache(folder, max_bytes=ROOM), model, ids)
-    coded = PromptCache(folder, max_bytes=ROOM, bits=8)
+    coded = PromptCache(folder, max_bytes=ROOM, cache_dtype="int8")
     assert found(coded, model, ids) == 0
     stored(coded, model, ids)
     assert len(coded) == 2
-    small = PromptCache(folder, max_bytes=coded.nbytes - 1, bits=8)
+    small = PromptCache(folder, max_bytes=coded.nbytes - 1, cache_dtype="int8")
     stored(small, model, random_ids(1, 150, seed=5))
     assert found(PromptCache(folder, max_bytes=ROOM), model, ids) == 0
     assert found(small, model, ids) == 149
@@ -308,8 +308,8 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
     cache.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match=r"got one of 1 and 99 ids"):
         prompts.store(cache, ids[1, :99], model)
-    with pytest.raises(ValueError, match=r"opened with bits=8 and the cache has bits=None; open it with .*bits=None"):
-        PromptCache(folder, max_bytes=ROOM, bits=8).store(cache, ids[1], model)
+    with pytest.raises(ValueError, match=r"opened with cache_dtype='int8' and the cache has cache_dtype=None; open"):
+        PromptCache(folder, max_bytes=ROOM, cache_dtype="int8").store(cache, ids[1], model)
     assert len(prompts) == 0
     prompts.store(cache, ids[1], model)
     assert found(prompts, model, ids[1:]) == 99
@@ -318,8 +318,10 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
             use()
     with pytest.raises(TypeError, match="expected a LatentCache, got DynamicCache; generate with the one `load` ret"):
         prompts.store(DynamicCache(), ids[1], model)
-    with pytest.raises(ValueError, match="bits must be"):
-        PromptCache(folder, max_bytes=ROOM, bits=7)
+    with pytest.raises(ValueError, match="cache_dtype must be"):
+        PromptCache(folder, max_bytes=ROOM, cache_dtype="int7")
+    with pytest.raises(TypeError, match=r"PromptCache takes cache_dtype, such as .*, in place of bits=8"):
+        PromptCache(folder, max_bytes=ROOM, bits=8)
     with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):
         PromptCache(folder, max_bytes=0)
 

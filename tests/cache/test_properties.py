@@ -33,7 +33,8 @@ from tests.support import assert_within_rounding, random_ids, seeded, tiny_model
 
 LAYERS, H, N, R, V, C = 2, 3, 5, 6, 4, 130  # two planes, the second of two elements
 LARGEST_BATCH, LARGEST_LENGTH = 6, 120
-ROW_BYTES = {8: 148, 6: 116, 5: 104, 4: 84, "fp8": 152}  # codes up to a multiple of 4, scales, 12 of the rotary key
+# codes up to a multiple of 4, scales, 12 bytes of the rotary key
+ROW_BYTES = {"int8": 148, "int6": 116, "int5": 104, "int4": 84, "fp8": 152}
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
 modes = st.sampled_from(sorted(MODES))
 beginnings = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), st.integers(0, 4), st.booleans(), modes)
@@ -56,8 +57,8 @@ class Token(NamedTuple):
 class Plain:
     """The same cache as lists: layers of sequences of tokens. `shared` counts tokens that are stored once for all."""
 
-    def __init__(self, bits: int | str | None, dtype: torch.dtype):
-        self.bits, self.dtype = bits, dtype
+    def __init__(self, cache_dtype: str | None, dtype: torch.dtype):
+        self.cache_dtype, self.dtype = cache_dtype, dtype
         self.layers: list[list[list[Token]]] = [[] for _ in range(LAYERS)]
         self.shared = 0
 
@@ -70,7 +71,7 @@ class Plain:
         return len(self.layers[0][0]) if self.batch else 0
 
     def copy(self) -> "Plain":
-        duplicate = Plain(self.bits, self.dtype)
+        duplicate = Plain(self.cache_dtype, self.dtype)
         duplicate.layers = [[list(sequence) for sequence in layer] for layer in self.layers]
         duplicate.shared = self.shared
         return duplicate
@@ -78,7 +79,7 @@ class Plain:
     def append(self, layer: int, latent: Tensor, k_rotary: Tensor) -> None:
         self.layers[layer] = self.layers[layer] or [[] for _ in latent]
         self.dtype = latent.dtype
-        stored = latent_format(self.bits, C, R, latent.dtype)
+        stored = latent_format(self.cache_dtype, C, R, latent.dtype)
         # half precision is read as float32 is, then rounded
         read = stored.decode(stored.encode(latent[:, 0].detach(), k_rotary[:, 0].detach()), torch.float32)
         for sequence, came, reads in zip(self.layers[layer], latent[:, 0].detach(), read, strict=True):
@@ -98,7 +99,7 @@ class Plain:
         self.layers = [[list(sequence) for sequence in layer for _ in range(repeats)] for layer in self.layers]
 
     def nbytes(self) -> int:
-        size = (C + R) * self.dtype.itemsize if self.bits is None else ROW_BYTES[self.bits]
+        size = (C + R) * self.dtype.itemsize if self.cache_dtype is None else ROW_BYTES[self.cache_dtype]
         return LAYERS * size * (self.shared + self.batch * (self.length - self.shared))
 
     def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -113,13 +114,13 @@ class Plain:
         came, read = torch.stack(came).double(), keys[:, 0].double()
         largest = [x.abs().amax(-1, keepdim=True).expand_as(x) for x in came.split(128, dim=-1)]
         largest = torch.cat(largest, dim=-1)
-        if self.bits is None:
+        if self.cache_dtype is None:
             allowed = torch.zeros_like(came)
-        elif self.bits == "fp8":
+        elif self.cache_dtype == "fp8":
             allowed = torch.maximum(came.abs() / 16, largest * 2**-18.8)
         else:
-            allowed = 1.008 * largest * 2.0**-self.bits
-        if self.bits is not None and self.dtype != torch.float32:
+            allowed = 1.008 * largest * 2.0 ** -int(self.cache_dtype.removeprefix("int"))
+        if self.cache_dtype is not None and self.dtype != torch.float32:
             allowed = allowed + read.abs() * torch.finfo(self.dtype).eps
         assert ((read - came).abs() <= allowed).all()
 
@@ -145,14 +146,14 @@ def check(cache: LatentCache, plain: Plain) -> None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    bits: int | str | None
+    cache_dtype: str | None
 
     @initialize(dtype=st.sampled_from([torch.bfloat16, torch.float32]), begin=beginnings)
     def make(self, dtype, begin):
         self.folder = tempfile.TemporaryDirectory()
         self.steps = 0
-        self.cache = LatentCache(model_of(dtype).config, bits=self.bits)
-        self.plain = Plain(self.bits, dtype)
+        self.cache = LatentCache(model_of(dtype).config, cache_dtype=self.cache_dtype)
+        self.plain = Plain(self.cache_dtype, dtype)
         self.bystanders: list[tuple[LatentCache, Plain]] = []
         self.saved: list[tuple[Path, Plain]] = []
         self.losses: list[Tensor] = []
@@ -208,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.plain.crop(count)
         self.feed(self.plain.batch, count, mode)
 
-    @precondition(lambda self: self.bits is None and self.plain.length < LARGEST_LENGTH)
+    @precondition(lambda self: self.cache_dtype is None and self.plain.length < LARGEST_LENGTH)
     @rule(s=st.integers(1, 3), replaced=st.integers(0, 2), mode=modes)
     def update_with_gradients(self, s, replaced, mode):
         self.feed(self.plain.batch, s, "grad", needs_gradient=True)
@@ -254,7 +255,7 @@ class CacheMachine(RuleBasedStateMachine):
     def reset_and_begin_anew(self, begin):
         with MODES[begin[-1]]():
             self.cache.reset()
-        self.plain = Plain(self.bits, self.plain.dtype)
+        self.plain = Plain(self.cache_dtype, self.plain.dtype)
         check(self.cache, self.plain)
         self.begin(*begin)
 
@@ -338,13 +339,13 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 # rows of bytes move alike whatever their codes, so each format sees few sequences, and other ones than the next
-@pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"], ids=str)
-def test_any_sequence_of_operations_leaves_what_it_leaves_on_lists_of_tokens(bits):
-    machine = seed(f"bits {bits}")(type("Machine", (CacheMachine,), {"bits": bits}))
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int5", "int4", "fp8"], ids=str)
+def test_any_sequence_of_operations_leaves_what_it_leaves_on_lists_of_tokens(cache_dtype):
+    machine = seed(f"cache_dtype {cache_dtype}")(type("Machine", (CacheMachine,), {"cache_dtype": cache_dtype}))
     few = settings(
         deadline=None,
         database=None,
-        max_examples=40 if bits is None else 12,
+        max_examples=40 if cache_dtype is None else 12,
         stateful_step_count=20,
         suppress_health_check=list(HealthCheck),
     )

@@ -13,7 +13,7 @@ from deepseek_latent.cache.static_layer import TokenCount
 from tests.support import LITE, V2, random_ids, relative_error, tiny_model
 
 B, C, R, ROOM = 2, V2["kv_lora_rank"], V2["qk_rope_head_dim"], 24
-BITS = [None, 8, 6, 4, "fp8"]
+CACHE_DTYPES = [None, "int8", "int6", "int4", "fp8"]
 PADDING = torch.ones(B, ROOM, dtype=torch.long)
 PADDING[0, :5] = 0
 
@@ -56,10 +56,10 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_leaves_what_a_growing_cache_holds(operation, bits):
-    cache, twin = filled(9, bits=bits)
+def test_every_operation_leaves_what_a_growing_cache_holds(operation, cache_dtype):
+    cache, twin = filled(9, cache_dtype=cache_dtype)
     new = tokens(2)
     for one in (cache, twin):
         OPERATIONS[operation](one, new)
@@ -81,10 +81,10 @@ def test_rows_stay_where_they_are(operation):
 @pytest.mark.parametrize("overrides", [{}, LITE], ids=["V2", "Lite"])
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_recorded_step_says_what_a_plain_one_says(bits, padded, new, overrides):
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_a_recorded_step_says_what_a_plain_one_says(cache_dtype, padded, new, overrides):
     subject, ids = tiny_model(**overrides), random_ids(B, 17)
-    caches = static(bits=bits), LatentCache(subject.config, bits=bits)
+    caches = static(cache_dtype=cache_dtype), LatentCache(subject.config, cache_dtype=cache_dtype)
 
     def said(cache, first, last):
         mask = {"attention_mask": PADDING[:, :last]} if padded else {}
@@ -118,11 +118,11 @@ class Waiting(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_recorded_step_waits_for_nothing(bits, padded):
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_a_recorded_step_waits_for_nothing(cache_dtype, padded):
     # 16 bits, in which torch's grouped products do not look at where experts end
     subject, ids = tiny_model(torch.bfloat16), random_ids(B, 12)
-    cache = static(bits=bits)
+    cache = static(cache_dtype=cache_dtype)
     subject(ids[:, :11], cache=cache)
     mask = {"attention_mask": PADDING} if padded else {}
     with cache.count.recorded(), Waiting() as waiting:

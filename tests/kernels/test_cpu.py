@@ -254,14 +254,14 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["int8", "int6", "int5", "int4", "fp8"])
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
-def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
+def test_attention_over_codes_reads_what_they_stand_for(cache_dtype, c, shared):
     from deepseek_latent.kernels.cpu.layers import as_pair, bits_of
 
     b, s, h, r, t = 2, 2, 5, 6, 90
-    rows_format = latent_format(bits, c, r, torch.bfloat16)
+    rows_format = latent_format(cache_dtype, c, r, torch.bfloat16)
     latent, k_rotary = noise(b, t, c).bfloat16() * 3, noise(b, t, r, seed=1).bfloat16()
     rows = rows_format.encode(latent * noise(b, t, 1, seed=4).exp(), k_rotary)
     parts = (rows[:1, :40], rows[:, 40:]) if shared else (rows,)
@@ -368,7 +368,7 @@ def test_logits_are_those_of_the_model_as_it_was(dtype, variant, length):
 
 CACHES = {
     "LatentCache": LatentCache,
-    "6 bits": lambda config: LatentCache(config, bits=6),
+    "int6": lambda config: LatentCache(config, cache_dtype="int6"),
     "DynamicCache": lambda config: DynamicCache(config=config),
     "StaticCache": lambda config: StaticCache(config, max_cache_len=40),
 }

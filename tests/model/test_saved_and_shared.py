@@ -1,4 +1,4 @@
-"""Caches that outlive a process, and a beginning that many sequences share: kept once, read as if each had its own."""
+"""Caches that outlive a process, and a prefix that many sequences share: kept once, read as if each had its own."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ import torch
 from deepseek_latent import LatentCache
 from tests.support import random_ids, relative_error, tiny_model
 
-BITS = pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"])
+every_cache_dtype = pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int5", "int4", "fp8"])
 
 
-def prefilled(model, ids, bits=None) -> LatentCache:
-    cache = LatentCache(model.config, bits=bits)
+def prefilled(model, ids, cache_dtype=None) -> LatentCache:
+    cache = LatentCache(model.config, cache_dtype=cache_dtype)
     with torch.no_grad():
         model(ids, cache=cache)
     return cache
@@ -26,13 +26,13 @@ def continued(model, ids, cache, **options):
     )
 
 
-@BITS
-def test_a_saved_cache_continues_as_the_one_in_memory(tmp_path, bits):
+@every_cache_dtype
+def test_a_saved_cache_continues_as_the_one_in_memory(tmp_path, cache_dtype):
     model, ids = tiny_model(), random_ids(1, 30)
-    cache = prefilled(model, ids[:, :24], bits)
+    cache = prefilled(model, ids[:, :24], cache_dtype)
     cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
     loaded = LatentCache.load(tmp_path / "prompt.safetensors", model=model)
-    assert (loaded.bits, loaded.get_seq_length(), loaded.nbytes) == (bits, 24, cache.nbytes)
+    assert (loaded.cache_dtype, loaded.get_seq_length(), loaded.nbytes) == (cache_dtype, 24, cache.nbytes)
     assert torch.equal(loaded.stored_tokens, ids[:, :24])
     mask = torch.ones_like(ids)
     expected = continued(model, ids, cache, attention_mask=mask)
@@ -185,20 +185,20 @@ def test_an_empty_cache_is_not_saved(tmp_path):
         LatentCache(model.config).save(tmp_path / "prompt.safetensors", tokens=random_ids(1, 8), model=model)
 
 
-@BITS
-def test_a_beginning_in_common_is_stored_once_and_read_by_all(bits):
-    """Questions of unlike length after one long beginning, padded between the two."""
-    model, beginning = tiny_model(), random_ids(1, 40)
+@every_cache_dtype
+def test_a_shared_prefix_is_stored_once_and_read_by_all(cache_dtype):
+    """Questions of unlike length after one long prefix, padded between the two."""
+    model, prefix = tiny_model(), random_ids(1, 40)
     questions, padding = random_ids(3, 6, seed=5), (0, 2, 3)
     alone = [
-        continued(model, torch.cat((beginning, questions[[i], count:]), dim=1), prefilled(model, beginning, bits))
+        continued(model, torch.cat((prefix, questions[[i], count:]), dim=1), prefilled(model, prefix, cache_dtype))
         for i, count in enumerate(padding)
     ]
-    cache = prefilled(model, beginning, bits)
+    cache = prefilled(model, prefix, cache_dtype)
     once = cache.nbytes
     cache.batch_repeat_interleave(3)
     assert cache.nbytes == once
-    ids = torch.cat((beginning.expand(3, -1), questions), dim=1)
+    ids = torch.cat((prefix.expand(3, -1), questions), dim=1)
     mask = torch.ones_like(ids)
     for i, count in enumerate(padding):
         mask[i, 40 : 40 + count] = 0
@@ -210,15 +210,15 @@ def test_a_beginning_in_common_is_stored_once_and_read_by_all(bits):
 
 @pytest.mark.parametrize("keep", [10, 40, 44], ids="keep{}".format)
 def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
-    model, beginning = tiny_model(), random_ids(1, 40)
-    cache = prefilled(model, beginning)
+    model, prefix = tiny_model(), random_ids(1, 40)
+    cache = prefilled(model, prefix)
     cache.batch_repeat_interleave(2)
     more, other = random_ids(2, 6, seed=5), random_ids(2, 7, seed=6)
     with torch.no_grad():
         model(more, cache=cache)
         cache.crop(keep - 46)
         # through a file too, with shared and own rows in it
-        held = torch.cat((beginning.expand(2, -1), more), dim=1)[:, :keep]
+        held = torch.cat((prefix.expand(2, -1), more), dim=1)[:, :keep]
         cache.save(tmp_path / "shared.safetensors", tokens=held, model=model)
         for each in (cache, LatentCache.load(tmp_path / "shared.safetensors", model=model)):
             each.reorder_cache(torch.tensor([1, 0]))
@@ -230,11 +230,15 @@ def test_a_cache_cut_inside_or_behind_what_is_shared_continues(tmp_path, keep):
 @pytest.mark.parametrize(
     ("cache_config", "message"),
     [
-        ({"backend": "latent"}, r'takes \{"backend": "latent", "nbits": 6\}'),
-        ({"backend": "latent", "nbits": 6, "axis": 0}, r'takes \{"backend": "latent", "nbits": 6\}'),
-        ({"backend": "latent", "nbits": 3}, "8, 6, 5, 4 or 'fp8', got 3"),
-        ({"nbits": 6}, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
-        (None, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
+        ({"backend": "latent"}, r'takes \{"backend": "latent", "cache_dtype": "int8"\}'),
+        (
+            {"backend": "latent", "cache_dtype": "int6", "axis": 0},
+            r'takes \{"backend": "latent", "cache_dtype": "int8"\}',
+        ),
+        ({"backend": "latent", "nbits": 6}, r'takes cache_dtype in place of nbits, as in \{"backend": "latent", "ca'),
+        ({"backend": "latent", "cache_dtype": "int3"}, "'int5', 'int4' or 'fp8', got 'int3'"),
+        ({"cache_dtype": "int6"}, 'needs a backend, such as cache_config={"backend": "latent", "cache_dtype": "int8"}'),
+        (None, 'needs a backend, such as cache_config={"backend": "latent", "cache_dtype": "int8"}'),
     ],
 )
 def test_a_cache_config_that_says_something_else_is_refused(cache_config, message):
@@ -242,6 +246,6 @@ def test_a_cache_config_that_says_something_else_is_refused(cache_config, messag
         tiny_model().generate(random_ids(1, 4), cache_implementation="quantized", cache_config=cache_config)
 
 
-def test_a_number_of_bits_there_is_no_format_for_is_refused():
-    with pytest.raises(ValueError, match="8, 6, 5, 4 or 'fp8', got 7"):
-        LatentCache(tiny_model().config, bits=7)
+def test_a_cache_dtype_without_a_format_is_refused():
+    with pytest.raises(ValueError, match="'int5', 'int4' or 'fp8', got 'int7'"):
+        LatentCache(tiny_model().config, cache_dtype="int7")

@@ -188,15 +188,17 @@ def as_pair(segment: Segment | SplitSegment) -> tuple[Tensor, Tensor]:
     """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
     if isinstance(segment, SplitSegment):
         return segment.latent, segment.k_rotary
-    if segment.format.bits is None:
+    if segment.format.cache_dtype is None:
         return segment.latent_and_rotary()
     rotary_bytes = 2 * segment.format.rotary_width
     return segment.rows[..., :-rotary_bytes], segment.rows[..., -rotary_bytes:].view(torch.bfloat16)
 
 
 def bits_of(latents: Latents) -> str:
+    """The format of codes as kernels name it: "8", "6", "5", "4" or "fp8", and "" for elements that are not coded."""
     first = latents.segments[0]
-    return str(first.format.bits) if isinstance(first, Segment) and first.format.bits is not None else ""
+    cache_dtype = first.format.cache_dtype if isinstance(first, Segment) else None
+    return (cache_dtype or "").removeprefix("int")
 
 
 def _additive(mask: Tensor | None) -> Tensor | None:

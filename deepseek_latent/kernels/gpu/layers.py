@@ -131,9 +131,11 @@ def write(
 ) -> Latents:
     """Rotates queries and keys, and appends the new tokens to the cache."""
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
-    if layer.bits in WRITTEN and not cache.offloading:
+    if layer.cache_dtype in WRITTEN and not cache.offloading:
         rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
-        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=layer.bits)
+        norm_rotate_write(
+            queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=WRITTEN[layer.cache_dtype]
+        )
         return layer.latents
     latent, k_rotary = norm_rotate(queries, compressed, norm.weight, norm.eps, *rotation)
     return cache.append(latent[:, None], k_rotary[:, None], module.layer_idx)
