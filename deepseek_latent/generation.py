@@ -130,7 +130,7 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     try:
         output = step(**inputs)
     except BaseException:
-        cache.count.take_back()
+        cache.count.undo()
         raise
     cache.count.replayed(ids.shape[1])
     return output

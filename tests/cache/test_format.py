@@ -223,7 +223,7 @@ def test_without_bits_a_row_is_the_two_tensors_side_by_side(dtype):
 
 def test_six_bits_are_at_most_6_6_bits_per_latent_element_with_scales():
     for c in (128, 256, 384, 512, 1024, 1536):
-        bytes_of_latent = latent_format(6, c, 64, torch.bfloat16).row_width - 2 * 64
+        bytes_of_latent = latent_format("int6", c, 64, torch.bfloat16).row_width - 2 * 64
         assert 6 < bytes_of_latent * 8 / c <= 6.6
 
 
@@ -453,7 +453,9 @@ def test_records_of_another_shape_are_refused_in_one_sentence():
         ([foreign_records(b, 2) for b in (1, 2, 1)], r"\[\[1, 2, 656\], \[2, 2, 656\], \[1, 2, 656\]\]"),
         ([], r"\[\]"),
     ):
-        with pytest.raises(ValueError, match=rf"expected 3 layers of records of one shape \[b t 656\], got {shapes}"):
+        with pytest.raises(
+            ValueError, match=rf"expected 3 layers of records of the same shape \[b t 656\], got {shapes}"
+        ):
             LatentCache.from_flashmla_records(records, config_of_records())
     with pytest.raises(ValueError, match=r"expected records of bytes, got torch\.float32"):
         LatentCache.from_flashmla_records([foreign_records(1, 2).float()] * 3, config_of_records())

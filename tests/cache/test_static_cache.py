@@ -137,7 +137,7 @@ def test_a_recorded_step_waits_for_nothing(cache_dtype, padded):
 def test_generate_asks_the_device_for_no_length(monkeypatch):
     """Between the prompt and the last token, where steps are compiled for all lengths."""
     asked = []
-    monkeypatch.setattr(TokenCount, "to_host", lambda count: asked.append(count.host_is_right))
+    monkeypatch.setattr(TokenCount, "to_host", lambda count: asked.append(count.is_host_current))
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compiled._compile_all_devices = True
     said = model().generate(random_ids(B, 5), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
