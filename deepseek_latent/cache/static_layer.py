@@ -93,7 +93,7 @@ class StaticLatentCacheLayer(LatentCacheLayer):
 
     def __init__(self, max_cache_len: int, count: TokenCount, cache_dtype: str | None = None):
         if type(max_cache_len) is not int or max_cache_len < 1:
-            raise ValueError(f"max_cache_len must be a number of tokens, 1 or more, got {max_cache_len!r}.")
+            raise ValueError(f"max_cache_len must be a number of tokens, at least 1, got {max_cache_len!r}.")
         self.max_cache_len, self.count, self.num_held = max_cache_len, count, 0
         count.layers.append(self)
         super().__init__(cache_dtype)

@@ -11,7 +11,7 @@ from deepseek_latent.cache.checksum import checksums, hash_tensors, position_key
 
 
 def in_plain_python(tensor: torch.Tensor) -> list[int]:
-    """The sums of `checksums` by Python's integers."""
+    """Computes the sums of `checksums` with Python's integers."""
     data = bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
     data += bytes(-len(data) % 4096)
     keys = [key % 2**64 for key in position_keys(torch.device("cpu")).tolist()]
@@ -25,12 +25,12 @@ def in_plain_python(tensor: torch.Tensor) -> list[int]:
     return sums
 
 
-def test_the_checksum_is_what_its_description_says():
+def test_the_checksum_is_the_sum_that_its_docstring_defines():
     tensor = torch.randn(3, 733)
     assert checksums(tensor).tolist() == in_plain_python(tensor)
 
 
-def test_the_checksum_never_changes_lest_files_become_unreadable():
+def test_the_checksum_stays_as_it_is_in_files_that_exist():
     tensor = torch.arange(3000, dtype=torch.int32)
     assert hash_tensors({"x": tensor}) == "772ed9c4e56e05c6c9dde4d61832df3cf6a7f8268d7b19160d540036f9497f82"
 
@@ -61,7 +61,7 @@ def test_any_shape_and_dtype_has_a_checksum_that_sees_its_last_bit(shape, dtype)
 @pytest.mark.parametrize("columns", [70, 64], ids="{} columns".format)
 def test_the_memory_layout_does_not_enter_the_checksum(columns):
     base = torch.randn(64, columns)
-    # one element behind where a word may start
+    # starts one element after a word boundary
     shifted = torch.empty(base.numel() + 1)[1:].view_as(base).copy_(base)
     strided = torch.empty(columns, 64).t().copy_(base)
     assert {hash_tensors({"x": x}) for x in (shifted, strided)} == {hash_tensors({"x": base})}
@@ -80,7 +80,7 @@ def distinct_sums(rows: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_no_two_changes_of_two_signs_have_one_checksum(dtype):
+def test_no_two_changes_of_two_signs_have_the_same_checksum(dtype):
     row = torch.randn(4096 // dtype.itemsize).to(dtype)
     pairs = list(itertools.combinations(range(48), 2))
     rows = row.repeat(len(pairs) + 1, 1)
@@ -89,7 +89,7 @@ def test_no_two_changes_of_two_signs_have_one_checksum(dtype):
     assert distinct_sums(rows)
 
 
-def test_no_two_exchanges_of_two_elements_have_one_checksum():
+def test_no_two_swaps_of_two_elements_have_the_same_checksum():
     row = torch.arange(2048, dtype=torch.int16)
     pairs = list(itertools.combinations(range(48), 2))
     rows = row.repeat(len(pairs) + 1, 1)
@@ -98,16 +98,16 @@ def test_no_two_exchanges_of_two_elements_have_one_checksum():
     assert distinct_sums(rows)
 
 
-def test_no_two_single_bits_have_one_checksum():
+def test_no_two_single_bits_have_the_same_checksum():
     rows = torch.zeros(4097, 4096, dtype=torch.uint8)
     for place in range(4096):
         rows[place, place] = 1 << place % 8
     assert distinct_sums(rows)
 
 
-def test_a_checksum_allocates_little_beside_the_tensor():
+def test_a_checksum_allocates_little_memory():
     class Allocated(TorchDispatchMode):
-        """The largest storage that no argument had."""
+        """Records the largest storage that is not an argument's."""
 
         nbytes = 0
 

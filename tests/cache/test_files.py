@@ -75,7 +75,7 @@ def test_the_file_is_a_safetensors_file(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_tensors_are_the_mapped_file_and_writing_to_them_leaves_it_alone(tmp_path):
+def test_tensors_are_memory_mapped_and_writing_to_them_does_not_change_the_file(tmp_path):
     write_tensors(tmp_path / "mapped", {"x": torch.zeros(1 << 16)}, {})
     tensor = read_tensors(tmp_path / "mapped", verify=False)[0]["x"]
     places = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "/mapped" in line]
@@ -85,7 +85,7 @@ def test_tensors_are_the_mapped_file_and_writing_to_them_leaves_it_alone(tmp_pat
     assert not read_tensors(tmp_path / "mapped")[0]["x"].any()
 
 
-def test_a_replaced_or_removed_file_leaves_what_was_read_alone(tmp_path):
+def test_replacing_or_removing_a_file_does_not_change_tensors_read_from_it(tmp_path):
     write_tensors(tmp_path / "a", {"x": torch.ones(1 << 16)}, {})
     read = read_tensors(tmp_path / "a", verify=False)[0]["x"]
     write_tensors(tmp_path / "a", {"x": torch.zeros(1)}, {})
@@ -93,7 +93,7 @@ def test_a_replaced_or_removed_file_leaves_what_was_read_alone(tmp_path):
     assert read.eq(1).all()
 
 
-def test_a_flip_of_any_single_bit_is_refused(tmp_path):
+def test_one_flipped_bit_anywhere_is_refused(tmp_path):
     path = tmp_path / "a"
     write_tensors(path, {"x": torch.randn(2), "y": torch.arange(5, dtype=torch.uint8)}, {"tokens": [12]})
     whole = path.read_bytes()
@@ -131,13 +131,13 @@ def test_random_damage_is_refused(tmp_path):
 
 
 def rewritten(path: Path, tensors=None, **entries) -> None:
-    """The file with other tensors or another record, under the old seal, by whoever can write safetensors files."""
+    """Rewrites the file with other tensors or another record, and keeps its seal."""
     record = cache_files._record(path, cache_files.safe_open(path, framework="pt").metadata())
     record["seal"] = cache_files.hash_json(record)
     save_file(tensors or load_file(path), path, {cache_files.KEY: json.dumps(record | entries)})
 
 
-def test_altered_metadata_is_refused_also_where_only_it_is_read(tmp_path):
+def test_altered_metadata_is_refused_even_if_only_metadata_is_read(tmp_path):
     write_tensors(tmp_path / "a", some_tensors(), METADATA)
     rewritten(tmp_path / "a", metadata=METADATA | {"scale": 0.2})
     for read in (read_tensors, read_metadata, lambda path: read_tensors(path, verify=False)):
@@ -171,7 +171,7 @@ def test_another_format_is_refused_with_what_to_do(tmp_path, monkeypatch, step, 
         read_metadata(tmp_path / "a")
 
 
-def test_files_of_others_are_refused(tmp_path):
+def test_files_of_other_programs_are_refused(tmp_path):
     save_file(some_tensors(), tmp_path / "plain")
     save_file(some_tensors(), tmp_path / "labelled", {"format": "pt"})
     for name in ("plain", "labelled"):
@@ -219,7 +219,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(step, error, 
 
 
 @pytest.mark.parametrize("order", ["replaced, then opened", "opened, then replaced", "replaced between its two parts"])
-def test_a_file_replaced_while_it_is_opened_is_read_as_it_then_is(tmp_path, monkeypatch, order):
+def test_a_file_replaced_while_it_is_opened_is_read_as_one_version(tmp_path, monkeypatch, order):
     path, opened, attempts = tmp_path / "a", cache_files.safe_open, []
     write_tensors(path, {"x": torch.zeros(9)}, {"value": 0})
 
@@ -255,7 +255,7 @@ def test_a_replacement_of_the_same_size_and_time_is_another_file(tmp_path, monke
     assert (tensors["x"].tolist(), metadata) == ([1.0] * 9, {"value": 1})
 
 
-def test_two_processes_may_write_one_file_at_once_while_others_read_it(tmp_path):
+def test_two_processes_may_write_a_file_at_the_same_time_while_others_read_it(tmp_path):
     program = """
         import sys, torch
         from deepseek_latent.cache.files import write_tensors
@@ -275,7 +275,7 @@ def test_two_processes_may_write_one_file_at_once_while_others_read_it(tmp_path)
             assert tensors["x"].shape == (5000 * value,)
             assert tensors["x"].eq(value).all()
             seen.append(value)
-        # the writers need the processor more
+        # leave the processor to the writers
         time.sleep(0.01)
     assert all(writer.returncode == 0 for writer in writers)
     assert set(seen) == {1, 2}

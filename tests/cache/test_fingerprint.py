@@ -17,12 +17,12 @@ from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
 from deepseek_latent.cache.fingerprint import fingerprint
 from tests.support import V2, tiny_model
 
-# fingerprint: what it must not see
+# changes that must not change it
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_and_its_reload_have_one_fingerprint(dtype, tied, tmp_path):
+def test_a_model_and_its_reload_have_the_same_fingerprint(dtype, tied, tmp_path):
     model = tiny_model(dtype, tie_word_embeddings=tied)
     before = fingerprint(model)
     model.save_pretrained(tmp_path)
@@ -42,13 +42,13 @@ def test_the_fingerprint_is_the_same_in_another_process():
     assert done.stdout.split()[-1] == fingerprint(tiny_model())
 
 
-def test_tied_and_untied_models_of_equal_weights_have_one_fingerprint():
+def test_tied_and_untied_models_with_equal_weights_have_the_same_fingerprint():
     untied, tied = tiny_model(), tiny_model(tie_word_embeddings=True)
     untied.load_state_dict(tied.state_dict())
     assert fingerprint(untied) == fingerprint(tied)
 
 
-def test_nothing_but_what_changes_the_cache_enters_the_fingerprint():
+def test_settings_that_no_cached_number_depends_on_do_not_change_the_fingerprint():
     model = tiny_model()
     before = fingerprint(model)
     model.set_attn_implementation("eager")
@@ -56,12 +56,12 @@ def test_nothing_but_what_changes_the_cache_enters_the_fingerprint():
     model.config.problem_type = "regression"
     model.generation_config.temperature = 0.1
     model.train()
-    # not persistent: made from the configuration
+    # not persistent, since it is computed from the configuration
     model.model.rotary_emb.inv_freq.mul_(2)
     assert fingerprint(model) == before
 
 
-# fingerprint: what it must see
+# changes that must change it
 
 NEUTRAL = {
     "attention_dropout",
@@ -85,7 +85,7 @@ OWN_FIELDS = [field.name for field in fields(DeepseekV2Config) if field.name not
 @pytest.mark.parametrize("name", OWN_FIELDS)
 def test_a_config_field_enters_the_fingerprint_unless_no_cached_number_depends_on_it(name):
     model = torch.nn.Linear(1, 1)
-    # by hand, since no single field of a valid configuration can take every value
+    # a stand-in, since no field of a valid configuration can take every value
     values = dict.fromkeys(OWN_FIELDS, 1)
     model.config = type("Config", (), {"to_dict": lambda self: values})()
     before = fingerprint(model)
@@ -132,11 +132,11 @@ def test_every_weight_enters_the_fingerprint():
     assert len(seen) == 1 + len(list(model.parameters()))
 
 
-def test_another_dtype_is_another_fingerprint():
+def test_another_dtype_changes_the_fingerprint():
     assert fingerprint(tiny_model().half()) != fingerprint(tiny_model().bfloat16())
 
 
-def test_the_same_numbers_under_other_rope_are_another_fingerprint():
+def test_other_rope_scaling_changes_the_fingerprint():
     other = V2["rope_scaling"] | {"factor": 8.0}
     assert fingerprint(tiny_model(rope_scaling=other)) != fingerprint(tiny_model())
 
@@ -154,7 +154,7 @@ def test_weights_on_the_meta_device_are_refused():
         fingerprint(tiny_model().to("meta"))
 
 
-def test_a_weight_spread_over_processes_counts_as_the_whole():
+def test_a_sharded_weight_has_the_fingerprint_of_the_whole_weight():
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
     model = tiny_model()
@@ -168,7 +168,7 @@ def test_a_weight_spread_over_processes_counts_as_the_whole():
         torch.distributed.destroy_process_group()
 
 
-def test_a_tensor_made_of_tensors_counts_by_what_is_inside():
+def test_a_tensor_subclass_enters_the_fingerprint_by_its_inner_tensors():
     def made_of(scale):
         model = tiny_model()
         model.lm_head.weight = torch.nn.Parameter(TwoTensor(torch.ones(4), torch.full((4,), scale)))
@@ -178,7 +178,7 @@ def test_a_tensor_made_of_tensors_counts_by_what_is_inside():
     assert made_of(2.0) != made_of(3.0)
 
 
-# fingerprint: adapters
+# adapters
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def scaled(model: torch.nn.Module, factor: float) -> None:
             layer.scaling["default"] *= factor
 
 
-def test_an_adapter_changes_the_fingerprint_whether_active_merged_disabled_or_of_other_scaling(adapted):
+def test_an_adapter_changes_the_fingerprint_whether_active_merged_disabled_or_rescaled(adapted):
     seen = [fingerprint(tiny_model()), fingerprint(adapted)]
     with adapted.disable_adapter():
         seen.append(fingerprint(adapted))

@@ -1,4 +1,4 @@
-"""Rows of cached tokens: how far an element may move, which byte holds what, and what must never go unseen.
+"""The formats of cached tokens: how much an element changes, which bits hold it, and which values must stay visible.
 
 Letters: c latent width, r rotary width, m the largest magnitude of a plane of 128 latent elements.
 """
@@ -38,7 +38,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def decoded(cache_dtype: str | None, latent: Tensor, k_rotary: Tensor, dtype: torch.dtype | None = None):
-    """The pair after `encode` and `decode`, in the dtype it came in."""
+    """The pair after `encode` and `decode`, in its own dtype."""
     rows_format = latent_format(cache_dtype, latent.shape[-1], k_rotary.shape[-1], latent.dtype)
     rows = rows_format.decode(rows_format.encode(latent, k_rotary), dtype or latent.dtype)
     return rows.split((latent.shape[-1], k_rotary.shape[-1]), dim=-1)
@@ -51,10 +51,10 @@ def largest_of_plane(latent: Tensor) -> Tensor:
 
 
 def allowed_error(cache_dtype: str, latent: Tensor) -> Tensor:
-    """What the docstrings of IntegerFormat and Float8Format allow each element [.. c], for m in normal numbers."""
+    """The error that IntegerFormat and Float8Format state in their docstrings for each element [.. c], for normal m."""
     m = largest_of_plane(latent)
     if cache_dtype == "fp8":
-        # below 448 TINY the scale stands still
+        # below 448 TINY the scale does not get smaller
         return torch.maximum(latent.double().abs() / 16, m.clamp(min=448 * TINY) * 2**-18.8)
     # a cell is at least TINY wide, and half a cell is the error
     return (1.008 * m * 2.0 ** -int(cache_dtype.removeprefix("int"))).clamp(min=TINY / 2)
@@ -65,7 +65,7 @@ def assert_within_stated_error(cache_dtype: str, latent: Tensor, actual: Tensor)
     assert (error <= allowed).all(), f"{(error / allowed).max():.4f} of what is allowed"
 
 
-# tokens [c] of every kind
+# tokens [c] of many kinds
 
 
 def one_hot(c: int, seed: int) -> Tensor:
@@ -88,14 +88,14 @@ KINDS = {
 WITHOUT_EMPTY_PLANES = sorted(KINDS.keys() - {"one-hot", "zeros", "zeros but the first plane"})
 
 
-# the numbers that hypothesis likes: zeros of both signs, borders, subnormal ones
+# hypothesis prefers zeros of both signs, limits and subnormal numbers
 few_numbers = st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=20).map(torch.tensor)
 
 
 @every_code
 @pytest.mark.parametrize("exponent", [127.5, 100, 14, 0, -14, -100, -118, -124, -128, -140, -149])
-def test_no_element_moves_further_than_stated(cache_dtype, exponent):
-    # from what a float32 can just hold with the error to what is hardly more than zero
+def test_no_element_changes_more_than_stated(cache_dtype, exponent):
+    # from the largest values that, with their error, fit a float32, to values close to zero
     for kind in KINDS:
         for c in WIDTHS:
             x = KINDS[kind](c, c).double()
@@ -108,7 +108,7 @@ def test_no_element_moves_further_than_stated(cache_dtype, exponent):
 @every_code
 @given(latent=few_numbers)
 @examples
-def test_no_element_of_any_few_numbers_moves_further_than_stated(cache_dtype, latent):
+def test_no_element_of_unusual_numbers_changes_more_than_stated(cache_dtype, latent):
     actual, _ = decoded(cache_dtype, latent, torch.zeros(2))
     assert torch.isfinite(actual).all()
     assert_within_stated_error(cache_dtype, latent, actual)
@@ -134,7 +134,7 @@ def test_every_dtype_reads_what_float64_reads_rounded_to_it(kind, cache_dtype, d
 
 @every_code
 def test_the_stated_error_is_not_far_above_what_occurs(cache_dtype):
-    # lest a budget ten times too wide hide a lost bit
+    # a bound that is ten times too wide would hide a lost bit
     latent = noise(4000, 128)
     actual, _ = decoded(cache_dtype, latent, torch.zeros(4000, 2))
     error = (actual.double() - latent.double()).abs()
@@ -145,7 +145,7 @@ def test_the_stated_error_is_not_far_above_what_occurs(cache_dtype):
 @every_dtype
 @given(k_rotary=st.lists(st.floats(width=32), min_size=2, max_size=8).filter(lambda k: len(k) % 2 == 0))
 @examples
-def test_rotary_keys_are_what_bfloat16_makes_of_them(cache_dtype, dtype, k_rotary):
+def test_rotary_keys_are_rounded_to_bfloat16(cache_dtype, dtype, k_rotary):
     k_rotary = torch.tensor(k_rotary).to(dtype)
     _, actual = decoded(cache_dtype, torch.ones(9, dtype=dtype), k_rotary)
     torch.testing.assert_close(actual, k_rotary.bfloat16().to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -158,7 +158,7 @@ def test_rotary_keys_are_what_bfloat16_makes_of_them(cache_dtype, dtype, k_rotar
 @examples
 def test_integers_keep_signs_and_order_within_a_plane(bits, latent):
     actual, _ = decoded(f"int{bits}", latent, torch.zeros(2))
-    # a negative number that the division by the scale turns into zero is read as a little above
+    # a negative number that becomes zero when divided by the scale is read as slightly positive
     divisible = latent.abs() > largest_of_plane(latent) * 2.0**-140
     assert (actual[divisible & (latent > 0)] > 0).all()
     assert (actual[divisible & (latent < 0)] < 0).all()
@@ -170,7 +170,7 @@ def test_integers_keep_signs_and_order_within_a_plane(bits, latent):
 @given(exponent=st.integers(-60, 60), kind=st.sampled_from(WITHOUT_EMPTY_PLANES), seed=st.integers(0, 99))
 @examples
 def test_a_power_of_two_passes_through_unchanged(cache_dtype, exponent, kind, seed):
-    # integers and floats alike divide by a plane's scale, so its exponent changes no code
+    # both kinds of codes are divided by a plane's scale, so its exponent does not change them
     latent = KINDS[kind](200, seed)
     scaled, _ = decoded(cache_dtype, latent * 2.0**exponent, torch.zeros(2))
     assert torch.equal(scaled, decoded(cache_dtype, latent, torch.zeros(2))[0] * 2.0**exponent)
@@ -179,7 +179,7 @@ def test_a_power_of_two_passes_through_unchanged(cache_dtype, exponent, kind, se
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @every_dtype
 @every_format
-def test_nan_and_infinity_stay_visible_in_their_plane_and_spoil_no_other(cache_dtype, dtype, value):
+def test_nan_and_infinity_stay_visible_in_their_plane_and_do_not_reach_others(cache_dtype, dtype, value):
     c, r = 130, 6
     latent, k_rotary = noise(5, c).to(dtype), noise(5, r, seed=1).to(dtype)
     places = [(1, 0), (2, 127), (3, 129)]
@@ -197,7 +197,7 @@ def test_nan_and_infinity_stay_visible_in_their_plane_and_spoil_no_other(cache_d
 
 
 @every_code
-def test_what_float32_cannot_hold_is_not_finite_afterwards(cache_dtype):
+def test_values_beyond_float32_are_not_finite_after_decoding(cache_dtype):
     latent, k_rotary = torch.full((9,), -1e300, dtype=torch.float64), torch.full((2,), 1e39, dtype=torch.float64)
     latent_read, k_read = decoded(cache_dtype, latent, k_rotary)
     assert not torch.isfinite(latent_read).any()
@@ -214,24 +214,24 @@ def test_bytes_of_a_row_at_deepseek_v2_widths(cache_dtype, size):
 
 
 @every_dtype
-def test_without_bits_a_row_is_the_two_tensors_side_by_side(dtype):
+def test_an_unquantized_row_is_the_two_tensors_side_by_side(dtype):
     latent, k_rotary = noise(2, 5, 9).to(dtype), noise(2, 5, 4).to(dtype)
     rows = latent_format(None, 9, 4, dtype).encode(latent, k_rotary)
     assert rows.dtype == dtype
     assert torch.equal(rows, torch.cat((latent, k_rotary), dim=-1))
 
 
-def test_six_bits_are_at_most_6_6_bits_per_latent_element_with_scales():
+def test_int6_takes_at_most_6_6_bits_per_latent_element_with_scales():
     for c in (128, 256, 384, 512, 1024, 1536):
         bytes_of_latent = latent_format("int6", c, 64, torch.bfloat16).row_width - 2 * 64
         assert 6 < bytes_of_latent * 8 / c <= 6.6
 
 
-# layout, read bit by bit
+# the layout, read bit by bit
 
 
 def bits_of_code(bits: int, c: int, element: int) -> list[tuple[int, int]]:
-    """Where an element's code lies: (byte of the row, bit of that byte), the least significant first."""
+    """The position of each bit of an element's code, (byte of the row, bit of the byte), least significant first."""
     if bits == 8:
         return [(element, i) for i in range(8)]
     if bits == 4:
@@ -259,7 +259,7 @@ def num_code_bytes(bits: int, c: int) -> int:
 
 
 def read_by_hand(bits: int, row: bytes, c: int, r: int) -> tuple[list[int], list[float]]:
-    """Codes [c], and the row as numbers [c+r], from the layout alone."""
+    """The codes [c] and the numbers [c+r] of a row, read by the layout alone."""
 
     def bfloat16(start: int) -> float:
         return struct.unpack("<f", bytes(2) + row[start : start + 2])[0]
@@ -275,7 +275,7 @@ def read_by_hand(bits: int, row: bytes, c: int, r: int) -> tuple[list[int], list
 
 
 @every_integer
-def test_no_two_elements_share_a_bit_and_none_is_idle(bits):
+def test_no_two_elements_share_a_bit_and_no_bit_is_unused(bits):
     for c in (8, 40, 128, 512):
         places = [place for element in range(c) for place in bits_of_code(bits, c, element)]
         assert len(places) == len(set(places)) == 8 * num_code_bytes(bits, c)
@@ -292,8 +292,8 @@ def test_a_row_reads_the_same_bit_by_bit(bits, c, r, seed):
 
 
 @every_integer
-def test_bits_that_hold_nothing_are_zero(bits):
-    # so that the same tokens make the same file
+def test_padding_bits_are_zero(bits):
+    # then the same tokens give the same file
     for c in WIDTHS:
         row = latent_format(f"int{bits}", c, 2, torch.float32).encode(noise(c, seed=c), torch.zeros(2))
         taken = {place for element in range(c) for place in bits_of_code(bits, c, element)}
@@ -306,7 +306,7 @@ def test_bits_that_hold_nothing_are_zero(bits):
 @given(c=st.sampled_from(WIDTHS), seed=st.integers(0, 999))
 @examples
 def test_any_codes_read_the_same_bit_by_bit(bits, c, seed):
-    # patterns that no encoder of ours need ever write
+    # these include patterns that `encode` never writes
     rows_format = latent_format(f"int{bits}", c, 2, torch.float32)
     row = rows_format.encode(noise(c, seed=seed), torch.ones(2))
     random = torch.randint(256, (num_code_bytes(bits, c),), generator=seeded(seed))
@@ -316,7 +316,7 @@ def test_any_codes_read_the_same_bit_by_bit(bits, c, seed):
 
 
 @every_integer
-def test_an_element_is_the_cell_it_lies_in(bits):
+def test_a_code_is_the_index_of_the_elements_cell(bits):
     for c in WIDTHS:
         latent = noise(c, seed=c)
         row = bytes(latent_format(f"int{bits}", c, 2, torch.float32).encode(latent, torch.zeros(2)).tolist())
@@ -330,10 +330,10 @@ def test_an_element_is_the_cell_it_lies_in(bits):
 @every_integer
 def test_an_even_spread_uses_every_code(bits):
     seen = set()
-    # where rounding to bfloat16 widens the scale, 8 bits leave the outermost codes to other planes
+    # if rounding to bfloat16 increases the scale of a plane, int8 does not use the outermost codes there
     for largest in (1.0, 1.9):
         latent = torch.linspace(-largest, largest, 8 * 128).view(8, 128)
-        # every plane of the tokens has its largest element at either end
+        # every plane has its largest element at one of its ends
         latent[:, 0], latent[:, 127] = -largest, largest
         for row in latent_format(f"int{bits}", 128, 2, torch.float32).encode(latent, torch.zeros(8, 2)):
             codes, _ = read_by_hand(bits, bytes(row.tolist()), 128, 2)
@@ -343,162 +343,10 @@ def test_an_even_spread_uses_every_code(bits):
     assert seen == set(range(2**bits))
 
 
-# the record of FlashMLA, vLLM ("fp8_ds_mla") and SGLang
+# encoding a decoded token again
 
 
-def read_record(records: Tensor) -> Tensor:
-    """Bytes [.. 656] to [.. 576] in float64: 512 e4m3, four float32 scales, 64 bfloat16."""
-    codes = records[..., :512].view(torch.float8_e4m3fn).double()
-    scales = records[..., 512:528].contiguous().view(torch.float32).double()
-    rotary = records[..., 528:].contiguous().view(torch.bfloat16).double()
-    return torch.cat((codes * scales.repeat_interleave(128, dim=-1), rotary), dim=-1)
-
-
-def write_record(latent: Tensor, k_rotary: Tensor) -> Tensor:
-    tiles = latent.float().unflatten(-1, (4, 128))
-    scales = tiles.abs().amax(dim=-1) / 448
-    codes = (tiles / scales[..., None]).to(torch.float8_e4m3fn).flatten(-2)
-    return torch.cat([x.contiguous().view(torch.uint8) for x in (codes, scales, k_rotary.bfloat16())], dim=-1)
-
-
-def foreign_records(*shape: int) -> Tensor:
-    """Records that another program may have written: any finite codes, scales of any size and powers of two."""
-    codes = torch.randint(256, (*shape, 512), dtype=torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 0x80  # not a number; minus zero instead
-    scales = torch.rand(*shape, 4) * torch.randint(-20, 20, (*shape, 4)).float().exp2()
-    scales[..., 1] = torch.randint(-20, 20, shape).float().exp2()
-    rotary = (torch.randn(*shape, 64) * 3).bfloat16()
-    return torch.cat((codes, scales.view(torch.uint8), rotary.view(torch.uint8)), dim=-1)
-
-
-@every_dtype
-def test_an_fp8_row_is_the_record_of_656_bytes(dtype):
-    rows_format = latent_format("fp8", 512, 64, dtype)
-    latent = (noise(50, 512) * noise(50, 1, seed=1).exp()).to(dtype)
-    k_rotary = noise(50, 64, seed=2).to(dtype)
-    records = rows_format.encode(latent, k_rotary)
-    assert torch.equal(records, write_record(latent, k_rotary))
-    assert torch.equal(rows_format.decode(records, torch.float64), read_record(records))
-
-
-def test_every_finite_code_of_e4m3_is_written_and_read():
-    codes = torch.cat((torch.arange(0x7F), torch.arange(0x80, 0xFF))).to(torch.uint8)
-    for scale in (2.0**-3, 1.0, 2.0**40):
-        latent = codes.view(torch.float8_e4m3fn).float() * scale
-        # a tile of both halves has the largest code in each of its planes
-        latent = torch.cat((latent[:127], torch.tensor([0.0]), latent[127:]))
-        rows_format = latent_format("fp8", len(latent), 2, torch.float32)
-        rows = rows_format.encode(latent, torch.zeros(2))
-        assert rows[:127].tolist() == codes[:127].tolist()
-        assert rows[128 : 128 + 127].tolist() == codes[127:].tolist()
-        assert torch.equal(rows_format.decode(rows, torch.float32)[:-2], latent)
-
-
-def config_of_records(**changes) -> DeepseekV2Config:
-    return DeepseekV2Config(**V2 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64} | changes)
-
-
-@every_dtype
-@torch.no_grad()
-def test_foreign_records_come_back_bit_for_bit(dtype):
-    records = [foreign_records(3, 7) for _ in range(3)]
-    cache = LatentCache.from_flashmla_records([x.clone() for x in records], config_of_records(), dtype)
-    assert (cache.cache_dtype, cache.get_seq_length(), cache.nbytes) == ("fp8", 7, 3 * 3 * 7 * 656)
-    assert all(torch.equal(a, b) for a, b in zip(cache.flashmla_records(), records, strict=True))
-    for layer, foreign in zip(cache.layers, records):
-        exact = read_record(foreign)
-        assert layer.keys.dtype == dtype
-        both = torch.cat((layer.keys, layer.values), dim=-1)[:, 0]
-        assert torch.equal(both, exact.float().to(dtype) if dtype != torch.float64 else exact)
-    # tokens that follow change none of them
-    for i, layer in enumerate(cache.layers):
-        layer.update(noise(3, 1, 2, 512, seed=i).to(dtype), noise(3, 1, 2, 64, seed=i).to(dtype))
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    cache.crop(-1)
-    for i, (now, foreign) in enumerate(zip(cache.flashmla_records(), records, strict=True)):
-        new = write_record(noise(3, 2, 512, seed=i).to(dtype), noise(3, 2, 64, seed=i).to(dtype))
-        assert torch.equal(now, torch.cat((foreign, new[:, :1]), dim=1)[[2, 0]])
-
-
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"], ids=str)
-@torch.no_grad()
-def test_any_other_cache_gives_records_of_what_it_holds(cache_dtype):
-    cache = LatentCache(config_of_records(), cache_dtype=cache_dtype)
-    for i in range(3):
-        cache.update(noise(1, 1, 5, 512, seed=i).bfloat16(), noise(1, 1, 5, 64, seed=i).bfloat16(), i)
-    cache.batch_repeat_interleave(2)
-    for i in range(3):
-        cache.update(noise(2, 1, 1, 512, seed=i).bfloat16(), noise(2, 1, 1, 64, seed=i).bfloat16(), i)
-    for layer, records in zip(cache.layers, cache.flashmla_records(), strict=True):
-        assert torch.equal(records, write_record(layer.keys[:, 0], layer.values[:, 0]))
-
-
-@torch.no_grad()
-def test_records_of_another_shape_are_refused_in_one_sentence():
-    widths = "records of 656 bytes have latent width 512 and rotary width 64, this model has 40 and 8"
-    cache = LatentCache(DeepseekV2Config(**V2))
-    for i in range(3):
-        cache.update(noise(2, 1, 5, 40), noise(2, 1, 5, 8), i)
-    with pytest.raises(ValueError, match=widths):
-        cache.flashmla_records()
-    with pytest.raises(ValueError, match=widths):
-        LatentCache.from_flashmla_records([foreign_records(1, 2)] * 3, DeepseekV2Config(**V2))
-    with pytest.raises(ValueError, match="this model has 512 and 32"):
-        LatentCache.from_flashmla_records([foreign_records(1, 2)] * 3, config_of_records(qk_rope_head_dim=32))
-    for records, shapes in (
-        ([foreign_records(1, 2)] * 2, r"\[\[1, 2, 656\], \[1, 2, 656\]\]"),
-        ([foreign_records(2)] * 3, r"\[\[2, 656\], \[2, 656\], \[2, 656\]\]"),
-        ([foreign_records(1, 2)[..., :640]] * 3, r"\[\[1, 2, 640\], \[1, 2, 640\], \[1, 2, 640\]\]"),
-        ([foreign_records(1, t) for t in (2, 2, 1)], r"\[\[1, 2, 656\], \[1, 2, 656\], \[1, 1, 656\]\]"),
-        ([foreign_records(b, 2) for b in (1, 2, 1)], r"\[\[1, 2, 656\], \[2, 2, 656\], \[1, 2, 656\]\]"),
-        ([], r"\[\]"),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"expected 3 layers of records of the same shape \[b t 656\], got {shapes}"
-        ):
-            LatentCache.from_flashmla_records(records, config_of_records())
-    with pytest.raises(ValueError, match=r"expected records of bytes, got torch\.float32"):
-        LatentCache.from_flashmla_records([foreign_records(1, 2).float()] * 3, config_of_records())
-
-
-@pytest.mark.parametrize(("place", "value"), [(7, 0x7F), (511, 0xFF), (515, 0x7F), (515, 0xFF)])
-def test_records_with_a_number_that_is_none_are_refused(place, value):
-    records = [foreign_records(2, 3) for _ in range(3)]
-    records[1][1, 2, place] = value
-    if place >= 512:
-        records[1][1, 2, 514] = 0x80  # the scale's exponent is all ones
-    with pytest.raises(ValueError, match="the records of layer 1 hold NaN or infinite latents"):
-        LatentCache.from_flashmla_records(records, config_of_records())
-
-
-@torch.no_grad()
-def test_records_and_cache_share_no_memory():
-    # one byte further than a scale can be read in place, and every second of some others
-    lying = torch.empty(3 * 7 * 656 + 1, dtype=torch.uint8)[1:].view(3, 7, 656).copy_(foreign_records(3, 7))
-    sparse = torch.empty(3, 7, 1312, dtype=torch.uint8)[..., ::2].copy_(foreign_records(3, 7))
-    given = [lying, sparse, foreign_records(3, 7)]
-    before = [x.clone() for x in given]
-    cache = LatentCache.from_flashmla_records(given, config_of_records())
-    taken = cache.flashmla_records()
-    cache.crop(-2)
-    for i in range(3):
-        cache.update(noise(3, 1, 2, 512).bfloat16(), noise(3, 1, 2, 64).bfloat16(), i)
-    for old, one, other, new in zip(before, given, taken, cache.flashmla_records(), strict=True):
-        assert torch.equal(one, old)
-        assert torch.equal(other, old)
-        assert torch.equal(new[:, :5], old[:, :5])
-        assert not torch.equal(new, old)
-
-
-def test_an_empty_cache_has_no_records():
-    with pytest.raises(ValueError, match="this cache is empty, there is nothing to make records of"):
-        LatentCache(config_of_records(), cache_dtype="fp8").flashmla_records()
-
-
-# encoding what was decoded
-
-
-# float16 underflows below 2^-24, and half precision rounds the middles of 8 bits' cells to their borders
+# float16 underflows below 2^-24, and half precision rounds the middles of int8's cells to their borders
 @pytest.mark.parametrize(
     ("cache_dtype", "dtype"),
     [
@@ -509,8 +357,8 @@ def test_an_empty_cache_has_no_records():
     ids=str,
 )
 def test_encoding_again_what_was_decoded_gives_the_same_bytes(cache_dtype, dtype):
-    # fp8: a plane's largest element is code 448, so its scale comes out again; 8 bits: the same, save for 1 in 30,000
-    # planes, whose scale was rounded up so far that the outermost code stays unused
+    # fp8: a plane's largest element has code 448, so encoding finds the same scale again. int8: so it does, except for
+    # 1 in 30,000 planes, whose scale was rounded up so far that the outermost code is unused
     for c in WIDTHS:
         latent, k_rotary = (noise(99, c, seed=c) * 8).to(dtype), noise(99, 6).to(dtype)
         rows_format = latent_format(cache_dtype, c, 6, dtype)
@@ -520,8 +368,8 @@ def test_encoding_again_what_was_decoded_gives_the_same_bytes(cache_dtype, dtype
 
 
 @pytest.mark.parametrize("bits", [6, 5, 4])
-def test_encoding_few_bits_again_shrinks_the_largest_element_by_half_a_cell(bits):
-    # the middle of the outermost cell lies below its edge, each time: so a cache moves rows and never makes them anew
+def test_encoding_again_in_few_bits_shrinks_the_largest_element_by_half_a_cell(bits):
+    # the middle of the outermost cell is below its edge each time, so a cache moves rows and never encodes them again
     once, k_rotary = decoded(f"int{bits}", noise(999, 200), noise(999, 6))
     twice, k_again = decoded(f"int{bits}", once, k_rotary)
     assert_within_stated_error(f"int{bits}", once, twice)
@@ -547,7 +395,7 @@ def test_no_operation_of_a_layer_encodes_a_token_twice(cache_dtype):
     assert torch.equal(layer.rows()[:, :9], rows.expand(3, -1, -1))
 
 
-# a row belongs to its token alone
+# a row depends on its token alone
 
 
 @every_format
@@ -555,7 +403,7 @@ def test_no_operation_of_a_layer_encodes_a_token_twice(cache_dtype):
 @examples
 def test_a_token_is_encoded_and_decoded_alike_alone_and_among_others(cache_dtype, c, r, b, t):
     rows_format = latent_format(cache_dtype, c, r, torch.float32)
-    # as attention gives them: two parts of one tensor
+    # as in attention, these are two parts of one tensor
     latent, k_rotary = noise(b, t, c + r).split((c, r), dim=-1)
     rows = rows_format.encode(latent, k_rotary)
     assert rows.shape == (b, t, rows_format.row_width)
@@ -570,12 +418,12 @@ def test_a_token_is_encoded_and_decoded_alike_alone_and_among_others(cache_dtype
 
 
 @every_format
-@given(block=st.integers(1, 12), shared=st.integers(0, 7), own=st.integers(1, 9))
+@given(block=st.integers(1, 12), prefix=st.integers(0, 7), others=st.integers(1, 9))
 @examples
-def test_blocks_are_the_whole_in_order(cache_dtype, block, shared, own):
+def test_blocks_are_all_tokens_in_order(cache_dtype, block, prefix, others):
     c, r, b = 130, 6, 3
     rows_format = latent_format(cache_dtype, c, r, torch.bfloat16)
-    both = [noise(1, shared, c + r), noise(b, own, c + r, seed=1)]
+    both = [noise(1, prefix, c + r), noise(b, others, c + r, seed=1)]
     segments = [rows_format.encode(*x.bfloat16().split((c, r), dim=-1)) for x in both]
     latents = Latents(*(Segment(rows, rows_format) for rows in segments if rows.shape[1]))
     blocks = [x.expand(b, -1, -1) for x in latents.blocks(block, torch.float32)]
@@ -588,8 +436,8 @@ def test_blocks_are_the_whole_in_order(cache_dtype, block, shared, own):
 
 
 @every_format
-def test_a_long_prompt_is_read_in_the_same_pieces_as_it_is_stored(cache_dtype):
-    # more tokens than are decoded at once
+def test_a_segment_decoded_in_steps_equals_one_decoded_at_once(cache_dtype):
+    # more tokens than are decoded in one step
     latent, k_rotary = noise(1, 2500, 9).bfloat16(), noise(1, 2500, 4, seed=1).bfloat16()
     rows_format = latent_format(cache_dtype, 9, 4, torch.bfloat16)
     rows = rows_format.encode(latent, k_rotary)
@@ -598,7 +446,7 @@ def test_a_long_prompt_is_read_in_the_same_pieces_as_it_is_stored(cache_dtype):
 
 
 @every_format
-def test_decoding_does_not_touch_the_rows_and_encoding_not_what_it_reads(cache_dtype):
+def test_neither_encoding_nor_decoding_changes_its_input(cache_dtype):
     latent, k_rotary = noise(3, 130), noise(3, 6)
     before = latent.clone(), k_rotary.clone()
     rows_format = latent_format(cache_dtype, 130, 6, torch.float32)
@@ -611,7 +459,7 @@ def test_decoding_does_not_touch_the_rows_and_encoding_not_what_it_reads(cache_d
     assert torch.equal(k_rotary, before[1])
 
 
-# what is refused
+# refusals
 
 
 @every_code
@@ -624,7 +472,7 @@ def test_a_quantized_cache_refuses_gradients_in_one_sentence(cache_dtype):
         with pytest.raises(ValueError, match=message):
             layer.update(*with_gradient)
         assert torch.equal(layer.keys, decoded(cache_dtype, latent, k_rotary)[0])
-        # only where a gradient would be lost
+        # it is refused only if a gradient would be lost
         with torch.no_grad():
             layer.update(*with_gradient)
         assert layer.get_seq_length() == 6

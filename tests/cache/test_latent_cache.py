@@ -1,4 +1,4 @@
-"""LatentCache by itself: what it holds, what every operation leaves behind, what it refuses."""
+"""LatentCache without a model: the tokens it holds, the result of each operation, and its refusals."""
 
 import copy
 
@@ -18,7 +18,7 @@ def tokens(length: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filled(*lengths: int) -> tuple[LatentCacheLayer, DynamicCache]:
-    """Ours beside transformers' own dynamic cache, after the same updates."""
+    """A LatentCache and a DynamicCache of transformers after the same updates."""
     layer, twin = LatentCacheLayer(), DynamicCache()
     for length in lengths:
         latent, k_rotary = tokens(length)
@@ -53,7 +53,7 @@ def test_every_operation_leaves_what_a_dynamic_cache_holds(operation, lengths):
     for cache in (layer, twin.layers[0]):
         OPERATIONS[operation](cache, new)
     assert_same(layer, twin)
-    # and the next token lands right behind
+    # the next token is stored right after them
     new = tokens(1, batch=layer.keys.shape[0])
     for cache in (layer, twin.layers[0]):
         cache.update(*new)
@@ -104,7 +104,7 @@ def test_bytes_per_token_are_those_of_the_paper(published, elements, dtype):
     assert config.num_hidden_layers * config.cached_width == elements
 
 
-def test_repr_says_what_is_held():
+def test_repr_shows_what_is_held():
     cache = LatentCache(DeepseekV2Config(**V2))
     assert repr(cache) == "LatentCache(layers=3, empty)"
     for layer in range(3):
@@ -124,12 +124,12 @@ def test_mask_sizes_and_iteration_are_those_of_a_dynamic_cache():
     for (keys, values, _), (twin_keys, twin_values, _) in zip(ours, twin, strict=True):
         assert torch.equal(keys, twin_keys)
         assert torch.equal(values, twin_values)
-    # as torch gathers the outputs of replicas
+    # this is how torch gathers the outputs of replicas
     gathered = LatentCache((keys, values) for keys, values, _ in ours)
     assert torch.equal(gathered.layers[2].keys, ours.layers[2].keys)
 
 
-def test_reset_forgets_and_the_cache_serves_again():
+def test_a_cache_can_be_used_again_after_reset():
     cache = LatentCache(DeepseekV2Config(**V2))
     cache.update(*tokens(5), 0)
     cache.reset()
@@ -172,7 +172,7 @@ def test_a_cache_made_in_inference_mode_grows_outside_it():
     assert_same(layer, twin)
 
 
-def test_what_autograd_saved_is_not_written_over_by_a_later_step_without_gradients():
+def test_a_step_without_gradients_does_not_overwrite_tensors_that_autograd_saved():
     layer = LatentCacheLayer()
     keys, _ = layer.update(*(x.requires_grad_() for x in tokens(4)))
     loss = (keys**2).sum()
@@ -193,7 +193,7 @@ def test_wider_tokens_widen_the_cache(cache_dtype):
     held = layer.keys.float()
     layer.update(*tokens(1))
     assert layer.keys.dtype == torch.float32
-    # codes are now read in float32
+    # codes are now decoded to float32
     torch.testing.assert_close(layer.keys[:, :, :5], held, rtol=0 if cache_dtype is None else 2**-8, atol=0)
 
 
@@ -217,7 +217,7 @@ def test_wider_tokens_widen_the_cache(cache_dtype):
         ),
     ],
 )
-def test_misuse_is_one_sentence_and_changes_nothing(operation, message):
+def test_misuse_raises_one_sentence_and_changes_nothing(operation, message):
     layer, twin = filled(9)
     with pytest.raises(ValueError, match=message):
         operation(layer)

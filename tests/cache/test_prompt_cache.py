@@ -1,4 +1,4 @@
-"""A stored prompt is found by every prompt that begins alike, and never changes what the model says."""
+"""A stored prompt is found by every prompt that shares a prefix with it, and never changes the output."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 @torch.no_grad()
 def read(model, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
-    """Logits of the last token, after feeding what `cache` does not hold."""
+    """Logits of the last token, after computing the tokens that `cache` does not hold."""
     held = cache.get_seq_length()
     return model(ids[:, held:], cache=cache, use_cache=True).logits[:, -1]
 
@@ -45,7 +45,7 @@ def stored(prompts: PromptCache, model, ids: torch.Tensor) -> None:
 
 
 def begins(ids: torch.Tensor, length: int, seed: int) -> torch.Tensor:
-    """The first `length` of these ids, then 40 others."""
+    """The first `length` of these ids, then 40 other ids."""
     rest = random_ids(1, 40, seed)
     rest[0, 0] = 2 + (ids[0, length] - 1) % 90
     return torch.cat((ids[:, :length], rest), dim=1)
@@ -55,10 +55,10 @@ def found(prompts: PromptCache, model, ids: torch.Tensor) -> int:
     return prompts.load(ids, model).get_seq_length()
 
 
-# what is found
+# prompts that are found
 
 
-def test_a_folder_says_how_full_it_is(model, folder):
+def test_repr_and_len_show_how_full_the_folder_is(model, folder):
     prompts = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6")
     stored(prompts, model, random_ids(1, 100))
     assert repr(prompts) == (
@@ -67,7 +67,7 @@ def test_a_folder_says_how_full_it_is(model, folder):
 
 
 @pytest.mark.parametrize("common", [64, 65, 100, 127, 128, 150])
-def test_a_prompt_finds_every_token_it_has_in_common_with_a_stored_one(common, model, folder):
+def test_a_prompt_finds_every_token_that_it_shares_with_a_stored_one(common, model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 151)
     stored(prompts, model, ids[:, :150])
     wanted = begins(ids, common, seed=3)
@@ -77,7 +77,7 @@ def test_a_prompt_finds_every_token_it_has_in_common_with_a_stored_one(common, m
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
-def test_what_is_loaded_gives_the_logits_of_the_whole_prompt(cache_dtype, model, folder):
+def test_a_loaded_prefix_gives_the_logits_of_the_whole_prompt(cache_dtype, model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM, cache_dtype=cache_dtype), random_ids(1, 150)
     stored(prompts, model, ids)
     wanted = begins(ids, 111, seed=3)
@@ -87,7 +87,7 @@ def test_what_is_loaded_gives_the_logits_of_the_whole_prompt(cache_dtype, model,
     torch.testing.assert_close(read(model, wanted, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generate_continues_a_loaded_prompt_as_if_it_had_read_it(model, folder):
+def test_generate_continues_a_loaded_prompt_as_a_computed_one(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
     stored(prompts, model, ids)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -97,13 +97,13 @@ def test_generate_continues_a_loaded_prompt_as_if_it_had_read_it(model, folder):
         assert cache.get_seq_length() == 149
         actual = model.generate(ids, cache=cache, **options)
         assert torch.equal(actual, expected)
-        # what was said is stored as well, and the next question may follow on it
+        # the answer is stored too, and the next question may follow it
         prompts.store(cache, actual, model)
     assert len(prompts) == 1
     assert found(prompts, model, torch.cat((actual, ids), dim=1)) == actual.shape[1] - 1
 
 
-def test_one_token_is_always_left_to_feed(model, folder):
+def test_one_token_is_always_left_to_compute(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
     stored(prompts, model, ids)
     assert found(prompts, model, ids[:, :100]) == 99
@@ -119,13 +119,13 @@ def test_less_than_a_block_is_neither_found_nor_stored(model, folder):
     assert found(prompts, model, ids[:, :64]) == 0
 
 
-def test_an_empty_cache_of_the_asked_bits_comes_where_nothing_is_stored(model, folder):
+def test_load_returns_an_empty_cache_of_the_folders_cache_dtype_if_nothing_is_stored(model, folder):
     cache = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6").load(random_ids(1, 90), model)
     assert cache.get_seq_length() == 0
     assert cache.cache_dtype == "int6"
 
 
-def test_the_longest_of_several_beginnings_is_found(model, folder):
+def test_the_longest_of_several_prefixes_is_found(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 220)
     for length in (70, 190, 130):
         stored(prompts, model, begins(ids, length, seed=length))
@@ -134,7 +134,7 @@ def test_the_longest_of_several_beginnings_is_found(model, folder):
     assert found(prompts, model, begins(ids, 140, seed=3)) == 140
 
 
-def test_one_folder_serves_several_objects_and_what_others_store_is_seen(model, folder):
+def test_several_objects_share_a_folder_and_find_what_others_store(model, folder):
     ids = random_ids(1, 150)
     mine, other = (PromptCache(folder, max_bytes=ROOM) for _ in range(2))
     assert found(mine, model, ids) == 0
@@ -145,7 +145,7 @@ def test_one_folder_serves_several_objects_and_what_others_store_is_seen(model, 
     assert len(mine) == mine.nbytes == 0
 
 
-def test_files_seen_before_are_not_read_again_to_look_up_another_prompt(model, folder, monkeypatch):
+def test_known_files_are_not_read_again_to_look_up_another_prompt(model, folder, monkeypatch):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
     stored(prompts, model, ids)
     found(prompts, model, ids)
@@ -153,7 +153,7 @@ def test_files_seen_before_are_not_read_again_to_look_up_another_prompt(model, f
     assert found(prompts, model, ids) == 149
 
 
-# what must not be found
+# prompts that must not be found
 
 
 def double(model):
@@ -180,7 +180,7 @@ def adapter(model):
     "change",
     [double, double_behind_torchs_back, other_rope, pytest.param(adapter, marks=needs_its_peft)],
 )
-def test_a_changed_model_finds_nothing_of_what_it_stored_before(change, folder):
+def test_a_changed_model_does_not_find_what_it_stored_before(change, folder):
     model, ids = tiny_model(), random_ids(1, 150)
     prompts = PromptCache(folder, max_bytes=ROOM)
     stored(prompts, model, ids)
@@ -214,7 +214,7 @@ def test_each_adapter_finds_what_it_stored(folder):
         torch.testing.assert_close(read(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_other_bits_find_nothing_and_evict_what_is_oldest_all_the_same(model, folder):
+def test_another_cache_dtype_finds_nothing_but_still_evicts_the_oldest(model, folder):
     ids = random_ids(1, 150)
     stored(PromptCache(folder, max_bytes=ROOM), model, ids)
     coded = PromptCache(folder, max_bytes=ROOM, cache_dtype="int8")
@@ -227,10 +227,10 @@ def test_other_bits_find_nothing_and_evict_what_is_oldest_all_the_same(model, fo
     assert found(small, model, ids) == 149
 
 
-# what is kept
+# prompts that are kept
 
 
-def test_a_prompt_takes_the_place_of_its_own_beginnings(model, folder):
+def test_a_prompt_replaces_its_own_prefixes(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
     for length in (70, 128, 200):
         stored(prompts, model, ids[:, :length])
@@ -239,7 +239,7 @@ def test_a_prompt_takes_the_place_of_its_own_beginnings(model, folder):
     assert found(prompts, model, ids) == 199
 
 
-def test_what_is_covered_already_is_not_stored_again_but_counts_as_used(model, folder):
+def test_a_prefix_of_a_stored_prompt_is_not_stored_again_but_counts_as_used(model, folder):
     prompts, ids, other = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200), random_ids(1, 200, seed=2)
     stored(prompts, model, ids)
     stored(prompts, model, other)
@@ -252,7 +252,7 @@ def test_what_is_covered_already_is_not_stored_again_but_counts_as_used(model, f
     assert found(prompts, model, other) == 0
 
 
-def test_what_was_used_longest_ago_is_evicted_first(model, folder):
+def test_the_least_recently_used_prompt_is_evicted_first(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), [random_ids(1, 100, seed) for seed in range(6)]
     for i in range(4):
         stored(prompts, model, ids[i])
@@ -266,7 +266,7 @@ def test_what_was_used_longest_ago_is_evicted_first(model, folder):
     assert prompts.nbytes <= prompts.max_bytes
 
 
-def test_what_was_just_stored_stays_whatever_the_clocks_of_others_say(model, folder):
+def test_a_prompt_that_was_just_stored_stays_even_if_other_files_are_dated_later(model, folder):
     prompts = PromptCache(folder, max_bytes=ROOM)
     for seed in range(2):
         stored(prompts, model, random_ids(1, 100, seed))
@@ -290,14 +290,14 @@ def test_a_prompt_too_large_for_the_folder_is_refused_and_nothing_evicted(model,
     size = prompts.nbytes
     cache = LatentCache(model.config)
     read(model, ids, cache)
-    # the second is less than the file, with its header, but not than the rows
+    # the second size is less than the file with its header, but not less than the rows
     for prompts.max_bytes in (size, cache.nbytes):
         with pytest.raises(ValueError, match=rf"at most max_bytes={prompts.max_bytes:,} bytes, got one of .*; raise"):
             prompts.store(cache, ids, model)
         assert prompts.nbytes == size
 
 
-def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
+def test_caches_that_cannot_be_stored_are_refused_in_one_sentence(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(2, 100)
     cache = LatentCache(model.config)
     read(model, ids, cache)
@@ -326,7 +326,7 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
         PromptCache(folder, max_bytes=0)
 
 
-def test_weights_spread_over_processes_are_refused(folder):
+def test_sharded_weights_are_refused(folder):
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
     model = tiny_model()
@@ -340,7 +340,7 @@ def test_weights_spread_over_processes_are_refused(folder):
         torch.distributed.destroy_process_group()
 
 
-# damage, strangers, company
+# damaged files, foreign files, other processes
 
 
 def damage(path: Path, place: int) -> None:
@@ -366,7 +366,7 @@ def test_a_damaged_file_is_removed_with_a_warning_and_the_next_best_is_loaded(pl
     assert list(folder.glob("*.safetensors")) == [second]
 
 
-def test_files_of_others_are_left_alone(model, folder):
+def test_foreign_files_are_never_touched(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=1), random_ids(1, 100)
     names = ["notes.txt", "model.safetensors", "0" * 64 + f".v{FORMAT + 1}.safetensors"]
     for name in names:
@@ -379,7 +379,7 @@ def test_files_of_others_are_left_alone(model, folder):
     assert {*names} <= {path.name for path in folder.iterdir()}
 
 
-def test_what_a_killed_writer_left_is_removed(model, folder):
+def test_leftovers_of_a_killed_writer_are_removed(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 100)
     stored(prompts, model, ids)
     (path,) = folder.glob("*.safetensors")
@@ -391,7 +391,7 @@ def test_what_a_killed_writer_left_is_removed(model, folder):
     assert len(prompts) == 2
 
 
-def test_a_file_that_vanishes_between_lookup_and_reading_is_passed_over(model, folder, monkeypatch):
+def test_a_file_that_is_removed_between_lookup_and_reading_is_skipped(model, folder, monkeypatch):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
     stored(prompts, model, begins(ids, 100, seed=3))
     stored(prompts, model, ids)
@@ -407,7 +407,7 @@ def test_a_file_that_vanishes_between_lookup_and_reading_is_passed_over(model, f
     assert found(prompts, model, ids) == 100
 
 
-def test_a_loaded_cache_outlives_its_file(model, folder):
+def test_a_loaded_cache_remains_valid_after_its_file_is_removed(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
     stored(prompts, model, ids)
     cache = prompts.load(ids, model)
@@ -418,8 +418,8 @@ def test_a_loaded_cache_outlives_its_file(model, folder):
 
 
 def use(folder: Path, max_bytes: int, seed: int, stop=lambda turns: turns == 40) -> int:
-    """Loads, continues and stores prompts at random, sometimes clears; returns how often something was found."""
-    # nothing that another process wrote is ever taken for damaged
+    """Loads, continues and stores random prompts, and sometimes clears; returns how many loads found something."""
+    # a file that another process writes must never look damaged
     warnings.simplefilter("error", UserWarning)
     model, chance, hits = tiny_model(), random.Random(seed), 0
     wanted = torch.load(folder / "wanted.pt")
@@ -432,13 +432,13 @@ def use(folder: Path, max_bytes: int, seed: int, stop=lambda turns: turns == 40)
         hits += cache.get_seq_length() > 0
         torch.testing.assert_close(read(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
         prompts.store(cache, ids, model)
-        # all that others may have just written, and not yet evicted for, is one more
+        # another process may just have written one prompt and not evicted others yet
         assert prompts.nbytes <= 2 * max_bytes
         if chance.random() < 0.05:
             prompts.clear()
 
 
-def test_processes_share_a_small_folder_and_all_of_them_are_right(model, folder):
+def test_processes_that_share_a_small_folder_all_get_correct_caches(model, folder):
     folder.mkdir()
     trunk = [random_ids(1, 220, seed) for seed in (1, 2)]
     wanted = [begins(ids, length, seed=length) for ids in trunk for length in (80, 128, 180)] + trunk
@@ -464,10 +464,10 @@ def test_processes_share_a_small_folder_and_all_of_them_are_right(model, folder)
     assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {".lock", "wanted.pt"}
 
 
-def test_random_use_always_finds_the_longest_beginning(folder):
+def test_random_use_always_finds_the_longest_prefix(folder):
     model, chance = tiny_model(num_hidden_layers=1, n_routed_experts=None), random.Random(3)
     prompts, kept = PromptCache(folder, max_bytes=ROOM), []
-    # few different tokens, so that prompts have much in common by chance
+    # few different tokens, so that prompts often share a long prefix by chance
     blocks = [random_ids(1, length, length) for length in (31, 64, 33, 96)]
     for _ in range(40):
         ids = torch.cat(chance.choices(blocks, k=chance.randrange(1, 5)), dim=1)
