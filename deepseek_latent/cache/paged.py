@@ -64,9 +64,9 @@ def group_requests(query_lengths: list[int], key_lengths: list[int]) -> list[lis
             continue
         if groups and (len(groups[-1]) + 1) * t <= TOKENS_PER_GROUP:
             shortest = groups[-1][0]
-            alike = (s, t) == (query_lengths[shortest], key_lengths[shortest])
+            same_lengths = (s, t) == (query_lengths[shortest], key_lengths[shortest])
             both_decode = s == query_lengths[shortest] == 1
-            if alike or (both_decode and t <= 2 * key_lengths[shortest]):
+            if same_lengths or (both_decode and t <= 2 * key_lengths[shortest]):
                 groups[-1].append(i)
                 continue
         groups.append([i])
@@ -96,15 +96,18 @@ class PagedLatents:
         k_rotary: Tensor,  # [1 1 s r]
         layer_idx: int,
     ) -> Iterator[tuple[slice | Tensor, Latents, Tensor | None]]:
-        """Writes the new tokens to the layer's pages, then yields each group's queries, latents and mask (see `Group`).
+        """Writes new tokens to the layer's pages, and returns queries, latents and mask of each group (see `Group`).
 
-        `select_tokens` takes the group's queries from the packed row.
+        `select_tokens` takes the group's queries from the packed row. Latents are read when the group is reached.
         """
         row_format = LatentFormat(latent.shape[-1], k_rotary.shape[-1], latent.dtype)
-        first, second = self._write_and_read(row_format.encode(latent, k_rotary), layer_idx)
-        for queries, visible, mask in self.groups:
-            rows = torch.cat((select_tokens(first, visible), select_tokens(second, visible)), dim=-1)
-            yield queries, Latents(Segment(rows[..., : self.cached_width], row_format)), mask
+        halves = self._write_and_read(row_format.encode(latent, k_rotary), layer_idx)
+
+        def latents_of(visible: slice | Tensor) -> Latents:
+            rows = torch.cat([select_tokens(half, visible) for half in halves], dim=-1)
+            return Latents(Segment(rows[..., : self.cached_width], row_format))
+
+        return ((queries, latents_of(visible), mask) for queries, visible, mask in self.groups)
 
     def _write_and_read(self, rows: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Writes rows [1 1 s c+r] to the pages, and reads the two halves [t p] of all visible rows of all requests."""
