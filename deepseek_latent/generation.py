@@ -132,7 +132,7 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     except BaseException:
         cache.count.undo()
         raise
-    cache.count.replayed(ids.shape[1])
+    cache.count.advance_on_host(ids.shape[1])
     return output
 
 

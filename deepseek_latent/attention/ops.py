@@ -34,7 +34,7 @@ class UpProjection(NamedTuple):
 
     def absorb(self, x: Tensor) -> Tensor:
         """x W: maps [b s h m] to [b s h c], in the dtype of x."""
-        return self.with_adapters_absorbed(_per_head(x, self.weight), x)
+        return self.with_adapters_absorbed(_multiply_per_head(x, self.weight), x)
 
     def with_adapters_absorbed(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds the adapters' part of `absorb(x)` to y [b s h c], the weight's part."""
@@ -44,7 +44,7 @@ class UpProjection(NamedTuple):
 
     def expand(self, x: Tensor) -> Tensor:
         """W x: maps latent contexts [b s h c] to [b s h m], in the dtype of x."""
-        return self.with_adapters_expanded(_per_head(x, self.weight.mT), x)
+        return self.with_adapters_expanded(_multiply_per_head(x, self.weight.mT), x)
 
     def with_adapters_expanded(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds the adapters' part of `expand(x)` to y [b s h m], the weight's part."""
@@ -136,7 +136,7 @@ def absorbing_is_cheaper(s: int, t: int, *, c: int, n: int, v: int) -> bool:
     return s * t * (2 * c - n - v) < (t - s) * c * (n + v)
 
 
-def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+def _multiply_per_head(x: Tensor, weight: Tensor) -> Tensor:
     """Multiplies [b s h i] by [h i o] to [b s h o], in the dtype of x.
 
     On a CPU the product is computed in float32, since half precision takes up to three times as long.
@@ -167,23 +167,23 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
     per_block = _tokens_per_block(b, s * h, width, queries.device)
     for block in latents.blocks(per_block, rows.dtype):
         last = first + block.shape[1]
-        scores = _score(rows, block) if scale == 1 else _score(rows, block).mul_(scale)
-        scores = _hide(torch.unflatten(scores, 1, (s, h)), mask, first, last, t).flatten(1, 2)
+        scores = _scores(rows, block) if scale == 1 else _scores(rows, block).mul_(scale)
+        scores = _mask_scores(torch.unflatten(scores, 1, (s, h)), mask, first, last, t).flatten(1, 2)
         if last == t and not parts and mask is None:
             # there is one block and every query attends to part of it, so torch's own softmax will do
-            return torch.unflatten(_sum(scores.softmax(dim=-1), block[..., :c]), 1, (s, h))
+            return torch.unflatten(_weighted_sum(scores.softmax(dim=-1), block[..., :c]), 1, (s, h))
         # finite, so that a row that is masked in all of this block gives zeros and not NaN
         largest = scores.amax(dim=-1, keepdim=True).clamp(min=lowest)
         weights = (scores - largest).exp_()
-        parts.append((largest, weights.sum(dim=-1, keepdim=True), _sum(weights, block[..., :c])))
+        parts.append((largest, weights.sum(dim=-1, keepdim=True), _weighted_sum(weights, block[..., :c])))
         if len(parts) * b * s * h * c > ELEMENTS_PER_BLOCK:
-            parts = [_merge(parts)]
+            parts = [_merge_blocks(parts)]
         first = last
-    _, total, context = _merge(parts)
+    _, total, context = _merge_blocks(parts)
     return torch.unflatten(context / total.where(total > 0, 1.0), 1, (s, h))
 
 
-def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_blocks(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Merges (largest score [b sh 1], total [b sh 1], context [b sh c]) of several blocks into those of one."""
     if len(parts) == 1:
         return parts[0]
@@ -197,22 +197,22 @@ def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.devic
     return min(wanted, max(SCORES_PER_BLOCK // (batch * num_rows), 1))
 
 
-def _score(rows: Tensor, block: Tensor) -> Tensor:
+def _scores(rows: Tensor, block: Tensor) -> Tensor:
     """Multiplies queries [b m w] by tokens [b k w] to [b m k]; tokens [1 k w] take one product for all sequences."""
     folded = rows if block.shape[0] == rows.shape[0] else rows.flatten(0, 1)[None]
     if rows.device.type != "cpu":
-        return _wide_product(folded, block.mT).view(*rows.shape[:2], -1)
+        return _product_in_float32(folded, block.mT).view(*rows.shape[:2], -1)
     # a CPU multiplies many tokens by few queries faster than few queries by many tokens
     return (block @ folded.mT).mT.contiguous().view(*rows.shape[:2], -1)
 
 
-def _sum(weights: Tensor, block: Tensor) -> Tensor:
+def _weighted_sum(weights: Tensor, block: Tensor) -> Tensor:
     """Multiplies weights [b m k] by latents [b k c] to [b m c]; latents [1 k c] take one product for all sequences."""
     folded = weights if block.shape[0] == weights.shape[0] else weights.flatten(0, 1)[None]
-    return _wide_product(folded.to(block.dtype), block).view(*weights.shape[:2], -1)
+    return _product_in_float32(folded.to(block.dtype), block).view(*weights.shape[:2], -1)
 
 
-def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
     """Multiplies [b m k] by [b k n] into float32 or wider; a GPU takes inputs in half precision as they are."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta"):
         return torch.bmm(x, y, out_dtype=torch.float32)
@@ -220,7 +220,7 @@ def _wide_product(x: Tensor, y: Tensor) -> Tensor:
     return x.to(wide) @ y.to(wide)
 
 
-def _hide(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
+def _mask_scores(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
     """Scores [b s h last-first] with -inf where a query may not attend."""
     s = scores.shape[1]
     if mask is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .checksum import hash_json, hash_tensors
 
 FORMAT = 2
-KEY = "deepseek_latent"  # the name of our entry in the file's header
+HEADER_KEY = "deepseek_latent"  # the name of our entry in the file's header
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder, path.name)
-        save_file(tensors, temporary, {KEY: json.dumps(record)})
+        save_file(tensors, temporary, {HEADER_KEY: json.dumps(record)})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -95,10 +95,12 @@ def _identity(path: str | os.PathLike) -> tuple[int, int, int]:
 
 
 def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str, Any]:
-    if not entries or KEY not in entries:
-        raise ValueError(f"{path} was written by another program: expected an entry {KEY!r} in its header, got none.")
+    if not entries or HEADER_KEY not in entries:
+        raise ValueError(
+            f"{path} was written by another program: expected {HEADER_KEY!r} in its header, got no such entry."
+        )
     try:
-        record = json.loads(entries[KEY])
+        record = json.loads(entries[HEADER_KEY])
         is_older, is_newer = record["format"] < FORMAT, record["format"] > FORMAT
         is_whole = is_older or is_newer or record.pop("seal") == hash_json(record)
     except (ValueError, TypeError, KeyError) as error:

@@ -25,8 +25,8 @@ from .fingerprint import fingerprint, settings_of
 from .format import check_cache_dtype, refuse_bits
 from .latent_cache import LatentCache
 
-BLOCK = 64  # tokens
-_ENTRY = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT}\.safetensors")
+TOKENS_PER_BLOCK = 64
+_STORED_NAME = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT}\.safetensors")
 
 
 class _Prompt(NamedTuple):
@@ -41,7 +41,7 @@ class _Prompt(NamedTuple):
 
     def block_hashes(self) -> list[bytes]:
         """One hash per whole block, over the block and the hash before it: it is that of all tokens up to there."""
-        data, width = self.tokens.tobytes(), BLOCK * self.tokens.itemsize
+        data, width = self.tokens.tobytes(), TOKENS_PER_BLOCK * self.tokens.itemsize
         hashes, previous = [], self.key.encode()
         for end in range(width, len(data) + 1, width):
             previous = hashlib.blake2b(previous + data[end - width : end], digest_size=16).digest()
@@ -121,7 +121,7 @@ class PromptCache:
                 f"cache_dtype={cache.cache_dtype!r}; open it with PromptCache(folder, max_bytes=..., "
                 f"cache_dtype={cache.cache_dtype!r}), or use the cache that `load` returns."
             )
-        if length < BLOCK:
+        if length < TOKENS_PER_BLOCK:
             return
         batch = cache.layers[0].batch_size
         if batch != 1 or len(ids) < length:
@@ -188,7 +188,7 @@ class PromptCache:
 
     def _matches(self, wanted: _Prompt) -> list[tuple[int, Path]]:
         """The number of tokens that each file shares with `wanted`, if it is a block or more; the largest first."""
-        ends = {block: BLOCK * (i + 1) for i, block in enumerate(wanted.block_hashes())}
+        ends = {block: TOKENS_PER_BLOCK * (i + 1) for i, block in enumerate(wanted.block_hashes())}
         found = []
         for (name, _), (prompt, hashes) in self._read_folder().items():
             num_tokens = next((ends[block] for block in reversed(hashes) if block in ends), 0)
@@ -214,7 +214,7 @@ class PromptCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for file in os.scandir(self.folder):
-            if _ENTRY.fullmatch(file.name):
+            if _STORED_NAME.fullmatch(file.name):
                 with suppress(FileNotFoundError):  # another process has removed it since it was listed
                     yield Path(file.path), file.stat()
 

@@ -71,7 +71,7 @@ class TokenCount:
         self.on_device.add_(num_tokens)
         self.is_host_current = False
 
-    def replayed(self, num_tokens: int) -> None:
+    def advance_on_host(self, num_tokens: int) -> None:
         """Counts on the host the tokens of a recorded step, which has counted them on the device."""
         self._set_host(self.layers[0].num_held + num_tokens)
 

@@ -134,7 +134,7 @@ def rewritten(path: Path, tensors=None, **entries) -> None:
     """Rewrites the file with other tensors or another record, and keeps its seal."""
     record = cache_files._record(path, cache_files.safe_open(path, framework="pt").metadata())
     record["seal"] = cache_files.hash_json(record)
-    save_file(tensors or load_file(path), path, {cache_files.KEY: json.dumps(record | entries)})
+    save_file(tensors or load_file(path), path, {cache_files.HEADER_KEY: json.dumps(record | entries)})
 
 
 def test_altered_metadata_is_refused_even_if_only_metadata_is_read(tmp_path):

@@ -128,7 +128,7 @@ def test_a_recorded_step_waits_for_nothing(cache_dtype, padded):
     with cache.count.recorded(), Waiting() as waiting:
         cache.count.to_device(ids.device)
         subject(ids[:, 11:], cache=cache, **mask)
-        cache.count.replayed(1)
+        cache.count.advance_on_host(1)
     assert waiting.met == []
     assert cache.get_seq_length() == 12
 
