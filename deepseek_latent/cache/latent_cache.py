@@ -89,7 +89,7 @@ class LatentCache(DynamicCache):
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the step being computed will be replayed, over whole buffers; see `TokenCount`."""
+        """True if the step being computed will be replayed, over whole buffers; see `TokenCount`."""
         return self.is_static and self.count.is_recorded
 
     @property

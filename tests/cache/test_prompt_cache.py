@@ -303,7 +303,7 @@ def test_sharded_weights_are_refused(folder):
     try:
         weight = distribute_tensor(model.lm_head.weight.data, DeviceMesh("cpu", [0]), [Shard(0)])
         model.lm_head.weight = torch.nn.Parameter(weight)
-        with pytest.raises(ValueError, match=r"lm_head\.weight is spread over several.*; use LatentCache.save"):
+        with pytest.raises(ValueError, match=r"lm_head\.weight is sharded over several.*; use LatentCache.save"):
             PromptCache(folder, max_bytes=ROOM).load(random_ids(1, 100), model)
     finally:
         torch.distributed.destroy_process_group()
