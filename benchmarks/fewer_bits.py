@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deepseek_latent import LatentCache, optimize_for_inference
 from deepseek_latent.attention.ops import UpProjection, absorbed_attention
-from deepseek_latent.cache.format import Latents, SeparateStretch
+from deepseek_latent.cache.format import CACHE_DTYPES
 from deepseek_latent.cache.layer import LatentCacheLayer
+from deepseek_latent.cache.segments import Latents, SplitSegment
 from deepseek_latent.kernels.cpu.layers import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 
@@ -28,23 +29,24 @@ from .lite4 import build, filled, twin
 from .machine import alternated, described, gemm_rate, read_bandwidth
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "pydoc-tiny"
-KINDS = (None, 8, 6, 5, 4, "fp8")
 EXACT = "as the model computes"
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, ids: Tensor, bits: int | str | None) -> Tensor:
-    """Log-probabilities [b s-1 vocab] of next tokens in float32; the second half of a window reads the cached first."""
-    cache, half = LatentCache(model.config, bits=bits), ids.shape[1] // 2
+def log_probabilities(model: PreTrainedModel, ids: Tensor, cache_dtype: str | None) -> Tensor:
+    """[b s-1 vocab] of the next token, in float32, the second half of each window read from the cache only."""
+    cache, half = LatentCache(model.config, cache_dtype=cache_dtype), ids.shape[1] // 2
     parts = [model(part, cache=cache).logits for part in (ids[:, :half], ids[:, half:-1])]
     return torch.cat(parts, dim=1).float().log_softmax(dim=-1)
 
 
 def quality() -> list[dict]:
-    """For each kind: nats per token, the change of perplexity with its standard error, and the mean KL divergence."""
+    """Nats per token, change of perplexity and its standard error, mean KL divergence, for each cache_dtype."""
     model, in_int8 = (AutoModelForCausalLM.from_pretrained(CHECKPOINT) for _ in range(2))
     optimize_for_inference(in_int8, weights="int8")
-    readers = {EXACT if bits is None else f"cache, {bits}": (model, bits) for bits in KINDS}
+    readers = {
+        EXACT if cache_dtype is None else f"cache, {cache_dtype}": (model, cache_dtype) for cache_dtype in CACHE_DTYPES
+    }
     readers["weights, int8"] = (in_int8, None)
     documents = (CHECKPOINT / "held_out.txt").read_text(encoding="utf-8").split(BETWEEN_DOCUMENTS)
     tokens = encode(AutoTokenizer.from_pretrained(CHECKPOINT), documents)
@@ -52,8 +54,8 @@ def quality() -> list[dict]:
     nats, divergence = {name: [] for name in readers}, {name: [] for name in readers}
     for ids in windows.split(8):
         exact = log_probabilities(model, ids, None)
-        for name, (reader, bits) in readers.items():
-            rounded = exact if name == EXACT else log_probabilities(reader, ids, bits)
+        for name, (reader, cache_dtype) in readers.items():
+            rounded = exact if name == EXACT else log_probabilities(reader, ids, cache_dtype)
             nats[name].append(-rounded.gather(-1, ids[:, 1:, None]).flatten())
             divergence[name].append((exact.exp() * (exact - rounded)).sum(-1).flatten())
     nats, divergence = ({name: torch.cat(x) for name, x in each.items()} for each in (nats, divergence))
@@ -79,7 +81,7 @@ def attention_error(attend, layer: LatentCacheLayer) -> float:
     q_content, q_rotary, w_uk, w_uv = (
         torch.randn(shape, generator=generator) for shape in ((1, 1, 16, 128), (1, 1, 16, 64), *[(16, 128, 512)] * 2)
     )
-    dense = Latents(SeparateStretch(layer.keys[:, 0].float(), layer.values[:, 0].float()))
+    dense = Latents(SplitSegment(layer.keys[:, 0].float(), layer.values[:, 0].float()))
     actual, expected = (
         attend(q_content, q_rotary, latents, UpProjection(w_uk), UpProjection(w_uv), mask=None, scale=512**-0.5 / 16)
         for attend, latents in ((attend, layer.latents), (absorbed_attention, dense))
@@ -93,36 +95,37 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @torch.inference_mode()
 def decoding(contexts: list[int], repetitions: int) -> list[dict]:
-    """Milliseconds per token of Lite-4, and their ratio to those of the unrounded cache, per kind and context."""
+    """Milliseconds per token of Lite-4, and the ratio to the unquantized cache, per format and context."""
     plain, token, rows = build("ours"), torch.tensor([[17]]), []
     kernels = twin(plain)
     optimize_for_inference(kernels)
     models = {"plain": plain, "kernels": kernels}
     attention = {"plain": absorbed_attention, "kernels": attend_in_place}
     for context in contexts:
-        caches = {bits: filled(plain, context, bits) for bits in KINDS}
+        caches = {cache_dtype: filled(plain, context, cache_dtype) for cache_dtype in CACHE_DTYPES}
 
         steps = {
-            (side, bits): lambda model=model, cache=cache: decode(model, cache, token)
+            (side, cache_dtype): lambda model=model, cache=cache: decode(model, cache, token)
             for side, model in models.items()
-            for bits, cache in caches.items()
+            for cache_dtype, cache in caches.items()
         }
         logits = {case: step().float() for case, step in steps.items()}
         seconds = {case: statistics.median(x) for case, x in alternated(steps, repetitions).items()}
-        for side, bits in steps:
-            # times of wrong results do not count
-            error = attention_error(attention[side], caches[bits].layers[0])
-            assert error < 0.01, f"{side}: attention at {bits} bits has an error of {error}"
+        for side, cache_dtype in steps:
+            # correct before fast
+            cache, change = caches[cache_dtype], relative(logits[side, cache_dtype], logits[side, None])
+            error = attention_error(attention[side], cache.layers[0])
+            assert error < 0.01, f"{side}: with {cache_dtype}, attention is off by {error}"
             rows.append(
                 {
                     "context": context,
                     "side": side,
-                    "bits": bits,
-                    "bytes_per_token_and_layer": caches[bits].nbytes // context // len(caches[bits].layers),
-                    "milliseconds": round(1e3 * seconds[side, bits], 2),
-                    "ratio_to_no_bits": round(seconds[side, bits] / seconds[side, None], 3),
+                    "cache_dtype": cache_dtype,
+                    "bytes_per_token_and_layer": cache.nbytes // context // len(cache.layers),
+                    "milliseconds": round(1e3 * seconds[side, cache_dtype], 2),
+                    "ratio_to_unquantized": round(seconds[side, cache_dtype] / seconds[side, None], 3),
                     "attention_relative_error": round(error, 6),
-                    "logits_relative_change_by_rounding": round(relative(logits[side, bits], logits[side, None]), 5),
+                    "logits_relative_change_by_rounding": round(change, 5),
                 }
             )
     return rows

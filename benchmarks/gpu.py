@@ -137,9 +137,9 @@ def attention_backends() -> list[dict]:
     return rows
 
 
-def random_cache(model: PreTrainedModel, batch: int, tokens: int, bits: int | str | None = None) -> LatentCache:
+def random_cache(model: PreTrainedModel, batch: int, tokens: int, cache_dtype: str | None = None) -> LatentCache:
     """Random latents of unit variance, as after their norm."""
-    config, cache = model.config, LatentCache(model.config, bits=bits)
+    config, cache = model.config, LatentCache(model.config, cache_dtype=cache_dtype)
     widths = config.kv_lora_rank, config.qk_rope_head_dim
     for layer in range(config.num_hidden_layers):
         cache.append(*(torch.randn(batch, 1, tokens, w, device="cuda", dtype=model.dtype) for w in widths), layer)
@@ -148,7 +148,7 @@ def random_cache(model: PreTrainedModel, batch: int, tokens: int, bits: int | st
 
 def static(cache: LatentCache, model: PreTrainedModel, room: int = 64) -> LatentCache:
     length = cache.get_seq_length()
-    fixed = LatentCache(model.config, bits=cache.bits, max_cache_len=length + room)
+    fixed = LatentCache(model.config, cache_dtype=cache.cache_dtype, max_cache_len=length + room)
     for i, layer in enumerate(cache.layers):
         fixed.append(layer.keys, layer.values, i)
     return fixed

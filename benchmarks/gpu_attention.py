@@ -84,9 +84,9 @@ def in_torch(q: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm((scores.float() * SCALE).softmax(dim=-1).to(q.dtype), rows[..., :C]).view(b, s, h, C)
 
 
-def stored(bits: str) -> int | str | None:
-    """As `LatentCache(bits=)` takes it."""
-    return int(bits) if bits.isdigit() else bits or None
+def stored(bits: str) -> str | None:
+    """The `cache_dtype` of rows that kernels call `bits`."""
+    return f"int{bits}" if bits.isdigit() else bits or None
 
 
 class Case:

@@ -137,7 +137,7 @@ def norm_rotate(m: int, *, h: int, **_) -> Iterator[dict]:
 
     sets = sets_of(make, num_bytes)
     for bits in (None, 8, 4):
-        format = latent_format(bits, C, R, torch.bfloat16)
+        format = latent_format(bits and f"int{bits}", C, R, torch.bfloat16)
         buffer = torch.zeros(b, capacity, format.row_width, device="cuda", dtype=format.storage_dtype)
 
         def plain(queries, compressed, weight, format=format, buffer=buffer):

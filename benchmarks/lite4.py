@@ -89,9 +89,9 @@ def fill(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.fill_(1.0)
 
 
-def filled(model: PreTrainedModel, tokens: int, bits: int | str | None) -> LatentCache:
-    """Returns a cache filled with random latents of unit variance, as their norm gives."""
-    config, cache = model.config, LatentCache(model.config, bits=bits)
+def filled(model: PreTrainedModel, tokens: int, cache_dtype: str | None) -> LatentCache:
+    """A cache of random latents of unit variance, as after their norm."""
+    config, cache = model.config, LatentCache(model.config, cache_dtype=cache_dtype)
     generator = torch.Generator().manual_seed(0)
     for first in range(0, tokens, 4096):
         shape = (1, 1, min(4096, tokens - first))

@@ -22,6 +22,7 @@ import torch
 from rich.progress import track
 
 from deepseek_latent import optimize_for_inference
+from deepseek_latent.cache.format import CACHE_DTYPES
 from deepseek_latent.compat.cache_name import CACHE
 
 from .decode import as_native, decode
@@ -31,8 +32,8 @@ from .machine import described, report, resident
 SIDES = {
     "native": "transformers' own class",
     "bfloat16": "deepseek-latent",
-    "8": "8 bits",
-    "4": "4 bits",
+    "int8": "int8",
+    "int4": "int4",
 }
 
 
@@ -44,7 +45,7 @@ def measure(side: str, contexts: list[int]) -> list[dict]:
         optimize_for_inference(model)
 
     def fill(tokens: int):
-        cache = filled(model, tokens, int(side) if side.isdigit() else None)
+        cache = filled(model, tokens, side if side in CACHE_DTYPES else None)
         return as_native(cache) if side == "native" else cache
 
     decode(model, fill(64), one)

@@ -10,8 +10,9 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .cache.checks import check_begins_as_stored, check_cache_for_generation, check_room, room_needed
-from .cache.format import check_bits
+from .cache.checks import check_capacity
+from .cache.format import check_cache_dtype
+from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
 from .cache.paged import check_batching_config, with_latent_pages
 from .compat.cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
@@ -48,7 +49,7 @@ class LatentGenerationMixin(GenerationHooks):
             if num_tokens == input_ids.shape[1]:
                 next_sequence_length = num_tokens - int(held)
         if is_first_iteration and held and next_sequence_length == input_ids.shape[1] - held:
-            check_begins_as_stored(cache, input_ids)
+            check_starts_with_stored_tokens(cache, input_ids)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -76,9 +77,9 @@ class LatentGenerationMixin(GenerationHooks):
         if wanted is not None and wanted.startswith("offloaded"):
             check_offloading()
         if wanted is not None and wanted.startswith("static"):
-            settings.max_cache_len = max(settings.max_cache_len or 0, room_needed(settings))
-        has_bits = _requested_bits(settings) is not None
-        if has_bits and given is None and settings.cache_implementation == "quantized":
+            settings.max_cache_len = max(settings.max_cache_len or 0, num_tokens_to_hold(settings))
+        is_quantized = _requested_cache_dtype(settings) is not None
+        if is_quantized and given is None and settings.cache_implementation == "quantized":
             # transformers then makes its default cache, which `choose_cache` replaces by ours
             settings.cache_implementation = None
         return settings
@@ -87,14 +88,14 @@ class LatentGenerationMixin(GenerationHooks):
         if isinstance(made, QuantizedCache) and mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assisted decoding and prompt lookup remove tokens from the cache, which a QuantizedCache cannot do; "
-                'use cache_config={"backend": "latent", "nbits": 8}.'
+                'use cache_config={"backend": "latent", "cache_dtype": "int8"}.'
             )
         if given is None and type(made) is StaticCache and not made.offloading:
             room = made.layers[0].max_cache_len
-            return LatentCache(self.config, bits=_requested_bits(settings), max_cache_len=room)
+            return LatentCache(self.config, cache_dtype=_requested_cache_dtype(settings), max_cache_len=room)
         if given is not None or type(made) is not DynamicCache:
             return made
-        return LatentCache(self.config, offloading=made.offloading, bits=_requested_bits(settings))
+        return LatentCache(self.config, offloading=made.offloading, cache_dtype=_requested_cache_dtype(settings))
 
     def create_masks_for_generate(self, attention_mask, **kwargs):
         """Makes the mask of a step over a compileable cache; over a `LatentCache`, `forward` makes it."""
@@ -122,23 +123,23 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
     if not isinstance(cache, LatentCache):
         return step(**inputs)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    check_room(cache.max_cache_len, cache.get_seq_length() + ids.shape[1])
+    check_capacity(cache.max_cache_len, cache.get_seq_length() + ids.shape[1])
     if mask is not None and mask.dim() == 2:
         inputs["attention_mask"] = F.pad(mask, (0, cache.max_cache_len - mask.shape[1]), value=1)
     cache.count.to_device(ids.device)
     try:
         output = step(**inputs)
     except BaseException:
-        cache.count.take_back()
+        cache.count.undo()
         raise
-    cache.count.replayed(ids.shape[1])
+    cache.count.advance_on_host(ids.shape[1])
     return output
 
 
-def _requested_bits(settings: GenerationConfig) -> int | str | None:
-    """The bits that `generate(cache_implementation="quantized", cache_config={"backend": "latent", ...})` asks for.
+def _requested_cache_dtype(settings: GenerationConfig) -> str | None:
+    """The "int6" of `generate(cache_config={"backend": "latent", "cache_dtype": "int6"}, ...)`.
 
-    None if another backend is named: then transformers makes its own quantized cache.
+    It is None if another backend is named, for which transformers makes its own quantized cache.
     """
     cache_implementation, cache_config = settings.cache_implementation, settings.cache_config
     if settings.is_assistant and cache_implementation is None and cache_config is not None:
@@ -148,7 +149,8 @@ def _requested_bits(settings: GenerationConfig) -> int | str | None:
     if cache_implementation == "quantized" and backend is None:
         # transformers' default is quanto, another package
         raise ValueError(
-            'cache_implementation="quantized" needs a backend, such as cache_config={"backend": "latent", "nbits": 6}.'
+            'cache_implementation="quantized" needs a backend, such as '
+            'cache_config={"backend": "latent", "cache_dtype": "int8"}.'
         )
     if backend != "latent":
         return None
@@ -156,7 +158,9 @@ def _requested_bits(settings: GenerationConfig) -> int | str | None:
         raise ValueError(
             f'the latent backend needs cache_implementation="quantized" or "static", got {cache_implementation!r}.'
         )
-    if cache_config.keys() != {"backend", "nbits"} or cache_config["nbits"] is None:
-        raise ValueError(f'the latent backend takes {{"backend": "latent", "nbits": 6}}, got {cache_config}.')
-    check_bits(cache_config["nbits"], "nbits")
-    return cache_config["nbits"]
+    if cache_config.keys() != {"backend", "cache_dtype"} or cache_config["cache_dtype"] is None:
+        instead = "takes cache_dtype in place of nbits, as in" if "nbits" in cache_config else "takes"
+        example = '{"backend": "latent", "cache_dtype": "int8"}'
+        raise ValueError(f"the latent backend {instead} {example}, got {cache_config}.")
+    check_cache_dtype(cache_config["cache_dtype"])
+    return cache_config["cache_dtype"]

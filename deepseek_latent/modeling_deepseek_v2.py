@@ -16,8 +16,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention.attention import DeepseekV2Attention
+from .attention.masks import check_padding_mask
 from .attention.rotary import DeepseekV2RotaryEmbedding
-from .cache.checks import check_cache, check_padding_mask
+from .cache.checks import check_cache
 from .cache.latent_cache import LatentCache
 from .cache.paged import PagedLatents, check_unpaged
 from .checkpoints import CheckpointMixin

@@ -47,7 +47,7 @@ def test_every_python_block_runs_and_prints_what_its_comments_say(block):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("caches.md", 6),
+        ("caches.md", 7),
         ("fine-tuning.md", 7),
         pytest.param("speed.md", 2, marks=needs_compiler),
         pytest.param("gpu.md", 1, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),

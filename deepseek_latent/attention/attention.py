@@ -1,45 +1,35 @@
-"""Multi-head Latent Attention: the projections, the write to the cache, and the choice of path.
+"""Multi-head Latent Attention as a module: its projections, its use of the cache, and the choice of path.
 
 Letters: b batch, s new tokens, t all visible tokens, h heads, d model width, n/r/v content, rotary and value width
 per head, c KV latent width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers import AttentionInterface
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
-from ..cache.checks import check_dense_mask
-from ..cache.format import LatentFormat, Latents, SeparateStretch, Stretch
 from ..cache.latent_cache import LatentCache
-from ..cache.paged import PagedLatents
+from ..cache.paged import PagedLatents, select_tokens
+from ..cache.segments import Latents, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
-from ..compat.torch import device_of
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from .ops import (
-    UpProjection,
-    absorbed_attention,
-    absorbing_is_cheaper,
-    causal_mask,
-    expanded_attention,
-    explicit_attention,
-    fused_attention,
-)
-from .read_linear import effective_weight
+from .masks import check_dense_mask, dense_mask, held_tokens_mask
+from .ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
+from .read_linear import read_linear
 from .rotary import rotate, softmax_scale
+from .sdpa import ATTENTION_FUNCTIONS, explicit_attention_forward
 
 
 class DeepseekV2Attention(nn.Module):
-    """Caches one latent and one rotary key per token and attends to them as they are.
+    """Caches one latent and one rotary key per token and attends to them in that form.
 
-    Three routes lead to the same numbers. Where the up-projection can be read exactly (`up_projections`), few new
-    tokens take `absorbed_attention` and many take `expanded_attention`; everywhere else, and in training,
-    `kv_b_proj` is called as the module it is and the attention function the user named does the rest.
+    Three paths give the same result. If the weight of `kv_b_proj` can be read exactly (`up_projections`), few new
+    tokens take `absorbed_attention` and many take `expanded_attention`. Otherwise, and in training, `kv_b_proj` is
+    called as a module, and the attention function that the user selected attends to keys and values.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1, eqs. 9-19 and 37-47.
     """
 
@@ -51,23 +41,24 @@ class DeepseekV2Attention(nn.Module):
         self.layer_idx = layer_idx
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.num_key_value_groups = 1  # transformers' attention functions ask; every head has its own expanded key
+        self.num_key_value_groups = 1  # read by transformers' attention functions: each head has its own expanded key
         self.scaling = softmax_scale(config)
 
-        d, h, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-        self.n, self.r, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.c, self.q_lora_rank = c, config.q_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.qk_head_dim, self.v_head_dim = config.qk_head_dim, config.v_head_dim
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
+        d, h, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, h * (self.n + self.r), bias=False)
+            self.q_proj = nn.Linear(d, h * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=config.attention_bias)
-            # the latents' norms keep eps 1e-6 whatever rms_norm_eps is, as in the release
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, h * (self.n + self.r), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d, c + self.r, bias=config.attention_bias)
-        self.kv_a_layernorm = nn.RMSNorm(c, eps=1e-6)
-        self.kv_b_proj = nn.Linear(c, h * (self.n + self.v), bias=False)
-        self.o_proj = nn.Linear(h * self.v, d, bias=config.attention_bias)
+            self.q_a_proj = nn.Linear(d, self.q_lora_rank, bias=bias)
+            # as in the release, the norms of latents have eps 1e-6, whatever rms_norm_eps is
+            self.q_a_layernorm = nn.RMSNorm(self.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, h * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(d, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=1e-6)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, h * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(h * self.v_head_dim, d, bias=bias)
 
     @takes_either_cache_name
     def forward(
@@ -77,23 +68,52 @@ class DeepseekV2Attention(nn.Module):
         cache: Cache | PagedLatents | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,  # cos, sin [b s r/2]
         **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] where they were asked for
+    ) -> tuple[Tensor, Tensor | None]:  # [b s d], weights [b h s t] if they are wanted
         q_content, q_rotary, latent, k_rotary = self.project(hidden_states, position_embeddings)
         if isinstance(cache, PagedLatents):
-            inputs = (q_content, q_rotary, latent, k_rotary)
-            context = cache.attend(self.attend_to_rows, self.layer_idx, *inputs)
-            return self.o_proj(context.flatten(2)), None
-        # the cache is written and read while keys and values are still compressed
-        if isinstance(cache, LatentCache):
-            latents = cache.append(latent, k_rotary, self.layer_idx)
+            context, weights = self.attend_to_pages(q_content, q_rotary, latent, k_rotary, cache), None
         else:
-            if cache is not None:
-                latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
-            if _is_empty_static_prefill(hidden_states, latent, attention_mask, attention_name(self.config)):
-                latent, k_rotary = (x[:, :, : hidden_states.shape[1]] for x in (latent, k_rotary))
-            latents = Latents(SeparateStretch(latent[:, 0], k_rotary[:, 0]))
-        context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
+            latents = self.append(latent, k_rotary, cache, attention_mask)
+            context, weights = self.attend(q_content, q_rotary, latents, attention_mask, **kwargs)
         return self.o_proj(context.flatten(2)), weights
+
+    def append(
+        self,
+        latent: Tensor,  # [b 1 s c]
+        k_rotary: Tensor,  # [b 1 s r]
+        cache: Cache | None,
+        attention_mask: Tensor | BlockMask | None,
+    ) -> Latents:
+        """Adds new tokens to the cache, if there is one, and returns all tokens to attend to."""
+        if isinstance(cache, LatentCache):
+            return cache.append(latent, k_rotary, self.layer_idx)
+        num_tokens = latent.shape[2]
+        if cache is not None:
+            # the cache holds latents and rotary keys, in place of keys and values
+            latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
+        if attention_mask is None and 1 < num_tokens < latent.shape[2] and attention_name(self.config) == "sdpa":
+            # the first prompt in a StaticCache: without a mask, it is for us to drop the part that is not written yet
+            latent, k_rotary = (x[:, :, :num_tokens] for x in (latent, k_rotary))
+        return Latents(SplitSegment(latent[:, 0], k_rotary[:, 0]))
+
+    @torch.compiler.disable  # the number and sizes of groups are known only at run time
+    def attend_to_pages(
+        self,
+        q_content: Tensor,  # [1 s h n]  all requests, packed
+        q_rotary: Tensor,  # [1 s h r]
+        latent: Tensor,  # [1 1 s c]
+        k_rotary: Tensor,  # [1 1 s r]
+        pages: PagedLatents,
+    ) -> Tensor:  # [1 s h v]
+        """Adds new tokens to the pages and attends to one group of requests after another; padding tokens get zeros."""
+        context = None
+        for queries, latents, mask in pages.append(latent, k_rotary, self.layer_idx):
+            query_pair = (select_tokens(x[0], queries) for x in (q_content, q_rotary))
+            part, _ = self.attend(*query_pair, latents, mask, output_attentions=False)
+            if context is None:
+                context = part.new_zeros(q_content.shape[1], *part.shape[2:])
+            context[queries] = part
+        return context[None]
 
     def attend(
         self,
@@ -102,16 +122,16 @@ class DeepseekV2Attention(nn.Module):
         latents: Latents,  # t tokens
         attention_mask: Tensor | BlockMask | None,
         **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] where they were asked for
-        """The context of every head by the cheapest route that is right here (see the class)."""
+    ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] if they are wanted
+        """Computes the context of every head by the cheapest path that is exact here (see the class)."""
         num_tokens = q_content.shape[1]
         check_dense_mask(attention_mask, latents.num_tokens)
         if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
-            attention_mask = mask_of_held(attention_mask, num_tokens, latents)
+            attention_mask = held_tokens_mask(attention_mask, num_tokens, latents)
 
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
-        # gradients and dropout belong to the modules' own forward; a trace must not depend on whether they are wanted
+        # gradients and dropout need the modules' own forward; a trace must not depend on whether gradients are on
         may_read = not (wants_weights or dropout or torch.is_grad_enabled() or torch.jit.is_tracing())
         attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read else None
         if attend is not None:
@@ -125,10 +145,10 @@ class DeepseekV2Attention(nn.Module):
         if acts_on_some_tokens(self.kv_b_proj):
             if num_tokens < latents.num_tokens:
                 raise ValueError(
-                    "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not tell what came "
-                    "after its invocation; leave kv_b_proj out of its target_modules."
+                    "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not show which "
+                    "tokens follow its invocation; leave kv_b_proj out of its target_modules."
                 )
-            # peft takes a view of it
+            # peft takes a view of it, which needs contiguous memory
             latent = latent.contiguous()
         keys, values = self.expand_kv(latent, k_rotary)
         queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
@@ -143,73 +163,76 @@ class DeepseekV2Attention(nn.Module):
             **kwargs,
         )
 
-    def attend_to_rows(self, q_content: Tensor, q_rotary: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """`attend` for latents and rotary keys side by side, [b t c+r], without weights."""
-        latents = Latents(Stretch(rows, LatentFormat(self.c, self.r, rows.dtype)))
-        return self.attend(q_content, q_rotary, latents, mask, output_attentions=False)[0]
-
     def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[b s d] to q_content [b s h n], q_rotary [b s h r], latent [b 1 s c] and k_rotary [b 1 s r], both rotated."""
+        """Maps [b s d] to q_content [b s h n], q_rotary [b s h r], latent [b 1 s c] and k_rotary [b 1 s r].
+
+        Both rotary parts are rotated.
+        """
         q_content, q_rotary = self.project_queries(hidden_states)
         latent, k_rotary = self.project_latents(hidden_states)
-        # the key as one more head, in steps that a GPU would have to start twice
+        # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
         return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, :, -1][:, None]
 
     def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
+        """Maps [b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
         project = self.q_proj if self.q_lora_rank is None else self.q_b_proj
         queries = project(self.query_input(hidden_states))
-        # -1, since a tensor-parallel rank has only its share of the heads
-        return queries.view(*hidden_states.shape[:2], -1, self.n + self.r).split((self.n, self.r), dim=-1)
+        # -1, since a tensor-parallel rank has only some of the heads
+        queries = queries.view(*hidden_states.shape[:2], -1, self.qk_head_dim)
+        return queries.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
 
     def query_input(self, hidden_states: Tensor) -> Tensor:
-        """What the last projection of queries is applied to: [b s d] as it is, or the query latent [b s a] (eq. 12)."""
+        """Returns the input of the last projection of queries: [b s d] itself, or the query latent [b s a] (eq. 12)."""
         return hidden_states if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(hidden_states))
 
     def project_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
+        """Maps [b s d] to latents [b s c] after their norm, and keys [b s r], not rotated yet (eqs. 9, 15)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states)
-        latent, k_rotary = compressed.split((self.c, self.r), dim=-1)
+        latent, k_rotary = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         return self.kv_a_layernorm(latent), k_rotary
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """[b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v], by calling `kv_b_proj` (eqs. 10-11, 17).
+        """Expands [b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v] by `kv_b_proj` (eqs. 10-11, 17).
 
-        Two arguments in, a pair out: by this shape vLLM's transformers backend finds the place to put its own MLA.
+        vLLM's transformers backend recognizes this signature, two tensors in and two out, and puts its own MLA here.
         """
-        expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, self.n + self.v)).transpose(1, 2)
-        k_content, values = expanded.split((self.n, self.v), dim=-1)
+        widths = (self.qk_nope_head_dim, self.v_head_dim)
+        expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, sum(widths))).transpose(1, 2)
+        k_content, values = expanded.split(widths, dim=-1)
         return torch.cat((k_content, k_rotary.expand(-1, k_content.shape[1], -1, -1)), dim=-1), values
 
     def up_projections(self) -> tuple[UpProjection, UpProjection] | None:
-        """W^UK [h n c] and W^UV [h v c] as `kv_b_proj` applies them at this moment, or None if only a call can tell."""
-        effective = effective_weight(self.kv_b_proj)
-        if effective is None:
+        """Reads W^UK [h n c] and W^UV [h v c] from `kv_b_proj`, with adapters; None if it can only be called."""
+        read = read_linear(self.kv_b_proj)
+        if read is None:
             return None
-        weight, factors = effective
-        w_uk, w_uv = torch.unflatten(weight, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1)
-        per_head = [
-            (torch.unflatten(b, 0, (-1, self.n + self.v)).split((self.n, self.v), dim=1), a) for b, a in factors
-        ]
+        weight, factors = read
+        w_uk, w_uv = self._split_by_head(weight)
+        per_head = [(self._split_by_head(b), a) for b, a in factors]
         return (
             UpProjection(w_uk, tuple((b_uk, a) for (b_uk, _), a in per_head)),
             UpProjection(w_uv, tuple((b_uv, a) for (_, b_uv), a in per_head)),
         )
 
-    def choose_path(self, s: int, t: int, mask: Tensor | BlockMask | None):
-        """The cheaper of `absorbed_attention` and `expanded_attention`, or None for the user's attention function.
+    def _split_by_head(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits [h(n+v) k] into [h n k] and [h v k]."""
+        widths = (self.qk_nope_head_dim, self.v_head_dim)
+        return torch.unflatten(weight, 0, (-1, sum(widths))).split(widths, dim=1)
 
-        `attn_implementation` says how expanded attention is computed, so only "sdpa" takes ours. Decoding absorbs
-        under every name, as far as the mask made for that name can be read.
+    def choose_path(self, s: int, t: int, mask: Tensor | BlockMask | None):
+        """Chooses `absorbed_attention`, `expanded_attention`, or None for the attention function the user selected.
+
+        `attn_implementation` selects how expanded attention is computed, so our own is used for "sdpa" only. Absorbed
+        attention is used with every implementation whose mask `dense_mask` can convert.
         """
         implementation = attention_name(self.config)
-        # flash's masks say nothing about order among several queries, and what other functions expect is unknown
+        # flash attention's masks do not order several queries, and the masks of unknown functions cannot be read
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
-        # a static cache is wider than the padding mask that comes with it
+        # the rows of a static cache are more than its padding mask covers
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
-        if readable and absorbing_is_cheaper(s, t, c=self.c, n=self.n, v=self.v):
+        if readable and absorbing_is_cheaper(s, t, c=self.kv_lora_rank, n=self.qk_nope_head_dim, v=self.v_head_dim):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 
@@ -217,52 +240,3 @@ class DeepseekV2Attention(nn.Module):
         if wants_weights:
             return explicit_attention_forward
         return ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), explicit_attention_forward)
-
-
-def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:
-    """A mask made for any attention function as None, or as [b 1 s t], boolean or additive."""
-    if isinstance(mask, BlockMask):
-        batch, heads = mask.shape[:2]
-        return create_mask(mask.mask_mod, batch, heads, s, t, device=device_of(mask))
-    if mask is None or mask.dim() == 4:
-        return mask
-    # flash's masks [b t] name the padding and leave the order to the kernel
-    present = mask[:, None, None, :].bool()
-    order = causal_mask(s, t, None, mask.device)
-    return present if order is None else present & order
-
-
-def mask_of_held(padding: Tensor | None, s: int, latents: Latents) -> Tensor:
-    """Which of a buffer's t places the last s of the tokens held may see, as [b 1 s t] or [1 1 s t], boolean.
-
-    `padding` [b t'] names padding among the first places, and may be shorter than the buffer.
-    """
-    places = torch.arange(latents.num_tokens, device=latents.num_held.device)
-    ends = latents.num_held + torch.arange(1 - s, 1, device=places.device)
-    held = (places < ends[:, None])[None, None]
-    if padding is None:
-        return held
-    return held & F.pad(padding.bool(), (0, latents.num_tokens - padding.shape[1]), value=True)[:, None, None]
-
-
-def _is_empty_static_prefill(hidden_states, latent, attention_mask, implementation) -> bool:
-    """No mask although more is stored than is new: the unwritten tail of a static cache, left to us to cut off."""
-    return attention_mask is None and 1 < hidden_states.shape[1] < latent.shape[2] and implementation == "sdpa"
-
-
-def explicit_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
-    """`explicit_attention` by the calling convention of transformers' attention functions."""
-    mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
-    context, weights = explicit_attention(query, key, value, mask=mask, scale=scaling, dropout=dropout)
-    return context.transpose(1, 2), weights
-
-
-def fused_attention_forward(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
-    """`fused_attention` by the calling convention of transformers' attention functions."""
-    context = fused_attention(query, key, value, mask=attention_mask, scale=scaling, dropout=dropout)
-    return context.transpose(1, 2), None
-
-
-# a local table, as transformers asks for: only here "sdpa" pads the values
-ATTENTION_FUNCTIONS = AttentionInterface()
-ATTENTION_FUNCTIONS["sdpa"] = fused_attention_forward

@@ -1,4 +1,4 @@
-"""Rotary positions: YaRN's frequencies, its two length factors, and the rotation itself, on real tensors.
+"""Rotary positions: the frequencies and length factors of YaRN, and the rotation itself, in real numbers.
 
 Letters: b batch, s tokens, h heads, n content width, r rotary width.
 """
@@ -13,7 +13,7 @@ from ..configuration_deepseek_v2 import DeepseekV2Config
 
 
 def yarn_length_factor(factor: float, mscale: float) -> float:
-    """sqrt(t) of paper 3.1.4: 0.1 mscale ln(factor) + 1, and 1 where nothing is stretched."""
+    """sqrt(t) of paper 3.1.4: 0.1 mscale ln(factor) + 1, and 1 if the context is not extended."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -27,11 +27,11 @@ def softmax_scale(config: DeepseekV2Config) -> float:
 
 
 def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
-    """Inverse frequencies [r/2] in float64 and the factor on cos and sin.
+    """Computes inverse frequencies [r/2] in float64, and the factor that cos and sin are multiplied by.
 
-    A pair that turns more than `beta_fast` times within the original context keeps its frequency, one that turns
-    less than `beta_slow` times is slowed by `factor`, a linear ramp lies between. The factor on cos and sin is the
-    ratio of both length factors, 1 in every published checkpoint: the length factor acts in `softmax_scale`.
+    A pair that turns more than `beta_fast` times within the original context keeps its frequency, and one that turns
+    fewer than `beta_slow` times is slowed by `factor`; between them lies a linear ramp. The factor for cos and sin is
+    the ratio of two length factors. It is 1 in every published checkpoint: the length factor is in `softmax_scale`.
     Source: YaRN (arXiv:2309.00071) 3.2-3.4; DeepSeek-V2 3.1.4.
     """
     factor, base = rope["factor"], rope["rope_theta"]
@@ -44,7 +44,7 @@ def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     pair = torch.arange(width // 2, dtype=torch.float64)
-    # a ramp of no width would divide by zero
+    # a ramp of width 0 would divide by zero
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     frequency = base ** -(2 * pair / width)
     attention_factor = rope.get("attention_factor")
@@ -55,25 +55,25 @@ def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (2i, 2i+1) of x [b s .. r] by the angles whose cos and sin are [b s r/2] float32.
+    """Rotates the pairs (2i, 2i+1) of x [b s .. r] by the angles whose cos and sin are [b s r/2] float32.
 
-    The result keeps the interleaved order of the checkpoint and the dtype of x; computed in float32.
+    It computes in float32. The result has the interleaved order of the checkpoint and the dtype of x.
     Source: paper 2.1.3, RoPE(.) of eqs. 14-15.
     """
     per_token = cos.shape[:2] + (1,) * (x.dim() - 3) + cos.shape[2:]
     cos, sin = cos.view(per_token), sin.view(per_token)
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class DeepseekV2RotaryEmbedding(nn.Module):
-    """Holds the inverse frequencies [r/2] and turns positions [b s] into cos and sin [b s r/2], float32.
+    """Holds the inverse frequencies [r/2] and converts positions [b s] to cos and sin [b s r/2], float32.
 
-    An angle is a position times a frequency, in float64: in float32, angles at position 163,839 would be off by up to
-    0.008, and unlike for neighbours. The frequencies are two float32 each, `inv_freq` and what rounding took from it,
-    since not every device has float64. `default` and `yarn` are computed here; the other types, which only converted
-    checkpoints use, by transformers.
+    An angle is the product of a position and a frequency in float64. In float32, angles at position 163,839 would have
+    errors of up to 0.008, which differ between neighboring positions. A frequency is the sum of two float32 numbers,
+    `inv_freq` and its rounding error, since not every device has float64. The types `default` and `yarn` are computed
+    here, and the other types, which only converted checkpoints use, by transformers.
     """
 
     def __init__(self, config: DeepseekV2Config):
@@ -86,7 +86,7 @@ class DeepseekV2RotaryEmbedding(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def initial_buffers(self) -> tuple[dict[str, Tensor], float]:
-        """The buffers by name, and the factor on cos and sin."""
+        """The buffers by name, and the factor that cos and sin are multiplied by."""
         rope, width = self.config.rope_parameters, self.config.qk_rope_head_dim
         if self.rope_type == "yarn":
             exact, attention_scaling = yarn_frequencies(width, rope)
@@ -101,13 +101,13 @@ class DeepseekV2RotaryEmbedding(nn.Module):
         buffers = {
             "inv_freq": rounded,
             "inv_freq_rest": (exact - rounded).float(),
-            # `dynamic_rope_update` returns to these when a sequence is short again
+            # `dynamic_rope_update` restores these when a sequence is short again
             "original_inv_freq": rounded.clone(),
         }
         return buffers, attention_scaling
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves the frequencies, and does not round them where the model's weights are cast."""
+        """Moves the frequencies, but keeps their dtype when the model's weights are cast."""
 
         def move(buffer: Tensor) -> Tensor:
             moved = fn(buffer)

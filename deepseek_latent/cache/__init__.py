@@ -1,1 +1,1 @@
-"""What is kept of the past: compressed latents in memory, in pages and in files."""
+"""Caches of compressed latents: in memory, in pages, in files."""

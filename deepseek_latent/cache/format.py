@@ -1,32 +1,30 @@
-"""How cached tokens lie in memory, one row each: as they are, in 8, 6, 5 or 4 bits per latent element, or in fp8.
+"""The formats of cached tokens, one row per token: unquantized, in integers of 8, 6, 5 or 4 bits, or in fp8.
 
-Letters: b batch, t tokens, c latent width, r rotary width. A plane is 128 neighbouring elements of a latent.
+Letters: c latent width, r rotary width. A plane is 128 consecutive elements of a latent.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# what `LatentCache(bits=)` takes; None is as the model computes
-BITS = (None, 8, 6, 5, 4, "fp8")
+# the values of `LatentCache(cache_dtype=)`; None is the dtype that the model computes in
+CACHE_DTYPES = (None, "int8", "int6", "int5", "int4", "fp8")
 PLANE = 128
-# tokens whose codes are turned back at a time where all of them are wanted
-DECODED_AT_ONCE = 1 << 10
 
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """Latent and rotary key of a token side by side, in the dtype of the model: rows [.. c+r]."""
+    """Latent and rotary key side by side, unquantized: rows [.. c+r] in the model's dtype."""
 
     latent_width: int
     rotary_width: int
-    dtype: torch.dtype  # of what was given to `encode`
+    dtype: torch.dtype  # of the tensors that `encode` is given
 
-    bits = None
+    cache_dtype = None
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -38,19 +36,19 @@ class LatentFormat:
         return self.latent_width + self.rotary_width
 
     def encode(self, latent: Tensor, k_rotary: Tensor) -> Tensor:
-        """[.. c] and [.. r] to rows [.. row_width]."""
+        """Converts [.. c] and [.. r] to rows [.. row_width]."""
         return torch.cat((latent, k_rotary), dim=-1)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows to [.. c+r] in `dtype`; a view where nothing has to be computed."""
+        """Converts rows to [.. c+r] in `dtype`; the result is a view if nothing has to be computed."""
         return rows.to(dtype)
 
 
 @dataclass(frozen=True)
-class CodedFormat(LatentFormat):
-    """Rows of bytes: codes of the latent, one scale per plane of 128 elements, the rotary key in bfloat16.
+class QuantizedFormat(LatentFormat):
+    """Rows of bytes: codes of the latent, one scale per plane of 128 elements, and the rotary key in bfloat16.
 
-    A scale belongs to a whole plane, so a kernel may multiply scores and probabilities by it and never an element.
+    A scale applies to a whole plane, so a kernel can multiply scores and probabilities by it instead of elements.
     """
 
     @property
@@ -63,7 +61,7 @@ class CodedFormat(LatentFormat):
 
     @property
     def _scales(self) -> slice:
-        # a multiple of 4, so that scales can be read in place whatever the widths are
+        # the offset is a multiple of 4, so that scales are aligned for any widths
         start = -(-self._num_code_bytes // 4) * 4
         num_planes = -(-self.latent_width // PLANE)
         return slice(start, start + num_planes * self._scale_dtype.itemsize)
@@ -71,8 +69,8 @@ class CodedFormat(LatentFormat):
     def encode(self, latent: Tensor, k_rotary: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (latent.requires_grad or k_rotary.requires_grad):
             raise ValueError(
-                f"latents in {self.bits} bits carry no gradient: generate or evaluate under torch.no_grad(), "
-                "or use a LatentCache without bits."
+                f"latents quantized to {self.cache_dtype} carry no gradient: generate or evaluate under "
+                "torch.no_grad(), or use a LatentCache without cache_dtype."
             )
         planes = latent.float().split(PLANE, dim=-1)
         scales = self._scales_of(torch.stack([plane.abs().amax(dim=-1) for plane in planes], dim=-1))
@@ -85,7 +83,7 @@ class CodedFormat(LatentFormat):
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.latent_width
-        # in float32 even for half precision, so that code times scale is rounded once
+        # float32 also for half precision, so that the product of code and scale is rounded once
         out = rows.new_empty(*rows.shape[:-1], c + self.rotary_width, dtype=torch.promote_types(dtype, torch.float32))
         self._from_code_bytes(rows[..., : self._num_code_bytes], out[..., :c])
         scales = rows[..., self._scales].view(self._scale_dtype).to(out.dtype)
@@ -96,14 +94,14 @@ class CodedFormat(LatentFormat):
 
 
 @dataclass(frozen=True)
-class IntegerFormat(CodedFormat):
+class IntegerFormat(QuantizedFormat):
     """Latent elements as integers of `bits` bits: at c = 512, r = 64 a row is 648, 520, 456 or 392 bytes.
 
-    A plane's largest magnitude m is divided into 2^(bits-1) cells on either side of zero and an element becomes the
-    middle of its cell, so no element moves by more than m 2^-bits (1.008 times that, since the bfloat16 scale is
-    rounded up). Codes are unsigned. With g = gcd(bits, 8), a row of bits/g byte planes holds 8/g code planes: the low
-    bits of byte plane i are code plane i, and the bits left above them, g from each byte plane, are the other code
-    planes. So no code straddles two bytes, and a vector of bytes becomes vectors of codes by masks and shifts alone.
+    With m the largest magnitude of a plane, the range from 0 to m and that from 0 to -m have 2^(bits-1) cells each, and
+    an element is rounded to the middle of its cell. So it changes by at most m 2^-bits (times 1.008, since the bfloat16
+    scale is rounded up). Codes are unsigned. With g = gcd(bits, 8), a row has bits/g byte planes for 8/g code planes.
+    The low bits of byte plane i are code plane i; the g bits above them in each byte plane make up the other code
+    planes. So no code spans two bytes, and masks and shifts alone turn a vector of bytes into vectors of codes.
     """
 
     bits: int = 8
@@ -111,8 +109,12 @@ class IntegerFormat(CodedFormat):
     _scale_dtype = torch.bfloat16
 
     @property
+    def cache_dtype(self) -> str:
+        return f"int{self.bits}"
+
+    @property
     def _shared_bits(self) -> int:
-        # gcd(bits, 8), by what torch.compile can follow
+        # gcd(bits, 8), computed in a way that torch.compile can trace
         return self.bits & -self.bits
 
     @property
@@ -124,7 +126,7 @@ class IntegerFormat(CodedFormat):
         return self._code_plane * self.bits // self._shared_bits
 
     def _scales_of(self, largest: Tensor) -> Tensor:
-        # a little more, because rounding to bfloat16 takes away up to 2^-8 and the largest element must stay inside
+        # 1.004, because rounding to bfloat16 subtracts up to 2^-8, and the largest element must stay within its cell
         scales = largest * (1.004 * 2.0 ** (1 - self.bits))
         return scales.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
 
@@ -147,7 +149,7 @@ class IntegerFormat(CodedFormat):
         code_planes = out.split(self._code_plane, dim=-1)
         for codes, x in zip(code_planes, byte_planes):
             lowest = x & ((1 << self.bits) - 1) if self.bits < 8 else x
-            # c may end inside a plane
+            # the last plane may be shorter
             codes.copy_(lowest[..., : codes.shape[-1]])
         for k, codes in enumerate(code_planes[num_byte_planes:]):
             above = self.bits + g * k
@@ -157,14 +159,14 @@ class IntegerFormat(CodedFormat):
 
 
 @dataclass(frozen=True)
-class Float8Format(CodedFormat):
-    """Latent elements as float8 e4m3 with float32 scales, m / 448 for a plane's largest magnitude m.
+class Float8Format(QuantizedFormat):
+    """Latent elements as float8 e4m3 with float32 scales: m / 448, with m the largest magnitude of a plane.
 
-    An element x moves by at most |x| / 16, or m 2^-18.8 near zero. At c = 512, r = 64 a row is the record of 656 bytes
-    that FlashMLA, vLLM ("fp8_ds_mla") and SGLang hold: 512 codes, 4 scales, 64 rotary elements with pairs interleaved.
+    An element x changes by at most |x| / 16, or by m 2^-18.8 near zero. At c = 512, r = 64 a row is the record of 656
+    bytes that FlashMLA, vLLM ("fp8_ds_mla") and SGLang use: 512 codes, 4 scales, 64 rotary elements, pairs interleaved.
     """
 
-    bits = "fp8"
+    cache_dtype = "fp8"
     _scale_dtype = torch.float32
 
     @property
@@ -172,7 +174,7 @@ class Float8Format(CodedFormat):
         return self.latent_width
 
     def _scales_of(self, largest: Tensor) -> Tensor:
-        # by a tensor, since a GPU multiplies by the reciprocal of a number, and codes would depend on the device
+        # the divisor is a tensor: a GPU would multiply by a number's reciprocal, and codes would depend on the device
         scales = largest / largest.new_full((), torch.finfo(torch.float8_e4m3fn).max)
         return scales.clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -180,97 +182,38 @@ class Float8Format(CodedFormat):
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
     def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
-        # the bits of e4m3 are those of a float16 whose exponent is 8 less; torch's own conversion is five times slower
+        # the bits of e4m3 are a float16 whose exponent is 8 too small; torch's own conversion is five times slower
         halves = (code_bytes.view(torch.int8).to(torch.int16) << 7 & ~0x4000).view(torch.float16)
         out.copy_(halves).mul_(2.0**8)
 
     def check_finite(self, rows: Tensor, name: str) -> None:
-        """Refuses rows of another writer with a NaN among the codes, which `decode` takes for 480, or a scale."""
+        """Refuses foreign rows with a NaN code, which `decode` would read as 480, or a scale that is not finite."""
         codes, scales = rows[..., : self._num_code_bytes], rows[..., self._scales].view(self._scale_dtype)
         if (codes & 0x7F == 0x7F).any() or not scales.isfinite().all():
-            raise ValueError(f"{name} hold NaN or infinite latents; expected finite ones, compute them again.")
+            raise ValueError(f"{name} hold NaN or infinite latents; expected finite ones, so compute them again.")
 
 
-def check_bits(bits: int | str | None, name: str = "bits") -> None:
-    # 8.0 equals 8, and True would be one bit
-    if bits not in BITS or not isinstance(bits, (int, str, type(None))):
-        raise ValueError(f"{name} must be None (as the model computes), 8, 6, 5, 4 or 'fp8', got {bits!r}.")
+def check_cache_dtype(cache_dtype: str | None) -> None:
+    if cache_dtype not in CACHE_DTYPES:
+        *names, last = map(repr, CACHE_DTYPES[1:])
+        raise ValueError(
+            f"cache_dtype must be None (the dtype that the model computes in), {', '.join(names)} or {last}, "
+            f"got {cache_dtype!r}."
+        )
 
 
-def latent_format(bits: int | str | None, latent_width: int, rotary_width: int, dtype: torch.dtype) -> LatentFormat:
-    check_bits(bits)
-    if bits is None:
+def refuse_bits(owner: str, options: dict[str, Any]) -> None:
+    """Refuses keyword arguments that `owner` does not have; for `bits`, names the argument that it has instead."""
+    if "bits" in options:
+        raise TypeError(f"{owner} takes cache_dtype, such as 'int8' or 'fp8', in place of bits={options['bits']!r}.")
+    for name in options:
+        raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.")
+
+
+def latent_format(cache_dtype: str | None, latent_width: int, rotary_width: int, dtype: torch.dtype) -> LatentFormat:
+    check_cache_dtype(cache_dtype)
+    if cache_dtype is None:
         return LatentFormat(latent_width, rotary_width, dtype)
-    if bits == "fp8":
+    if cache_dtype == "fp8":
         return Float8Format(latent_width, rotary_width, dtype)
-    return IntegerFormat(latent_width, rotary_width, dtype, bits)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Neighbouring tokens as `LatentCache` stores them: rows [b t row_width], or [1 t row_width] for all sequences."""
-
-    rows: Tensor
-    format: LatentFormat
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows.shape[1]
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        # split, which torch.compile follows for any number of tokens up to the next block, as it does not a range
-        return (self.format.decode(rows, dtype) for rows in self.rows.split(num_tokens, dim=1))
-
-    def both(self) -> tuple[Tensor, Tensor]:
-        widths, dtype = (self.format.latent_width, self.format.rotary_width), self.format.dtype
-        if self.format.bits is None:
-            return self.rows.split(widths, dim=-1)
-        both = self.rows.new_empty(*self.rows.shape[:2], sum(widths), dtype=dtype)
-        for part, block in zip(both.split(DECODED_AT_ONCE, dim=1), self.blocks(DECODED_AT_ONCE, dtype)):
-            part.copy_(block)
-        return both.split(widths, dim=-1)
-
-
-@dataclass(frozen=True)
-class SeparateStretch:
-    """Neighbouring tokens as two tensors: latent [b t c] and k_rotary [b t r], as any other cache gives them."""
-
-    latent: Tensor
-    k_rotary: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.latent.shape[1]
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        pairs = zip(self.latent.split(num_tokens, dim=1), self.k_rotary.split(num_tokens, dim=1))
-        return (torch.cat(pair, dim=-1).to(dtype) for pair in pairs)
-
-    def both(self) -> tuple[Tensor, Tensor]:
-        return self.latent, self.k_rotary
-
-
-class Latents:
-    """All tokens that queries may see, in order, as they are stored.
-
-    Where only the device knows how many tokens a buffer holds, `num_held` [] int64 is that number; what is stored
-    after them says nothing yet, and the last of s queries sees those held.
-    """
-
-    def __init__(self, *stretches: Stretch | SeparateStretch, num_held: Tensor | None = None):
-        self.stretches, self.num_held = stretches, num_held
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(stretch.num_tokens for stretch in self.stretches)
-
-    def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Latent and rotary key side by side, at most `num_tokens` tokens at a time: [b t' c+r], or [1 t' c+r]."""
-        for stretch in self.stretches:
-            yield from stretch.blocks(num_tokens, dtype)
-
-    def dense(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Everything as [b t c] and [b t r] in the dtype of the model; views where it lies so already."""
-        pairs = [[x.expand(batch, -1, -1) for x in stretch.both()] for stretch in self.stretches]
-        latent, k_rotary = zip(*pairs)
-        return (latent[0], k_rotary[0]) if len(pairs) == 1 else (torch.cat(latent, 1), torch.cat(k_rotary, 1))
+    return IntegerFormat(latent_width, rotary_width, dtype, int(cache_dtype.removeprefix("int")))

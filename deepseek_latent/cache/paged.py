@@ -1,10 +1,10 @@
-"""Latents in the pages of transformers' continuous batching, which serves requests of any length in one packed row.
+"""Latents in the pages of transformers' continuous batching, which packs requests of any length into one row.
 
-Letters: b requests attended to together, s new tokens of each, t visible ones, h heads, n content, r rotary, v value
-width, c latent width, p page row width, half of c + r.
+Letters: b requests in a group, s new tokens of each, t visible tokens, c latent width, r rotary width, p width of a
+page's row, half of c + r.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,26 +21,28 @@ from ..compat.transformers import (
     update_pages,
     with_pages_for,
 )
+from .format import LatentFormat
+from .segments import Latents, Segment
 
-# bound on the tokens that one call of attention reads for several requests; a longer request is read alone
+# the most tokens that attention reads for a group of several requests; a longer request is a group by itself
 TOKENS_PER_GROUP = 1 << 16
 
 
 def page_row_width(cached_width: int) -> int:
-    """Elements p of a latent and its rotary key that are stored as "key"; as many are stored as "value".
+    """The width p of the two rows, "key" and "value", that hold a latent and its rotary key.
 
-    transformers' pages hold two rows of one width for every token, meant for a key and a value. Cut in the middle, a
-    latent and its rotary key fill both exactly: c + r elements, each stored once, and one idle element if c + r is odd.
+    transformers' pages have two rows of the same width for each token, meant for its key and its value. A latent and
+    its rotary key are cut in the middle and fill both: c + r elements, and one unused element if c + r is odd.
     """
     return -(-cached_width // 2)
 
 
 class Group(NamedTuple):
-    """Requests that one call of attention serves: b of them with s new tokens each and at most t visible ones.
+    """Requests that one call of attention serves: b requests with s new tokens each and at most t visible ones.
 
-    queries  [b s]      where their new tokens are in the packed row, as a slice where b is 1
-    visible  [b t]      where their tokens are among all that were read; behind a request's end its last token repeats
-    mask     [b 1 1 t]  False behind a request's end; None where all end at t, and then order decides (causal)
+    queries  [b s]      indices of their new tokens in the packed row, or a slice if b is 1
+    visible  [b t]      indices of their tokens among all that were read; after a request's end its last token repeats
+    mask     [b 1 1 t]  False after a request's end; None, which is causal, if all requests have t tokens
     """
 
     queries: slice | Tensor
@@ -49,22 +51,22 @@ class Group(NamedTuple):
 
 
 def group_requests(query_lengths: list[int], key_lengths: list[int]) -> list[list[int]]:
-    """Indices of requests by group, each group ordered by length.
+    """Groups requests, and returns the indices of each group ordered by length.
 
-    Requests alike in both lengths go together. So do decoding ones whose lengths differ up to twofold: at most half
-    of what is read for them is padding, and there are few groups however many requests there are.
+    Requests with the same two lengths form a group. So do requests that decode one token and whose lengths differ by
+    at most a factor of two: then at most half of the tokens read are padding, and the number of groups stays small.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(query_lengths)), key=lambda i: (query_lengths[i], key_lengths[i])):
         s, t = query_lengths[i], key_lengths[i]
         if s == 0:
-            # transformers pads the list of requests where it compiles
+            # transformers pads the list of requests if it compiles
             continue
         if groups and (len(groups[-1]) + 1) * t <= TOKENS_PER_GROUP:
             shortest = groups[-1][0]
-            alike = (s, t) == (query_lengths[shortest], key_lengths[shortest])
+            same_lengths = (s, t) == (query_lengths[shortest], key_lengths[shortest])
             both_decode = s == query_lengths[shortest] == 1
-            if alike or (both_decode and t <= 2 * key_lengths[shortest]):
+            if same_lengths or (both_decode and t <= 2 * key_lengths[shortest]):
                 groups[-1].append(i)
                 continue
         groups.append([i])
@@ -72,49 +74,43 @@ def group_requests(query_lengths: list[int], key_lengths: list[int]) -> list[lis
 
 
 class PagedLatents:
-    """What one forward pass of continuous batching knows: the pages, where to write and read, and who is in the row.
+    """The pages of one forward pass of continuous batching, and which tokens of the packed row belong to a request.
 
-    Made once per forward pass from the pages and the keyword arguments that transformers gives the model. Always true:
-    a request reads its own tokens only, in order, and its last new token is the last one it reads. So every request is
-    plain causal attention, no mask over all requests is needed, and what one costs does not grow with the others.
+    It is made once per forward pass, from the pages and the keyword arguments that transformers passes to the model.
+    A request attends to its own tokens only, in order, and its last new token is the last one that it attends to. So
+    each request is plain causal attention, needs no mask over all requests, and costs the same whatever the others are.
     """
 
-    @torch.compiler.disable  # how many groups there are is known only at run time
+    @torch.compiler.disable  # the number and sizes of groups are known only at run time
     def __init__(self, pages: PagedAttentionCache, cached_width: int, arguments: dict[str, Any]):
         self.pages, self.cached_width, self.arguments = pages, cached_width, arguments
         _check_pages(pages, cached_width, arguments["block_table"])
         ends_q, ends_k = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
         ends_k = ends_k["full_attention"] if isinstance(ends_k, dict) else ends_k
-        # the one place where the host waits for the device; all layers share the result
+        # only here the host waits for the device; all layers use the result
         self.groups = locate_groups(ends_q.tolist(), ends_k.tolist(), ends_k.device)
 
-    @torch.compiler.disable
-    def attend(
+    def append(
         self,
-        attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-        layer_idx: int,
-        q_content: Tensor,  # [1 s h n]  all requests, packed
-        q_rotary: Tensor,  # [1 s h r]
-        latent: Tensor,  # [1 1 s c]
+        latent: Tensor,  # [1 1 s c]  all requests, packed
         k_rotary: Tensor,  # [1 1 s r]
-    ) -> Tensor:  # [1 s h v]
-        """Writes the new latents to the layer's pages and attends to each request's own.
+        layer_idx: int,
+    ) -> Iterator[tuple[slice | Tensor, Latents, Tensor | None]]:
+        """Writes new tokens to the layer's pages, and returns queries, latents and mask of each group (see `Group`).
 
-        `attention` takes q_content [b s h n], q_rotary [b s h r], rows of latent and rotary key side by side
-        [b t c+r] and a mask, and gives the context [b s h v]. Padding tokens get zeros.
+        `select_tokens` takes the group's queries from the packed row. Latents are read when the group is reached.
         """
-        first, second = self._write_and_read(torch.cat((latent, k_rotary), dim=-1), layer_idx)
-        context = None
-        for queries, visible, mask in self.groups:
-            rows = torch.cat((_pick(first, visible), _pick(second, visible)), dim=-1)[..., : self.cached_width]
-            part = attention(_pick(q_content[0], queries), _pick(q_rotary[0], queries), rows, mask)
-            if context is None:
-                context = part.new_zeros(q_content.shape[1], *part.shape[2:])
-            context[queries] = part
-        return context[None]
+        row_format = LatentFormat(latent.shape[-1], k_rotary.shape[-1], latent.dtype)
+        halves = self._write_and_read(row_format.encode(latent, k_rotary), layer_idx)
+
+        def latents_of(visible: slice | Tensor) -> Latents:
+            rows = torch.cat([select_tokens(half, visible) for half in halves], dim=-1)
+            return Latents(Segment(rows[..., : self.cached_width], row_format))
+
+        return ((queries, latents_of(visible), mask) for queries, visible, mask in self.groups)
 
     def _write_and_read(self, rows: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """New rows [1 1 s c+r] into the pages; the halves of all visible ones, each [t p], request after request."""
+        """Writes rows [1 1 s c+r] to the pages, and reads the two halves [t p] of all visible rows of all requests."""
         if rows.dtype != self.pages.dtype:
             raise ValueError(
                 f"the pages hold {self.pages.dtype}, the new latents are {rows.dtype}; load the model in one dtype."
@@ -138,7 +134,7 @@ def _check_pages(pages: PagedAttentionCache, cached_width: int, block_table: Ten
 
 
 def check_unpaged(config: PreTrainedConfig) -> None:
-    """Refuses a plain forward pass under a name for which transformers makes no mask: padding would be attended to."""
+    """Refuses a plain forward pass with a paged implementation, for which transformers makes no mask of padding."""
     if is_paged(config):
         name = attention_name(config)
         raise ValueError(
@@ -148,7 +144,7 @@ def check_unpaged(config: PreTrainedConfig) -> None:
 
 
 def locate_groups(ends_q: list[int], ends_k: list[int], device: torch.device) -> list[Group]:
-    """Groups of the requests whose new and visible tokens end at these places of the packed rows, the first at 0."""
+    """Groups requests by where their new and visible tokens end in the packed rows; both lists start with 0."""
     query_lengths, key_lengths = ([end - start for start, end in pairwise(ends)] for ends in (ends_q, ends_k))
     groups = []
     for members in group_requests(query_lengths, key_lengths):
@@ -161,19 +157,20 @@ def locate_groups(ends_q: list[int], ends_k: list[int], device: torch.device) ->
             torch.tensor([of[i] for i in members], device=device)[:, None] for of in (ends_q, ends_k, key_lengths)
         )
         order = torch.arange(t, device=device)
-        # a token of its own, so that nothing of one request, be it NaN, reaches another through a weight of zero
+        # padding repeats the request's own token, so that a NaN of another request cannot spread by a weight of zero
         visible = start_k + order.minimum(lengths - 1)
         mask = None if key_lengths[members[0]] == t else (order < lengths)[:, None, None]
         groups.append(Group(start_q + torch.arange(s, device=device), visible, mask))
     return groups
 
 
-def _pick(rows: Tensor, where: slice | Tensor) -> Tensor:
-    return rows[where][None] if isinstance(where, slice) else rows[where]
+def select_tokens(packed: Tensor, indices: slice | Tensor) -> Tensor:
+    """Takes the tokens of a group, [b s ...], from a packed row [s' ...]; a slice is one request."""
+    return packed[indices][None] if isinstance(indices, slice) else packed[indices]
 
 
 def check_batching_config(given: Any) -> None:
-    """Refuses what was asked for and cannot be done with latents; `given` is a ContinuousBatchingConfig or None."""
+    """Refuses settings that latents do not support; `given` is a ContinuousBatchingConfig or None."""
     if given is not None and (any(given.cuda_graph_booleans) or given.max_blocks_per_request):
         raise ValueError(
             "continuous batching of latents groups requests by their lengths at every step, so it has no CUDA graphs "
@@ -182,9 +179,9 @@ def check_batching_config(given: Any) -> None:
 
 
 def with_latent_pages(manager: Any) -> Any:
-    """Has `manager`, a ContinuousBatchingManager, make its pages for latents; returns it.
+    """Makes `manager`, a ContinuousBatchingManager, create its pages for latents, and returns it.
 
-    One head of width p makes 2 p = c + r elements per token and layer.
+    One head of width p has 2 p = c + r elements per token and layer.
     """
     manager.continuous_batching_config.use_cuda_graph = (False, False)
     manager.continuous_batching_config.max_blocks_per_request = 0

@@ -1,4 +1,4 @@
-"""Prompts that were read once, kept in a folder: what a new prompt has in common with one is loaded, not computed."""
+"""A folder of prompts that were computed once: the prefix that a new prompt shares with one of them is loaded."""
 
 import hashlib
 import os
@@ -20,16 +20,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..compat.torch import version_of
 from .checks import check_ids
-from .files import FORMAT, fingerprint, read_metadata, settings_of
-from .format import check_bits
+from .files import FORMAT, read_metadata
+from .fingerprint import fingerprint, settings_of
+from .format import check_cache_dtype, refuse_bits
 from .latent_cache import LatentCache
 
-BLOCK = 64  # tokens
-_ENTRY = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT}\.safetensors")
+TOKENS_PER_BLOCK = 64
+_STORED_NAME = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT}\.safetensors")
 
 
 class _Prompt(NamedTuple):
-    """What a file holds: tokens of one sequence, for the model and the bits that `key` says."""
+    """The tokens of one sequence in a file; `key` is the fingerprint of the model and the cache_dtype."""
 
     key: str
     tokens: array
@@ -38,13 +39,13 @@ class _Prompt(NamedTuple):
     def name(self) -> str:
         return f"{hashlib.sha256(self.key.encode() + self.tokens.tobytes()).hexdigest()}.v{FORMAT}.safetensors"
 
-    def chain(self) -> list[bytes]:
-        """One hash per whole block, each over the one before: equal at i where everything up to block i is equal."""
-        data, width = self.tokens.tobytes(), BLOCK * self.tokens.itemsize
-        hashes, last = [], self.key.encode()
+    def block_hashes(self) -> list[bytes]:
+        """One hash per whole block, over the block and the hash before it: it is that of all tokens up to there."""
+        data, width = self.tokens.tobytes(), TOKENS_PER_BLOCK * self.tokens.itemsize
+        hashes, previous = [], self.key.encode()
         for end in range(width, len(data) + 1, width):
-            last = hashlib.blake2b(last + data[end - width : end], digest_size=16).digest()
-            hashes.append(last)
+            previous = hashlib.blake2b(previous + data[end - width : end], digest_size=16).digest()
+            hashes.append(previous)
         return hashes
 
     def starts_with(self, other: "_Prompt") -> bool:
@@ -52,78 +53,81 @@ class _Prompt(NamedTuple):
 
 
 class PromptCache:
-    """A folder of LatentCache files, each of one prompt, that several processes may use at once.
+    """A folder of LatentCache files, one per prompt, that several processes may use at the same time.
 
-    It holds at most `max_bytes`; what was used longest ago goes first. A file serves every prompt that begins as it
-    does, up to the first token that differs, if they share a whole block of 64 tokens. Only what the same weights,
-    settings and adapters computed is loaded, and nothing that was damaged: such a file is removed with a warning.
-    Files of other names in the folder are left alone.
+    It holds at most `max_bytes`; the least recently used prompts are removed first. A file serves every prompt that
+    shares its first block of 64 tokens or more, up to the first token that differs. Only caches that the same weights,
+    settings and adapters computed are loaded. A damaged file is removed with a warning, and files with other names in
+    the folder are never touched.
 
     Args:
-        folder: made if it is not there.
-        bits: as in LatentCache; prompts stored in other bits are left alone.
+        folder: created if it does not exist.
+        cache_dtype: as in LatentCache; prompts stored with another one are ignored.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_bytes: int, bits: int | str | None = None):
-        check_bits(bits)
+    def __init__(self, folder: str | os.PathLike, *, max_bytes: int, cache_dtype: str | None = None, **unknown):
+        refuse_bits("PromptCache", unknown)
+        check_cache_dtype(cache_dtype)
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}.")
-        self.folder, self.max_bytes, self.bits = Path(folder), max_bytes, bits
+        self.folder, self.max_bytes, self.cache_dtype = Path(folder), max_bytes, cache_dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         self._prompts: dict[tuple[str, int], tuple[_Prompt, list[bytes]]] = {}
         self._fingerprints: WeakKeyDictionary[PreTrainedModel, tuple[list, str]] = WeakKeyDictionary()
 
     def load(self, input_ids: Tensor, model: PreTrainedModel) -> LatentCache:
-        """A cache of the longest stored beginning of `input_ids` [1 s], at most s - 1 tokens; empty if there is none.
+        """Loads the longest stored prefix of `input_ids` [1 s], at most s - 1 tokens; the cache is empty if none fits.
 
-        Feed it with `model.generate(input_ids, cache=cache)`, which reads the rest of the prompt.
+        `model.generate(input_ids, cache=cache)` then computes the rest of the prompt.
         """
         key = self._key(model)
-        # the last token is left to feed, since its logits are what is wanted
+        # the last token is left to compute, since its logits are needed
         wanted = _Prompt(key, _one_sequence(input_ids)[:-1])
         for num_tokens, path in self._matches(wanted):
             try:
                 cache = LatentCache.load(path, model=model)
-            except FileNotFoundError:  # removed by another process since it was listed
+            except FileNotFoundError:  # another process has removed it since it was listed
                 continue
             except ValueError as error:
                 self._fingerprints.pop(model, None)
                 if self._key(model) != key:
-                    # the weights were changed where torch does not count it, so other files are meant
+                    # the weights changed in a way that torch's version counter misses, so search for others
                     return self.load(input_ids, model)
                 _discard(path, error)
                 continue
             _touch(path)
             cache.crop(num_tokens - cache.get_seq_length())
             return cache
-        return LatentCache(model.config, bits=self.bits)
+        return LatentCache(model.config, cache_dtype=self.cache_dtype)
 
     def store(self, cache: LatentCache, tokens: Tensor, model: PreTrainedModel) -> None:
-        """Keeps what `cache` holds, the first of these ids [t] or [1 t], unless that is less than a block.
+        """Stores `cache`, which holds the first of these ids [t] or [1 t], unless it is shorter than a block.
 
-        Replaces what was stored of their beginnings; where more than these is stored, that counts as used instead.
+        It replaces stored prompts that are a prefix of it. If a stored prompt has it as a prefix, that one counts as
+        used, and nothing is written.
 
         Raises:
-            ValueError: for several sequences, other bits than this folder's, too few ids, or more than `max_bytes`.
+            ValueError: for several sequences, another cache_dtype, too few ids, or more bytes than `max_bytes`.
         """
         if not isinstance(cache, LatentCache):
             raise TypeError(
-                f"expected a LatentCache, got {type(cache).__name__}; generate with the one `load` returns."
+                f"expected a LatentCache, got {type(cache).__name__}; generate with the one that `load` returns."
             )
         ids, length = _one_sequence(tokens), cache.get_seq_length()
-        if cache.bits != self.bits:
+        if cache.cache_dtype != self.cache_dtype:
             raise ValueError(
-                f"this folder was opened with bits={self.bits} and the cache has bits={cache.bits}; open it with "
-                f"PromptCache(folder, max_bytes=..., bits={cache.bits!r}), or fill the cache that `load` returns."
+                f"this folder was opened with cache_dtype={self.cache_dtype!r} and the cache has "
+                f"cache_dtype={cache.cache_dtype!r}; open it with PromptCache(folder, max_bytes=..., "
+                f"cache_dtype={cache.cache_dtype!r}), or use the cache that `load` returns."
             )
-        if length < BLOCK:
+        if length < TOKENS_PER_BLOCK:
             return
         batch = cache.layers[0].batch_size
         if batch != 1 or len(ids) < length:
             raise ValueError(
                 f"expected a cache of one sequence and the ids of its {length} tokens, got one of {batch} and "
-                f"{len(ids)} ids; store each sequence by itself, with the ids its cache was filled from."
+                f"{len(ids)} ids; store each sequence by itself, with the ids that its cache was computed from."
             )
         self._refuse_if_too_large(cache.nbytes)
         new = _Prompt(self._key(model), ids[:length])
@@ -141,20 +145,20 @@ class PromptCache:
             if size > self.max_bytes:
                 path.unlink()
             self._refuse_if_too_large(size)
-            for beginning, prompt in stored.items():
+            for prefix, prompt in stored.items():
                 if new.starts_with(prompt):
-                    beginning.unlink(missing_ok=True)
+                    prefix.unlink(missing_ok=True)
             self._evict(kept=path)
 
     def __repr__(self) -> str:
         return (
-            f"PromptCache({str(self.folder)!r}, bits={self.bits}: {len(self)} prompts, {self.nbytes:,} of "
-            f"{self.max_bytes:,} bytes)"
+            f"PromptCache({str(self.folder)!r}, cache_dtype={self.cache_dtype!r}: {len(self)} prompts, "
+            f"{self.nbytes:,} of {self.max_bytes:,} bytes)"
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored prompts, also of other models and bits."""
+        """Bytes of all stored prompts, those of other models and cache_dtypes included."""
         return sum(status.st_size for _, status in self._files())
 
     def __len__(self) -> int:
@@ -167,12 +171,12 @@ class PromptCache:
                 path.unlink(missing_ok=True)
 
     def _key(self, model: PreTrainedModel) -> str:
-        """What a file must have been stored for; the weights are read again only where they may have changed."""
+        """The key of files for `model`; the weights are read again only if they may have changed."""
         state = [repr(settings_of(model))]
         for name, weight in model.state_dict().items():
             if hasattr(weight, "full_tensor"):
                 raise ValueError(
-                    f"expected all weights in one process, {name} is spread over several, which need not see the same "
+                    f"expected all weights in one process, {name} is sharded over several, which may not see the same "
                     "files; use LatentCache.save and load."
                 )
             state.append((weight.data_ptr(), version_of(weight)))
@@ -180,14 +184,14 @@ class PromptCache:
         if state != known_state:
             known = fingerprint(model)
             self._fingerprints[model] = state, known
-        return f"{known} {self.bits}"
+        return f"{known} {self.cache_dtype}"
 
     def _matches(self, wanted: _Prompt) -> list[tuple[int, Path]]:
-        """How many tokens each file has in common with `wanted`, where it is a block or more; the most first."""
-        ends = {block: BLOCK * (i + 1) for i, block in enumerate(wanted.chain())}
+        """The number of tokens that each file shares with `wanted`, if it is a block or more; the largest first."""
+        ends = {block: TOKENS_PER_BLOCK * (i + 1) for i, block in enumerate(wanted.block_hashes())}
         found = []
-        for (name, _), (prompt, chain) in self._read_folder().items():
-            num_tokens = next((ends[block] for block in reversed(chain) if block in ends), 0)
+        for (name, _), (prompt, hashes) in self._read_folder().items():
+            num_tokens = next((ends[block] for block in reversed(hashes) if block in ends), 0)
             if num_tokens:
                 rest = zip(wanted.tokens[num_tokens:], prompt.tokens[num_tokens:])
                 num_tokens += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], rest))
@@ -195,13 +199,13 @@ class PromptCache:
         return sorted(found, reverse=True)
 
     def _read_folder(self) -> dict[tuple[str, int], tuple[_Prompt, list[bytes]]]:
-        """The prompts of all files and their hashes; of files seen before, by name and inode, nothing is read again."""
+        """The prompts of all files and their block hashes; a file with a known name and inode is not read again."""
         prompts = {}
         for path, status in self._files():
-            seen = path.name, status.st_ino
+            file = path.name, status.st_ino
             try:
-                prompts[seen] = self._prompts[seen] if seen in self._prompts else _read_prompt(path)
-            except FileNotFoundError:  # removed by another process since it was listed
+                prompts[file] = self._prompts[file] if file in self._prompts else _read_prompt(path)
+            except FileNotFoundError:  # another process has removed it since it was listed
                 continue
             except ValueError as error:
                 _discard(path, error)
@@ -210,19 +214,19 @@ class PromptCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for file in os.scandir(self.folder):
-            if _ENTRY.fullmatch(file.name):
-                with suppress(FileNotFoundError):  # removed by another process since it was listed
+            if _STORED_NAME.fullmatch(file.name):
+                with suppress(FileNotFoundError):  # another process has removed it since it was listed
                     yield Path(file.path), file.stat()
 
     def _refuse_if_too_large(self, nbytes: int) -> None:
         if nbytes > self.max_bytes:
             raise ValueError(
                 f"expected a prompt of at most max_bytes={self.max_bytes:,} bytes, got one of {nbytes:,}; raise "
-                "max_bytes, use fewer bits, or store fewer tokens."
+                "max_bytes, quantize the cache by cache_dtype, or store fewer tokens."
             )
 
     def _evict(self, kept: Path) -> None:
-        """Removes what was used longest ago until the folder is small enough, but not `kept`."""
+        """Removes the least recently used prompts, but never `kept`, until the folder is small enough."""
         total = self.nbytes
         for path, status in sorted(self._files(), key=lambda file: file[1].st_mtime_ns):
             if total > self.max_bytes and path != kept:
@@ -230,7 +234,7 @@ class PromptCache:
                 total -= status.st_size
 
     def _remove_leftovers(self) -> None:
-        # whoever writes here holds the lock, so these are of writers that were killed
+        # a writer holds the lock, so these are from writers that were killed
         for path in self.folder.glob(f".*.v{FORMAT}.safetensors.*"):
             shutil.rmtree(path)
 
@@ -244,12 +248,12 @@ def _one_sequence(ids: Tensor) -> array:
 
 def _read_prompt(path: Path) -> tuple[_Prompt, list[bytes]]:
     stored = read_metadata(path)
-    prompt = _Prompt(f"{stored['fingerprint']} {stored['bits']}", array("q", stored["tokens"][0]))
-    return prompt, prompt.chain()
+    prompt = _Prompt(f"{stored['fingerprint']} {stored['cache_dtype']}", array("q", stored["tokens"][0]))
+    return prompt, prompt.block_hashes()
 
 
 def _touch(path: Path) -> None:
-    # by our own clock: that of file systems ticks in milliseconds, and the order must hold
+    # by our own clock: a file system's clock ticks in milliseconds, which would lose the order
     now = time.time_ns()
     with suppress(FileNotFoundError):
         os.utime(path, ns=(now, now))

@@ -11,14 +11,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
-from ..cache.format import BITS
+from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import local_or_hub, read_config
 from ..conversion.size import expanded_width
 from .terminal import DTYPES, number_between, quiet_transformers
-
-CACHE_BITS = tuple(bits for bits in BITS if bits is not None)
 
 
 def add_command(commands) -> None:
@@ -46,19 +44,10 @@ def add_command(commands) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: that of the checkpoint")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda if available")
     parser.add_argument(
-        "--cache-bits",
-        type=_cache_bits,
-        metavar="B",
-        help="8, 6, 5, 4 or fp8 per latent element; default: not quantized",
+        "--cache-dtype", choices=CACHE_DTYPES[1:], help="quantize the cached latents; default: not quantized"
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.set_defaults(action=_generate)
-
-
-def _cache_bits(text: str) -> int | str:
-    if text not in map(str, CACHE_BITS):
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, CACHE_BITS))}, got {text}")
-    return text if text == "fp8" else int(text)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -87,7 +76,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         output = model.generate(
             **inputs.to(model.device),
-            cache=LatentCache(model.config, bits=arguments.cache_bits),
+            cache=LatentCache(model.config, cache_dtype=arguments.cache_dtype),
             streamer=streamer,
             max_new_tokens=arguments.max_new_tokens,
             use_cache=True,

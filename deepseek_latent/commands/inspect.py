@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..cache.format import BITS, latent_format
+from ..cache.format import CACHE_DTYPES, latent_format
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import architecture_of, check_checkpoint, checkpoint_tensors, has_weights, read_config
 from ..conversion.size import cached_elements_per_token, idle_parameters, parameters_by_part
@@ -71,11 +71,9 @@ def _cache_table(config: DeepseekV2Config) -> Table:
     compressed = config.cached_width * config.num_hidden_layers
     for attention, count in cached_elements_per_token(config).items():
         table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / compressed:.2f}")
-    for bits in BITS:
-        if bits is None:
-            continue
-        row_bytes = latent_format(bits, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
+    for cache_dtype in CACHE_DTYPES[1:]:
+        row_bytes = latent_format(cache_dtype, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
         num_bytes = row_bytes * config.num_hidden_layers
-        name = f"MLA, {bits} bits" if isinstance(bits, int) else f"MLA, {bits}"
-        table.add_row(name, f"{compressed:,}", f"{num_bytes:,}", f"{num_bytes / (compressed * dtype.itemsize):.2f}")
+        ratio = f"{num_bytes / (compressed * dtype.itemsize):.2f}"
+        table.add_row(f"MLA, {cache_dtype}", f"{compressed:,}", f"{num_bytes:,}", ratio)
     return table

@@ -1,5 +1,7 @@
-"""Whatever stands around `kv_b_proj`, decoding gives what calling it as a module gives: on the fast path where its
-effect can be read, on the expanded path where it cannot."""
+"""Whatever wraps `kv_b_proj`, decoding gives the same as calling it as a module.
+
+If its weight can be read, attention is absorbed. Otherwise the latents are expanded by calling it.
+"""
 
 import contextlib
 
@@ -10,14 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deepseek_latent.attention import attention as latent_attention
-from deepseek_latent.attention.read_linear import effective_weight
+from deepseek_latent.attention.read_linear import read_linear
 from tests.support import random_ids, relative_error, tiny_model
 
 CACHED, NEW = 9, 2
 
 
 class EightBit(nn.Linear):
-    """A linear layer as a quantiser leaves it: codes and scales in place of a weight that could be read."""
+    """A linear layer after quantization: it has codes and scales, and no weight that can be read."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -52,7 +54,7 @@ def every_kv_b_proj(model):
     return [(layer.self_attn, layer.self_attn.kv_b_proj) for layer in model.model.layers]
 
 
-def bare(model):
+def plain_linear(model):
     pass
 
 
@@ -143,7 +145,7 @@ def replaced_forward(model):
 
 
 READABLE = [
-    bare,
+    plain_linear,
     lora,
     lora_left_in_training_mode,
     rslora,
@@ -183,11 +185,11 @@ def decode(model, ids):
 
 
 def by_calling_the_module(model, ids):
-    """The same logits from the whole sequence at once, with gradients on: no weight is read, only forwards run."""
+    """The same logits from the whole sequence at once with gradients on, where modules are called and not read."""
     return model(ids).logits[:, CACHED:].detach()
 
 
-# peft unmerges on the first call, so what was opaque becomes readable on the way
+# peft unmerges at the first call, after which the weight can be read
 EITHER = [lora_merged_then_switched_off]
 
 
@@ -202,16 +204,16 @@ def test_decode_equals_calling_the_module(wrap, monkeypatch):
     assert relative_error(actual, expected) < 1e-5
     if wrap not in EITHER:
         assert bool(absorbed) == (wrap in READABLE)
-    if wrap not in (bare, lora_switched_off, lora_merged_then_switched_off, eight_bit):
+    if wrap not in (plain_linear, lora_switched_off, lora_merged_then_switched_off, eight_bit):
         assert relative_error(actual, plain) > 1e-2, "the wrapper has no effect, so this test cannot fail"
 
 
 @pytest.mark.parametrize("wrap", READABLE)
-def test_effective_weight_is_what_the_module_multiplies_by(wrap):
+def test_read_linear_returns_the_weight_that_the_module_applies(wrap):
     model = tiny_model()
     wrap(model)
     for _, linear in every_kv_b_proj(model):
-        weight, factors = effective_weight(linear)
+        weight, factors = read_linear(linear)
         total = weight + sum((b @ a for b, a in factors), torch.zeros_like(weight))
         torch.testing.assert_close(total.T, linear(torch.eye(linear.in_features)), rtol=1e-5, atol=1e-5)
 
@@ -227,7 +229,7 @@ def test_bfloat16_model_with_float32_adapter_decodes_as_its_module_does():
     assert relative_error(decode(model, ids), exact) < 2 * relative_error(expected, exact) + 2**-7
 
 
-def test_an_optimiser_step_between_two_generations_is_seen_at_once():
+def test_an_optimizer_step_between_two_generations_takes_effect_at_once():
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     peft = with_lora(model)
     before = decode(model, ids)
@@ -239,7 +241,7 @@ def test_an_optimiser_step_between_two_generations_is_seen_at_once():
     assert relative_error(after, by_calling_the_module(model, ids)) < 1e-5
 
 
-def test_switching_adapters_between_two_generations_is_seen_at_once():
+def test_switching_adapters_between_two_generations_takes_effect_at_once():
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     peft = with_lora(model, adapters=("first", "second"))
     for adapter in ("first", "second", "first"):
@@ -268,13 +270,13 @@ def test_active_dropout_inside_an_adapter_is_not_skipped():
 
 
 def test_weights_on_the_meta_device_are_not_read():
-    assert effective_weight(nn.Linear(4, 6, bias=False, device="meta")) is None
+    assert read_linear(nn.Linear(4, 6, bias=False, device="meta")) is None
 
 
-def test_offloaded_weights_are_fetched_by_calling(tmp_path):
+def test_offloaded_weights_are_fetched_by_calling_the_module(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     expected = by_calling_the_module(model, ids)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
-    assert effective_weight(model.model.layers[0].self_attn.kv_b_proj) is None
+    assert read_linear(model.model.layers[0].self_attn.kv_b_proj) is None
     assert relative_error(decode(model, ids), expected) < 1e-5

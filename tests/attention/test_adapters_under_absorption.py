@@ -1,4 +1,4 @@
-"""Adapters on all that `lora_config` reaches: whichever way tokens are made, they are the merged model's."""
+"""With adapters on every module that `lora_config` reaches, each way to generate gives the merged model's tokens."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ IDS = random_ids(3, PROMPT)
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # a dense layer and one with experts
 VARIANTS = {"V2": V2 | {"num_hidden_layers": 2}, "Lite": LITE | {"num_hidden_layers": 2}}
-# of these kinds peft has only LoRA for parameters, as those of routed experts
+# peft supports only LoRA, of these kinds, for parameters such as the stacked weights of routed experts
 ON_EXPERTS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}}
 KINDS = ON_EXPERTS | {
     "DoRA": {"use_dora": True},
@@ -39,7 +39,7 @@ def _nothing_compiled_before():
 
 @pytest.fixture(scope="module", autouse=True)
 def _garbage_of_this_file_only():
-    """Continuous batching collects garbage at both ends; all that was imported need not be walked each time."""
+    """Excludes imported objects from the garbage collections of continuous batching, which saves time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -50,7 +50,7 @@ def base(variant: str):
 
 
 def adapted(variant: str, kind: str = "LoRA", *, adapters=("first",), trained: bool = True, **options) -> PeftModel:
-    """With adapters as peft begins them or, `trained`, with noise on all that an optimiser would move."""
+    """A model with adapters as peft initializes them or, if `trained`, with noise on all trainable parameters."""
     model = base(variant)
     config = lora_config(model, r=9, **{"routed_experts": kind in ON_EXPERTS} | KINDS[kind] | options)
     model = get_peft_model(model, config, adapter_name=adapters[0])
@@ -70,7 +70,7 @@ def merged(model: PeftModel):
 
 
 def plain(**options):
-    """New tokens [b NEW] and the logits [b NEW vocab] that they were chosen by."""
+    """Returns new tokens [b NEW] and the logits [b NEW vocab] that they were chosen by."""
 
     def generate(model, ids: Tensor = IDS, **more):
         wanted = {"return_dict_in_generate": True, "output_logits": True}
@@ -90,7 +90,7 @@ def continuous_batching(model):
     outputs = model.generate_batch(
         IDS.tolist(),
         generation_config=GenerationConfig(**GREEDY | {"eos_token_id": -1}),
-        # the prompts come in chunks
+        # the prompts are read in chunks
         continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16),
     )
     assert [output.error for output in outputs.values()] == [None] * len(IDS)
@@ -103,7 +103,7 @@ WAYS = {
     "default": plain(),
     "chunked prefill": plain(prefill_chunk_size=4),
     "static": plain(cache_implementation="static"),
-    "8 bits": plain(cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 8}),
+    "int8": plain(cache_implementation="quantized", cache_config={"backend": "latent", "cache_dtype": "int8"}),
     "continuous batching": continuous_batching,
     "compiled": compiled(),
     "compiled in pieces": compiled(fullgraph=False),
@@ -113,7 +113,7 @@ WAYS = {
 
 
 def cell(way: str, kind: str, variant: str):
-    # peft's DoRA breaks the graph of any model, and pieces take long; to a compiler the variants are alike
+    # peft's DoRA breaks the graph of any model, and compiling the parts is slow; both variants compile alike
     if way == "compiled" and kind == "DoRA":
         way = "compiled in pieces"
     is_slow = way == "compiled in pieces" or (way, variant) == ("compiled", "Lite")
@@ -126,15 +126,15 @@ CELLS += [pytest.param("inductor", "LoRA", "V2", marks=[pytest.mark.slow, needs_
 
 @functools.cache
 def subject(variant: str, kind: str) -> tuple[PeftModel, tuple, tuple]:
-    """A model with an adapter, what it says when merged and what it would say without: nobody changes it."""
+    """A model with an adapter, its output when merged, and its output without the adapter; tests do not change it."""
     torch.manual_seed(3)
     model = adapted(variant, kind)
     return model, WITHOUT_CACHE(merged(model)), WITHOUT_CACHE(base(variant))
 
 
 def fit_for(way: str, model: PeftModel) -> PeftModel:
-    """In float64 hardly a number is so near the border of two codes that the order of a sum decides between them."""
-    if way == "8 bits":
+    """For int8, the model in float64, where the order of a sum hardly ever decides between two codes."""
+    if way == "int8":
         model = copy.deepcopy(model).double()
         # torch has no grouped_mm for float64
         model.base_model.model.set_experts_implementation("eager")
@@ -142,25 +142,25 @@ def fit_for(way: str, model: PeftModel) -> PeftModel:
 
 
 def expected_of(way: str, *inputs) -> tuple:
-    """What has to be said; fewer bits and beams change it, other ways do not."""
-    return (WAYS[way] if way in ("8 bits", "beams") else WITHOUT_CACHE)(*inputs)
+    """The expected output; only quantization and beams change it."""
+    return (WAYS[way] if way in ("int8", "beams") else WITHOUT_CACHE)(*inputs)
 
 
-def assert_said(actual, expected) -> None:
+def assert_same(actual, expected) -> None:
     assert actual[0] == expected[0]
     if actual[1] is not None:
         assert relative_error(actual[1], expected[1]) < 1e-5
 
 
 @pytest.mark.parametrize(("way", "kind", "variant"), CELLS)
-def test_what_is_said_is_what_the_merged_model_says(way, kind, variant):
+def test_every_way_gives_the_output_of_the_merged_model(way, kind, variant):
     model, expected, without = subject(variant, kind)
     assert expected[0] != without[0]
     assert relative_error(expected[1], without[1]) > 1e-1
-    if way == "8 bits":
+    if way == "int8":
         model = fit_for(way, model)
         expected = WAYS[way](merged(model))
-    assert_said(WAYS[way](model), expected)
+    assert_same(WAYS[way](model), expected)
     assert bool(counters["stats"]["unique_graphs"]) == (way in ("compiled", "compiled in pieces", "inductor"))
 
 
@@ -175,10 +175,10 @@ def test_all_but_dora_are_absorbed(kind, variant):
 
 @each_variant
 @each_kind
-def test_an_adapter_as_peft_begins_it_changes_nothing_that_is_said(kind, variant):
+def test_an_adapter_as_peft_initializes_it_does_not_change_the_output(kind, variant):
     model, (_, _, expected) = adapted(variant, kind, trained=False), subject(variant, kind)
-    assert_said(WAYS["default"](model), expected)
-    # these two take what the adapter begins with out of the weight
+    assert_same(WAYS["default"](model), expected)
+    # these two subtract the initial adapter from the weight
     weights = [m.model.layers[1].self_attn.kv_b_proj for m in (model.base_model.model, base(variant))]
     moved = relative_error(weights[0].base_layer.weight, weights[1].weight) > 1e-2
     assert moved == (kind in ("PiSSA", "OLoRA"))
@@ -201,7 +201,7 @@ PROJECTIONS = {
     "Lite": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
 }
 MLPS = [f"{mlp}.{name}_proj" for mlp in ("layers.0.mlp", "shared_experts") for name in ("gate", "up", "down")]
-# peft wraps one parameter of experts around the other
+# peft wraps the two parameters of experts in one another
 MLPS += ["mlp.experts", "mlp.experts.base_layer"]
 
 
@@ -209,7 +209,7 @@ MLPS += ["mlp.experts", "mlp.experts.base_layer"]
     ("variant", "projection"), [(variant, name) for variant in VARIANTS for name in PROJECTIONS[variant] + MLPS]
 )
 @torch.no_grad()
-def test_an_adapter_taken_off_one_projection_is_missed_in_the_next_token(variant, projection):
+def test_removing_an_adapter_from_one_projection_changes_the_next_token(variant, projection):
     model = adapted(variant)
     cache = model(IDS[:, :-1], use_cache=True).cache
 
@@ -232,8 +232,8 @@ def step(model: PeftModel) -> None:
     optimizer.step()
 
 
-# a compiled step is the same for both variants but for the queries
-SEVERAL = [(way, variant) for way in ("default", "static", "8 bits") for variant in VARIANTS]
+# both variants have the same compiled step, except for the queries
+SEVERAL = [(way, variant) for way in ("default", "static", "int8") for variant in VARIANTS]
 SEVERAL += [pytest.param("compiled", "V2", marks=pytest.mark.slow)]
 EVENTS = {
     "the second": lambda model: model.set_adapter("second"),
@@ -245,16 +245,16 @@ EVENTS = {
 
 
 @pytest.mark.parametrize(("way", "variant"), SEVERAL)
-def test_what_changes_between_two_generations_is_seen_at_once(way, variant):
+def test_a_change_between_two_generations_takes_effect_at_once(way, variant):
     model = fit_for(way, adapted(variant, adapters=("first", "second")))
-    said = WAYS[way](model)
+    output = WAYS[way](model)
     for event, happens in EVENTS.items():
         happens(model)
-        before, said = said, WAYS[way](model)
-        assert relative_error(said[1], before[1]) > 1e-2, event
-        # peft merges adapters that are off, too
+        before, output = output, WAYS[way](model)
+        assert relative_error(output[1], before[1]) > 1e-2, event
+        # peft also merges adapters that are disabled
         alone = copy.deepcopy(model).unload() if event == "none" else merged(model)
-        assert_said(said, expected_of(way, alone))
+        assert_same(output, expected_of(way, alone))
 
 
 @pytest.mark.parametrize(("way", "variant"), [*SEVERAL, ("chunked prefill", "V2"), ("beams", "V2")])
@@ -262,16 +262,16 @@ def test_each_row_of_a_mixed_batch_has_its_adapter(way, variant):
     names = ["second", "__base__", "first"]
     model = fit_for(way, adapted(variant, adapters=("first", "second"), routed_experts=False))
     tokens, logits = WAYS[way](model, adapter_names=names)
-    # the beams of a row are neighbours
+    # the beams of a row are consecutive
     logits = logits.unflatten(0, (len(names), -1))
     for row, name in enumerate(names):
         is_base = name == "__base__"
         model.set_adapter("first" if is_base else name)
         with model.disable_adapter() if is_base else contextlib.nullcontext():
-            assert_said(([tokens[row]], logits[row]), expected_of(way, model, IDS[row : row + 1]))
+            assert_same(([tokens[row]], logits[row]), expected_of(way, model, IDS[row : row + 1]))
 
 
-def test_a_mixed_batch_with_adapters_on_routed_experts_is_refused_in_pefts_words():
+def test_peft_refuses_a_mixed_batch_with_adapters_on_routed_experts():
     model = adapted("V2", adapters=("first", "second"))
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         WAYS["default"](model, adapter_names=["first", "second", "__base__"])

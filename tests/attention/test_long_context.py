@@ -1,8 +1,8 @@
-"""DeepSeek-V2's window of 163,840 positions, reached by YaRN from 4,096: frequencies, angles, logits.
+"""DeepSeek-V2's window of 163,840 positions, which YaRN extends from 4,096: frequencies, angles, logits.
 
-Rotary positions are relative, so moving all tokens by 100,000 changes nothing but the size of the angles: what logits
-then lose, angles lost, and here it must be nothing. What tokens far apart see of each other is looked at with
-positions given by hand, and with a cache that holds the whole window.
+Rotary positions are relative, so moving all tokens by 100,000 changes only the size of the angles. If logits change,
+the angles have lost precision, and they must not. Attention between distant tokens is tested with explicit positions,
+and with a cache that holds the whole window.
 """
 
 import functools
@@ -40,7 +40,7 @@ PUBLISHED = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
-# dense, since a router near a tie may choose another expert for the least error of an angle
+# dense, since a router near a tie may choose another expert because of a tiny error of an angle
 LONG = {
     "rope_scaling": PUBLISHED,
     "rope_theta": 10000.0,
@@ -49,7 +49,7 @@ LONG = {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 2,
 }
-# several prompts, since what one loses to its angles is a matter of luck
+# several prompts, since the error of a single one varies
 B, S = 8, 17
 PLACES = {
     "at the start": torch.arange(S),
@@ -63,7 +63,7 @@ PLACES = {
 
 @functools.cache
 def subject():
-    """A small model in which positions matter: rotary queries and keys three times the size of the others."""
+    """A small model in which positions matter: rotary queries and keys are three times as large as the others."""
     model = tiny_model(**LONG)
     n, r = model.config.qk_nope_head_dim, model.config.qk_rope_head_dim
     with torch.no_grad():
@@ -74,7 +74,7 @@ def subject():
 
 
 def with_exact_angles(twin):
-    """transformers' own class, its angles taken from the reference: what float32 costs where no angle is rounded."""
+    """transformers' own class with exact angles from the reference: it has only the rounding of float32."""
 
     def exact_rotations(x: Tensor, position_ids: Tensor) -> Tensor:
         angles = position_ids[..., None] * reference.inverse_frequencies(twin.config)
@@ -98,13 +98,13 @@ def exact(place: str) -> Tensor:
 
 @functools.cache
 def yardstick(place: str) -> Tensor:
-    """An honest run in float32 with exact angles."""
+    """A run in float32 with exact angles, whose error the others are compared to."""
     with torch.no_grad():
         return twin()(random_ids(B, S), **all_in_one_sequence(PLACES[place]), use_cache=False).logits
 
 
 def all_in_one_sequence(positions: Tensor) -> dict[str, Tensor]:
-    # without a mask, transformers takes a jump for the start of another sequence
+    # without a mask, transformers takes a jump of positions for the start of another sequence
     return {"position_ids": positions[None], "attention_mask": torch.ones(B, S, dtype=torch.long)}
 
 
@@ -114,7 +114,7 @@ def all_in_one_sequence(positions: Tensor) -> dict[str, Tensor]:
 def test_fast_pairs_keep_their_frequency_and_slow_ones_are_40_times_slower():
     frequencies = subject().model.rotary_emb.inv_freq
     assert frequencies.dtype == torch.float32
-    # 32 turns in 4,096 tokens are made by pair 10.5 of 32, one turn by pair 22.5; rounded outwards
+    # pair 10.5 of 32 makes 32 turns in 4,096 tokens, and pair 22.5 makes one; both are rounded outwards
     turning = [64 * math.log(4096 / (turns * 2 * math.pi)) / (2 * math.log(10000)) for turns in (32, 1)]
     low, high = math.floor(turning[0]), math.ceil(turning[1])
     assert (low, high) == (10, 23)
@@ -122,7 +122,7 @@ def test_fast_pairs_keep_their_frequency_and_slow_ones_are_40_times_slower():
         unscaled = 10000.0 ** (-i / 32)
         slowed = min(max((i - low) / (high - low), 0.0), 1.0)
         expected = unscaled * (1 - slowed) + unscaled / 40 * slowed
-        # one rounding
+        # rounded once
         assert abs(frequency / expected - 1) <= 2**-24, i
     torch.testing.assert_close(
         frequencies.double(), reference.inverse_frequencies(subject().config), rtol=2**-24, atol=0
@@ -143,7 +143,7 @@ def test_the_length_factor_is_in_the_softmax_scale_and_not_in_cos_and_sin():
 def test_angles_are_exact_however_large_they_are(position):
     cos, sin = (x[0, 0].double() for x in subject().model.rotary_emb(torch.zeros(1), torch.tensor([[position]])))
     angles = position * reference.inverse_frequencies(subject().config)
-    # cos and sin are rounded once; a frequency kept in two float32 is off by 2^-48, an angle by 2^-30 at most
+    # cos and sin are rounded once; a frequency in two float32 numbers is off by 2^-48, an angle by 2^-30 at most
     assert ((cos - angles.cos()).abs() <= 2**-24).all()
     assert ((sin - angles.sin()).abs() <= 2**-24).all()
 
@@ -189,12 +189,12 @@ def in_steps_of(*lengths: int):
     return logits_in_steps
 
 
-# and which of our functions each takes
+# each way, and the attention functions that it uses
 WAYS = {
     "through the modules": (through_its_modules, set()),
     "uncached": (uncached, {"expanded"}),
     "prefill": (in_steps_of(S), {"expanded"}),
-    "prefill behind a prefix": (in_steps_of(3, S - 3), {"expanded"}),
+    "prefill after a prefix": (in_steps_of(3, S - 3), {"expanded"}),
     "prefill, then token by token": (in_steps_of(9, *[1] * (S - 9)), {"expanded", "absorbed"}),
     "several tokens at a time": (in_steps_of(1, *[4] * 4), {"expanded", "absorbed"}),
 }
@@ -202,7 +202,7 @@ WAYS = {
 
 @pytest.fixture
 def taken(monkeypatch) -> set[str]:
-    """Names of the paths that attention took."""
+    """The names of the attention functions that were called."""
     names = set()
     for name in ("absorbed", "expanded"):
         attend = getattr(latent_attention, f"{name}_attention")
@@ -226,30 +226,30 @@ def test_logits_anywhere_in_the_window_are_those_of_the_paper(way, place, taken)
 
 
 @torch.no_grad()
-def test_all_ways_through_the_model_lose_the_same_at_the_end_of_the_window():
-    # an angle is computed alike for whoever reads it, so ways differ by as little as at the start
+def test_all_ways_through_the_model_agree_at_the_end_of_the_window():
+    # all ways use the same angles, so they differ as little as at the start
     one, *others = (logits(random_ids(B, S), PLACES["at the end"]) for logits, _ in WAYS.values())
     rounding = relative_error(yardstick("at the start"), exact("at the start"))
     assert max(relative_error(other, one) for other in others) < 4 * rounding
 
 
-def test_the_distance_of_tokens_counts_and_not_where_they_are():
+def test_logits_depend_on_the_distance_of_tokens_and_not_on_their_position():
     for place in ("around 4,096", "at 100,000", "at the end"):
         assert relative_error(exact(place), exact("at the start")) < 1e-9
-    # and distance does count in this model
+    # in this model, distance does matter
     assert relative_error(exact("all over the window"), exact("at the start")) > 0.1
 
 
-@pytest.mark.parametrize("bits", [None, 6], ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, "int6"], ids=str)
 @torch.no_grad()
-def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
+def test_the_last_tokens_of_a_full_window_attend_to_all_of_it(cache_dtype):
     s, past = 2, WINDOW - 2
     model = tiny_model(**LONG | {"num_hidden_layers": 1})
     config, ids = model.config, random_ids(1, s)
-    cache = LatentCache(config, bits=bits)
+    cache = LatentCache(config, cache_dtype=cache_dtype)
     cache.update(torch.randn(1, 1, past, config.kv_lora_rank), torch.randn(1, 1, past, config.qk_rope_head_dim), 0)
     latent, k_rotary = (x[:, 0].double() for x in (cache.layers[0].keys, cache.layers[0].values))
-    # positions are those behind the cached tokens, without being told
+    # positions that are not given continue after the cached tokens
     actual = torch.cat([model(token, cache=cache).logits for token in ids.split(1, dim=1)], dim=1)
 
     weights = in_float64(official_state_dict(model))
@@ -259,8 +259,8 @@ def test_the_last_tokens_of_a_full_window_see_all_of_it(bits):
     normed = rms_norm(hidden, layer["input_layernorm.weight"], config.rms_norm_eps)
     positions = past + torch.arange(s)[None]
     q_content, q_rotary, new_latent, new_k_rotary = queries_and_latents(config, attention, normed, positions)
-    if bits is not None:
-        # new tokens too are read as they are stored
+    if cache_dtype is not None:
+        # new tokens are quantized before they are read
         new_latent, new_k_rotary = (x[:, 0, -s:].double() for x in (cache.layers[0].keys, cache.layers[0].values))
     context = reference.absorbed_attention(
         q_content,

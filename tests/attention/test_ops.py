@@ -1,20 +1,14 @@
-"""Latent attention on bare tensors, against the paper's equations in float64."""
+"""Latent attention as functions of tensors, compared with the paper's equations in float64."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_latent.attention import ops as latent_ops
-from deepseek_latent.attention.ops import (
-    UpProjection,
-    absorbed_attention,
-    absorbing_is_cheaper,
-    expanded_attention,
-    explicit_attention,
-    fused_attention,
-    masked_softmax,
-)
-from deepseek_latent.cache.format import Latents, SeparateStretch, Stretch, latent_format
+from deepseek_latent.attention.ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
+from deepseek_latent.attention.sdpa import explicit_attention, fused_attention, masked_softmax
+from deepseek_latent.cache.format import latent_format
+from deepseek_latent.cache.segments import Latents, Segment, SplitSegment
 from tests import reference
 from tests.support import assert_within_rounding, relative_error
 
@@ -41,11 +35,11 @@ def attention_inputs(new: int, cached: int, dtype: torch.dtype, rank: int = 0) -
 
 
 def absorbed(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
-    return absorbed_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+    return absorbed_attention(latents=Latents(SplitSegment(latent, k_rotary)), **others)
 
 
 def expanded(*, latent: torch.Tensor, k_rotary: torch.Tensor, **others) -> torch.Tensor:
-    return expanded_attention(latents=Latents(SeparateStretch(latent, k_rotary)), **others)
+    return expanded_attention(latents=Latents(SplitSegment(latent, k_rotary)), **others)
 
 
 def exact(inputs: dict) -> torch.Tensor:
@@ -75,9 +69,9 @@ def test_reference_absorbed_is_the_same_equation():
 @pytest.mark.parametrize("attend", [absorbed, expanded])
 def test_both_paths_equal_the_paper(attend, new, cached, rank, dtype):
     inputs = attention_inputs(new, cached, dtype, rank)
-    # an honest run of this precision: keys and values as tensors of this dtype, scores in the open
+    # the yardstick is the error of explicit attention, with keys and values of this dtype
     keys, values = (
-        torch.einsum("btc,hmc->bhtm", inputs["latent"], inputs[w].effective_weight()) for w in ("w_uk", "w_uv")
+        torch.einsum("btc,hmc->bhtm", inputs["latent"], inputs[w].merged_weight()) for w in ("w_uk", "w_uv")
     )
     keys = torch.cat((keys, inputs["k_rotary"][:, None].expand(-1, H, -1, -1)), -1)
     queries = torch.cat((inputs["q_content"], inputs["q_rotary"]), -1).transpose(1, 2)
@@ -114,7 +108,7 @@ def test_blocks_change_nothing(attend, dtype, monkeypatch):
     monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", B * H * 5 * 2)  # two cached tokens
     monkeypatch.setattr(latent_ops, "ELEMENTS_PER_BLOCK", 1)  # one head
     monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 3)
-    # sums in another order, then at most one rounding of the result the other way
+    # the order of sums differs, so the result may be rounded the other way once
     assert relative_error(attend(**inputs), whole) < max(torch.finfo(dtype).eps, 1e-6)
 
 
@@ -141,14 +135,14 @@ def test_no_mask_means_causal(attend, cached, tokens_per_block, monkeypatch):
 
 
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
-@pytest.mark.parametrize("bits", [None, 6])
-def test_tokens_in_common_are_read_as_if_every_sequence_had_them(attend, bits, monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [None, "int6"])
+def test_a_shared_prefix_is_read_as_if_every_sequence_had_its_own(attend, cache_dtype, monkeypatch):
     monkeypatch.setattr(latent_ops, "TOKENS_PER_BLOCK", 4)
-    inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(bits, C, R, torch.float32)
+    inputs, rows_format = attention_inputs(3, 11, torch.float32), latent_format(cache_dtype, C, R, torch.float32)
     rows = rows_format.encode(inputs.pop("latent"), inputs.pop("k_rotary"))
     rows[:, :9] = rows[:1, :9]
-    apart = Latents(Stretch(rows[:1, :9], rows_format), Stretch(rows[:, 9:], rows_format))
-    whole = Latents(Stretch(rows, rows_format))
+    apart = Latents(Segment(rows[:1, :9], rows_format), Segment(rows[:, 9:], rows_format))
+    whole = Latents(Segment(rows, rows_format))
     torch.testing.assert_close(attend(latents=apart, **inputs), attend(latents=whole, **inputs), rtol=1e-5, atol=1e-6)
 
 
@@ -159,7 +153,7 @@ def test_additive_mask_equals_boolean_mask(attend):
     torch.testing.assert_close(attend(**inputs | {"mask": additive}), attend(**inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_of_an_additive_mask_that_sees_nothing_gives_zeros():
+def test_a_row_that_an_additive_mask_hides_everything_from_gives_zeros():
     mask = torch.zeros(1, 1, 2, 3)
     mask[..., 0, :] = torch.finfo(torch.float32).min
     weights = masked_softmax(torch.randn(1, 1, 2, 3), mask, 1.0)
@@ -167,7 +161,7 @@ def test_a_row_of_an_additive_mask_that_sees_nothing_gives_zeros():
     torch.testing.assert_close(weights[..., 1, :].sum(), torch.tensor(1.0))
 
 
-def test_a_blind_row_of_minus_infinity_gives_no_gradient_rather_than_nan():
+def test_a_row_of_minus_infinity_gives_a_zero_gradient_and_not_nan():
     scores = torch.randn(1, 1, 2, 3, requires_grad=True)
     mask = torch.zeros(1, 1, 2, 3)
     mask[..., 0, :] = -torch.inf
@@ -178,7 +172,7 @@ def test_a_blind_row_of_minus_infinity_gives_no_gradient_rather_than_nan():
 
 @DTYPES
 @pytest.mark.parametrize("attend", [absorbed, expanded])
-def test_a_query_that_sees_nothing_gives_zeros(attend, dtype):
+def test_a_query_that_may_attend_to_nothing_gives_zeros(attend, dtype):
     inputs = attention_inputs(4, 0, dtype)
     inputs["mask"][1, :, :2] = False
     context = attend(**inputs)
@@ -187,7 +181,7 @@ def test_a_query_that_sees_nothing_gives_zeros(attend, dtype):
     assert (context[1, 2:] != 0).all()
 
 
-def test_masked_softmax_ignores_the_size_of_hidden_scores():
+def test_masked_softmax_ignores_the_magnitude_of_masked_scores():
     scores = torch.tensor([[[[1e4, 1.0, 2.0]]]])
     mask = torch.tensor([[[[False, True, True]]]])
     expected = torch.tensor([1.0, 2.0]).softmax(-1)
@@ -197,11 +191,11 @@ def test_masked_softmax_ignores_the_size_of_hidden_scores():
 @DTYPES
 @pytest.mark.parametrize("v", [8, 24, 40], ids="v{}".format)
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
-def test_sdpa_takes_a_fused_kernel_whatever_the_widths(v, masked, dtype):
+def test_sdpa_uses_a_fused_kernel_whatever_the_widths(v, masked, dtype):
     queries, keys = (torch.randn(B, H, 9, N + R).to(dtype) for _ in range(2))
     values = torch.randn(B, H, 9, v).to(dtype)
     mask = torch.ones(B, 1, 9, 9, dtype=torch.bool).tril() if masked else None
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where that kernel would not be chosen
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises if that kernel would not be used
         fused = fused_attention(queries, keys, values, mask=mask, scale=0.2)
     plain, _ = explicit_attention(queries, keys, values, mask=mask, scale=0.2)
     truth, _ = explicit_attention(queries.double(), keys.double(), values.double(), mask=mask, scale=0.2)
@@ -215,7 +209,7 @@ def test_break_even_is_171_tokens_at_deepseek_v2_widths():
     assert absorbing_is_cheaper(170, far, **widths)
     assert not absorbing_is_cheaper(171, far, **widths)
     assert absorbing_is_cheaper(1, 2, **widths)
-    # nothing cached: both expand every token once, and narrow scores win
+    # with nothing cached, both expand every token once, and narrower scores are cheaper
     assert not absorbing_is_cheaper(8, 8, **widths)
 
 

@@ -1,4 +1,4 @@
-"""With a cache or without, in any order of arrival, with any mask: the same logits."""
+"""The logits are the same with and without a cache, however tokens are split into steps, and with any mask."""
 
 import copy
 
@@ -68,7 +68,7 @@ def test_cached_equals_uncached(variant, schedule, path):
 
 @pytest.fixture
 def _one_thread():
-    """torch 2.10 aborts in its compiled flex kernel on several CPU threads where fresh memory is filled with NaN."""
+    """Uses one thread: torch 2.10's flex kernel aborts on several CPU threads if new memory is filled with NaN."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,7 +91,7 @@ def test_every_attention_implementation_gives_the_same(implementation):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
-def test_left_padding_changes_nothing_for_the_tokens_that_are_there(schedule, path):
+def test_left_padding_does_not_change_the_logits_of_tokens(schedule, path):
     model, ids = tiny_model(), random_ids(3, LENGTH)
     padding = (0, 3, 9)
     alone = [model(ids[[row], count:]).logits[0] for row, count in enumerate(padding)]
@@ -103,8 +103,8 @@ def test_left_padding_changes_nothing_for_the_tokens_that_are_there(schedule, pa
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
 @torch.no_grad()
-def test_a_4d_mask_is_obeyed(kind, path):
-    """Two sequences of a tree that share their first 10 tokens, in one row."""
+def test_a_4d_mask_decides_what_is_attended_to(kind, path):
+    """Puts two sequences that share their first 10 tokens into one row, as a tree."""
     model, ids = tiny_model(), random_ids(1, 20)
     mask = torch.ones(20, 20, dtype=torch.bool).tril()
     mask[15:, 10:15] = False
@@ -118,20 +118,8 @@ def test_a_4d_mask_is_obeyed(kind, path):
     assert relative_error(logits[:, 15:], model(other).logits[:, 10:]) < 1e-5
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_packed_sequences_do_not_see_each_other(implementation, use_cache):
-    model, ids = tiny_model(), random_ids(1, 20)
-    model.set_attn_implementation(implementation)
-    positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
-    packed = model(ids, position_ids=positions, use_cache=use_cache).logits
-    assert relative_error(packed[:, :8], model(ids[:, :8]).logits) < 1e-5
-    assert relative_error(packed[:, 8:], model(ids[:, 8:]).logits) < 1e-5
-
-
-@torch.no_grad()
-def test_crop_and_continue_equals_never_having_seen_the_tokens(path):
+def test_a_cropped_cache_continues_as_if_the_tokens_had_never_come(path):
     model, ids = tiny_model(), random_ids(2, LENGTH)
     _, cache = fed_in(model, ids, [LENGTH])
     cache.crop(-10)
@@ -141,7 +129,7 @@ def test_crop_and_continue_equals_never_having_seen_the_tokens(path):
 
 
 @torch.no_grad()
-def test_reordered_sequences_continue_as_their_own_past_says(path):
+def test_reordered_sequences_continue_from_their_own_past(path):
     model, ids = tiny_model(), random_ids(3, LENGTH)
     _, cache = fed_in(model, ids[:, :20], [20])
     order = torch.tensor([2, 0, 2])
@@ -158,7 +146,7 @@ def test_reordered_sequences_continue_as_their_own_past_says(path):
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
-def test_transformers_own_caches_serve_as_well(make, schedule, path):
+def test_transformers_own_caches_give_the_same_logits(make, schedule, path):
     model, ids = tiny_model(), random_ids(2, LENGTH)
     expected = model(ids, use_cache=False).logits
     actual, _ = fed_in(model, ids, SCHEDULES[schedule], cache=make())
@@ -195,7 +183,7 @@ def test_output_attentions_are_the_weights_that_were_used(implementation, schedu
 
 @pytest.fixture
 def users_function(monkeypatch):
-    """Registers an attention function under a user's name, with masks as transformers makes them for flash."""
+    """Registers an attention function as a user would, with the masks that transformers makes for flash attention."""
     calls = []
 
     def attend(module, query, key, value, attention_mask, *, scaling, **kwargs):
@@ -207,14 +195,14 @@ def users_function(monkeypatch):
         context = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
         return context.transpose(1, 2), None
 
-    # both interfaces are global, so the entries are put there by monkeypatch and vanish with the test
+    # both interfaces are global, so monkeypatch adds the entries and removes them after the test
     monkeypatch.setitem(AttentionInterface._global_mapping, "users_own", attend)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "users_own", flash_attention_mask)
     return calls
 
 
 @torch.no_grad()
-def test_a_function_of_the_users_expands_as_it_likes_and_decoding_still_absorbs(users_function):
+def test_a_users_function_gets_many_queries_and_decoding_still_absorbs(users_function):
     model, ids = tiny_model(), random_ids(2, LENGTH)
     ids, mask = left_padded(ids, (0, 5))
     expected, _ = fed_in(model, ids, [LENGTH], mask=mask)
@@ -225,7 +213,7 @@ def test_a_function_of_the_users_expands_as_it_likes_and_decoding_still_absorbs(
 
 
 @torch.no_grad()
-def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(users_function):
+def test_output_attentions_with_a_users_function_are_causal_although_its_mask_is_not(users_function):
     model, ids = tiny_model(), random_ids(2, LENGTH)
     ids, mask = left_padded(ids, (0, 5))
     expected, _ = fed_in(model, ids, [LENGTH], mask=mask)
@@ -249,30 +237,6 @@ def test_asking_such_a_function_for_weights_keeps_the_order_its_mask_leaves_out(
     assert not users_function
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(1, 1, 4, 6, dtype=torch.bool), "must cover all 8 visible tokens, cached too, got 6"),
-        (torch.ones(1, 1, 4, 8, dtype=torch.long), "boolean or additive in floating point, got torch.int64"),
-    ],
-)
-def test_a_4d_mask_that_cannot_be_meant_is_refused(mask, message):
-    model, ids = tiny_model(), random_ids(1, 8)
-    cache = model(ids[:, :4], use_cache=True).cache
-    with pytest.raises(ValueError, match=message):
-        model(ids[:, 4:], cache=cache, attention_mask=mask)
-
-
-@pytest.mark.parametrize("shape", [(2, 7), (3, 8)], ids=str)
-@pytest.mark.parametrize("value", [0, 1])
-def test_a_2d_mask_of_another_shape_is_refused_whatever_it_holds(shape, value):
-    model, ids = tiny_model(), random_ids(2, 8)
-    mask = torch.ones(shape, dtype=torch.long)
-    mask[0, 0] = value
-    with pytest.raises(ValueError, match=rf"\[batch, visible tokens\] = \[2, 8\].* got \[{shape[0]}, {shape[1]}\]"):
-        model(ids, attention_mask=mask)
-
-
 def test_flex_attention_over_a_static_cache_is_refused():
     model, ids = tiny_model(), random_ids(1, 8)
     model.set_attn_implementation("flex_attention")
@@ -281,7 +245,7 @@ def test_flex_attention_over_a_static_cache_is_refused():
 
 
 def test_chunks_of_a_sequence_train_as_the_whole_does():
-    """Also where only `kv_b_proj` learns, whose input is what the cache holds."""
+    """This includes `kv_b_proj`, whose input is the cached latents."""
     model, ids = tiny_model(), random_ids(1, LENGTH)
     model.requires_grad_(False)
     weight = model.model.layers[0].self_attn.kv_b_proj.weight.requires_grad_(True)
@@ -324,7 +288,7 @@ def test_decoding_absorbs_and_prefill_expands(monkeypatch):
     assert calls[3:] == ["absorbed_attention"] * 3
 
 
-def test_expand_kv_keeps_the_shape_by_which_vllm_finds_it():
+def test_expand_kv_has_the_signature_that_vllm_looks_for():
     attention = tiny_model().model.layers[0].self_attn
     assert isinstance(attention, DeepseekV2Attention)
     keys, values = attention.expand_kv(torch.randn(2, 1, 5, 40), torch.randn(2, 1, 5, 8))

@@ -1,4 +1,4 @@
-"""LatentCache by itself: what it holds, what every operation leaves behind, what it refuses."""
+"""LatentCache without a model: the tokens it holds, the result of each operation, and its refusals."""
 
 import copy
 
@@ -18,7 +18,7 @@ def tokens(length: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filled(*lengths: int) -> tuple[LatentCacheLayer, DynamicCache]:
-    """Ours beside transformers' own dynamic cache, after the same updates."""
+    """A LatentCache and a DynamicCache of transformers after the same updates."""
     layer, twin = LatentCacheLayer(), DynamicCache()
     for length in lengths:
         latent, k_rotary = tokens(length)
@@ -53,7 +53,7 @@ def test_every_operation_leaves_what_a_dynamic_cache_holds(operation, lengths):
     for cache in (layer, twin.layers[0]):
         OPERATIONS[operation](cache, new)
     assert_same(layer, twin)
-    # and the next token lands right behind
+    # the next token is stored right after them
     new = tokens(1, batch=layer.keys.shape[0])
     for cache in (layer, twin.layers[0]):
         cache.update(*new)
@@ -64,10 +64,10 @@ def test_every_operation_leaves_what_a_dynamic_cache_holds(operation, lengths):
 def test_a_new_token_is_written_in_place():
     layer, _ = filled(9)
     layer.update(*tokens(1))
-    before = layer._own.data_ptr()
+    before = layer._buffer.data_ptr()
     for _ in range(40):
         layer.update(*tokens(1))
-    assert layer._own.data_ptr() == before
+    assert layer._buffer.data_ptr() == before
 
 
 @torch.no_grad()
@@ -76,8 +76,8 @@ def test_growing_copies_each_token_a_bounded_number_of_times():
     copied, buffer = 0, None
     for _ in range(3000):
         layer.update(*tokens(1, batch=1))
-        if layer._own.data_ptr() != buffer:
-            copied, buffer = copied + layer.get_seq_length() - 1, layer._own.data_ptr()
+        if layer._buffer.data_ptr() != buffer:
+            copied, buffer = copied + layer.get_seq_length() - 1, layer._buffer.data_ptr()
     assert copied < 12 * 3000
     assert layer.allocated_nbytes < 1.2 * layer.nbytes
 
@@ -104,7 +104,7 @@ def test_bytes_per_token_are_those_of_the_paper(published, elements, dtype):
     assert config.num_hidden_layers * config.cached_width == elements
 
 
-def test_repr_says_what_is_held():
+def test_repr_shows_what_is_held():
     cache = LatentCache(DeepseekV2Config(**V2))
     assert repr(cache) == "LatentCache(layers=3, empty)"
     for layer in range(3):
@@ -124,12 +124,12 @@ def test_mask_sizes_and_iteration_are_those_of_a_dynamic_cache():
     for (keys, values, _), (twin_keys, twin_values, _) in zip(ours, twin, strict=True):
         assert torch.equal(keys, twin_keys)
         assert torch.equal(values, twin_values)
-    # as torch gathers the outputs of replicas
+    # this is how torch gathers the outputs of replicas
     gathered = LatentCache((keys, values) for keys, values, _ in ours)
     assert torch.equal(gathered.layers[2].keys, ours.layers[2].keys)
 
 
-def test_reset_forgets_and_the_cache_serves_again():
+def test_a_cache_can_be_used_again_after_reset():
     cache = LatentCache(DeepseekV2Config(**V2))
     cache.update(*tokens(5), 0)
     cache.reset()
@@ -172,7 +172,7 @@ def test_a_cache_made_in_inference_mode_grows_outside_it():
     assert_same(layer, twin)
 
 
-def test_what_autograd_saved_is_not_written_over_by_a_later_step_without_gradients():
+def test_a_step_without_gradients_does_not_overwrite_tensors_that_autograd_saved():
     layer = LatentCacheLayer()
     keys, _ = layer.update(*(x.requires_grad_() for x in tokens(4)))
     loss = (keys**2).sum()
@@ -183,18 +183,18 @@ def test_what_autograd_saved_is_not_written_over_by_a_later_step_without_gradien
     loss.backward()  # raises where a saved tensor was changed
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @torch.no_grad()
-def test_wider_tokens_widen_the_cache(bits):
-    layer = LatentCacheLayer(bits)
+def test_wider_tokens_widen_the_cache(cache_dtype):
+    layer = LatentCacheLayer(cache_dtype)
     layer.update(*(x.bfloat16() for x in tokens(5)))
     layer.batch_select_indices(torch.tensor([1]))
     layer.batch_repeat_interleave(B)
     held = layer.keys.float()
     layer.update(*tokens(1))
     assert layer.keys.dtype == torch.float32
-    # codes are now read in float32
-    torch.testing.assert_close(layer.keys[:, :, :5], held, rtol=0 if bits is None else 2**-8, atol=0)
+    # codes are now decoded to float32
+    torch.testing.assert_close(layer.keys[:, :, :5], held, rtol=0 if cache_dtype is None else 2**-8, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_wider_tokens_widen_the_cache(bits):
         ),
     ],
 )
-def test_misuse_is_one_sentence_and_changes_nothing(operation, message):
+def test_misuse_raises_one_sentence_and_changes_nothing(operation, message):
     layer, twin = filled(9)
     with pytest.raises(ValueError, match=message):
         operation(layer)

@@ -1,13 +1,8 @@
-"""A stored prompt is found by every prompt that begins alike, and never changes what the model says."""
+"""A stored prompt is found by every prompt that shares a prefix with it, and never changes the output."""
 
-import itertools
 import os
 import random
-import subprocess
-import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +10,8 @@ from transformers import DynamicCache
 
 from deepseek_latent import LatentCache
 from deepseek_latent.cache.prompt_cache import PromptCache
+from tests.cache.prompts import ROOM, last_logits, num_tokens_found, store_prompt, with_prefix
 from tests.support import needs_its_peft, random_ids, tiny_model
-
-ROOM = 10**9
 
 
 @pytest.fixture(scope="module")
@@ -30,65 +24,41 @@ def folder(tmp_path):
     return tmp_path / "prompts"
 
 
-@torch.no_grad()
-def read(model, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
-    """Logits of the last token, after feeding what `cache` does not hold."""
-    held = cache.get_seq_length()
-    return model(ids[:, held:], cache=cache, use_cache=True).logits[:, -1]
+# prompts that are found
 
 
-def stored(prompts: PromptCache, model, ids: torch.Tensor) -> None:
-    cache = LatentCache(model.config, bits=prompts.bits)
-    read(model, ids, cache)
-    prompts.store(cache, ids, model)
-
-
-def begins(ids: torch.Tensor, length: int, seed: int) -> torch.Tensor:
-    """The first `length` of these ids, then 40 others."""
-    rest = random_ids(1, 40, seed)
-    rest[0, 0] = 2 + (ids[0, length] - 1) % 90
-    return torch.cat((ids[:, :length], rest), dim=1)
-
-
-def found(prompts: PromptCache, model, ids: torch.Tensor) -> int:
-    return prompts.load(ids, model).get_seq_length()
-
-
-# what is found
-
-
-def test_a_folder_says_how_full_it_is(model, folder):
-    prompts = PromptCache(folder, max_bytes=ROOM, bits=6)
-    stored(prompts, model, random_ids(1, 100))
+def test_repr_and_len_show_how_full_the_folder_is(model, folder):
+    prompts = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6")
+    store_prompt(prompts, model, random_ids(1, 100))
     assert repr(prompts) == (
-        f"PromptCache({str(folder)!r}, bits=6: 1 prompts, {prompts.nbytes:,} of 1,000,000,000 bytes)"
+        f"PromptCache({str(folder)!r}, cache_dtype='int6': 1 prompts, {prompts.nbytes:,} of 1,000,000,000 bytes)"
     )
 
 
 @pytest.mark.parametrize("common", [64, 65, 100, 127, 128, 150])
-def test_a_prompt_finds_every_token_it_has_in_common_with_a_stored_one(common, model, folder):
+def test_a_prompt_finds_every_token_that_it_shares_with_a_stored_one(common, model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 151)
-    stored(prompts, model, ids[:, :150])
-    wanted = begins(ids, common, seed=3)
+    store_prompt(prompts, model, ids[:, :150])
+    wanted = with_prefix(ids, common, seed=3)
     cache = prompts.load(wanted, model)
     assert cache.get_seq_length() == common
     assert torch.equal(cache.stored_tokens, wanted[:, :common])
 
 
-@pytest.mark.parametrize("bits", [None, 8, "fp8"])
-def test_what_is_loaded_gives_the_logits_of_the_whole_prompt(bits, model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM, bits=bits), random_ids(1, 150)
-    stored(prompts, model, ids)
-    wanted = begins(ids, 111, seed=3)
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
+def test_a_loaded_prefix_gives_the_logits_of_the_whole_prompt(cache_dtype, model, folder):
+    prompts, ids = PromptCache(folder, max_bytes=ROOM, cache_dtype=cache_dtype), random_ids(1, 150)
+    store_prompt(prompts, model, ids)
+    wanted = with_prefix(ids, 111, seed=3)
     cache = prompts.load(wanted, model)
     assert cache.get_seq_length() == 111
-    expected = read(model, wanted, LatentCache(model.config, bits=bits))
-    torch.testing.assert_close(read(model, wanted, cache), expected, rtol=1e-4, atol=1e-4)
+    expected = last_logits(model, wanted, LatentCache(model.config, cache_dtype=cache_dtype))
+    torch.testing.assert_close(last_logits(model, wanted, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generate_continues_a_loaded_prompt_as_if_it_had_read_it(model, folder):
+def test_generate_continues_a_loaded_prompt_as_a_computed_one(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
-    stored(prompts, model, ids)
+    store_prompt(prompts, model, ids)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, **options)
     for _ in range(2):
@@ -96,63 +66,63 @@ def test_generate_continues_a_loaded_prompt_as_if_it_had_read_it(model, folder):
         assert cache.get_seq_length() == 149
         actual = model.generate(ids, cache=cache, **options)
         assert torch.equal(actual, expected)
-        # what was said is stored as well, and the next question may follow on it
+        # the answer is stored too, and the next question may follow it
         prompts.store(cache, actual, model)
     assert len(prompts) == 1
-    assert found(prompts, model, torch.cat((actual, ids), dim=1)) == actual.shape[1] - 1
+    assert num_tokens_found(prompts, model, torch.cat((actual, ids), dim=1)) == actual.shape[1] - 1
 
 
-def test_one_token_is_always_left_to_feed(model, folder):
+def test_one_token_is_always_left_to_compute(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
-    stored(prompts, model, ids)
-    assert found(prompts, model, ids[:, :100]) == 99
-    assert found(prompts, model, ids[:, :65]) == 64
+    store_prompt(prompts, model, ids)
+    assert num_tokens_found(prompts, model, ids[:, :100]) == 99
+    assert num_tokens_found(prompts, model, ids[:, :65]) == 64
 
 
 def test_less_than_a_block_is_neither_found_nor_stored(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
-    stored(prompts, model, ids[:, :63])
+    store_prompt(prompts, model, ids[:, :63])
     assert len(prompts) == 0
-    stored(prompts, model, ids)
-    assert found(prompts, model, begins(ids, 63, seed=3)) == 0
-    assert found(prompts, model, ids[:, :64]) == 0
+    store_prompt(prompts, model, ids)
+    assert num_tokens_found(prompts, model, with_prefix(ids, 63, seed=3)) == 0
+    assert num_tokens_found(prompts, model, ids[:, :64]) == 0
 
 
-def test_an_empty_cache_of_the_asked_bits_comes_where_nothing_is_stored(model, folder):
-    cache = PromptCache(folder, max_bytes=ROOM, bits=6).load(random_ids(1, 90), model)
+def test_load_returns_an_empty_cache_of_the_folders_cache_dtype_if_nothing_is_stored(model, folder):
+    cache = PromptCache(folder, max_bytes=ROOM, cache_dtype="int6").load(random_ids(1, 90), model)
     assert cache.get_seq_length() == 0
-    assert cache.bits == 6
+    assert cache.cache_dtype == "int6"
 
 
-def test_the_longest_of_several_beginnings_is_found(model, folder):
+def test_the_longest_of_several_prefixes_is_found(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 220)
     for length in (70, 190, 130):
-        stored(prompts, model, begins(ids, length, seed=length))
-    stored(prompts, model, random_ids(1, 220, seed=9))
-    assert found(prompts, model, ids) == 190
-    assert found(prompts, model, begins(ids, 140, seed=3)) == 140
+        store_prompt(prompts, model, with_prefix(ids, length, seed=length))
+    store_prompt(prompts, model, random_ids(1, 220, seed=9))
+    assert num_tokens_found(prompts, model, ids) == 190
+    assert num_tokens_found(prompts, model, with_prefix(ids, 140, seed=3)) == 140
 
 
-def test_one_folder_serves_several_objects_and_what_others_store_is_seen(model, folder):
+def test_several_objects_share_a_folder_and_find_what_others_store(model, folder):
     ids = random_ids(1, 150)
     mine, other = (PromptCache(folder, max_bytes=ROOM) for _ in range(2))
-    assert found(mine, model, ids) == 0
-    stored(other, model, ids)
-    assert found(mine, model, ids) == 149
+    assert num_tokens_found(mine, model, ids) == 0
+    store_prompt(other, model, ids)
+    assert num_tokens_found(mine, model, ids) == 149
     other.clear()
-    assert found(mine, model, ids) == 0
+    assert num_tokens_found(mine, model, ids) == 0
     assert len(mine) == mine.nbytes == 0
 
 
-def test_files_seen_before_are_not_read_again_to_look_up_another_prompt(model, folder, monkeypatch):
+def test_known_files_are_not_read_again_to_look_up_another_prompt(model, folder, monkeypatch):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
-    stored(prompts, model, ids)
-    found(prompts, model, ids)
+    store_prompt(prompts, model, ids)
+    num_tokens_found(prompts, model, ids)
     monkeypatch.setattr("deepseek_latent.cache.prompt_cache.read_metadata", None)
-    assert found(prompts, model, ids) == 149
+    assert num_tokens_found(prompts, model, ids) == 149
 
 
-# what must not be found
+# prompts that must not be found
 
 
 def double(model):
@@ -179,17 +149,17 @@ def adapter(model):
     "change",
     [double, double_behind_torchs_back, other_rope, pytest.param(adapter, marks=needs_its_peft)],
 )
-def test_a_changed_model_finds_nothing_of_what_it_stored_before(change, folder):
+def test_a_changed_model_does_not_find_what_it_stored_before(change, folder):
     model, ids = tiny_model(), random_ids(1, 150)
     prompts = PromptCache(folder, max_bytes=ROOM)
-    stored(prompts, model, ids)
-    assert found(prompts, model, ids) == 149
+    store_prompt(prompts, model, ids)
+    assert num_tokens_found(prompts, model, ids) == 149
     change(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert found(prompts, model, ids) == 0
-    stored(prompts, model, ids)
-    assert found(prompts, model, ids) == 149
+        assert num_tokens_found(prompts, model, ids) == 0
+    store_prompt(prompts, model, ids)
+    assert num_tokens_found(prompts, model, ids) == 149
     assert len(prompts) == 2
 
 
@@ -201,105 +171,105 @@ def test_each_adapter_finds_what_it_stored(folder):
     model = get_peft_model(tiny_model(), config).eval()
     model.add_adapter("second", config)
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
-    stored(prompts, model, ids)
+    store_prompt(prompts, model, ids)
     model.set_adapter("second")
-    assert found(prompts, model, ids) == 0
-    stored(prompts, model, ids[:, :120])
+    assert num_tokens_found(prompts, model, ids) == 0
+    store_prompt(prompts, model, ids[:, :120])
     for name, length in (("default", 149), ("second", 120)):
         model.set_adapter(name)
         cache = prompts.load(ids, model)
         assert cache.get_seq_length() == length
-        expected = read(model, ids, LatentCache(model.config))
-        torch.testing.assert_close(read(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
+        expected = last_logits(model, ids, LatentCache(model.config))
+        torch.testing.assert_close(last_logits(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_other_bits_find_nothing_and_evict_what_is_oldest_all_the_same(model, folder):
+def test_another_cache_dtype_finds_nothing_but_still_evicts_the_oldest(model, folder):
     ids = random_ids(1, 150)
-    stored(PromptCache(folder, max_bytes=ROOM), model, ids)
-    coded = PromptCache(folder, max_bytes=ROOM, bits=8)
-    assert found(coded, model, ids) == 0
-    stored(coded, model, ids)
+    store_prompt(PromptCache(folder, max_bytes=ROOM), model, ids)
+    coded = PromptCache(folder, max_bytes=ROOM, cache_dtype="int8")
+    assert num_tokens_found(coded, model, ids) == 0
+    store_prompt(coded, model, ids)
     assert len(coded) == 2
-    small = PromptCache(folder, max_bytes=coded.nbytes - 1, bits=8)
-    stored(small, model, random_ids(1, 150, seed=5))
-    assert found(PromptCache(folder, max_bytes=ROOM), model, ids) == 0
-    assert found(small, model, ids) == 149
+    small = PromptCache(folder, max_bytes=coded.nbytes - 1, cache_dtype="int8")
+    store_prompt(small, model, random_ids(1, 150, seed=5))
+    assert num_tokens_found(PromptCache(folder, max_bytes=ROOM), model, ids) == 0
+    assert num_tokens_found(small, model, ids) == 149
 
 
-# what is kept
+# prompts that are kept
 
 
-def test_a_prompt_takes_the_place_of_its_own_beginnings(model, folder):
+def test_a_prompt_replaces_its_own_prefixes(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
     for length in (70, 128, 200):
-        stored(prompts, model, ids[:, :length])
-    stored(prompts, model, begins(ids, 100, seed=3))
+        store_prompt(prompts, model, ids[:, :length])
+    store_prompt(prompts, model, with_prefix(ids, 100, seed=3))
     assert len(prompts) == 2
-    assert found(prompts, model, ids) == 199
+    assert num_tokens_found(prompts, model, ids) == 199
 
 
-def test_what_is_covered_already_is_not_stored_again_but_counts_as_used(model, folder):
+def test_a_prefix_of_a_stored_prompt_is_not_stored_again_but_counts_as_used(model, folder):
     prompts, ids, other = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200), random_ids(1, 200, seed=2)
-    stored(prompts, model, ids)
-    stored(prompts, model, other)
+    store_prompt(prompts, model, ids)
+    store_prompt(prompts, model, other)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    stored(prompts, model, ids[:, :150])
+    store_prompt(prompts, model, ids[:, :150])
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
     prompts.max_bytes = prompts.nbytes
-    stored(prompts, model, random_ids(1, 200, seed=3))
-    assert found(prompts, model, ids) == 199
-    assert found(prompts, model, other) == 0
+    store_prompt(prompts, model, random_ids(1, 200, seed=3))
+    assert num_tokens_found(prompts, model, ids) == 199
+    assert num_tokens_found(prompts, model, other) == 0
 
 
-def test_what_was_used_longest_ago_is_evicted_first(model, folder):
+def test_the_least_recently_used_prompt_is_evicted_first(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), [random_ids(1, 100, seed) for seed in range(6)]
     for i in range(4):
-        stored(prompts, model, ids[i])
+        store_prompt(prompts, model, ids[i])
     prompts.max_bytes = prompts.nbytes
-    found(prompts, model, ids[0])
-    found(prompts, model, ids[2])
-    stored(prompts, model, ids[4])
-    assert [found(prompts, model, ids[i]) > 0 for i in range(5)] == [True, False, True, True, True]
-    stored(prompts, model, ids[5])
-    assert [found(prompts, model, x) > 0 for x in ids] == [False, False, True, True, True, True]
+    num_tokens_found(prompts, model, ids[0])
+    num_tokens_found(prompts, model, ids[2])
+    store_prompt(prompts, model, ids[4])
+    assert [num_tokens_found(prompts, model, ids[i]) > 0 for i in range(5)] == [True, False, True, True, True]
+    store_prompt(prompts, model, ids[5])
+    assert [num_tokens_found(prompts, model, x) > 0 for x in ids] == [False, False, True, True, True, True]
     assert prompts.nbytes <= prompts.max_bytes
 
 
-def test_what_was_just_stored_stays_whatever_the_clocks_of_others_say(model, folder):
+def test_a_prompt_that_was_just_stored_stays_even_if_other_files_are_dated_later(model, folder):
     prompts = PromptCache(folder, max_bytes=ROOM)
     for seed in range(2):
-        stored(prompts, model, random_ids(1, 100, seed))
+        store_prompt(prompts, model, random_ids(1, 100, seed))
     for path in folder.glob("*.safetensors"):
         os.utime(path, (2**32, 2**32))
     prompts.max_bytes = prompts.nbytes
-    stored(prompts, model, random_ids(1, 100, seed=5))
-    assert found(prompts, model, random_ids(1, 100, seed=5)) == 99
+    store_prompt(prompts, model, random_ids(1, 100, seed=5))
+    assert num_tokens_found(prompts, model, random_ids(1, 100, seed=5)) == 99
     assert len(prompts) == 2
 
 
 def test_rows_too_large_for_the_folder_are_not_even_written(model, folder, monkeypatch):
     monkeypatch.setattr(LatentCache, "save", None)
     with pytest.raises(ValueError, match="at most max_bytes=100 bytes"):
-        stored(PromptCache(folder, max_bytes=100), model, random_ids(1, 100))
+        store_prompt(PromptCache(folder, max_bytes=100), model, random_ids(1, 100))
 
 
 def test_a_prompt_too_large_for_the_folder_is_refused_and_nothing_evicted(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
-    stored(prompts, model, ids[:, :100])
+    store_prompt(prompts, model, ids[:, :100])
     size = prompts.nbytes
     cache = LatentCache(model.config)
-    read(model, ids, cache)
-    # the second is less than the file, with its header, but not than the rows
+    last_logits(model, ids, cache)
+    # the second size is less than the file with its header, but not less than the rows
     for prompts.max_bytes in (size, cache.nbytes):
         with pytest.raises(ValueError, match=rf"at most max_bytes={prompts.max_bytes:,} bytes, got one of .*; raise"):
             prompts.store(cache, ids, model)
         assert prompts.nbytes == size
 
 
-def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
+def test_caches_that_cannot_be_stored_are_refused_in_one_sentence(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(2, 100)
     cache = LatentCache(model.config)
-    read(model, ids, cache)
+    last_logits(model, ids, cache)
     with pytest.raises(ValueError, match=r"the ids of one sequence, \[t\] or \[1 t\], got shape \[2, 100\]"):
         prompts.store(cache, ids, model)
     with pytest.raises(ValueError, match=r"a cache of one sequence and the ids of its 100 tokens, got one of 2 "):
@@ -307,23 +277,25 @@ def test_what_cannot_be_stored_is_refused_in_one_sentence(model, folder):
     cache.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ValueError, match=r"got one of 1 and 99 ids"):
         prompts.store(cache, ids[1, :99], model)
-    with pytest.raises(ValueError, match=r"opened with bits=8 and the cache has bits=None; open it with .*bits=None"):
-        PromptCache(folder, max_bytes=ROOM, bits=8).store(cache, ids[1], model)
+    with pytest.raises(ValueError, match=r"opened with cache_dtype='int8' and the cache has cache_dtype=None; open"):
+        PromptCache(folder, max_bytes=ROOM, cache_dtype="int8").store(cache, ids[1], model)
     assert len(prompts) == 0
     prompts.store(cache, ids[1], model)
-    assert found(prompts, model, ids[1:]) == 99
+    assert num_tokens_found(prompts, model, ids[1:]) == 99
     for use in (lambda: prompts.store(cache, ids[1].tolist(), model), lambda: prompts.load([[2, 3]], model)):
         with pytest.raises(TypeError, match=r"expected token ids in a tensor \[b t\], got list; use torch.tensor"):
             use()
-    with pytest.raises(TypeError, match="expected a LatentCache, got DynamicCache; generate with the one `load` ret"):
+    with pytest.raises(TypeError, match="expected a LatentCache, got DynamicCache; generate with the one that"):
         prompts.store(DynamicCache(), ids[1], model)
-    with pytest.raises(ValueError, match="bits must be"):
-        PromptCache(folder, max_bytes=ROOM, bits=7)
+    with pytest.raises(ValueError, match="cache_dtype must be"):
+        PromptCache(folder, max_bytes=ROOM, cache_dtype="int7")
+    with pytest.raises(TypeError, match=r"PromptCache takes cache_dtype, such as .*, in place of bits=8"):
+        PromptCache(folder, max_bytes=ROOM, bits=8)
     with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):
         PromptCache(folder, max_bytes=0)
 
 
-def test_weights_spread_over_processes_are_refused(folder):
+def test_sharded_weights_are_refused(folder):
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
     model = tiny_model()
@@ -331,147 +303,23 @@ def test_weights_spread_over_processes_are_refused(folder):
     try:
         weight = distribute_tensor(model.lm_head.weight.data, DeviceMesh("cpu", [0]), [Shard(0)])
         model.lm_head.weight = torch.nn.Parameter(weight)
-        with pytest.raises(ValueError, match=r"lm_head\.weight is spread over several.*; use LatentCache.save"):
+        with pytest.raises(ValueError, match=r"lm_head\.weight is sharded over several.*; use LatentCache.save"):
             PromptCache(folder, max_bytes=ROOM).load(random_ids(1, 100), model)
     finally:
         torch.distributed.destroy_process_group()
 
 
-# damage, strangers, company
-
-
-def damage(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 4
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("fresh", [False, True], ids=["seen before", "not seen before"])
-@pytest.mark.parametrize("place", [3, 200, -5], ids=["length", "header", "rows"])
-def test_a_damaged_file_is_removed_with_a_warning_and_the_next_best_is_loaded(place, fresh, model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
-    stored(prompts, model, begins(ids, 100, seed=3))
-    (second,) = folder.glob("*.safetensors")
-    stored(prompts, model, ids)
-    (damaged,) = set(folder.glob("*.safetensors")) - {second}
-    found(prompts, model, ids)
-    damage(damaged, place)
-    prompts = PromptCache(folder, max_bytes=ROOM) if fresh else prompts
-    with pytest.warns(UserWarning, match=rf"a stored prompt was removed: {damaged} (is cut off|was altered)"):
-        cache = prompts.load(ids, model)
-    assert cache.get_seq_length() == 100
-    assert list(folder.glob("*.safetensors")) == [second]
-
-
-def test_files_of_others_are_left_alone(model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=1), random_ids(1, 100)
-    names = ["notes.txt", "model.safetensors", "0" * 64 + ".v2.safetensors"]
-    for name in names:
-        (folder / name).write_text("not a prompt of ours")
-    with pytest.raises(ValueError, match="raise max_bytes"):
-        stored(prompts, model, ids)
-    assert len(prompts) == prompts.nbytes == 0
-    prompts.clear()
-    assert found(prompts, model, ids) == 0
-    assert {*names} <= {path.name for path in folder.iterdir()}
-
-
-def test_what_a_killed_writer_left_is_removed(model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 100)
-    stored(prompts, model, ids)
-    (path,) = folder.glob("*.safetensors")
-    left = folder / f".{path.name}.a1b2c3"
-    left.mkdir()
-    (left / path.name).write_text("half a file")
-    stored(prompts, model, random_ids(1, 100, seed=2))
-    assert not left.exists()
-    assert len(prompts) == 2
-
-
-def test_a_file_that_vanishes_between_lookup_and_reading_is_passed_over(model, folder, monkeypatch):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
-    stored(prompts, model, begins(ids, 100, seed=3))
-    stored(prompts, model, ids)
-    load, removed = LatentCache.load, []
-
-    def after_another_process(path, model):
-        if not removed:
-            removed.append(path)
-            path.unlink()
-        return load(path, model=model)
-
-    monkeypatch.setattr(LatentCache, "load", after_another_process)
-    assert found(prompts, model, ids) == 100
-
-
-def test_a_loaded_cache_outlives_its_file(model, folder):
-    prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 200)
-    stored(prompts, model, ids)
-    cache = prompts.load(ids, model)
-    prompts.clear()
-    stored(prompts, model, random_ids(1, 200, seed=2))
-    expected = read(model, ids, LatentCache(model.config))
-    torch.testing.assert_close(read(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
-
-
-def use(folder: Path, max_bytes: int, seed: int, stop=lambda turns: turns == 40) -> int:
-    """Loads, continues and stores prompts at random, sometimes clears; returns how often something was found."""
-    # nothing that another process wrote is ever taken for damaged
-    warnings.simplefilter("error", UserWarning)
-    model, chance, hits = tiny_model(), random.Random(seed), 0
-    wanted = torch.load(folder / "wanted.pt")
-    prompts = PromptCache(folder, max_bytes=max_bytes)
-    for turn in itertools.count():
-        if stop(turn):
-            return hits
-        ids, expected = chance.choice(wanted)
-        cache = prompts.load(ids, model)
-        hits += cache.get_seq_length() > 0
-        torch.testing.assert_close(read(model, ids, cache), expected, rtol=1e-4, atol=1e-4)
-        prompts.store(cache, ids, model)
-        # all that others may have just written, and not yet evicted for, is one more
-        assert prompts.nbytes <= 2 * max_bytes
-        if chance.random() < 0.05:
-            prompts.clear()
-
-
-def test_processes_share_a_small_folder_and_all_of_them_are_right(model, folder):
-    folder.mkdir()
-    trunk = [random_ids(1, 220, seed) for seed in (1, 2)]
-    wanted = [begins(ids, length, seed=length) for ids in trunk for length in (80, 128, 180)] + trunk
-    torch.save([(ids, read(model, ids, LatentCache(model.config))) for ids in wanted], folder / "wanted.pt")
-    max_bytes = 400_000  # room for three of eight
-    program = "import sys, pathlib, tests.cache.test_prompt_cache as here"
-    program += "; print(here.use(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))"
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options |= {"cwd": Path(__file__).parents[2], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    command = [sys.executable, "-c", program, str(folder), str(max_bytes)]
-    workers = [subprocess.Popen([*command, str(seed)], **options) for seed in (1, 2)]
-    while all(worker.poll() is None for worker in workers) and len(list(folder.iterdir())) == 1:
-        time.sleep(0.05)
-    with warnings.catch_warnings():
-        hits = use(folder, max_bytes, 3, stop=lambda turns: all(worker.poll() is not None for worker in workers))
-    for worker in workers:
-        out, errors = worker.communicate()
-        assert worker.returncode == 0, errors[-3000:]
-        assert int(out.split()[-1]) > 5
-    assert hits > 5
-    prompts = PromptCache(folder, max_bytes=max_bytes)
-    assert prompts.nbytes <= max_bytes
-    assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {".lock", "wanted.pt"}
-
-
-def test_random_use_always_finds_the_longest_beginning(folder):
+def test_random_use_always_finds_the_longest_prefix(folder):
     model, chance = tiny_model(num_hidden_layers=1, n_routed_experts=None), random.Random(3)
     prompts, kept = PromptCache(folder, max_bytes=ROOM), []
-    # few different tokens, so that prompts have much in common by chance
+    # few different tokens, so that prompts often share a long prefix by chance
     blocks = [random_ids(1, length, length) for length in (31, 64, 33, 96)]
     for _ in range(40):
         ids = torch.cat(chance.choices(blocks, k=chance.randrange(1, 5)), dim=1)
         common = [next((i for i in range(min(a.shape[1], ids.shape[1])) if a[0, i] != ids[0, i]), None) for a in kept]
         lengths = [min(a.shape[1], ids.shape[1]) if n is None else n for a, n in zip(kept, common)]
         longest = min(max(lengths, default=0), ids.shape[1] - 1)
-        assert found(prompts, model, ids) == (longest if longest >= 64 else 0)
+        assert num_tokens_found(prompts, model, ids) == (longest if longest >= 64 else 0)
         if ids.shape[1] >= 64:
-            stored(prompts, model, ids)
+            store_prompt(prompts, model, ids)
             kept.append(ids)

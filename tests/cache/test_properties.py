@@ -26,13 +26,15 @@ from torch import Tensor
 
 from deepseek_latent import LatentCache
 from deepseek_latent.attention import ops as latent_ops
-from deepseek_latent.cache.format import Latents, SeparateStretch, latent_format
+from deepseek_latent.cache.format import latent_format
+from deepseek_latent.cache.segments import Latents, SplitSegment
 from tests import reference
 from tests.support import assert_within_rounding, random_ids, seeded, tiny_model
 
 LAYERS, H, N, R, V, C = 2, 3, 5, 6, 4, 130  # two planes, the second of two elements
 LARGEST_BATCH, LARGEST_LENGTH = 6, 120
-ROW_BYTES = {8: 148, 6: 116, 5: 104, 4: 84, "fp8": 152}  # codes up to a multiple of 4, scales, 12 of the rotary key
+# codes up to a multiple of 4, scales, 12 bytes of the rotary key
+ROW_BYTES = {"int8": 148, "int6": 116, "int5": 104, "int4": 84, "fp8": 152}
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
 modes = st.sampled_from(sorted(MODES))
 beginnings = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), st.integers(0, 4), st.booleans(), modes)
@@ -46,19 +48,19 @@ def model_of(dtype: torch.dtype):
 
 
 class Token(NamedTuple):
-    """One token of one sequence in one layer: the latent that came [c], and what can be read [c+r]."""
+    """One token of one sequence in one layer: the latent that was stored [c], and the row that can be read [c+r]."""
 
     latent: Tensor
     read: Tensor
 
 
 class Plain:
-    """The same cache as lists: layers of sequences of tokens. `shared` counts tokens that are stored once for all."""
+    """The same cache as lists: layers of sequences of tokens. `prefix` is the number of tokens stored once for all."""
 
-    def __init__(self, bits: int | str | None, dtype: torch.dtype):
-        self.bits, self.dtype = bits, dtype
+    def __init__(self, cache_dtype: str | None, dtype: torch.dtype):
+        self.cache_dtype, self.dtype = cache_dtype, dtype
         self.layers: list[list[list[Token]]] = [[] for _ in range(LAYERS)]
-        self.shared = 0
+        self.prefix = 0
 
     @property
     def batch(self) -> int:
@@ -69,16 +71,16 @@ class Plain:
         return len(self.layers[0][0]) if self.batch else 0
 
     def copy(self) -> "Plain":
-        duplicate = Plain(self.bits, self.dtype)
+        duplicate = Plain(self.cache_dtype, self.dtype)
         duplicate.layers = [[list(sequence) for sequence in layer] for layer in self.layers]
-        duplicate.shared = self.shared
+        duplicate.prefix = self.prefix
         return duplicate
 
     def append(self, layer: int, latent: Tensor, k_rotary: Tensor) -> None:
         self.layers[layer] = self.layers[layer] or [[] for _ in latent]
         self.dtype = latent.dtype
-        stored = latent_format(self.bits, C, R, latent.dtype)
-        # half precision is read as float32 is, then rounded
+        stored = latent_format(self.cache_dtype, C, R, latent.dtype)
+        # half precision is decoded as float32, then rounded
         read = stored.decode(stored.encode(latent[:, 0].detach(), k_rotary[:, 0].detach()), torch.float32)
         for sequence, came, reads in zip(self.layers[layer], latent[:, 0].detach(), read, strict=True):
             sequence += map(Token, came, reads)
@@ -86,45 +88,45 @@ class Plain:
     def crop(self, count: int) -> None:
         kept = self.length - count
         self.layers = [[sequence[:kept] for sequence in layer] for layer in self.layers]
-        self.shared = min(self.shared, kept)
+        self.prefix = min(self.prefix, kept)
 
     def select(self, indices: list[int]) -> None:
         self.layers = [[list(layer[i]) for i in indices] for layer in self.layers]
 
     def repeat(self, repeats: int) -> None:
         if self.batch == 1:
-            self.shared = self.length
+            self.prefix = self.length
         self.layers = [[list(sequence) for sequence in layer for _ in range(repeats)] for layer in self.layers]
 
     def nbytes(self) -> int:
-        size = (C + R) * self.dtype.itemsize if self.bits is None else ROW_BYTES[self.bits]
-        return LAYERS * size * (self.shared + self.batch * (self.length - self.shared))
+        size = (C + R) * self.dtype.itemsize if self.cache_dtype is None else ROW_BYTES[self.cache_dtype]
+        return LAYERS * size * (self.prefix + self.batch * (self.length - self.prefix))
 
     def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What is read: [b t c] and [b t r]."""
+        """The tensors that can be read: [b t c] and [b t r]."""
         rows = [token.read for sequence in self.layers[layer] for token in sequence]
         rows = torch.stack(rows) if rows else torch.empty(0, C + R)
         return rows.view(self.batch, self.length, C + R).to(self.dtype).split((C, R), dim=-1)
 
     def check_error(self, layer: int, keys: Tensor) -> None:
-        """That latents [b 1 t c] are as near what came as the formats state, and rounded to half precision at most."""
+        """Asserts that latents [b 1 t c] are off by at most the error that formats state, and the dtype's rounding."""
         came = [torch.stack([token.latent.float() for token in sequence]) for sequence in self.layers[layer]]
         came, read = torch.stack(came).double(), keys[:, 0].double()
         largest = [x.abs().amax(-1, keepdim=True).expand_as(x) for x in came.split(128, dim=-1)]
         largest = torch.cat(largest, dim=-1)
-        if self.bits is None:
+        if self.cache_dtype is None:
             allowed = torch.zeros_like(came)
-        elif self.bits == "fp8":
+        elif self.cache_dtype == "fp8":
             allowed = torch.maximum(came.abs() / 16, largest * 2**-18.8)
         else:
-            allowed = 1.008 * largest * 2.0**-self.bits
-        if self.bits is not None and self.dtype != torch.float32:
+            allowed = 1.008 * largest * 2.0 ** -int(self.cache_dtype.removeprefix("int"))
+        if self.cache_dtype is not None and self.dtype != torch.float32:
             allowed = allowed + read.abs() * torch.finfo(self.dtype).eps
         assert ((read - came).abs() <= allowed).all()
 
 
 def check(cache: LatentCache, plain: Plain) -> None:
-    """Everything a LatentCache says of itself is what the lists say."""
+    """Asserts that every property of a LatentCache agrees with the lists."""
     assert cache.get_seq_length() == plain.length
     assert cache.nbytes == plain.nbytes()
     if not plain.batch:
@@ -144,21 +146,21 @@ def check(cache: LatentCache, plain: Plain) -> None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    bits: int | str | None
+    cache_dtype: str | None
 
     @initialize(dtype=st.sampled_from([torch.bfloat16, torch.float32]), begin=beginnings)
     def make(self, dtype, begin):
         self.folder = tempfile.TemporaryDirectory()
         self.steps = 0
-        self.cache = LatentCache(model_of(dtype).config, bits=self.bits)
-        self.plain = Plain(self.bits, dtype)
+        self.cache = LatentCache(model_of(dtype).config, cache_dtype=self.cache_dtype)
+        self.plain = Plain(self.cache_dtype, dtype)
         self.bystanders: list[tuple[LatentCache, Plain]] = []
         self.saved: list[tuple[Path, Plain]] = []
         self.losses: list[Tensor] = []
         self.begin(*begin)
 
     def begin(self, b: int, s: int, repeats: int, more: int, in_float32: bool, mode: str) -> None:
-        """A prompt, often of one sequence that is continued as several, at times by a model of a wider dtype."""
+        """A prompt, often of one sequence that is repeated, and sometimes continued by a model of a wider dtype."""
         self.feed(b, s, mode)
         with MODES[mode]():
             self.cache.batch_repeat_interleave(repeats)
@@ -169,7 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.feed(b * repeats, 1, mode)
 
     def new_tokens(self, b: int, s: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer [b 1 s c] and [b 1 s r]; tokens of unlike size."""
+        """Per layer [b 1 s c] and [b 1 s r]; the magnitudes of tokens differ."""
         self.steps += 1
         generator = seeded(self.steps)
         sizes = torch.rand(LAYERS, b, 1, s, 1, generator=generator) * 4
@@ -201,13 +203,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3), mode=modes)
     def replace_the_last(self, count, mode):
-        # as candidates are that a model rejects: in memory that was written before
+        # as a model rejects candidates: the next tokens overwrite their rows
         count = min(count, self.plain.length)
         self.cache.crop(-count)
         self.plain.crop(count)
         self.feed(self.plain.batch, count, mode)
 
-    @precondition(lambda self: self.bits is None and self.plain.length < LARGEST_LENGTH)
+    @precondition(lambda self: self.cache_dtype is None and self.plain.length < LARGEST_LENGTH)
     @rule(s=st.integers(1, 3), replaced=st.integers(0, 2), mode=modes)
     def update_with_gradients(self, s, replaced, mode):
         self.feed(self.plain.batch, s, "grad", needs_gradient=True)
@@ -216,8 +218,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), mode=modes)
     def crop(self, data, mode):
-        length, own = self.plain.length, self.plain.length - self.plain.shared
-        # also just before, at and behind the end of what is shared
+        length, own = self.plain.length, self.plain.length - self.plain.prefix
+        # also just before, at and after the end of the shared prefix
         counts = {1, 2, own - 1, own, own + 1, length // 2, length, 0}
         count = data.draw(st.sampled_from([count for count in counts if 0 <= count <= length]))
         with MODES[mode]():
@@ -253,7 +255,7 @@ class CacheMachine(RuleBasedStateMachine):
     def reset_and_begin_anew(self, begin):
         with MODES[begin[-1]]():
             self.cache.reset()
-        self.plain = Plain(self.bits, self.plain.dtype)
+        self.plain = Plain(self.cache_dtype, self.plain.dtype)
         check(self.cache, self.plain)
         self.begin(*begin)
 
@@ -264,7 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
                 layer.offload()
                 layer.prefetch()
 
-    # torch copies no tensor that autograd made, whatever holds it
+    # torch refuses to deep-copy a tensor with a gradient history, whatever holds it
     @precondition(lambda self: not self.in_graph())
     @rule(continue_with_the_copy=st.booleans())
     def deepcopy(self, continue_with_the_copy):
@@ -284,9 +286,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.save(path, tokens=tokens, model=model)
             self.cache = LatentCache.load(path, model=model)
         assert torch.equal(self.cache.stored_tokens, tokens)
-        # one sequence alone is stored as what others may share
+        # a single sequence is stored as a prefix that several can share
         if self.plain.batch == 1:
-            self.plain.shared = self.plain.length
+            self.plain.prefix = self.plain.length
         self.saved.append((path, self.plain.copy()))
 
     @precondition(lambda self: self.plain.length > 1)
@@ -307,7 +309,7 @@ class CacheMachine(RuleBasedStateMachine):
         blocks = {"TOKENS_PER_BLOCK": tokens_per_block, "ELEMENTS_PER_BLOCK": elements_per_block}
         with torch.no_grad(), patch.multiple(latent_ops, **blocks):
             actual = latent_ops.absorbed_attention(q_content, q_rotary, latents, *up, mask=None, scale=scale)
-        plain = Latents(SeparateStretch(latent, k_rotary))
+        plain = Latents(SplitSegment(latent, k_rotary))
         with torch.no_grad():
             yardstick = latent_ops.expanded_attention(q_content, q_rotary, plain, *up, mask=None, scale=scale)
         visible = torch.ones(b, s, self.plain.length, dtype=torch.bool).tril(self.plain.length - s)
@@ -315,7 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert_within_rounding(actual, truth, yardstick, slack=4.0)
 
     def in_graph(self) -> bool:
-        rows = [layer._own for layer in self.cache.layers] + [layer._shared for layer in self.cache.layers]
+        rows = [layer._buffer for layer in self.cache.layers] + [layer._prefix for layer in self.cache.layers]
         return any(x is not None and x.requires_grad for x in rows)
 
     @invariant()
@@ -326,24 +328,24 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "folder"):
             return
         with self.folder:
-            # what was left behind is as it was left, in memory and in files
+            # copies and files that were made before have not changed
             for cache, plain in self.bystanders:
                 check(cache, plain)
             for path, plain in self.saved:
                 check(LatentCache.load(path, model=model_of(plain.dtype)), plain)
-            # raises where something that autograd kept was written over
+            # raises if a tensor that autograd saved was overwritten
             for loss in self.losses:
                 loss.backward(retain_graph=True)
 
 
-# rows of bytes move alike whatever their codes, so each format sees few sequences, and other ones than the next
-@pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"], ids=str)
-def test_any_sequence_of_operations_leaves_what_it_leaves_on_lists_of_tokens(bits):
-    machine = seed(f"bits {bits}")(type("Machine", (CacheMachine,), {"bits": bits}))
+# rows of bytes move in the same way for every format, so each one gets few sequences, which differ between formats
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int5", "int4", "fp8"], ids=str)
+def test_any_sequence_of_operations_has_the_result_that_it_has_on_lists_of_tokens(cache_dtype):
+    machine = seed(f"cache_dtype {cache_dtype}")(type("Machine", (CacheMachine,), {"cache_dtype": cache_dtype}))
     few = settings(
         deadline=None,
         database=None,
-        max_examples=40 if bits is None else 12,
+        max_examples=40 if cache_dtype is None else 12,
         stateful_step_count=20,
         suppress_health_check=list(HealthCheck),
     )

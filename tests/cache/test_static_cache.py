@@ -1,4 +1,4 @@
-"""A static LatentCache: buffers that stay where they are, and two ways to count what they hold."""
+"""A static LatentCache has buffers that never move, and counts its tokens on the host or on the device."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from deepseek_latent.cache.static_layer import TokenCount
 from tests.support import LITE, V2, random_ids, relative_error, tiny_model
 
 B, C, R, ROOM = 2, V2["kv_lora_rank"], V2["qk_rope_head_dim"], 24
-BITS = [None, 8, 6, 4, "fp8"]
+CACHE_DTYPES = [None, "int8", "int6", "int4", "fp8"]
 PADDING = torch.ones(B, ROOM, dtype=torch.long)
 PADDING[0, :5] = 0
 
@@ -32,7 +32,7 @@ def tokens(length: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filled(length: int, **options) -> tuple[LatentCache, LatentCache]:
-    """A static cache and a growing one, with the same tokens."""
+    """A static cache and a growing one with the same tokens."""
     caches = static(**options), LatentCache(model().config, **options)
     for layer in range(model().config.num_hidden_layers):
         new = tokens(length)
@@ -56,10 +56,10 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_leaves_what_a_growing_cache_holds(operation, bits):
-    cache, twin = filled(9, bits=bits)
+def test_every_operation_leaves_what_a_growing_cache_holds(operation, cache_dtype):
+    cache, twin = filled(9, cache_dtype=cache_dtype)
     new = tokens(2)
     for one in (cache, twin):
         OPERATIONS[operation](one, new)
@@ -67,13 +67,13 @@ def test_every_operation_leaves_what_a_growing_cache_holds(operation, bits):
 
 
 @pytest.mark.parametrize("operation", ["update", "crop", "reorder"])
-def test_rows_stay_where_they_are(operation):
+def test_buffers_never_move(operation):
     cache, _ = filled(9)
-    before = [layer._own.data_ptr() for layer in cache.layers]
+    before = [layer._buffer.data_ptr() for layer in cache.layers]
     OPERATIONS[operation](cache, tokens(2))
     cache.reset()
     OPERATIONS["update"](cache, tokens(2))
-    assert [layer._own.data_ptr() for layer in cache.layers] == before
+    assert [layer._buffer.data_ptr() for layer in cache.layers] == before
     assert cache.get_seq_length() == 2
 
 
@@ -81,29 +81,29 @@ def test_rows_stay_where_they_are(operation):
 @pytest.mark.parametrize("overrides", [{}, LITE], ids=["V2", "Lite"])
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_recorded_step_says_what_a_plain_one_says(bits, padded, new, overrides):
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_a_recorded_step_gives_the_logits_of_a_plain_one(cache_dtype, padded, new, overrides):
     subject, ids = tiny_model(**overrides), random_ids(B, 17)
-    caches = static(bits=bits), LatentCache(subject.config, bits=bits)
+    caches = static(cache_dtype=cache_dtype), LatentCache(subject.config, cache_dtype=cache_dtype)
 
-    def said(cache, first, last):
+    def logits(cache, first, last):
         mask = {"attention_mask": PADDING[:, :last]} if padded else {}
         return subject(ids[:, first:last], cache=cache, **mask).logits
 
     for cache in caches:
-        said(cache, 0, 11)
+        logits(cache, 0, 11)
     with caches[0].count.recorded():
-        recorded = [said(caches[0], 11, 11 + new), said(caches[0], 11 + new, 12 + new)]
-    plain = [said(caches[1], 11, 11 + new), said(caches[1], 11 + new, 12 + new)]
-    # the absorbed form in both, over a whole buffer in one of them
+        recorded = [logits(caches[0], 11, 11 + new), logits(caches[0], 11 + new, 12 + new)]
+    plain = [logits(caches[1], 11, 11 + new), logits(caches[1], 11 + new, 12 + new)]
+    # both use absorbed attention, one of them over a whole buffer
     assert max(map(relative_error, recorded, plain)) < 1e-5
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 12 + new
-    # and the host goes on from there
-    assert relative_error(said(caches[0], 12 + new, 13 + new), said(caches[1], 12 + new, 13 + new)) < 1e-5
+    # the host continues from there
+    assert relative_error(logits(caches[0], 12 + new, 13 + new), logits(caches[1], 12 + new, 13 + new)) < 1e-5
 
 
 class Waiting(TorchDispatchMode):
-    """Notes what would make a host wait for its device, or learn a size from it."""
+    """Records the calls that would make the host wait for the device, or read a size from it."""
 
     def __init__(self):
         super().__init__()
@@ -118,31 +118,31 @@ class Waiting(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_recorded_step_waits_for_nothing(bits, padded):
-    # 16 bits, in which torch's grouped products do not look at where experts end
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_a_recorded_step_waits_for_nothing(cache_dtype, padded):
+    # half precision, in which torch's grouped products do not read where experts end
     subject, ids = tiny_model(torch.bfloat16), random_ids(B, 12)
-    cache = static(bits=bits)
+    cache = static(cache_dtype=cache_dtype)
     subject(ids[:, :11], cache=cache)
     mask = {"attention_mask": PADDING} if padded else {}
     with cache.count.recorded(), Waiting() as waiting:
         cache.count.to_device(ids.device)
         subject(ids[:, 11:], cache=cache, **mask)
-        cache.count.replayed(1)
+        cache.count.advance_on_host(1)
     assert waiting.met == []
     assert cache.get_seq_length() == 12
 
 
 @torch.no_grad()
-def test_generate_asks_the_device_for_no_length(monkeypatch):
-    """Between the prompt and the last token, where steps are compiled for all lengths."""
+def test_generate_does_not_ask_the_device_for_the_length(monkeypatch):
+    """Between the prompt and the last token, steps are compiled for all lengths."""
     asked = []
-    monkeypatch.setattr(TokenCount, "to_host", lambda count: asked.append(count.host_is_right))
+    monkeypatch.setattr(TokenCount, "to_host", lambda count: asked.append(count.is_host_current))
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compiled._compile_all_devices = True
-    said = model().generate(random_ids(B, 5), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model().generate(random_ids(B, 5), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     asked.clear()
-    static_said = model().generate(
+    from_static = model().generate(
         random_ids(B, 5),
         max_new_tokens=9,
         do_sample=False,
@@ -151,7 +151,7 @@ def test_generate_asks_the_device_for_no_length(monkeypatch):
         cache_implementation="static",
         compile_config=compiled,
     )
-    assert torch.equal(said, static_said)
+    assert torch.equal(from_static, expected)
     assert asked
     assert all(asked)
 
@@ -166,7 +166,7 @@ def test_a_copy_is_independent():
     assert other.count is other.layers[0].count is other.layers[1].count is not cache.count
 
 
-def test_bytes_held_and_allocated():
+def test_it_allocates_its_whole_buffer_and_holds_the_tokens_only():
     cache, _ = filled(9)
     assert cache.nbytes == B * 9 * 3 * (C + R) * 4
     assert f"{B * ROOM * 3 * (C + R) * 4:,} allocated" in repr(cache)
@@ -197,7 +197,7 @@ def test_wider_tokens_are_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("forget", [lambda cache: cache.reset(), lambda cache: cache.crop(-11)], ids=["reset", "crop"])
-def test_what_was_forgotten_is_not_multiplied(forget):
+def test_forgotten_rows_do_not_reach_the_output(forget):
     cache, ids = static(), random_ids(B, 12)
     for layer in range(3):
         cache.update(*(torch.full_like(x, torch.nan) for x in tokens(11)), layer)
@@ -205,11 +205,11 @@ def test_what_was_forgotten_is_not_multiplied(forget):
     model()(ids[:, :11], cache=cache)
     cache.crop(-6)
     with cache.count.recorded():
-        said = model()(ids[:, 5:6], cache=cache).logits
-    assert relative_error(said, model()(ids[:, :6], use_cache=False).logits[:, -1:]) < 1e-5
+        actual = model()(ids[:, 5:6], cache=cache).logits
+    assert relative_error(actual, model()(ids[:, :6], use_cache=False).logits[:, -1:]) < 1e-5
 
 
-def test_a_cache_made_in_inference_mode_goes_on_outside_it():
+def test_a_cache_made_in_inference_mode_continues_outside_it():
     cache, ids = static(), random_ids(B, 12)
     expected = model()(ids, use_cache=False).logits
     with torch.inference_mode(), cache.count.recorded():
@@ -217,8 +217,8 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_it():
     with torch.no_grad():
         model()(ids[:, 9:10], cache=cache)
         with cache.count.recorded():
-            said = [model()(ids[:, i : i + 1], cache=cache).logits for i in (10, 11)]
-    assert relative_error(torch.cat(said, dim=1), expected[:, 10:]) < 1e-5
+            actual = [model()(ids[:, i : i + 1], cache=cache).logits for i in (10, 11)]
+    assert relative_error(torch.cat(actual, dim=1), expected[:, 10:]) < 1e-5
     cache.crop(-3)
     assert cache.get_seq_length() == 9
 
@@ -231,7 +231,7 @@ def test_gradients_are_refused_and_nothing_is_written():
 
 
 @torch.no_grad()
-def test_a_cache_that_a_step_left_unequal_is_not_continued_by_a_recorded_one():
+def test_a_recorded_step_refuses_a_cache_whose_layers_differ_in_length():
     cache = static()
     model()(random_ids(B, 4), cache=cache)
     cache.update(*tokens(1), 0)
@@ -240,11 +240,11 @@ def test_a_cache_that_a_step_left_unequal_is_not_continued_by_a_recorded_one():
 
 
 @pytest.mark.parametrize("room", [0, -3, True, 2.5, "64"], ids=repr)
-def test_room_is_a_number_of_tokens(room):
+def test_max_cache_len_is_a_positive_number_of_tokens(room):
     with pytest.raises(ValueError, match="max_cache_len must be a number of tokens, at least 1"):
         LatentCache(model().config, max_cache_len=room)
 
 
-def test_a_static_cache_does_not_move():
-    with pytest.raises(ValueError, match=r"moves.*stays where it is|CUDA"):
+def test_a_static_cache_cannot_be_offloaded():
+    with pytest.raises(ValueError, match=r"moves and a static one must not|CUDA"):
         static(offloading=True)

@@ -54,10 +54,10 @@ def test_generate_shows_the_size_of_the_cache_that_was_held(folder, capsys):
     assert re.fullmatch(r"\d+\.\d{3} s", *row(err, "time to first token"))
 
 
-@pytest.mark.parametrize(("bits", "row_bytes"), [(8, 58), (6, 50), (4, 38), ("fp8", 60)])
-def test_generate_holds_the_cache_in_the_given_bits(folder, capsys, bits, row_bytes):
+@pytest.mark.parametrize(("cache_dtype", "row_bytes"), [("int8", 58), ("int6", 50), ("int4", 38), ("fp8", 60)])
+def test_generate_holds_the_cache_in_the_given_cache_dtype(folder, capsys, cache_dtype, row_bytes):
     _, _, err = printed(
-        capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu", "--cache-bits", bits
+        capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu", "--cache-dtype", cache_dtype
     )
     assert row(err, "cache held") == [f"{(6 + 9 - 1) * V2['num_hidden_layers'] * row_bytes:,} bytes"]
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from deepseek_latent import LatentCache
 from deepseek_latent.attention.ops import _attend_to_blocks
 from deepseek_latent.attention.rotary import rotate
-from deepseek_latent.cache.format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
+from deepseek_latent.cache.format import LatentFormat, latent_format
+from deepseek_latent.cache.segments import Latents, Segment, SplitSegment
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu import library
 from deepseek_latent.kernels.cpu.int8 import rounded
@@ -240,34 +241,34 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
     if lies == "in rows":
         buffer = torch.full((b, t + 5, c + r), torch.nan, dtype=dtype)
         buffer[:, :t] = rows
-        latents = Latents(Stretch(buffer[:, :t], rows_format))
+        latents = Latents(Segment(buffer[:, :t], rows_format))
     elif lies == "apart":
-        latents = Latents(SeparateStretch(rows[..., :c].contiguous(), rows[..., c:].contiguous()))
+        latents = Latents(SplitSegment(rows[..., :c].contiguous(), rows[..., c:].contiguous()))
     else:
-        latents = Latents(Stretch(rows[:1, : t // 2], rows_format), Stretch(rows[:, t // 2 :], rows_format))
+        latents = Latents(Segment(rows[:1, : t // 2], rows_format), Segment(rows[:, t // 2 :], rows_format))
     mask = mask_of(kind, b, s, h, t)
     exact = _attend_to_blocks(queries.double(), latents, mask, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.segments))
     absorbed, q_rotary = (2 * queries).split((c, r), dim=-1)
     result = torch.ops.deepseek_latent.attend(absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, _additive(mask))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
+@pytest.mark.parametrize("cache_dtype", ["int8", "int6", "int5", "int4", "fp8"])
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
-def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
+def test_attention_over_codes_reads_what_they_stand_for(cache_dtype, c, shared):
     from deepseek_latent.kernels.cpu.layers import as_pair, bits_of
 
     b, s, h, r, t = 2, 2, 5, 6, 90
-    rows_format = latent_format(bits, c, r, torch.bfloat16)
+    rows_format = latent_format(cache_dtype, c, r, torch.bfloat16)
     latent, k_rotary = noise(b, t, c).bfloat16() * 3, noise(b, t, r, seed=1).bfloat16()
     rows = rows_format.encode(latent * noise(b, t, 1, seed=4).exp(), k_rotary)
     parts = (rows[:1, :40], rows[:, 40:]) if shared else (rows,)
-    latents = Latents(*(Stretch(part, rows_format) for part in parts))
+    latents = Latents(*(Segment(part, rows_format) for part in parts))
     queries = noise(b, s, h, c + r, seed=2) / c**0.5
     exact = _attend_to_blocks(queries.double(), latents, None, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(as_pair, latents.segments))
     absorbed, q_rotary = queries[..., :c].contiguous(), queries[..., c:]
     result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, bits_of(latents))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
@@ -367,7 +368,7 @@ def test_logits_are_those_of_the_model_as_it_was(dtype, variant, length):
 
 CACHES = {
     "LatentCache": LatentCache,
-    "6 bits": lambda config: LatentCache(config, bits=6),
+    "int6": lambda config: LatentCache(config, cache_dtype="int6"),
     "DynamicCache": lambda config: DynamicCache(config=config),
     "StaticCache": lambda config: StaticCache(config, max_cache_len=40),
 }

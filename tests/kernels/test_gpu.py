@@ -54,13 +54,13 @@ def test_a_step_of_kernels_says_what_the_modules_say(dtype, batch, padded, lite)
     assert relative_error(logits[1], logits[0]) < DTYPES[dtype]
 
 
-@pytest.mark.parametrize("bits", [None, 8, 6, 4, "fp8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int4", "fp8"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_replayed_steps_say_the_same_tokens(padded, bits):
+def test_replayed_steps_say_the_same_tokens(padded, cache_dtype):
     mask = {"attention_mask": PADDED.cuda()} if padded else {}
     model = optimized(True)
-    expected = optimized(False).generate(ids(), **NEW, **mask, cache=LatentCache(model.config, bits=bits))
-    cache = LatentCache(model.config, bits=bits, max_cache_len=40)
+    expected = optimized(False).generate(ids(), **NEW, **mask, cache=LatentCache(model.config, cache_dtype=cache_dtype))
+    cache = LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=40)
     assert torch.equal(model.generate(ids(), **NEW, **mask, cache=cache), expected)
     assert cache.get_seq_length() == 22
 

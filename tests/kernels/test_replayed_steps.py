@@ -80,11 +80,13 @@ def model(monkeypatch):
 
 
 @pytest.mark.parametrize("mask", [None, MASK, PADDED], ids=["no mask", "ones", "padded"])
-@pytest.mark.parametrize("bits", [None, 8])
-def test_replayed_steps_say_what_computed_ones_say(model, bits, mask):
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_replayed_steps_say_what_computed_ones_say(model, cache_dtype, mask):
     given = {} if mask is None else {"attention_mask": mask}
-    expected = tiny_model().generate(random_ids(2, 7), **NEW, **given, cache=LatentCache(model.config, bits=bits))
-    cache = LatentCache(model.config, bits=bits, max_cache_len=20)
+    expected = tiny_model().generate(
+        random_ids(2, 7), **NEW, **given, cache=LatentCache(model.config, cache_dtype=cache_dtype)
+    )
+    cache = LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=20)
     assert torch.equal(model.generate(random_ids(2, 7), **NEW, **given, cache=cache), expected)
     (steps,) = model.steps.made
     assert steps._graph is not None

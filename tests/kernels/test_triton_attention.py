@@ -124,7 +124,10 @@ def test_before_the_first_token_queries_give_zeros():
 @pytest.mark.parametrize(("c", "r"), [(40, 8), (256, 16), (512, 64)])
 def test_codes_equal_what_they_stand_for(bits, c, r):
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    queries, form = random_queries(2, 2, 3, c, r, dtype), latent_format(bits, c, r, torch.float32)
+    queries, form = (
+        random_queries(2, 2, 3, c, r, dtype),
+        latent_format(f"int{bits}" if bits != "fp8" else bits, c, r, torch.float32),
+    )
     values = random_rows(2, 37, c, r)
     # planes of unlike size, so that a scale of another plane shows
     values[..., :c] *= 2.0 ** torch.arange(c, device=DEVICE).div(128, rounding_mode="floor")
@@ -139,7 +142,7 @@ def test_codes_equal_what_they_stand_for(bits, c, r):
 @pytest.mark.parametrize("bits", ["", "4"], ids=["as stored", "codes"])
 @pytest.mark.parametrize("held", [0, 3, 40], ids="held{}".format)
 def test_codes_and_elements_of_no_token_behind_length_are_read(bits, held):
-    form = latent_format(int(bits) if bits else None, 64, 32, torch.float32)
+    form = latent_format(f"int{bits}" if bits else None, 64, 32, torch.float32)
     queries, rows = random_queries(2, 1, 3, 64, 32), form.encode(*random_rows(2, 96, 64, 32).split((64, 32), dim=-1))
     truth = form.decode(rows, torch.float64)[:, :held].split((64, 32), dim=-1)
     rows[:, held:] = 0xFF if bits else torch.nan  # scales and keys of 0xFFFF are NaN

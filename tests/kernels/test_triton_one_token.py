@@ -105,7 +105,7 @@ def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, on_device):
     # a view of both up-projections, whose other half is not to be read
     up = torch.full((h, n + 5, c), torch.nan, device=DEVICE, dtype=dtype)
     up[:, :n] = random(h, n, c, dtype=dtype)
-    format = latent_format(bits, c, r, dtype)
+    format = latent_format(bits and f"int{bits}", c, r, dtype)
     rows = torch.full((2, 1, 9, format.row_width), 77, device=DEVICE, dtype=format.storage_dtype)
     start, turned = torch.tensor(4, device=DEVICE) if on_device else 4, queries.clone()
     rotation = angles.cos(), angles.sin()
@@ -210,16 +210,16 @@ def steps(model, ids, cache, mask=None):
 
 
 @MODELS
-@pytest.mark.parametrize("bits", [None, 8, 4], ids="bits{}".format)
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"], ids=str)
 @pytest.mark.parametrize("static", [None, PROMPT + 3], ids=["growing", "static"])
-def test_a_token_by_the_short_way_is_the_same_token(static, bits, overrides, counted):
+def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrides, counted):
     model, num_new = optimized(**overrides), 1 if static is None else 2
     ids = random_ids(1, PROMPT + num_new).to(DEVICE)
-    out = steps(model, ids, LatentCache(model.config, bits=bits, max_cache_len=static))
-    expected = steps(plain(**overrides), ids, LatentCache(model.config, bits=bits))
+    out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=static))
+    expected = steps(plain(**overrides), ids, LatentCache(model.config, cache_dtype=cache_dtype))
     assert set(counted.values()) == {num_new * model.config.num_hidden_layers}
     # a rounding may move a code to the next
-    assert relative_error(out, expected) < (5e-6 if bits is None else 1e-2)
+    assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
 
 
 @MODELS
@@ -257,9 +257,9 @@ def test_whoever_watches_a_part_sees_it_called(part, half, counted):
     assert relative_error(out, steps(plain(), ids, LatentCache(model.config))) < 5e-6
 
 
-@pytest.mark.parametrize("bits", [6, "fp8"], ids="bits{}".format)
-def test_other_formats_of_rows_go_the_long_way(bits, counted):
+@pytest.mark.parametrize("cache_dtype", ["int6", "fp8"], ids=str)
+def test_other_formats_of_rows_go_the_long_way(cache_dtype, counted):
     model, ids = optimized(), random_ids(1, PROMPT + 1).to(DEVICE)
-    out = steps(model, ids, LatentCache(model.config, bits=bits))
+    out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype))
     assert counted["attended_by_one_token"] == 0
-    assert relative_error(out, steps(plain(), ids, LatentCache(model.config, bits=bits))) < 5e-2
+    assert relative_error(out, steps(plain(), ids, LatentCache(model.config, cache_dtype=cache_dtype))) < 5e-2

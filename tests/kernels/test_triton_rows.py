@@ -132,7 +132,7 @@ def test_norm_rotate_gives_latents_keys_and_turned_queries(b, s, h, r, c, one_po
 def test_rows_are_those_of_the_format_and_no_other_row_changes(c, bits, start, on_device):
     dtype = torch.bfloat16
     layer, again = Layer(2, 3, dtype, c=c), Layer(2, 3, dtype, c=c)
-    format = latent_format(bits, c, layer.r, dtype)
+    format = latent_format(bits and f"int{bits}", c, layer.r, dtype)
     memory = torch.full((2, 12, format.row_width), 77, device=DEVICE, dtype=format.storage_dtype)
     rows, before = memory[:, 1:], memory.clone()
     first = torch.tensor(start, device=DEVICE) if on_device else start
@@ -149,7 +149,7 @@ def test_latents_of_zeros_and_of_one_large_element_are_coded_as_the_format_codes
     layer.compressed[0, 0] = 0
     layer.compressed[0, 1, :300] = 0
     layer.compressed[0, 1, 128:130] = torch.tensor([3e4, -3e4])
-    format = latent_format(bits, 300, layer.r, torch.bfloat16)
+    format = latent_format(f"int{bits}", 300, layer.r, torch.bfloat16)
     rows = torch.full((1, 2, format.row_width), 77, device=DEVICE, dtype=torch.uint8)
     norm_rotate_write(*layer.arguments(), rows, 0, bits=bits)
     assert torch.equal(rows, format.encode(*norm_rotate(*layer.arguments())))

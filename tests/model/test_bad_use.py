@@ -16,12 +16,12 @@ LONGER = torch.cat((IDS, random_ids(2, 3, seed=5)), dim=1)
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CACHES = {
     "LatentCache": lambda config: LatentCache(config),
-    "8 bits": lambda config: LatentCache(config, bits=8),
+    "int8": lambda config: LatentCache(config, cache_dtype="int8"),
     "DynamicCache": lambda config: DynamicCache(config=config),
     "StaticCache": lambda config: StaticCache(config, max_cache_len=30),
 }
 EVERY_CACHE = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
-OURS = pytest.mark.parametrize("make", [CACHES["LatentCache"], CACHES["8 bits"]], ids=["LatentCache", "8 bits"])
+OURS = pytest.mark.parametrize("make", [CACHES["LatentCache"], CACHES["int8"]], ids=["LatentCache", "int8"])
 GROWING = [name for name in CACHES if name != "StaticCache"]  # a StaticCache also counts its tokens in a tensor
 
 
@@ -71,7 +71,7 @@ def test_a_cache_of_other_widths_is_refused(use, make):
 @pytest.mark.parametrize("use", [step, answer])
 def test_a_cache_of_another_number_of_layers_is_refused(use, num_layers, make):
     cache = filled(make, tiny_model(num_hidden_layers=num_layers))
-    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+    with refused(f"this cache has {num_layers} layers and the model has 3", cache):
         use(tiny_model(), cache)
 
 
@@ -79,7 +79,7 @@ def test_a_cache_of_another_number_of_layers_is_refused(use, num_layers, make):
 @pytest.mark.parametrize("num_layers", [2, 5])
 def test_an_empty_cache_of_another_number_of_layers_is_refused(num_layers, make):
     cache = make(tiny_model(num_hidden_layers=num_layers).config)
-    with refused(f"this cache has {num_layers} layers and the model 3", cache):
+    with refused(f"this cache has {num_layers} layers and the model has 3", cache):
         step(tiny_model(), cache)
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_without_new_tokens_is_refused(given, make):
 def test_a_cache_with_use_cache_false_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
-    with refused("use_cache=False .* the one given holds 9 tokens", cache):
+    with refused("use_cache=False, got one that holds 9 tokens", cache):
         answer(model, cache, use_cache=False)
 
 
@@ -228,22 +228,30 @@ def test_a_cache_with_unequal_layers_after_an_interrupted_step_is_refused(tokens
         step(model, cache, tokens=tokens)
 
 
-@pytest.mark.parametrize("bits", [7, 16, "8", True, 8.0, "int8"], ids=repr)
-def test_unsupported_bits_are_refused(bits):
-    with refused(f"bits must be None .*, 8, 6, 5, 4 or 'fp8', got {bits!r}"):
-        LatentCache(tiny_model().config, bits=bits)
+@pytest.mark.parametrize("cache_dtype", [8, 16, "8", True, 8.0, "int7", torch.int8], ids=repr)
+def test_an_unknown_cache_dtype_is_refused(cache_dtype):
+    with refused(f"cache_dtype must be None .*, 'int8', 'int6', 'int5', 'int4' or 'fp8', got {cache_dtype!r}"):
+        LatentCache(tiny_model().config, cache_dtype=cache_dtype)
+
+
+def test_bits_are_refused_with_the_name_of_the_argument_to_use():
+    with refused("LatentCache takes cache_dtype, such as 'int8' or 'fp8', in place of bits=8", error=TypeError):
+        LatentCache(tiny_model().config, bits=8)
+    with refused("LatentCache got an unexpected keyword argument 'length'", error=TypeError):
+        LatentCache(tiny_model().config, length=8)
 
 
 @pytest.mark.parametrize(
     ("cache_config", "sentence"),
     [
-        ({"backend": "latent"}, "the latent backend takes .*nbits.*, got"),
-        ({"backend": "latent", "nbits": None}, "the latent backend takes .*nbits.*, got"),
+        ({"backend": "latent"}, "the latent backend takes .*cache_dtype.*, got"),
+        ({"backend": "latent", "cache_dtype": None}, "the latent backend takes .*cache_dtype.*, got"),
+        ({"backend": "latent", "nbits": 8}, "the latent backend takes cache_dtype in place of nbits, as in .*, got"),
         (
-            {"backend": "latent", "nbits": 8, "residual_length": 128},
+            {"backend": "latent", "cache_dtype": "int8", "residual_length": 128},
             "the latent backend takes .*, got .*residual_length",
         ),
-        ({"backend": "latent", "nbits": 3}, "bits must be .* got 3"),
+        ({"backend": "latent", "cache_dtype": 8}, "cache_dtype must be .* got 8"),
     ],
     ids=lambda x: str(x)[:60],
 )
@@ -252,40 +260,35 @@ def test_a_wrong_cache_config_is_refused(cache_config, sentence):
         tiny_model().generate(IDS, **GREEDY, cache_implementation="quantized", cache_config=cache_config)
 
 
-def test_bits_are_refused_under_the_name_that_the_user_gave():
-    with pytest.raises(ValueError, match=r"^nbits must be"):
-        tiny_model().generate(
-            IDS, **GREEDY, cache_implementation="quantized", cache_config={"backend": "latent", "nbits": 7}
-        )
-
-
-def test_bits_without_a_quantized_cache_are_refused():
+def test_a_cache_dtype_without_a_quantized_cache_is_refused():
     with refused('the latent backend needs cache_implementation="quantized" or "static", got None'):
-        tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "nbits": 8})
+        tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "cache_dtype": "int8"})
 
 
 @pytest.mark.parametrize("config", [3, {"num_hidden_layers": 3}, tiny_model()], ids=["number", "dict", "model"])
 def test_a_cache_that_is_not_made_from_a_config_is_refused(config):
-    with refused("LatentCache is made from a model's config, got (int|dict|DeepseekV2ForCausalLM)", error=TypeError):
+    with refused(
+        "expected a model's config to make a LatentCache from, got (int|dict|DeepseekV2ForCausalLM)", error=TypeError
+    ):
         LatentCache(config)
 
 
 def test_a_gradient_through_a_quantized_cache_is_refused():
     model = tiny_model()
-    cache = filled(CACHES["8 bits"], model)
-    with refused("8 bits carry no gradient.*no_grad", cache):
+    cache = filled(CACHES["int8"], model)
+    with refused("quantized to int8 carry no gradient.*no_grad", cache):
         model(IDS, cache=cache)
 
 
 def test_a_refusal_leaves_an_empty_cache_empty_and_keeps_the_dtype_of_a_filled_one():
     model = tiny_model()
-    cache = LatentCache(model.config, bits=8)
-    with refused("8 bits carry no gradient", cache):
+    cache = LatentCache(model.config, cache_dtype="int8")
+    with refused("quantized to int8 carry no gradient", cache):
         model(IDS, cache=cache)
     assert repr(cache) == "LatentCache(layers=3, empty)"
     # so the cache can be filled by another batch
     filled(lambda config: cache, model, random_ids(1, 4))
-    narrow = filled(CACHES["8 bits"], tiny_model(torch.bfloat16))
-    with refused("8 bits carry no gradient", narrow):
+    narrow = filled(CACHES["int8"], tiny_model(torch.bfloat16))
+    with refused("quantized to int8 carry no gradient", narrow):
         model(random_ids(2, 1), cache=narrow)
     assert {layer.dtype for layer in narrow.layers} == {torch.bfloat16}

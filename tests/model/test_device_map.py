@@ -19,7 +19,7 @@ IDS = random_ids(2, CACHED + 1)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 CACHES = {
     "none": lambda config: LatentCache(config),
-    "6 bits": lambda config: LatentCache(config, bits=6),
+    "int6": lambda config: LatentCache(config, cache_dtype="int6"),
     "static": lambda config: StaticCache(config, max_cache_len=CACHED + 8),
 }
 EVERY_CACHE = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)

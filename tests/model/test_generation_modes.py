@@ -37,12 +37,15 @@ from tests.model.generation_modes import (
 LONGEST = PROMPT + sum(6 + question.shape[1] for question in QUESTIONS) + 6
 
 
-def passed_with_bits(bits: int | str, **options):
-    return lambda model: {"cache": LatentCache(model.config, bits=bits, **options)}
+def passed_with(cache_dtype: str, **options):
+    return lambda model: {"cache": LatentCache(model.config, cache_dtype=cache_dtype, **options)}
 
 
-def made_with_bits(bits: int | str):
-    return lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "latent", "nbits": bits}}
+def made_with(cache_dtype: str):
+    return lambda model: {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "latent", "cache_dtype": cache_dtype},
+    }
 
 
 CACHES = {
@@ -53,18 +56,18 @@ CACHES = {
     "DynamicCache": lambda model: {"cache": DynamicCache()},
     "StaticCache": lambda model: {"cache": StaticCache(model.config, max_cache_len=LONGEST)},
     "fp8 of transformers": lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
-    "8 bits": passed_with_bits(8),
-    "6 bits": made_with_bits(6),
-    "5 bits": passed_with_bits(5),
-    "4 bits": made_with_bits(4),
-    "fp8": made_with_bits("fp8"),
+    "int8": passed_with("int8"),
+    "int6": made_with("int6"),
+    "int5": passed_with("int5"),
+    "int4": made_with("int4"),
+    "fp8": made_with("fp8"),
     "static LatentCache": lambda model: {"cache": LatentCache(model.config, max_cache_len=LONGEST)},
-    "static in 8 bits": lambda model: made_with_bits(8)(model) | CACHES["static"](model),
-    "static in 4 bits": passed_with_bits(4, max_cache_len=LONGEST),
-    "static in fp8": passed_with_bits("fp8", max_cache_len=LONGEST),
+    "static int8": lambda model: made_with("int8")(model) | CACHES["static"](model),
+    "static int4": passed_with("int4", max_cache_len=LONGEST),
+    "static fp8": passed_with("fp8", max_cache_len=LONGEST),
 }
-BITS = {"8 bits": 8, "6 bits": 6, "5 bits": 5, "4 bits": 4, "fp8": "fp8"}
-BITS |= {"static in 8 bits": 8, "static in 4 bits": 4, "static in fp8": "fp8"}
+CACHE_DTYPES = {name: name for name in ("int8", "int6", "int5", "int4", "fp8")}
+CACHE_DTYPES |= {f"static {name}": name for name in ("int8", "int4", "fp8")}
 CANDIDATES = (
     "prompt lookup",
     "assisted",
@@ -86,7 +89,7 @@ REFUSED = {
     **{
         (way, cache): (ValueError, "assisted generate is not supported with Static cache")
         for way in ("prompt lookup", "assisted", "assisted sampling", "early exit")
-        for cache in ("static", "static in 8 bits")
+        for cache in ("static", "static int8")
         if not STATIC_CAN_BE_CROPPED
     },
     **{
@@ -117,11 +120,11 @@ SINCE = {
 LIKE_ANOTHER = (
     "DynamicCache",
     "StaticCache",
-    "5 bits",
+    "int5",
     "fp8 of transformers",
     "static LatentCache",
-    "static in 4 bits",
-    "static in fp8",
+    "static int4",
+    "static fp8",
 )
 
 
@@ -134,18 +137,18 @@ def cell(way: str, cache: str):
 
 
 # the unconditional side of guidance has a cache of its own, which is not quantized
-CELLS = [cell(way, cache) for way in MODES for cache in CACHES if way != "guidance" or cache not in BITS]
+CELLS = [cell(way, cache) for way in MODES for cache in CACHES if way != "guidance" or cache not in CACHE_DTYPES]
 
 
 @contextlib.contextmanager
-def latents_rounded_to(bits: int | str | None):
-    """Attention reads latents and rotary keys rounded to `bits` bits, although nothing is cached."""
+def latents_rounded_to(cache_dtype: str | None):
+    """Attention reads latents and rotary keys rounded as `cache_dtype` rounds them, although nothing is cached."""
     compute = DeepseekV2Attention.project
 
     def compute_and_round(self, *args):
         *queries, latent, k_rotary = compute(self, *args)
         widths = latent.shape[-1], k_rotary.shape[-1]
-        rounding = latent_format(bits, *widths, latent.dtype)
+        rounding = latent_format(cache_dtype, *widths, latent.dtype)
         return *queries, *rounding.decode(rounding.encode(latent, k_rotary), latent.dtype).split(widths, dim=-1)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -153,15 +156,15 @@ def latents_rounded_to(bits: int | str | None):
         yield
 
 
-def dtype_for(bits: int | str | None) -> torch.dtype:
-    """float64 with bits: hardly any value is so close to a border of codes that the order of a sum matters."""
-    return torch.float32 if bits is None else torch.float64
+def dtype_for(cache_dtype: str | None) -> torch.dtype:
+    """float64 for a quantized cache, where the order of a sum hardly ever decides between two codes."""
+    return torch.float32 if cache_dtype is None else torch.float64
 
 
 @functools.cache
-def output_without_cache(way: str, bits: int | str | None = None):
-    with latents_rounded_to(bits):
-        return MODES[way](subject(dtype_for(bits)), no_cache)
+def output_without_cache(way: str, cache_dtype: str | None = None):
+    with latents_rounded_to(cache_dtype):
+        return MODES[way](subject(dtype_for(cache_dtype)), no_cache)
 
 
 def expected(way: str, cache: str):
@@ -169,7 +172,7 @@ def expected(way: str, cache: str):
         # its scale comes from the first tokens, which a model without a cache cannot reproduce; the native class can
         model = copy.deepcopy(twin_of_transformers())
         return MODES[way](model, lambda: CACHES[cache](model))
-    return output_without_cache(way, BITS.get(cache))
+    return output_without_cache(way, CACHE_DTYPES.get(cache))
 
 
 def assert_same(actual, expected) -> None:
@@ -187,7 +190,7 @@ def assert_same(actual, expected) -> None:
 @pytest.mark.parametrize(("way", "cache"), CELLS)
 def test_a_cache_changes_no_output(way, cache):
     # after a refused early exit, transformers leaves the model with the layers of the draft
-    model = copy.deepcopy(subject(dtype_for(BITS.get(cache))))
+    model = copy.deepcopy(subject(dtype_for(CACHE_DTYPES.get(cache))))
 
     def new_cache():
         return CACHES[cache](model)
@@ -223,13 +226,13 @@ def test_prompt_lookup_fills_a_static_cache_to_its_end(new_tokens):
         model.generate(REPETITIVE, **options, cache=narrow)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
-def test_both_ways_to_request_bits_make_the_same_cache(bits):
+@pytest.mark.parametrize("cache_dtype", ["int8", "int6", "int5", "int4", "fp8"])
+def test_both_ways_to_request_a_cache_dtype_make_the_same_cache(cache_dtype):
     model = subject()
-    made = prefilled(model, lambda: made_with_bits(bits)(model), IDS)
-    passed = prefilled(model, lambda: passed_with_bits(bits)(model), IDS)
+    made = prefilled(model, lambda: made_with(cache_dtype)(model), IDS)
+    passed = prefilled(model, lambda: passed_with(cache_dtype)(model), IDS)
     assert type(made) is type(passed) is LatentCache
-    assert made.bits == passed.bits == bits
+    assert made.cache_dtype == passed.cache_dtype == cache_dtype
     for one, other in zip(made.layers, passed.layers, strict=True):
         assert torch.equal(one.rows(), other.rows())
 
@@ -264,13 +267,9 @@ def as_recorded(graph, inputs):
     ("way", "cache", "compile_graph"),
     [
         *((way, "static", as_recorded) for way in COMPILED),
-        *(
-            (way, cache, as_recorded)
-            for way in ("greedy", "left padding")
-            for cache in ("static in 8 bits", "StaticCache")
-        ),
+        *((way, cache, as_recorded) for way in ("greedy", "left padding") for cache in ("static int8", "StaticCache")),
         ("greedy", "static", compile_fx),
-        pytest.param("greedy", "static in 8 bits", compile_fx, marks=inductor_views_bytes),
+        pytest.param("greedy", "static int8", compile_fx, marks=inductor_views_bytes),
     ],
 )
 def test_a_static_cache_decodes_in_one_compiled_graph(way, cache, compile_graph):
@@ -291,10 +290,10 @@ def test_a_static_cache_decodes_in_one_compiled_graph(way, cache, compile_graph)
     compile_config = CompileConfig(fullgraph=True, backend=compile_and_count, mode=None)
     compile_config._compile_all_devices = True
     model = copy.deepcopy(subject())
-    if cache in BITS:
+    if cache in CACHE_DTYPES:
         model = model.double()
     output = MODES[way](model, lambda: CACHES[cache](model) | {"compile_config": compile_config})
-    assert_same(output, output_without_cache(way, BITS.get(cache)))
+    assert_same(output, output_without_cache(way, CACHE_DTYPES.get(cache)))
     assert runs == COMPILED[way]
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]

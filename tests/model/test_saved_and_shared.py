@@ -10,11 +10,11 @@ import torch
 from deepseek_latent import LatentCache
 from tests.support import random_ids, relative_error, tiny_model
 
-BITS = pytest.mark.parametrize("bits", [None, 8, 6, 5, 4, "fp8"])
+every_cache_dtype = pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int5", "int4", "fp8"])
 
 
-def prefilled(model, ids, bits=None) -> LatentCache:
-    cache = LatentCache(model.config, bits=bits)
+def prefilled(model, ids, cache_dtype=None) -> LatentCache:
+    cache = LatentCache(model.config, cache_dtype=cache_dtype)
     with torch.no_grad():
         model(ids, cache=cache)
     return cache
@@ -26,13 +26,13 @@ def continued(model, ids, cache, **options):
     )
 
 
-@BITS
-def test_a_saved_cache_continues_as_the_one_in_memory(tmp_path, bits):
+@every_cache_dtype
+def test_a_saved_cache_continues_as_the_one_in_memory(tmp_path, cache_dtype):
     model, ids = tiny_model(), random_ids(1, 30)
-    cache = prefilled(model, ids[:, :24], bits)
+    cache = prefilled(model, ids[:, :24], cache_dtype)
     cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
     loaded = LatentCache.load(tmp_path / "prompt.safetensors", model=model)
-    assert (loaded.bits, loaded.get_seq_length(), loaded.nbytes) == (bits, 24, cache.nbytes)
+    assert (loaded.cache_dtype, loaded.get_seq_length(), loaded.nbytes) == (cache_dtype, 24, cache.nbytes)
     assert torch.equal(loaded.stored_tokens, ids[:, :24])
     mask = torch.ones_like(ids)
     expected = continued(model, ids, cache, attention_mask=mask)
@@ -85,12 +85,12 @@ def test_the_rows_of_a_loaded_cache_are_mapped_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"num_hidden_layers": 2}, "of a model with number of layers 3, this one has 2"),
-        ({"kv_lora_rank": 48}, "of a model with latent width 40, this one has 48"),
-        ({"qk_rope_head_dim": 16}, "of a model with rotary width 8, this one has 16"),
-        ({"dtype": torch.bfloat16}, "of a model with dtype torch.float32, this one has torch.bfloat16"),
-        ({"seed": 1}, "of a model with other weights, settings or adapters"),
-        ({"routed_scaling_factor": 2.0}, "of a model with other weights, settings or adapters"),
+        ({"num_hidden_layers": 2}, "computed by a model with number of layers 3, this one has 2"),
+        ({"kv_lora_rank": 48}, "computed by a model with latent width 40, this one has 48"),
+        ({"qk_rope_head_dim": 16}, "computed by a model with rotary width 8, this one has 16"),
+        ({"dtype": torch.bfloat16}, "computed by a model with dtype torch.float32, this one has torch.bfloat16"),
+        ({"seed": 1}, "computed by a model with other weights, settings or adapters"),
+        ({"routed_scaling_factor": 2.0}, "computed by a model with other weights, settings or adapters"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -122,7 +122,7 @@ def test_anything_but_a_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens
 @pytest.mark.parametrize("change", [10**6, -100])
 def test_ids_outside_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
     model, ids = tiny_model(), random_ids(1, 8)
-    with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; give those"):
+    with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; pass the ids that"):
         prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids + change, model=model)
 
 
@@ -130,7 +130,7 @@ def test_a_cache_filled_under_autocast_is_not_saved(tmp_path):
     model, ids = tiny_model(), random_ids(1, 8)
     with torch.autocast("cpu", torch.bfloat16):
         cache = prefilled(model, ids)
-    with pytest.raises(ValueError, match=r"holds torch.bfloat16 .* fill it outside of autocast"):
+    with pytest.raises(ValueError, match=r"holds torch.bfloat16 .* compute it outside of autocast"):
         cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
 
 
@@ -185,16 +185,16 @@ def test_an_empty_cache_is_not_saved(tmp_path):
         LatentCache(model.config).save(tmp_path / "prompt.safetensors", tokens=random_ids(1, 8), model=model)
 
 
-@BITS
-def test_a_shared_prefix_is_stored_once_and_read_by_all(bits):
+@every_cache_dtype
+def test_a_shared_prefix_is_stored_once_and_read_by_all(cache_dtype):
     """Questions of different lengths follow one long prefix, with padding between."""
     model, prefix = tiny_model(), random_ids(1, 40)
     questions, padding = random_ids(3, 6, seed=5), (0, 2, 3)
     alone = [
-        continued(model, torch.cat((prefix, questions[[i], count:]), dim=1), prefilled(model, prefix, bits))
+        continued(model, torch.cat((prefix, questions[[i], count:]), dim=1), prefilled(model, prefix, cache_dtype))
         for i, count in enumerate(padding)
     ]
-    cache = prefilled(model, prefix, bits)
+    cache = prefilled(model, prefix, cache_dtype)
     once = cache.nbytes
     cache.batch_repeat_interleave(3)
     assert cache.nbytes == once
@@ -230,11 +230,15 @@ def test_a_cache_cropped_inside_or_after_the_shared_prefix_continues(tmp_path, k
 @pytest.mark.parametrize(
     ("cache_config", "message"),
     [
-        ({"backend": "latent"}, r'takes \{"backend": "latent", "nbits": 6\}'),
-        ({"backend": "latent", "nbits": 6, "axis": 0}, r'takes \{"backend": "latent", "nbits": 6\}'),
-        ({"backend": "latent", "nbits": 3}, "8, 6, 5, 4 or 'fp8', got 3"),
-        ({"nbits": 6}, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
-        (None, 'needs a backend, such as cache_config={"backend": "latent", "nbits": 6}'),
+        ({"backend": "latent"}, r'takes \{"backend": "latent", "cache_dtype": "int8"\}'),
+        (
+            {"backend": "latent", "cache_dtype": "int6", "axis": 0},
+            r'takes \{"backend": "latent", "cache_dtype": "int8"\}',
+        ),
+        ({"backend": "latent", "nbits": 6}, r'takes cache_dtype in place of nbits, as in \{"backend": "latent", "ca'),
+        ({"backend": "latent", "cache_dtype": "int3"}, "'int5', 'int4' or 'fp8', got 'int3'"),
+        ({"cache_dtype": "int6"}, 'needs a backend, such as cache_config={"backend": "latent", "cache_dtype": "int8"}'),
+        (None, 'needs a backend, such as cache_config={"backend": "latent", "cache_dtype": "int8"}'),
     ],
 )
 def test_a_cache_config_with_other_options_is_refused(cache_config, message):
@@ -242,6 +246,6 @@ def test_a_cache_config_with_other_options_is_refused(cache_config, message):
         tiny_model().generate(random_ids(1, 4), cache_implementation="quantized", cache_config=cache_config)
 
 
-def test_bits_without_a_format_are_refused():
-    with pytest.raises(ValueError, match="8, 6, 5, 4 or 'fp8', got 7"):
-        LatentCache(tiny_model().config, bits=7)
+def test_a_cache_dtype_without_a_format_is_refused():
+    with pytest.raises(ValueError, match="'int5', 'int4' or 'fp8', got 'int7'"):
+        LatentCache(tiny_model().config, cache_dtype="int7")

@@ -12,7 +12,7 @@ from tests.support import LITE, V2, needs_compiler, random_ids, relative_error, 
 IDS = random_ids(2, 9)
 OTHERS = [random_ids(2, 9, seed=7), random_ids(1, 14, seed=8), random_ids(1, 1, seed=3)]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-LATENT = {"backend": "latent", "nbits": 8}
+LATENT = {"backend": "latent", "cache_dtype": "int8"}
 
 
 class Logits(torch.nn.Module):

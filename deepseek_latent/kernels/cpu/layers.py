@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection, absorbed_attention
-from ...cache.format import Latents, SeparateStretch, Stretch
+from ...cache.segments import Latents, Segment, SplitSegment
 from ...compat.hooks import has_hooks
 from ...experts.dropping import TokenDropping
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
@@ -132,10 +132,11 @@ class KernelAttention(DeepseekV2Attention):
             norm.weight,
             norm.eps,
             *rotation,
-            self.n + self.r,
+            self.qk_head_dim,
         )
-        queries = torch.unflatten(queries, -1, (-1, self.n + self.r))
-        return *queries.split((self.n, self.r), dim=-1), *rows[:, None].split((self.c, self.r), dim=-1)
+        queries = torch.unflatten(queries, -1, (-1, self.qk_head_dim))
+        q_content, q_rotary = queries.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        return q_content, q_rotary, *rows[:, None].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
 
     def choose_path(self, s: int, t: int, mask):
         path = super().choose_path(s, t, mask)
@@ -153,7 +154,7 @@ def attend_in_place(
     scale: float,
 ) -> Tensor:  # [b s h v]
     """`absorbed_attention` by our operators, in float32 throughout."""
-    pairs, bits = [as_pair(stretch) for stretch in latents.stretches], bits_of(latents)
+    pairs, bits = [as_pair(segment) for segment in latents.segments], bits_of(latents)
     if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
     past = (*map(list, zip(*pairs)), scale, _additive(mask), bits)
@@ -166,19 +167,21 @@ def attend_in_place(
     return w_uv.with_adapters_expanded(expanded, context)
 
 
-def as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
+def as_pair(segment: Segment | SplitSegment) -> tuple[Tensor, Tensor]:
     """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
-    if isinstance(stretch, SeparateStretch):
-        return stretch.latent, stretch.k_rotary
-    if stretch.format.bits is None:
-        return stretch.both()
-    rotary_bytes = 2 * stretch.format.rotary_width
-    return stretch.rows[..., :-rotary_bytes], stretch.rows[..., -rotary_bytes:].view(torch.bfloat16)
+    if isinstance(segment, SplitSegment):
+        return segment.latent, segment.k_rotary
+    if segment.format.cache_dtype is None:
+        return segment.latent_and_rotary()
+    rotary_bytes = 2 * segment.format.rotary_width
+    return segment.rows[..., :-rotary_bytes], segment.rows[..., -rotary_bytes:].view(torch.bfloat16)
 
 
 def bits_of(latents: Latents) -> str:
-    first = latents.stretches[0]
-    return str(first.format.bits) if isinstance(first, Stretch) and first.format.bits is not None else ""
+    """The format of codes as kernels name it: "8", "6", "5", "4" or "fp8", and "" for elements that are not coded."""
+    first = latents.segments[0]
+    cache_dtype = first.format.cache_dtype if isinstance(first, Segment) else None
+    return (cache_dtype or "").removeprefix("int")
 
 
 def _additive(mask: Tensor | None) -> Tensor | None:

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from ...attention.attention import DeepseekV2Attention
-from ...cache.format import Latents
 from ...cache.latent_cache import LatentCache
+from ...cache.segments import Latents
 from ...compat.cache_name import takes_either_cache_name
 from ...compat.hooks import has_hooks
 from ...experts.dropping import TokenDropping
@@ -115,10 +115,10 @@ def attention(
 ) -> Tensor:  # [b s d]
     """`DeepseekV2Attention.forward` in the absorbed form; its projections stay modules, which may have adapters."""
     project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
-    queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.n + module.r))
+    queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.qk_head_dim))
     compressed = module.kv_a_proj_with_mqa(hidden_states)
     latents = write(module, queries, compressed, rotation, cache)
-    q_content, q_rotary = queries.split((module.n, module.r), dim=-1)
+    q_content, q_rotary = queries.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
     context = attend(w_uk.absorb(q_content), q_rotary, scale=module.scaling, mask=mask, **as_stored(latents))
     return module.o_proj(w_uv.expand(context).flatten(2))
 
@@ -132,9 +132,11 @@ def write(
 ) -> Latents:
     """Rotates queries and keys, and appends the new tokens to the cache."""
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
-    if layer.bits in WRITTEN and not cache.offloading:
-        rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
-        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=layer.bits)
+    if layer.cache_dtype in WRITTEN and not cache.offloading:
+        rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
+        norm_rotate_write(
+            queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=WRITTEN[layer.cache_dtype]
+        )
         return layer.latents
     latent, k_rotary = norm_rotate(queries, compressed, norm.weight, norm.eps, *rotation)
     return cache.append(latent[:, None], k_rotary[:, None], module.layer_idx)

@@ -19,8 +19,8 @@ from .triton_project import project
 from .triton_router import choose
 from .triton_tiles import Norm, Tiles
 
-# bits of cached rows that kernels write themselves
-WRITTEN = (None, 8, 4)
+# the cache_dtype of rows that kernels write themselves, and the bits of a code
+WRITTEN = {None: None, "int8": 8, "int4": 4}
 # whether a small kernel starts before the one ahead of it has ended
 OVERLAPS = True
 # one row per program, since a router has few
@@ -40,7 +40,7 @@ def attended_by_one_token(
     """x + module(norm(x)), or None where a part does more than multiply by its weight."""
     layer, kv_a_norm = cache.layers[module.layer_idx], module.kv_a_layernorm
     weights = _projections_of(module, x)
-    if weights is None or layer.bits not in WRITTEN or cache.offloading or not _are_plain(w_uk, w_uv, x):
+    if weights is None or layer.cache_dtype not in WRITTEN or cache.offloading or not _are_plain(w_uk, w_uv, x):
         return None
     options, row = {"overlap": OVERLAPS}, x.view(1, -1)
     *query_weights, kv_a_proj, o_proj = weights
@@ -48,12 +48,14 @@ def attended_by_one_token(
     if len(query_weights) == 2:
         q_a_norm = module.q_a_layernorm
         (queries,) = project(queries, [query_weights[1]], Norm(q_a_norm.weight, q_a_norm.eps), **options)
-    queries, compressed = queries.view(1, 1, -1, module.n + module.r), compressed.view(1, 1, -1)
-    rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
+    queries, compressed = queries.view(1, 1, -1, module.qk_head_dim), compressed.view(1, 1, -1)
+    rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
-    q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=layer.bits, **options)
-    q_rotary, past = queries[..., module.n :], as_stored(layer.latents)
+    q_absorbed = rotate_write_absorb(
+        queries, compressed, kv_a_norm, *rotation, *written, bits=WRITTEN[layer.cache_dtype], **options
+    )
+    q_rotary, past = queries[..., module.qk_nope_head_dim :], as_stored(layer.latents)
     parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None

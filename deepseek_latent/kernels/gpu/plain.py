@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...cache.format import Latents
+from ...cache.segments import Latents
 from ...compat.accelerate import is_offloaded
 from ...compat.hooks import has_hooks
 from ...experts.moe import DeepseekV2MLP
@@ -54,7 +54,7 @@ def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
 
 
 def as_stored(latents: Latents) -> dict:
-    """Latents by the arguments of `triton_attention.attend`: rows in one or two stretches, their format and length."""
-    stretches, k_rotary = zip(*map(as_pair, latents.stretches))
+    """Latents by the arguments of `triton_attention.attend`: rows in one or two segments, their format and length."""
+    segments, k_rotary = zip(*map(as_pair, latents.segments))
     length = None if latents.num_held is None else latents.num_held.view(1)
-    return {"latents": [*stretches], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}
+    return {"latents": [*segments], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}

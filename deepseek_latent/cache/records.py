@@ -1,0 +1,52 @@
+"""Cached tokens as records of 656 bytes, the format of FlashMLA, vLLM (`fp8_ds_mla`) and SGLang.
+
+Letters: b batch, t tokens held.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+
+from .format import Float8Format
+from .layer import LatentCacheLayer
+
+RECORD_BYTES = 656
+
+
+def layer_to_records(layer: LatentCacheLayer) -> Tensor:
+    """The tokens of one layer as a new tensor of records [b t 656], rounded to fp8 unless they are stored so."""
+    record = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
+    if layer.cache_dtype == "fp8":
+        return layer.rows().clone()
+    return record.encode(*layer.latents.dense(layer.batch_size))
+
+
+def rows_from_records(
+    records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[Float8Format, list[Tensor]]:
+    """Copies records [b t 656] of every layer into rows; refuses layers that differ in shape, and NaN or infinity."""
+    record, records = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype), list(records)
+    shapes, num_layers = [list(x.shape) for x in records], config.num_hidden_layers
+    if len(shapes) != num_layers or any(s != shapes[0] or len(s) != 3 or s[-1] != RECORD_BYTES for s in shapes):
+        raise ValueError(
+            f"expected {num_layers} layers of records of the same shape [b t {RECORD_BYTES}], got {shapes}."
+        )
+    if any(x.dtype.itemsize != 1 for x in records):
+        raise ValueError(f"expected records of bytes, got {records[0].dtype}; use records.view(torch.uint8).")
+    copies = []
+    for i, rows in enumerate(records):
+        rows = torch.empty_like(rows, memory_format=torch.contiguous_format).copy_(rows).view(torch.uint8)
+        record.check_finite(rows, f"the records of layer {i}")
+        copies.append(rows)
+    return record, copies
+
+
+def _record_format(latent_width: int, rotary_width: int, dtype: torch.dtype) -> Float8Format:
+    if (latent_width, rotary_width) != (512, 64):
+        raise ValueError(
+            f"records of {RECORD_BYTES} bytes have latent width 512 and rotary width 64, this model has "
+            f"{latent_width} and {rotary_width}."
+        )
+    return Float8Format(latent_width, rotary_width, dtype)

@@ -1,0 +1,42 @@
+"""Masks: packed sequences do not attend to each other, and a mask of the wrong shape or dtype is refused."""
+
+import pytest
+import torch
+
+from tests.support import random_ids, relative_error, tiny_model
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(implementation, use_cache):
+    model, ids = tiny_model(), random_ids(1, 20)
+    model.set_attn_implementation(implementation)
+    positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    packed = model(ids, position_ids=positions, use_cache=use_cache).logits
+    assert relative_error(packed[:, :8], model(ids[:, :8]).logits) < 1e-5
+    assert relative_error(packed[:, 8:], model(ids[:, 8:]).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, 4, 6, dtype=torch.bool), "must cover all 8 visible tokens, cached or new, got 6"),
+        (torch.ones(1, 1, 4, 8, dtype=torch.long), "boolean or additive in floating point, got torch.int64"),
+    ],
+)
+def test_a_4d_mask_of_the_wrong_length_or_dtype_is_refused(mask, message):
+    model, ids = tiny_model(), random_ids(1, 8)
+    cache = model(ids[:, :4], use_cache=True).cache
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, 4:], cache=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (3, 8)], ids=str)
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_2d_mask_of_another_shape_is_refused_whatever_its_values(shape, value):
+    model, ids = tiny_model(), random_ids(2, 8)
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, 0] = value
+    with pytest.raises(ValueError, match=rf"\[batch, visible tokens\] = \[2, 8\].* got \[{shape[0]}, {shape[1]}\]"):
+        model(ids, attention_mask=mask)

@@ -1,0 +1,33 @@
+"""Helpers of the tests of `PromptCache`."""
+
+import torch
+
+from deepseek_latent import LatentCache
+from deepseek_latent.cache.prompt_cache import PromptCache
+from tests.support import random_ids
+
+ROOM = 10**9  # bytes
+
+
+@torch.no_grad()
+def last_logits(model, ids: torch.Tensor, cache: LatentCache) -> torch.Tensor:
+    """Logits of the last token, after computing the tokens that `cache` does not hold."""
+    held = cache.get_seq_length()
+    return model(ids[:, held:], cache=cache, use_cache=True).logits[:, -1]
+
+
+def store_prompt(prompts: PromptCache, model, ids: torch.Tensor) -> None:
+    cache = LatentCache(model.config, cache_dtype=prompts.cache_dtype)
+    last_logits(model, ids, cache)
+    prompts.store(cache, ids, model)
+
+
+def with_prefix(ids: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+    """The first `length` of these ids, then 40 other ids."""
+    rest = random_ids(1, 40, seed)
+    rest[0, 0] = 2 + (ids[0, length] - 1) % 90
+    return torch.cat((ids[:, :length], rest), dim=1)
+
+
+def num_tokens_found(prompts: PromptCache, model, ids: torch.Tensor) -> int:
+    return prompts.load(ids, model).get_seq_length()
