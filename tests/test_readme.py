@@ -77,9 +77,19 @@ def test_the_demo_writes_text_and_says_what_the_cache_held():
 
 def test_the_map_names_what_is_there():
     block = re.search(r"## The map\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
-    for name in re.findall(r"[\w/-]+\.(?:py|md)", block) + re.findall(r"^(\w+)/", block, flags=re.MULTILINE):
-        found = list(ROOT.glob(name)) + list((ROOT / "deepseek_latent").glob(name)) + list((ROOT / "docs").glob(name))
-        assert found or (ROOT / "examples" / name).exists(), name
+    for line in block.splitlines():
+        indent, place = re.match(r"( *)(\S+)", line).groups()
+        path = ROOT / "deepseek_latent" / place if indent else ROOT / place
+        assert path.exists(), place
+        folder = path if path.is_dir() else path.parent
+        for name in re.findall(r"[\w-]+\.(?:py|md)|\w+/", line):
+            assert name == place or (folder / name).exists(), f"{name} in {place}"
+
+
+def test_the_map_names_every_room():
+    block = re.search(r"## The map\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+    rooms = {path.name for path in (ROOT / "deepseek_latent").iterdir() if (path / "__init__.py").exists()}
+    assert rooms - {*re.findall(r"(\w+)/", block)} == set()
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
