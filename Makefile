@@ -1,9 +1,9 @@
 MODEL ?= examples/pydoc-tiny
 PROMPT ?= The import statement
 PYTHON ?= python3
-# of the suites on other versions, all tests or these files
+# test files for the suites on other versions; empty for all
 TESTS ?=
-# what `make test-newest` installs of torch: the build for CPUs that constraints.txt names
+# how `make test-newest` installs torch: by default the CPU build that constraints.txt names
 TORCH ?= --constraint constraints.txt torch
 
 .PHONY: demo test test-slow test-tools test-oldest test-middle test-newest test-triton gpu outdated check bench finetune clean
@@ -33,32 +33,32 @@ TORCH ?= --constraint constraints.txt torch
 	.venv-tools/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,train,tools]"
 	touch $@
 
-demo: .venv/installed  ## a trained DeepSeek-V2 writes text from a cache of latents (MODEL=folder or hub id)
+demo: .venv/installed  ## a trained DeepSeek-V2 generates text with a cache of latents (MODEL=folder or hub id)
 	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)" --temperature 0.7 --top-p 0.9 --seed 1
 
-test: .venv/installed  ## the suite, at most 12 minutes on two cores
+test: .venv/installed  ## the suite, in at most 12 minutes on two cores
 	.venv/bin/python -m pytest -m "not slow"
 
-test-slow: .venv/installed  ## what takes longer: compilation with inductor, training, several processes
+test-slow: .venv/installed  ## slow tests: compilation with inductor, training, several processes
 	.venv/bin/python -m pytest -m slow
 
-test-tools: .venv-tools/installed  ## with bitsandbytes, torchao and TRL, which every process that imports peft would load
+test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao and TRL, in an environment of their own since peft imports what is installed
 	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py
 
-test-oldest: .venv-oldest/installed  ## the suite on the oldest versions pyproject.toml admits
+test-oldest: .venv-oldest/installed  ## the suite on the oldest versions that pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)
 
-test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs beside
+test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs
 	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
 
-test-triton: .venv-oldest/installed  ## the kernels for GPUs, by Triton's interpreter on a CPU
+test-triton: .venv-oldest/installed  ## the GPU kernels, run by Triton's interpreter on a CPU
 	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/kernels/test_triton_*.py
 
-gpu:  ## on a machine with a CUDA device, in its own environment: tests on it, then times into benchmarks/results (8 minutes)
+gpu:  ## on a machine with a CUDA device, in its environment: tests, then benchmarks into benchmarks/results (8 minutes)
 	$(PYTHON) -m pytest tests/kernels/test_gpu.py tests/kernels/test_triton_*.py
 	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
 
-test-newest:  ## the suite on the newest versions that are served, whatever pyproject.toml admits (TORCH=torch: its newest too)
+test-newest:  ## the suite on the newest released versions, without the bounds of pyproject.toml (TORCH=torch: also of torch)
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet $(TORCH)
 	.venv-newest/bin/python -m tests.versions newest > .venv-newest/requirements.txt
@@ -67,7 +67,7 @@ test-newest:  ## the suite on the newest versions that are served, whatever pypr
 	.venv-newest/bin/python -m tests.versions installed
 	.venv-newest/bin/python -m pytest -m "not slow" $(TESTS)
 
-outdated: .venv-tools/installed  ## what of constraints.txt is behind the registry
+outdated: .venv-tools/installed  ## which entries of constraints.txt have a newer release
 	.venv-tools/bin/python -m tests.versions outdated
 
 check: .venv/installed  ## lint and format
@@ -79,7 +79,7 @@ bench: .venv/installed  ## time and memory against context and prompts, against 
 	.venv/bin/python -m benchmarks.decode --out benchmarks/results/decode.json
 	.venv/bin/python -m benchmarks.prefill --out benchmarks/results/prefill.json
 
-finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and keep of the old (20 minutes)
+finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and forget of the old (20 minutes)
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[train]"
 	.venv/bin/python examples/finetune_lora.py
 	.venv/bin/python examples/finetune_esft.py

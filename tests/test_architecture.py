@@ -1,4 +1,4 @@
-"""The rooms of the package and who imports whom, and that importing it changes nothing of anybody else's."""
+"""Rooms import only the rooms that the table allows, and importing the package changes no module of transformers."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from deepseek_latent.conversion.remote_code import exported_files
 
 PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
-# From the ground up: a room may import those above it in this table, and nothing below.
+# From the ground up: a room may import the rooms that it names, all of which stand above it in this table.
 # A file of the top folder is a room of its own.
 ROOMS = {
     "compat": set(),
@@ -30,7 +30,7 @@ ROOMS = {
     | {"modeling_deepseek_v2"},
     "commands": {"__init__", "cache", "configuration_deepseek_v2", "conversion", "finetuning", "modeling_deepseek_v2"},
 }
-# a room's own floors, where it has any
+# folders inside a room
 FLOORS = {"kernels": {"cpu", "gpu"}}
 
 
@@ -44,7 +44,7 @@ def files_of(room: str) -> list[Path]:
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """Rooms of the package and top-level packages outside it that a file imports."""
+    """The rooms of the package, and the top-level packages outside it, that a file imports."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -68,32 +68,32 @@ def test_every_room_is_in_the_table():
     assert {room_of(path) for path in PACKAGE.rglob("*.py")} == ROOMS.keys()
 
 
-def test_no_arrow_leads_back_up():
+def test_no_room_imports_one_below_it():
     order = [*ROOMS]
     for room, may_import in ROOMS.items():
         assert may_import <= {*order[: order.index(room)]}, room
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_imports_follow_the_arrows(room):
+def test_imports_follow_the_table(room):
     found = set().union(*(imports_of(path)[0] for path in files_of(room)))
     assert found <= ROOMS[room]
 
 
-def test_rooms_are_flat_but_for_the_floors_named():
+def test_rooms_are_flat_except_for_the_folders_named():
     for path in PACKAGE.rglob("*.py"):
         folders = path.relative_to(PACKAGE).parts[1:-1]
         assert {*folders} <= FLOORS.get(room_of(path), set()), path
 
 
-def test_what_travels_needs_only_torch_transformers_and_what_these_bring():
+def test_exported_files_need_only_torch_transformers_and_their_dependencies():
     for name, text in exported_files().items():
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             outside = {each.partition(".")[0] for each in names} - set(sys.stdlib_module_names)
-            # transformers itself does not import without the last two
+            # transformers itself requires the last two
             assert outside <= {"torch", "transformers", "huggingface_hub", "safetensors"}, name
 
 
@@ -102,7 +102,7 @@ def test_nothing_in_the_package_imports_the_tests_or_benchmarks():
         assert not imports_of(path)[1] & {"tests", "benchmarks", "examples"}
 
 
-def test_importing_leads_class_names_here_and_leaves_modules_of_transformers_alone():
+def test_importing_replaces_class_names_and_changes_no_submodule_of_transformers():
     program = """
 import transformers, transformers.models.deepseek_v2.modeling_deepseek_v2 as native
 from transformers import masking_utils, modeling_utils, cache_utils

@@ -1,4 +1,4 @@
-"""The embedded checkpoint is what its card says, and the program that made it still runs."""
+"""The checkpoint examples/pydoc-tiny is as its card describes it, and the program that made it still runs."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    """The held-out text as the training program cuts it, [windows s]."""
+    """The held-out text in the windows of the training program, [windows s]."""
     topics = (FOLDER / "held_out.txt").read_text().split("\f")
     rows = tokenizer(topics, verbose=False)["input_ids"]
     tokens = torch.tensor([token for row in rows for token in [*row, tokenizer.eos_token_id]])
@@ -46,7 +46,7 @@ def nats_per_token(model, windows, **options) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
 
 
-def test_every_mechanism_is_on_and_all_widths_differ(model):
+def test_every_mechanism_is_used_and_all_widths_differ(model):
     config = model.config
     assert None not in (config.q_lora_rank, config.n_shared_experts, config.n_routed_experts)
     assert config.first_k_dense_replace == 1
@@ -71,12 +71,12 @@ def test_held_out_loss_is_the_one_on_the_card(model, windows):
     assert f"{FIGURES['model_nats_per_token']:.3f}" in (FOLDER / "README.md").read_text()
 
 
-def test_the_model_beats_counting_clearly():
+def test_the_model_is_clearly_better_than_n_grams():
     assert FIGURES["model_nats_per_token"] < FIGURES["bigram_nats_per_token"] - 0.5
     assert FIGURES["bigram_nats_per_token"] < FIGURES["unigram_nats_per_token"]
 
 
-def test_transformers_own_class_reads_the_same_weights_and_says_the_same(windows):
+def test_transformers_own_class_reads_the_same_weights_and_computes_the_same(windows):
     ours = DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     native = NATIVE.DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_transformers_own_class_reads_the_same_weights_and_says_the_same(windows
 
 
 def test_decoding_trained_weights_from_latents_loses_nothing(windows):
-    """Token by token from the cache, the loss on real text is that of the whole window at once."""
+    """Logits of real text, computed token by token from the cache, equal those of the whole window."""
     model, window = DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32), windows[:2, :96]
     with torch.no_grad():
         cache, logits = None, []
@@ -99,7 +99,7 @@ def test_no_expert_is_idle_or_crowded(model, windows):
     with torch.no_grad():
         recorded = model(windows[:8], output_router_logits=True).router_logits
     for logits in recorded:
-        # by score alone; the group limit moves few of them
+        # by score alone, since the group limit changes few choices
         experts = logits.topk(model.config.num_experts_per_tok).indices
         share = torch.bincount(experts.flatten(), minlength=model.config.n_routed_experts) / experts.numel()
         assert share.min() > 0.1 / model.config.n_routed_experts
@@ -118,7 +118,7 @@ def test_the_training_program_makes_a_checkpoint_that_loads(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     figures = json.loads((out / "training.json").read_text())
-    # one step from random weights: no better than not knowing
+    # one step from random weights is hardly better than a uniform guess
     assert figures["model_nats_per_token"] > 0.9 * math.log(2048)
     assert figures["bigram_nats_per_token"] < figures["unigram_nats_per_token"] < figures["model_nats_per_token"]
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == FIGURES["parameters"]

@@ -1,8 +1,8 @@
 """Versions of other libraries: `python -m tests.versions newest | installed | outdated` (see the Makefile).
 
-newest     prints the requirements of pyproject.toml without their bounds, for pip to take what is served
-installed  prints what is installed of them
-outdated   prints what of constraints.txt is behind the registry, and exits with 1 if something is
+newest     prints the requirements of pyproject.toml without bounds, so that pip installs the newest releases
+installed  prints their installed versions
+outdated   prints which entries of constraints.txt have a newer release, and exits with 1 if any has
 """
 
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def required() -> list[str]:
-    """Names in pyproject.toml that the suite needs; torch is left to constraints.txt, which names a build for CPUs."""
+    """Names in pyproject.toml that the suite needs, without torch, of which constraints.txt names a build for CPUs."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = [re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1] for name in ("dependencies", "dev")]
     names = [re.match(r"[\w.-]+", entry)[0] for found in lists for entry in re.findall(r'"([^"]+)"', found)]
@@ -34,14 +34,14 @@ def installed() -> list[str]:
 
 
 def outdated() -> list[str]:
-    """What pip finds newer than what constraints.txt has, of what is installed here."""
+    """Entries of constraints.txt that are installed here and have a newer release, according to pip."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     command = [sys.executable, "-m", "pip", "list", "--outdated", "--format", "json", "--disable-pip-version-check"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     newer = {entry["name"].replace("-", "_"): entry["latest_version"] for entry in json.loads(listed)}
     return [
-        f"{name}: constraints.txt has {pinned[name]}, {newest} is served"
+        f"{name}: constraints.txt has {pinned[name]}, and {newest} is released"
         for name, newest in newer.items()
         if name in pinned and pinned[name] != newest
     ]
