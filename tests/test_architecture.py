@@ -1,6 +1,7 @@
 """Rooms import only the rooms that the table allows, and importing the package changes no module of transformers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 
 from deepseek_latent.conversion.remote_code import exported_files
 
-PACKAGE = Path(__file__).parent.parent / "deepseek_latent"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "deepseek_latent"
+CONTRIBUTING = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # From the ground up: a room may import the rooms that it names, all of which stand above it in this table.
 # A file of the top folder is a room of its own.
 ROOMS = {
@@ -125,3 +128,17 @@ for name in deepseek_latent.__all__:
 def test_importing_does_not_load_the_command_line():
     program = "import sys, deepseek_latent; assert 'deepseek_latent.commands' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_contributing_names_the_tests_of_every_file():
+    section = CONTRIBUTING.partition("## Which test guards which file")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in section.splitlines() if line.startswith("| `")]
+    named = set()
+    for row in rows:
+        for pattern in row:
+            folder = TESTS if "test_" in pattern else PACKAGE
+            found = [*folder.glob(pattern)]
+            assert found, f"{pattern} is not there"
+            named |= {path for path in found if folder == PACKAGE}
+    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and path.parent != PACKAGE}
+    assert {str(path.relative_to(PACKAGE)) for path in files - named} == set()
