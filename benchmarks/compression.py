@@ -34,7 +34,7 @@ WIDTHS = [(1 / 4, 1 / 2), (1 / 8, 3 / 8), (1 / 8, 1 / 4), (1 / 8, 1 / 8), (1 / 1
 
 
 class TransMla(CompressedMla):
-    """The recipe of the paper's code: blocks of `fold` neighbouring frequencies share a real rotation."""
+    """The recipe of the paper's code: blocks of `fold` neighboring frequencies share a real rotation."""
 
     fold = 1
 

@@ -233,9 +233,9 @@ def test_an_optimizer_step_between_two_generations_takes_effect_at_once():
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     peft = with_lora(model)
     before = decode(model, ids)
-    optimiser = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=1.0)
     model(ids, labels=ids).loss.backward()
-    optimiser.step()
+    optimizer.step()
     after = decode(model, ids)
     assert relative_error(after, before) > 1e-3
     assert relative_error(after, by_calling_the_module(model, ids)) < 1e-5

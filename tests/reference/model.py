@@ -13,7 +13,7 @@ from .moe import moe
 def is_moe_layer(config: Any, layer: int) -> bool:
     """Whether a layer has experts rather than one dense network.
 
-    Source: paper 3.1.2 (all but the first layer), generalised as in the released code.
+    Source: paper 3.1.2 (all but the first layer), generalized as in the released code.
     """
     return (
         config.n_routed_experts is not None

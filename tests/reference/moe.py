@@ -44,7 +44,7 @@ def route(
 ) -> dict[int, Tensor]:
     """The experts a token chooses, best first, each with its weight g_{i,t} as a float64 scalar.
 
-    Normalised weights are not scaled by `routed_scaling_factor`, as in the released code.
+    Normalized weights are not scaled by `routed_scaling_factor`, as in the released code.
     Source: eqs. 21-22, with the groups of paper 2.2.2.
     """
     scores = router_scores(gate_weight, token)
@@ -135,7 +135,7 @@ def device_balance_loss(
     chosen: Tensor,  # [b s k]
     num_devices: int,
 ) -> Tensor:  # []
-    """sum_i f'_i P'_i over devices that hold e / D neighbouring experts each, averaged over sequences. Float64.
+    """sum_i f'_i P'_i over devices that hold e / D neighboring experts each, averaged over sequences. Float64.
 
     f'_i is the mean load of the experts of device i, P'_i the sum of their mean scores.
     Source: eqs. 26-28.
