@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat.torch import become
+from deepseek_latent.compat.bound_functions import bind, unbind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token
 from deepseek_latent.kernels.gpu.triton_attention import attend_in_splits, combine, tiling
@@ -42,7 +42,6 @@ class Decoder:
     def __init__(self, model: torch.nn.Module, tokens: int):
         config = model.config
         self.layers = [module for module in model.modules() if type(module) is DeepseekV2DecoderLayer]
-        self.layers += [module for module in model.modules() if type(module) is gpu_layers.GpuDecoderLayer]
         self.x = torch.randn(1, 1, config.hidden_size, device="cuda", dtype=model.dtype)
         angles = torch.randn(1, 1, config.qk_rope_head_dim // 2, device="cuda")
         self.rotation = angles.cos(), angles.sin()
@@ -80,17 +79,17 @@ def run_steps(rows: Rows, model: torch.nn.Module, contexts: list[int]) -> None:
         with decoder.cache.count.recorded():
             truth = decoder.step().float()
             for layer in decoder.layers:
-                become(layer, gpu_layers.GpuDecoderLayer)
+                bind(layer, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
             for name, overlaps in WAYS:
                 run_way(rows, decoder, truth, {"case": name, "tokens": tokens, "overlaps": overlaps})
             for layer in decoder.layers:
-                become(layer, DeepseekV2DecoderLayer)
+                unbind(layer)
 
 
 def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
-    ours, one_token = gpu_layers.GpuDecoderLayer, gpu_layers.GpuDecoderLayer._one_token
+    one_token = gpu_layers.one_token
     if case["case"] == "few tokens' way":
-        ours._one_token = ours._few_tokens
+        gpu_layers.one_token = gpu_layers.few_tokens
     gpu_one_token.OVERLAPS = case["overlaps"]
     try:
         error = ((decoder.step().float() - truth).norm() / truth.norm()).item()
@@ -99,7 +98,7 @@ def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
         us = rows.add(case, [decoder.step] * 2, decoder.num_bytes)
         print(json.dumps({"case": f"a layer, {case['case']}", "us": us / len(decoder.layers)}), flush=True)
     finally:
-        ours._one_token, gpu_one_token.OVERLAPS = one_token, False
+        gpu_layers.one_token, gpu_one_token.OVERLAPS = one_token, False
 
 
 def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:

@@ -5,7 +5,7 @@
 tests/compat/test_canaries.py holds a canary for each thing said here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch import is_forward_of_its_class
+from .bound_functions import is_equivalent_forward
+
+
+def forward_inside_hooks(module: nn.Module) -> Callable:
+    """The `forward` that hooks call once all weights are there, if they only align devices; else the outermost one.
+
+    Such hooks bring inputs to where the module is, or weights from elsewhere, and do nothing else. They are on every
+    module of a model that was dispatched to several devices, also on those that never move.
+    """
+    forward = module.forward
+    is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
+    if is_of_a_hook and all(_aligns_devices(hook) for hook in _hooks_of(module)):
+        return module._old_forward
+    return forward
 
 
 def keeps_its_meaning(module: nn.Module) -> bool:
-    """Whether the `forward` that stands on the instance does what the class says, once all weights are there.
-
-    So it is with hooks that bring inputs to where the module is, or weights from elsewhere, and nothing else: they are
-    on every module of a model that was dispatched to several devices, also on those that never move.
-    """
-    forward = vars(module)["forward"]
-    # what remains where hooks were removed
-    if is_forward_of_its_class(module, forward):
-        return True
-    is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
-    return (
-        is_of_a_hook
-        and is_forward_of_its_class(module, module._old_forward)
-        and all(_aligns_devices(hook) for hook in _hooks_of(module))
-    )
+    """True if the `forward` that a module has does what its class says, once all weights are there."""
+    return is_equivalent_forward(module, forward_inside_hooks(module))
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

@@ -1,4 +1,7 @@
-"""Whether calling a module does more than its class says: then reading its weights would leave something out."""
+"""Tells whether hooks or a replaced `forward` change what calling a module does.
+
+Then the weight alone does not tell the effect. Our own equivalent kernels (`bound_functions`) change nothing.
+"""
 
 from torch import nn
 
@@ -11,5 +14,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether `forward` was replaced on the instance by what does more than the class."""
+    """True if `forward` was replaced on the instance, and the replacement does not do what the class says."""
     return "forward" in vars(module) and not keeps_its_meaning(module)

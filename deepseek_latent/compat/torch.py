@@ -3,12 +3,13 @@
 tests/compat/test_canaries.py holds a canary for each.
 """
 
-from collections.abc import Callable
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+
+from .bound_functions import is_equivalent_forward
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -16,14 +17,9 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_forward_of_its_class(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward`, which somebody keeps, is what calling the class of `module` does now."""
-    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
-
-
 def become(module: nn.Module, module_class: type[nn.Module]) -> None:
     """Makes a module one of another class, also for those who keep its bound `forward`, as accelerate's hooks do."""
-    kept = [name for name, value in vars(module).items() if is_forward_of_its_class(module, value)]
+    kept = [name for name, value in vars(module).items() if is_equivalent_forward(module, value)]
     module.__class__ = module_class
     for name in kept:
         setattr(module, name, MethodType(module_class.forward, module))

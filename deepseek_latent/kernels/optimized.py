@@ -1,4 +1,4 @@
-"""The way to a model whose layers compute by our operators, and back."""
+"""`optimize_for_inference` has a model's layers compute by our operators; `undo` takes that back."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,44 +6,24 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
-from ..attention.attention import DeepseekV2Attention
 from ..compat.accelerate import is_offloaded
+from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
 from ..compat.torch import become
-from ..experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ..experts.moe import DeepseekV2Experts, DeepseekV2MLP
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .cpu.int8 import Int8Experts, Int8Linear, to_int8
-from .cpu.layers import (
-    DTYPES,
-    SLOW_IN_TORCH,
-    KernelAttention,
-    KernelExperts,
-    KernelGate,
-    KernelLinear,
-    KernelMLP,
-    KernelMoE,
-    KernelRMSNorm,
-)
-from .cpu.library import load_operators, operators
+from .cpu.int8 import Int8Experts, is_int8, to_int8
+from .cpu.layers import REPLACEMENTS, SILU, KernelExperts
+from .cpu.library import WithOperators, load_operators
+from .cpu.support import DTYPES
 from .gpu.replayed_steps import ReplayedSteps
 
-REPLACEMENTS = {
-    nn.Linear: KernelLinear,
-    nn.RMSNorm: KernelRMSNorm,
-    DeepseekV2MLP: KernelMLP,
-    DeepseekV2MoE: KernelMoE,
-    DeepseekV2MoEGate: KernelGate,
-    DeepseekV2Experts: KernelExperts,
-    DeepseekV2Attention: KernelAttention,
-}
-ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# the router stays as it is: it is small, and decides
-INT8 = (nn.Linear, DeepseekV2Experts)
+# the router is not rounded: it is small, and its choices matter
+INT8 = (nn.Linear, DeepseekV2Experts, KernelExperts)
 
 
 def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
@@ -52,24 +32,25 @@ def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Optimized:
-    """What `optimize_for_inference` did; `undo()` takes it back."""
+    """What `optimize_for_inference` did to a model; `undo()` takes it back."""
 
     instructions: str
     modules: tuple[nn.Module, ...]
     replaying: LatentGenerationMixin | None = None
 
     def undo(self) -> None:
-        """Raises ValueError where weights are in int8: what was rounded away is gone."""
-        if any(isinstance(module, (Int8Linear, Int8Experts)) for module in self.modules):
+        """Raises ValueError if weights are in int8, since rounding cannot be undone."""
+        if any(map(is_int8, self.modules)):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            become(module, _kind_of(module))
+            if type(module) is KernelExperts:
+                become(module, DeepseekV2Experts)
+            unbind(module)
         if self.replaying is not None:
             self.replaying.replayed_steps = None
 
     def __repr__(self) -> str:
-        active = [type(module) for module in self.modules if _is_ours(module)]
-        counts = Counter(kind.__name__.removeprefix("Kernel").removeprefix("Gpu") for kind in active)
+        counts = Counter(map(_name_of, filter(_is_optimized, self.modules)))
         changed = ", ".join(f"{count} {name}" for name, count in counts.items())
         return f"Optimized({self.instructions}; {changed or 'nothing'})"
 
@@ -109,13 +90,11 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
             "it with dtype=torch.bfloat16."
         )
     instructions = load_operators()
-    if not operators.has_bfloat16_products():
-        SLOW_IN_TORCH.add(torch.bfloat16)
     chosen = {name: module for name, module in model.named_modules() if _is_replaceable(name, module)}
     rounded = {
         name: module
         for name, module in chosen.items()
-        if weights == "int8" and _kind_of(module) in INT8 and not _is_tied(module, model)
+        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model)
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
@@ -123,9 +102,10 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
         if name in rounded:
             to_int8(module)
         elif not has_own_forward(module):
-            become(module, REPLACEMENTS[_kind_of(module)])
-    ours = (*ORIGINALS, Int8Linear, Int8Experts)
-    return Optimized(instructions, tuple(module for module in model.modules() if type(module) in ours))
+            if type(module) is DeepseekV2Experts:
+                become(module, KernelExperts)
+            bind(module, REPLACEMENTS.get(type(module), {}), WithOperators)
+    return Optimized(instructions, tuple(filter(_is_optimized, model.modules())))
 
 
 def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool) -> Optimized:
@@ -139,12 +119,12 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
     if find_spec("triton") is None:
         raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
     replaying = _what_can_be_replayed(model) if graphs else None
-    from .gpu.layers import GpuDecoderLayer
+    from .gpu.layers import REPLACEMENTS as GPU_REPLACEMENTS
 
-    layers = [module for module in model.modules() if type(module) in (DeepseekV2DecoderLayer, GpuDecoderLayer)]
+    layers = [module for module in model.modules() if type(module) is DeepseekV2DecoderLayer]
     for layer in layers:
         if not has_own_forward(layer):
-            become(layer, GpuDecoderLayer)
+            bind(layer, GPU_REPLACEMENTS[DeepseekV2DecoderLayer])
     if replaying is not None:
         replaying.replayed_steps = ReplayedSteps
     return Optimized("Triton", tuple(layers), replaying)
@@ -172,30 +152,29 @@ def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
     return found
 
 
-def _kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was optimised."""
-    if type(module).__name__ == "GpuDecoderLayer":
-        return DeepseekV2DecoderLayer
-    return ORIGINALS.get(type(module), type(module))
+def _is_optimized(module: nn.Module) -> bool:
+    return type(module) in (KernelExperts, Int8Experts) or has_bound_functions(module)
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module) in (Int8Linear, Int8Experts) or _kind_of(module) is not type(module)
+def _name_of(module: nn.Module) -> str:
+    name = type(module).__name__.removeprefix("DeepseekV2").removeprefix("Kernel").removeprefix("MoE") or "MoE"
+    return f"Int8{name}" if is_int8(module) and not name.startswith("Int8") else name
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:
-    kind = _kind_of(module)
     # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
-    if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
+    if is_int8(module) or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
-    # a quantizer's weights are its own to read
+    if type(module) not in (*REPLACEMENTS, DeepseekV2Experts, KernelExperts):
+        return False
+    # only a quantizer can read its own weights
     if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
         return False
-    return kind not in (DeepseekV2Experts, DeepseekV2MLP) or type(module.act_fn) is type(ACT2FN["silu"])
+    return not isinstance(module, (DeepseekV2Experts, DeepseekV2MLP)) or type(module.act_fn) is SILU
 
 
 def _check_can_be_rounded(name: str, module: nn.Module) -> None:
-    """Refuses what would go on being multiplied by weights that are no longer there."""
+    """Raises ValueError if something would go on multiplying by weights that rounding has removed."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         raise ValueError(
             f"expected all weights in memory, and those of {name} are on disk or on another device; load the model "

@@ -17,7 +17,7 @@ from deepseek_latent.attention.rotary import rotate
 from deepseek_latent.cache.format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu import library
-from deepseek_latent.kernels.cpu.int8 import rounded
+from deepseek_latent.kernels.cpu.int8 import quantize_rows
 from tests.support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, seeded, tiny_model
 
 pytestmark = needs_compiler
@@ -120,7 +120,7 @@ def test_the_mlp_of_a_layer_is_that_of_torch(dtype, m, d, f, in_int8, operators)
     weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(((f, d), (f, d), (d, f)))]
     scales, exact_weights = [], [w.double() for w in weights]
     if in_int8:
-        weights, scales = zip(*map(rounded, weights))
+        weights, scales = zip(*map(quantize_rows, weights))
         exact_weights = [w.double() * scale[:, None] for w, scale in zip(weights, scales)]
     gate, up, down = exact_weights
     exact = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
@@ -141,7 +141,7 @@ def test_routed_and_shared_experts_in_one_pass_are_their_sum(dtype, m, d, f, sha
     weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     scales = []
     if in_int8:
-        weights, scales = zip(*map(rounded, weights))
+        weights, scales = zip(*map(quantize_rows, weights))
     (gate_up, down, *shared), (routed_scales, shared_scales) = weights, (list(scales[:2]), list(scales[2:]))
     result = operators.experts(x, gate_up, down, chosen, shares, routed_scales, shared, shared_scales)
     wide = x.float()
@@ -160,7 +160,7 @@ def test_projecting_in_one_pass_is_projecting_norming_and_rotating(dtype, b, s, 
     norm, angles = noise(c, seed=4).to(dtype), noise(b, s, r // 2, seed=5)
     q_scales = kv_a_scales = None
     if in_int8:
-        (q, q_scales), (kv_a, kv_a_scales) = rounded(q), rounded(kv_a)
+        (q, q_scales), (kv_a, kv_a_scales) = quantize_rows(q), quantize_rows(kv_a)
     rotation = (angles.cos(), angles.sin())
     queries, rows = operators.project(q_x, q, q_scales, x, kv_a, kv_a_scales, norm, eps, *rotation, n + r)
     q_content, q_rotary = operators.linear(q_x.flatten(0, 1), q, q_scales).view(b, s, h, n + r).split((n, r), dim=-1)
@@ -233,7 +233,8 @@ def mask_of(kind: str, b: int, s: int, h: int, t: int) -> Tensor | None:
     ids=str,
 )
 def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c, r, t):
-    from deepseek_latent.kernels.cpu.layers import _additive, as_pair
+    from deepseek_latent.kernels.cached_latents import stored_parts
+    from deepseek_latent.kernels.cpu.attention import additive_mask
 
     queries, rows = noise(b, s, h, c + r) / c**0.5, noise(b, t, c + r, seed=1).to(dtype)
     rows_format = LatentFormat(c, r, dtype)
@@ -247,9 +248,11 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
         latents = Latents(Stretch(rows[:1, : t // 2], rows_format), Stretch(rows[:, t // 2 :], rows_format))
     mask = mask_of(kind, b, s, h, t)
     exact = _attend_to_blocks(queries.double(), latents, mask, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(stored_parts, latents.stretches))
     absorbed, q_rotary = (2 * queries).split((c, r), dim=-1)
-    result = torch.ops.deepseek_latent.attend(absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, _additive(mask))
+    result = torch.ops.deepseek_latent.attend(
+        absorbed.contiguous(), q_rotary, *map(list, pairs), 0.5, additive_mask(mask)
+    )
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, mask, c), slack=4)
 
 
@@ -257,7 +260,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
-    from deepseek_latent.kernels.cpu.layers import as_pair, bits_of
+    from deepseek_latent.kernels.cached_latents import bits_of, stored_parts
 
     b, s, h, r, t = 2, 2, 5, 6, 90
     rows_format = latent_format(bits, c, r, torch.bfloat16)
@@ -267,7 +270,7 @@ def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
     latents = Latents(*(Stretch(part, rows_format) for part in parts))
     queries = noise(b, s, h, c + r, seed=2) / c**0.5
     exact = _attend_to_blocks(queries.double(), latents, None, c)
-    pairs = zip(*map(as_pair, latents.stretches))
+    pairs = zip(*map(stored_parts, latents.stretches))
     absorbed, q_rotary = queries[..., :c].contiguous(), queries[..., c:]
     result = torch.ops.deepseek_latent.attend(absorbed, q_rotary, *map(list, pairs), 1.0, None, bits_of(latents))
     assert_within_rounding(result, exact, _attend_to_blocks(queries, latents, None, c), slack=4)
@@ -481,14 +484,14 @@ def test_nothing_times_an_int8_weight_is_nothing():
 
 def test_undoing_leaves_the_model_as_it_was():
     model, ids = tiny_model(torch.bfloat16), random_ids(2, 9)
-    classes = [type(module) for module in model.modules()]
+    attributes = [{**vars(module)} for module in model.modules()]
     with torch.no_grad():
         before = model(ids).logits
         done = optimize_for_inference(model)
-        assert [type(module) for module in model.modules()] != classes
+        assert [vars(module) for module in model.modules()] != attributes
         done.undo()
         done.undo()
-        assert [type(module) for module in model.modules()] == classes
+        assert [vars(module) for module in model.modules()] == attributes
         assert torch.equal(model(ids).logits, before)
         assert repr(done).endswith("; nothing)")
 
@@ -541,7 +544,7 @@ def test_int8_weights_say_what_the_rounded_weights_would(dtype, variant):
     for name, parameter in by_hand.named_parameters():
         if "norm" in name or "gate.weight" in name or "embed" in name or "kv_b_proj" in name:
             continue
-        codes, scales = rounded(parameter)
+        codes, scales = quantize_rows(parameter)
         assert ((codes * scales[..., None] - parameter).abs() <= 1.001 * scales[..., None] / 2).all()
         parameter.copy_(codes * scales[..., None])
     exact = copy.deepcopy(model).float()

@@ -13,7 +13,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from deepseek_latent import LatentCache  # noqa: E402
 from deepseek_latent.cache.format import latent_format  # noqa: E402
-from deepseek_latent.compat.torch import become  # noqa: E402
+from deepseek_latent.compat.bound_functions import bind  # noqa: E402
 from deepseek_latent.kernels.gpu import layers as gpu_layers  # noqa: E402
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token  # noqa: E402
 from deepseek_latent.kernels.gpu import triton_experts, triton_project  # noqa: E402
@@ -159,7 +159,7 @@ def optimized(**overrides):
     model = tiny_model(**TWO_LAYERS | overrides).to(DEVICE)
     for module in list(model.modules()):
         if type(module) is DeepseekV2DecoderLayer:
-            become(module, gpu_layers.GpuDecoderLayer)
+            bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
     return model
 
 

@@ -1,57 +1,47 @@
-"""The model's layers as they compute by our operators."""
+"""What linear layers, norms, routers, MLPs and experts compute by our operators, in place of methods of their modules.
 
-import torch
+Letters: m tokens, d model width.
+"""
+
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ...attention.attention import DeepseekV2Attention
-from ...attention.ops import UpProjection, absorbed_attention
-from ...cache.format import Latents, SeparateStretch, Stretch
+from ...compat.bound_functions import replaces_method
 from ...compat.hooks import has_hooks
 from ...experts.balance import TokenDropping
 from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .int8 import Int8Experts, Int8Linear, codes_and_scales
+from .attention import choose_path, project, rotate
+from .int8 import Int8Experts
 from .library import multiply, multiply_by_experts, operators
+from .support import kernel_supports, kernel_weights
 
-# tokens up to which reading the weights takes longer than multiplying by them; dot products, in products.cpp
-FEW = 8
-DTYPES = (torch.bfloat16, torch.float32)
-# in which torch would emulate products on this CPU; known once the operators are loaded
-SLOW_IN_TORCH: set[torch.dtype] = set()
+SILU = type(ACT2FN["silu"])
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether our operators compute x [.. k] times this weight, and sooner than torch."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
-        return False
-    # a quantizer's or a sharded weight is another type
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_contiguous():
-        return False
-    if {x.device.type, weight.device.type} != {"cpu"} or x.dtype != weight.dtype or x.dtype not in DTYPES:
-        return False
-    return x.dtype in SLOW_IN_TORCH or x.numel() <= FEW * x.shape[-1]
+@replaces_method()
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    if not kernel_supports(x, module.weight):
+        return nn.Linear.forward(module, x)
+    return multiply(x, module.weight, module.bias)
 
 
-class KernelLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        if not _takes(x, self.weight):
-            return super().forward(x)
-        return multiply(x, self.weight, self.bias)
+@replaces_method()
+def rms_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
+    if len(module.normalized_shape) > 1 or module.eps is None or not kernel_supports(x, module.weight):
+        return nn.RMSNorm.forward(module, x)
+    return operators.rms_norm(x.contiguous(), module.weight, module.eps)
 
 
-class KernelRMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.normalized_shape) > 1 or self.eps is None or not _takes(x, self.weight):
-            return super().forward(x)
-        return operators.rms_norm(x.contiguous(), self.weight, self.eps)
-
-
-class KernelGate(DeepseekV2MoEGate):
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.float()
-        if not (_takes(hidden_states, self.weight) or _takes(wide, self.weight)):
-            return super().logits(hidden_states)
-        # float32 times the weight as it is, so that neither is rounded
-        return multiply(wide, self.weight, None)
+@replaces_method()
+def router_logits(gate: DeepseekV2MoEGate, hidden_states: Tensor) -> Tensor:
+    wide = hidden_states.float()
+    if not (kernel_supports(hidden_states, gate.weight) or kernel_supports(wide, gate.weight)):
+        return DeepseekV2MoEGate.logits(gate, hidden_states)
+    # float32 times the weight as it is, so that neither is rounded
+    return multiply(wide, gate.weight, None)
 
 
 class KernelExperts(DeepseekV2Experts):
@@ -60,12 +50,12 @@ class KernelExperts(DeepseekV2Experts):
     def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Both weights, if our operators are to multiply tokens x by them."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        takes_both = _takes(x, gate_up) and _takes(x, down)
+        takes_both = kernel_supports(x, gate_up) and kernel_supports(x, down)
         return (gate_up, down) if takes_both and not has_hooks(self.act_fn) else None
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         weight = getattr(self, name)
-        if not _takes(x, weight):
+        if not kernel_supports(x, weight):
             return super().product(x, name, ends)
         return operators.grouped(x.contiguous(), weight, ends)
 
@@ -76,131 +66,51 @@ class KernelExperts(DeepseekV2Experts):
         return multiply_by_experts(hidden_states, stored, top_k_index, top_k_weights)
 
 
-def _stored(x: Tensor, *projections: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Weights, and the scales of int8 ones, of projections of few tokens x that do nothing but multiply, all alike."""
-    if x.numel() > FEW * x.shape[-1]:
+@replaces_method()
+def mlp(module: DeepseekV2MLP, x: Tensor) -> Tensor:
+    """Computes few tokens in one call, if the projections do nothing but multiply."""
+    weights_and_scales = weights_of_mlp(module, x)
+    if weights_and_scales is None:
+        return DeepseekV2MLP.forward(module, x)
+    return operators.mlp(x.reshape(-1, x.shape[-1]).contiguous(), *weights_and_scales).view(x.shape)
+
+
+def weights_of_mlp(module: DeepseekV2MLP, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+    """gate, up and down, and the scales of int8 ones; None if operators cannot stand for all that the MLP does."""
+    if type(module.act_fn) is not SILU or has_hooks(module.act_fn):
         return None
-    for projection in projections:
-        if type(projection) is not type(projections[0]) or projection.bias is not None or has_hooks(projection):
-            return None
-    if type(projections[0]) is Int8Linear:
-        weights, scales = zip(*map(codes_and_scales, projections))
-        return list(weights), list(scales)
-    if type(projections[0]) is not KernelLinear:
+    return kernel_weights(x, module.gate_proj, module.up_proj, module.down_proj)
+
+
+@replaces_method()
+def moe(module: DeepseekV2MoE, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
+    """Computes routed and shared experts of few tokens in one call, if neither is wrapped or has hooks."""
+    weights = _weights_of_all_experts(module, hidden_states)
+    if weights is None:
+        return DeepseekV2MoE.forward(module, hidden_states, dropping)
+    routed, shared = weights
+    tokens = hidden_states.flatten(0, 1)
+    _, weights, experts = module.gate(tokens, dropping)
+    return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
+
+
+def _weights_of_all_experts(module: DeepseekV2MoE, x: Tensor) -> tuple | None:
+    routed_module, shared_module = module.experts, module.shared_experts
+    if type(routed_module) not in (KernelExperts, Int8Experts) or type(shared_module) is not DeepseekV2MLP:
         return None
-    weights = [projection.weight for projection in projections]
-    return (weights, []) if all(_takes(x, weight) for weight in weights) else None
-
-
-class KernelMLP(DeepseekV2MLP):
-    """In one call for few tokens, where its projections do nothing but multiply."""
-
-    def stored(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
-        return None if has_hooks(self.act_fn) else _stored(x, self.gate_proj, self.up_proj, self.down_proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        stored = self.stored(x)
-        if stored is None:
-            return super().forward(x)
-        return operators.mlp(x.reshape(-1, x.shape[-1]).contiguous(), *stored).view(x.shape)
-
-
-class KernelMoE(DeepseekV2MoE):
-    """Routed and shared experts in one call for few tokens, where neither is wrapped or watched."""
-
-    def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
-        kinds = {type(self.experts), type(self.shared_experts)}
-        if kinds not in ({KernelExperts, KernelMLP}, {Int8Experts, KernelMLP}):
-            return super().forward(hidden_states, dropping)
-        watched = has_hooks(self.experts) or has_hooks(self.shared_experts)
-        shared = None if watched else self.shared_experts.stored(hidden_states)
-        routed = None if shared is None else self.experts.stored(hidden_states)
-        if routed is None or routed[0].dtype != shared[0][0].dtype:
-            return super().forward(hidden_states, dropping)
-        tokens = hidden_states.flatten(0, 1)
-        _, weights, experts = self.gate(tokens, dropping)
-        return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
-
-
-class KernelAttention(DeepseekV2Attention):
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
-            return DeepseekV2Attention.rotate(x, cos, sin)
-        if x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(-1) != 1:
-            return DeepseekV2Attention.rotate(x, cos, sin)
-        return operators.rotate(x, cos, sin)
-
-    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In one call for few tokens, where the projections do nothing but multiply."""
-        last, norm = self.q_proj if self.q_lora_rank is None else self.q_b_proj, self.kv_a_layernorm
-        is_plain = type(norm) is KernelRMSNorm and not has_hooks(norm) and _takes(hidden_states, norm.weight)
-        stored = _stored(hidden_states, last, self.kv_a_proj_with_mqa) if is_plain else None
-        if stored is None:
-            return super().project(hidden_states, rotation)
-        (q, kv_a), (q_scales, kv_a_scales) = stored[0], stored[1] or (None, None)
-        queries, rows = operators.project(
-            self.query_input(hidden_states),
-            q,
-            q_scales,
-            hidden_states,
-            kv_a,
-            kv_a_scales,
-            norm.weight,
-            norm.eps,
-            *rotation,
-            self.n + self.r,
-        )
-        queries = torch.unflatten(queries, -1, (-1, self.n + self.r))
-        return *queries.split((self.n, self.r), dim=-1), *rows[:, None].split((self.c, self.r), dim=-1)
-
-    def choose_path(self, s: int, t: int, mask):
-        path = super().choose_path(s, t, mask)
-        return attend_in_place if path is absorbed_attention else path
-
-
-def attend_in_place(
-    q_content: Tensor,  # [b s h n]
-    q_rotary: Tensor,  # [b s h r]  rotated
-    latents: Latents,  # t tokens
-    w_uk: UpProjection,
-    w_uv: UpProjection,
-    *,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:  # [b s h v]
-    """`absorbed_attention` by our operators, in float32 throughout."""
-    pairs, bits = [as_pair(stretch) for stretch in latents.stretches], bits_of(latents)
-    if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
-        return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
-    past = (*map(list, zip(*pairs)), scale, _additive(mask), bits)
-    if not w_uk.factors:
-        return operators.attention(q_content, q_rotary, w_uk.weight, w_uv.weight, *past)
-    q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
-    absorbed = torch.unflatten(operators.absorb(q_content_flat, w_uk.weight), 0, (b, s))
-    context = operators.attend(w_uk.with_adapters_absorbed(absorbed, q_content), q_rotary, *past)
-    expanded = torch.unflatten(operators.expand(context.flatten(0, 1), w_uv.weight), 0, (b, s))
-    return w_uv.with_adapters_expanded(expanded, context)
-
-
-def as_pair(stretch: Stretch | SeparateStretch) -> tuple[Tensor, Tensor]:
-    """Latents [b t c], or their codes and scales in bytes, and rotary keys [b t r], where they lie."""
-    if isinstance(stretch, SeparateStretch):
-        return stretch.latent, stretch.k_rotary
-    if stretch.format.bits is None:
-        return stretch.both()
-    rotary_bytes = 2 * stretch.format.rotary_width
-    return stretch.rows[..., :-rotary_bytes], stretch.rows[..., -rotary_bytes:].view(torch.bfloat16)
-
-
-def bits_of(latents: Latents) -> str:
-    first = latents.stretches[0]
-    return str(first.format.bits) if isinstance(first, Stretch) and first.format.bits is not None else ""
-
-
-def _additive(mask: Tensor | None) -> Tensor | None:
-    if mask is None:
+    if has_hooks(routed_module) or has_hooks(shared_module):
         return None
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    shown = torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
-    return shown.masked_fill(hidden, -torch.inf)
+    shared = weights_of_mlp(shared_module, x)
+    routed = None if shared is None else routed_module.stored(x)
+    return None if routed is None or routed[0].dtype != shared[0][0].dtype else (routed, shared)
+
+
+# the methods that are replaced, by the class of the module
+REPLACEMENTS: dict[type[nn.Module], dict[str, Callable]] = {
+    nn.Linear: {"forward": linear},
+    nn.RMSNorm: {"forward": rms_norm},
+    DeepseekV2MLP: {"forward": mlp},
+    DeepseekV2MoE: {"forward": moe},
+    DeepseekV2MoEGate: {"logits": router_logits},
+    DeepseekV2Attention: {"rotate": rotate, "project": project, "choose_path": choose_path},
+}

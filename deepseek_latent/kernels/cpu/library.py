@@ -22,7 +22,18 @@ SOURCES = ("products.cpp", "projections.cpp", "experts.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
+# dtypes whose products torch would emulate on this CPU; known once the operators are loaded
+SLOW_IN_TORCH: set[torch.dtype] = set()
+
 operators = torch.ops.deepseek_latent
+
+
+class WithOperators(functools.partial):
+    """A function bound to a module whose copy, also one unpickled in another process, finds the operators loaded."""
+
+    def __setstate__(self, state: tuple) -> None:
+        super().__setstate__(state)
+        load_operators()
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
@@ -58,6 +69,8 @@ def load_operators() -> str:
     torch.library.register_fake("deepseek_latent::expand", _expand)
     torch.library.register_fake("deepseek_latent::project", _project)
     torch.library.register_fake("deepseek_latent::attention", _attention)
+    if not operators.has_bfloat16_products():
+        SLOW_IN_TORCH.add(torch.bfloat16)
     return operators.instructions()
 
 

@@ -10,7 +10,15 @@ from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection
 from ...cache.latent_cache import LatentCache
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .plain import are_plain_experts, as_stored, is_plain, is_plain_gate, is_plain_norm, weights_of, weights_of_mlp
+from .plain import (
+    are_plain_experts,
+    attention_inputs,
+    is_plain,
+    is_plain_gate,
+    is_plain_norm,
+    weights_of,
+    weights_of_mlp,
+)
 from .triton_attention import attend_in_splits, combine
 from .triton_experts import experts, mlp
 from .triton_one_token import expand, is_combined_by_expand, rotate_write_absorb
@@ -52,7 +60,7 @@ def attended_by_one_token(
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
     q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=layer.bits, **options)
-    q_rotary, past = queries[..., module.n :], as_stored(layer.latents)
+    q_rotary, past = queries[..., module.n :], attention_inputs(layer.latents)
     parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None

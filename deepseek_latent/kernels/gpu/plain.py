@@ -7,7 +7,7 @@ from ...cache.format import Latents
 from ...compat.accelerate import is_offloaded
 from ...compat.hooks import has_hooks
 from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
-from ..cpu.layers import as_pair, bits_of
+from ..cached_latents import bits_of, stored_parts
 
 SILU = type(ACT2FN["silu"])
 
@@ -47,8 +47,8 @@ def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
     return module.takes_grouped_products() and all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
 
 
-def as_stored(latents: Latents) -> dict:
+def attention_inputs(latents: Latents) -> dict:
     """Latents by the arguments of `triton_attention.attend`: rows in one or two stretches, their format and length."""
-    stretches, k_rotary = zip(*map(as_pair, latents.stretches))
+    stretches, k_rotary = zip(*map(stored_parts, latents.stretches))
     length = None if latents.num_held is None else latents.num_held.view(1)
     return {"latents": [*stretches], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}
