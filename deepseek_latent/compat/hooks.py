@@ -6,6 +6,7 @@ Then the weight alone does not tell the effect. Our own equivalent kernels (`bou
 from torch import nn
 
 from .accelerate import keeps_its_meaning
+from .bound_functions import is_equivalent_forward
 from .torch import has_forward_hooks
 
 
@@ -15,4 +16,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """True if `forward` was replaced on the instance, and the replacement does not do what the class says."""
-    return "forward" in vars(module) and not keeps_its_meaning(module)
+    forward = vars(module).get("forward")
+    return forward is not None and not (is_equivalent_forward(module, forward) or keeps_its_meaning(module))
