@@ -118,7 +118,7 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 

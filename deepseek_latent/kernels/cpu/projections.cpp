@@ -60,15 +60,16 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   with_floats(w, [&](auto* weight) {
     auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
     share(h, 1, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float sums[ROWS * MANY];
+      alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
       for (int64_t head = begin; head < end; head++)
-        for (int64_t token = 0; token < m; token += MANY) {
-          Inputs inputs(std::min(MANY, m - token), c, is_bfloat16(w));
+        for (int64_t token = 0; token < m; token += MAX_TOKENS) {
+          const Rows<std::remove_pointer_t<decltype(weight)>> rows(weight + head * w.stride(0), w.stride(1));
+          Inputs inputs(std::min(MAX_TOKENS, m - token), c, w.scalar_type() == at::kBFloat16);
           inputs.put([&](int64_t i) { return from + ((token + i) * h + head) * c; });
-          for (int64_t first = 0; first < v; first += ROWS) {
-            const int64_t count = std::min(ROWS, v - first);
-            multiply(weight + head * w.stride(0) + first * w.stride(1), count, w.stride(1), inputs, sums);
-            write_rows(sums, count, inputs.m, nullptr, to + (token * h + head) * v, h * v, first);
+          for (int64_t first = 0; first < v; first += TILE_ROWS) {
+            const int64_t count = std::min(TILE_ROWS, v - first);
+            multiply(rows.from(first), count, inputs, sums);
+            write_rows(sums, rows.from(first), count, inputs.m, to + (token * h + head) * v, h * v, first);
           }
         }
     });
@@ -150,25 +151,26 @@ std::tuple<at::Tensor, at::Tensor> project(
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const int64_t s = x.size(1), m = x.size(0) * s, c = norm.size(0), r = 2 * cos.size(2);
   const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
-  check_product(flat_q_x, q, q.size(1));
-  check_product(flat_x, kv_a, kv_a.size(1));
+  check_tokens(flat_q_x, q.size(1));
+  check_tokens(flat_x, kv_a.size(1));
   TORCH_CHECK_VALUE(
-      m <= FEW && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
-          q.scalar_type() == kv_a.scalar_type() && norm.scalar_type() == x.scalar_type() &&
+      m <= MAX_DOT_TOKENS && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
+          norm.scalar_type() == x.scalar_type() &&
           q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes() &&
           (cos.size(0) == x.size(0) || cos.size(0) == 1),
-      "expected few tokens, weights of one dtype and a row of ", c, " + ", r, ".");
+      "expected at most ", MAX_DOT_TOKENS, " tokens, norm and tokens of one dtype, and a row of ", c, " + ", r, ".");
   at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
   at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
-  const std::vector<Inputs> for_q = inputs_of(flat_q_x, q), for_kv = inputs_of(flat_x, kv_a);
-  with_weight(q, [&](auto* weight) {
-    using T = std::remove_pointer_t<decltype(weight)>;
+  const std::vector<Inputs> for_q = inputs_of(flat_q_x, q.scalar_type());
+  const std::vector<Inputs> for_kv = inputs_of(flat_x, kv_a.scalar_type());
+  const Weight q_weight = weight_of(q, q_scales), kv_weight = weight_of(kv_a, kv_a_scales);
+  with_rows({q_weight, kv_weight}, [&](auto rows_of) {
+    using R = decltype(rows_of(q_weight));
     with_floats(queries, [&](auto* query) {
       using Result = std::remove_pointer_t<decltype(query)>;
       Result* row = static_cast<Result*>(rows.mutable_data_ptr());
-      multiply_all<T, Result>(
-          {{weight, scales_of(q_scales), q.size(0), &for_q[0], query},
-           {static_cast<const T*>(kv_a.const_data_ptr()), scales_of(kv_a_scales), c + r, &for_kv[0], row}});
+      multiply_all<R, Result>(
+          {{rows_of(q_weight), q.size(0), &for_q[0], query}, {rows_of(kv_weight), c + r, &for_kv[0], row}});
       for (int64_t token = 0; token < m; token++, row += c + r) {
         const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
         const float *turn = cosines.const_data_ptr<float>() + angle, *half = sines.const_data_ptr<float>() + angle;
