@@ -67,6 +67,76 @@ def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m,
     assert_within_rounding(operators.linear(x, weight, scales), exact, yardstick)
 
 
+# groups of 1, 4, 5, 16, 48, 64 and 128 elements, and rows as one group
+GROUPS = pytest.mark.parametrize(
+    ("k", "groups"), [(5, 5), (37, 1), (300, 75), (35, 7), (48, 3), (96, 2), (640, 10), (384, 3)]
+)
+SCALES = pytest.mark.parametrize("scales_dtype", [torch.float32, torch.bfloat16], ids="scales {}".format)
+
+
+def codes_in_groups(*shape: int, groups: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [.. n k], scales [.. n groups] in dtype, and the weight [.. n k] that they stand for in float64."""
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=seeded(seed))
+    scales = noise(*shape[:-1], groups, seed=seed + 1).abs().to(dtype) / 20
+    return codes, scales, codes.double() * scales.double().repeat_interleave(shape[-1] // groups, dim=-1)
+
+
+@DTYPES
+@SCALES
+@GROUPS
+@pytest.mark.parametrize("m", [1, 2, 7, 9, 40])
+def test_products_with_scales_per_group_are_those_with_the_weight_they_stand_for(
+    dtype, scales_dtype, m, k, groups, operators
+):
+    x, (codes, scales, weight) = noise(m, k).to(dtype), codes_in_groups(33, k, groups=groups, dtype=scales_dtype)
+    exact = x.double() @ weight.T
+    assert_within_rounding(operators.linear(x, codes, scales), exact, summed_in_order(x, weight.float()))
+
+
+@SCALES
+@GROUPS
+@pytest.mark.parametrize("counts", [(0, 1, 0), (2, 0, 6), (1, 33, 9)], ids=str)
+def test_grouped_products_with_scales_per_group_are_those_of_each_expert(scales_dtype, counts, k, groups, operators):
+    x, (codes, scales, weight) = noise(sum(counts), k), codes_in_groups(3, 18, k, groups=groups, dtype=scales_dtype)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    pairs = list(zip(x.split(counts), weight))
+    exact = torch.cat([rows.double() @ one.T for rows, one in pairs])
+    yardstick = torch.cat([summed_in_order(rows, one.float()) for rows, one in pairs])
+    assert_within_rounding(operators.grouped(x, codes, ends, scales), exact, yardstick)
+
+
+@DTYPES
+@SCALES
+@pytest.mark.parametrize("m", [1, 5, 60])
+@pytest.mark.parametrize(("d", "d_groups", "f", "f_groups"), [(10, 5, 7, 1), (40, 5, 33, 3), (128, 2, 64, 1)])
+def test_routed_and_shared_experts_take_scales_per_group(dtype, scales_dtype, m, d, d_groups, f, f_groups, operators):
+    x, chosen, shares = noise(m, d).to(dtype), noise(m, 6, seed=3).topk(3).indices, noise(m, 3, seed=6).abs()
+    shapes = [(6, 2 * f, d), (6, d, f), (f, d), (f, d), (d, f)]
+    all_groups = [d_groups, f_groups, d_groups, d_groups, f_groups]
+    made = [
+        codes_in_groups(*shape, groups=groups, dtype=scales_dtype, seed=i)
+        for i, (shape, groups) in enumerate(zip(shapes, all_groups))
+    ]
+    codes, scales, (gate_up, down, *shared) = (list(x) for x in zip(*made))
+    result = operators.experts(x, *codes[:2], chosen, shares, scales[:2], codes[2:], scales[2:])
+    floats = [w.float() for w in (gate_up, down, *shared)]
+    wide = operators.experts(x.float(), *floats[:2], chosen, shares, [], floats[2:], [])
+    assert_within_rounding(result, wide.double(), wide.to(dtype), slack=4)
+    alone, wide = operators.mlp(x, codes[2:], scales[2:]), operators.mlp(x.float(), floats[2:], [])
+    assert_within_rounding(alone, wide.double(), wide.to(dtype), slack=4)
+
+
+def test_scales_that_do_not_fit_their_weight_are_refused(operators):
+    x, codes = noise(2, 6), torch.zeros(3, 6, dtype=torch.int8)
+    for scales in (torch.ones(2), torch.ones(3, 4), torch.ones(3, 2).half(), torch.ones(2, 3).T, torch.ones(3, 0)):
+        with pytest.raises(ValueError, match="expected scales of"):
+            operators.linear(x, codes, scales)
+    with pytest.raises(ValueError, match="scales for an int8 weight, and for no other"):
+        operators.linear(x, codes, None)
+    with pytest.raises(ValueError, match="scales for an int8 weight, and for no other"):
+        operators.linear(x, codes.float(), torch.ones(3))
+
+
 # one row, experts without any, few and many at once, more than are multiplied at once
 @DTYPES
 @pytest.mark.parametrize("counts", [(0, 1, 0), (2, 0, 6), (1, 33, 9), (0, 600, 3)], ids=str)
@@ -293,6 +363,8 @@ def test_what_operators_promise_torch_compile_is_kept(operators):
     calls = [
         (operators.linear, (x, weight)),
         (operators.grouped, (x, noise(2, 5, 16).bfloat16(), torch.tensor([1, 3], dtype=torch.int32))),
+        (operators.linear, (x, weight.char(), torch.ones(5, 2))),
+        (operators.grouped, (x, weight[None].char(), torch.tensor([3], dtype=torch.int32), torch.ones(1, 5))),
         (operators.rms_norm, (x, weight[0], 1e-6)),
         (operators.experts, (x, noise(2, 8, 16), noise(2, 16, 4), chosen, shares, [], [], [])),
         (operators.mlp, (x, [weight, weight, weight.T.contiguous()], [])),

@@ -35,7 +35,7 @@ def int8_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 def codes_and_scales(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     _check_stand_in(linear.weight)
-    return linear.weight_codes, linear.weight_scales.float()
+    return linear.weight_codes, linear.weight_scales
 
 
 def multiplies_in_int8(linear: nn.Linear) -> bool:

@@ -107,33 +107,48 @@ inline void dot_rows(const Rows<T>& rows, int64_t apart, const Inputs& x, int64_
     for (int m = 0; m < M; m++) to[r * to_step + first + m] = sum(sums[r][m]);
 }
 
-// the same for int8 codes that are multiplied by the scale of their group as they are widened
-template <int R, int M>
-inline void dot_rows(const GroupedRows& rows, int64_t apart, const Inputs& x, int64_t first, float* to, int64_t to_step) {
+// the same for int8 codes, times the scales of their groups, of type S, while they are widened
+template <int R, int M, class S>
+inline void dot_grouped(
+    const GroupedRows& rows, const S* scales, int64_t apart, const Inputs& x, int64_t first, float* to, int64_t to_step) {
   constexpr int64_t LINE = 64;
   Floats sums[R][M] = {};
-  const auto add = [&](int r, int64_t i, Floats row) {
-    for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
-  };
-  if (rows.has_whole_vectors()) {
-    const int8_t* const data = rows.data;
-    const int64_t step = apart * rows.step;
-    for (int64_t group = 0, i = 0; group < rows.groups; group++) {
-      const int64_t end = i + rows.width;
-      Floats scales[R];
-      for (int r = 0; r < R; r++) scales[r] = splat(rows.scale_of_group(r * apart, group));
-      for (; i + LINE <= end; i += LINE)
-        for (int r = 0; r < R; r++) {
-          prefetch(data + r * step + i);
-          for (int64_t j = i; j < i + LINE; j += LANES) add(r, j, widen(data + r * step + j) * scales[r]);
-        }
-      for (; i < end; i += LANES)
-        for (int r = 0; r < R; r++) add(r, i, widen(data + r * step + i) * scales[r]);
-    }
-  } else {
-    for (int64_t i = 0; i < x.k; i += LANES)
-      for (int r = 0; r < R; r++) add(r, i, rows.widen_some(r * apart, i, std::min(LANES, x.k - i)));
+  const int8_t* const data = rows.data;
+  const int64_t step = apart * rows.step, scales_step = apart * rows.groups;
+  for (int64_t group = 0, i = 0; group < rows.groups; group++) {
+    const int64_t end = i + rows.width;
+    Floats scale[R];
+    for (int r = 0; r < R; r++) scale[r] = splat(static_cast<float>(scales[r * scales_step + group]));
+    const auto add = [&](int r, int64_t i) {
+      const Floats row = widen(data + r * step + i) * scale[r];
+      for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
+    };
+    for (; i + LINE <= end; i += LINE)
+      for (int r = 0; r < R; r++) {
+        prefetch(data + r * step + i);
+        for (int64_t j = i; j < i + LINE; j += LANES) add(r, j);
+      }
+    for (; i < end; i += LANES)
+      for (int r = 0; r < R; r++) add(r, i);
   }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) to[r * to_step + first + m] = sum(sums[r][m]);
+}
+
+template <int R, int M>
+inline void dot_rows(const GroupedRows& rows, int64_t apart, const Inputs& x, int64_t first, float* to, int64_t to_step) {
+  if (rows.has_whole_vectors()) {
+    const void* const scales = rows.scales.data;
+    if (rows.scales.is_bfloat16)
+      return dot_grouped<R, M>(rows, static_cast<const c10::BFloat16*>(scales), apart, x, first, to, to_step);
+    return dot_grouped<R, M>(rows, static_cast<const float*>(scales), apart, x, first, to, to_step);
+  }
+  Floats sums[R][M] = {};
+  for (int64_t i = 0; i < x.k; i += LANES)
+    for (int r = 0; r < R; r++) {
+      const Floats row = rows.widen_some(r * apart, i, std::min(LANES, x.k - i));
+      for (int m = 0; m < M; m++) sums[r][m] += row * load<Floats>(x.token(first + m) + i);
+    }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) to[r * to_step + first + m] = sum(sums[r][m]);
 }
