@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.attention.rotary import rotate
 from deepseek_latent.cache.format import latent_format
-from deepseek_latent.experts.moe import DeepseekV2MoEGate
+from deepseek_latent.experts.router import DeepseekV2MoEGate
 from deepseek_latent.kernels.gpu.triton_norm import add_rms_norm
 from deepseek_latent.kernels.gpu.triton_router import choose, route, router_logits
 from deepseek_latent.kernels.gpu.triton_write import norm_rotate_write

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deepseek_latent.conversion.calibration import perplexity, windows_of
-from deepseek_latent.experts.moe import DeepseekV2Experts
+from deepseek_latent.experts.routed import DeepseekV2Experts
 from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
 
 from .expert_lora import LAYERS, LORA

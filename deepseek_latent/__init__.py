@@ -16,7 +16,7 @@ from .cache.prompt_cache import PromptCache
 from .compat.peft import adapt_offloaded, keep_targets_of
 from .compat.transformers import lead_names_to
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
-from .experts.moe import DeepseekV2Experts
+from .experts.routed import DeepseekV2Experts
 from .finetuning.lora import lora_config
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,

@@ -33,9 +33,12 @@ from .compat.cache_name import (
 )
 from .compat.transformers import LoadingHooks, PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
-from .experts.balance import TokenDropping, balance_of_layers, share_of_batch, token_dropping
-from .experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
-from .experts.names import in_files, incomplete_backbone, missing_in_files, register_expert_files
+from .experts.balance import balance_losses_of_layers, fraction_of_batch
+from .experts.dropping import TokenDropping, token_dropping
+from .experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files, register_expert_files
+from .experts.routed import DeepseekV2Experts
+from .experts.router import DeepseekV2MoEGate
 from .generation import LatentGenerationMixin
 
 
@@ -115,8 +118,8 @@ class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
         # with adapters of transformers' own, these alone are written
         if not self.has_adapters_of_transformers():
             for module in self.modules():
-                if isinstance(module, DeepseekV2Experts):
-                    module.check_saving()
+                if isinstance(module, DeepseekV2Experts) and module.weights.why_no_saving is not None:
+                    raise ValueError(module.weights.why_no_saving)
         super().save_pretrained(*args, **kwargs)
 
     @functools.wraps(PreTrainedModel.load_adapter)
@@ -130,7 +133,7 @@ class DeepseekV2PreTrainedModel(LoadingHooks, PreTrainedModel):
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [
-            f"{in_files(name)} has shape {list(came)}, expected {list(own)}"
+            f"{pattern_in_files(name)} has shape {list(came)}, expected {list(own)}"
             for name, came, own in misshapen
             if name.startswith(prefix)
         ]
@@ -272,11 +275,11 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
         if outputs.router_logits:
             gates = [moe.gate for moe in moe_layers(self).values()]
             shape = outputs.last_hidden_state.shape[:2]
-            losses = balance_of_layers(self.config, gates, outputs.router_logits, shape, attention_mask)
+            losses = balance_losses_of_layers(self.config, gates, outputs.router_logits, shape, attention_mask)
             aux_loss = losses.expert
             if loss is not None and self.training and any(gate.weight.requires_grad for gate in gates):
-                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                loss = loss + share * losses.weighed(self.config)
+                fraction = fraction_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + fraction * losses.weighted_sum(self.config)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

@@ -13,7 +13,8 @@ from finetuning import Texts, compare, read_options, training_options
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from deepseek_latent.finetuning.activity import activity_of
-from deepseek_latent.finetuning.esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts, train_experts
+from deepseek_latent.finetuning.esft import train_experts
+from deepseek_latent.finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 
 CHOSEN_ON = 64  # windows
 

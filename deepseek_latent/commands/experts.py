@@ -18,7 +18,7 @@ from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import source_folder
 from ..finetuning.activity import Activity, activity_of
-from ..finetuning.esft import THRESHOLDS, ExpertSelection, expert_scores, select_experts
+from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 
 
 def add_command(commands) -> None:

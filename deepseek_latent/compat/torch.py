@@ -3,26 +3,14 @@
 tests/compat/test_canaries.py holds a canary for each.
 """
 
-from types import MethodType
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-
-from .bound_functions import is_equivalent_forward
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run around a module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def become(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Makes a module one of another class, also for those who keep its bound `forward`, as accelerate's hooks do."""
-    kept = [name for name, value in vars(module).items() if is_equivalent_forward(module, value)]
-    module.__class__ = module_class
-    for name in kept:
-        setattr(module, name, MethodType(module_class.forward, module))
 
 
 def version_of(tensor: Tensor) -> int | None:

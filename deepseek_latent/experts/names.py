@@ -1,18 +1,76 @@
-"""How routed experts stand in files, one tensor each, and in the model, all of a layer in one."""
+"""The names of routed experts: in files one matrix per expert and projection, in the model two stacked weights.
 
+Letters: e routed experts, d model width, f width of one expert.
+"""
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..compat.transformers import CheckedConverter, convert_files_of, reason_of
 
-# as `target_parameters` of peft name the two stacked weights
-ROUTED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+# gate_up_proj [e 2f d] holds the rows of gate_proj before those of up_proj; down_proj is [e d f]
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+STACKED = tuple(PROJECTIONS)
+# the stacked weights as peft's `target_parameters` name them
+ROUTED_EXPERTS = tuple(f"experts.{name}" for name in STACKED)
+_STACKED_WEIGHT = re.compile(rf"(?P<experts>.*\.mlp\.experts)\.(?P<name>{'|'.join(STACKED)})")
+_WEIGHT_OF_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
+
+
+def name_of_expert(expert: int, projection: str) -> str:
+    """What a file calls the matrix of one expert, after the name of the layer's experts."""
+    return f"{expert}.{projection}.weight"
+
+
+def find_expert(name: str) -> tuple[int, str] | None:
+    """The expert and the projection that `name_of_expert` made a name of; None for any other name."""
+    found = _WEIGHT_OF_EXPERT.fullmatch(name)
+    return None if found is None else (int(found["expert"]), f"{found['projection']}_proj")
+
+
+def stacked_name(projection: str) -> str:
+    """The stacked weight that holds a projection."""
+    return next(name for name, projections in PROJECTIONS.items() if projection in projections)
+
+
+def split_projections(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The projections inside the stacked weight `name`, of all experts [e out in] or of one [out in], as views."""
+    projections = PROJECTIONS[name]
+    return dict(zip(projections, weight.chunk(len(projections), dim=-2)))
+
+
+def shapes_in_files(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """By its name in files, the shape of each tensor that the model's parameter `name` of this shape becomes there."""
+    stacked = _STACKED_WEIGHT.fullmatch(name)
+    if stacked is None:
+        return {name: shape}
+    projections, (e, rows, columns) = PROJECTIONS[stacked["name"]], shape
+    shape_of_one = rows // len(projections), columns
+    return {
+        f"{stacked['experts']}.{name_of_expert(expert, projection)}": shape_of_one
+        for expert in range(e)
+        for projection in projections
+    }
+
+
+def pattern_in_files(name: str) -> str:
+    """The name in files of the model's parameter `name`; for stacked experts, a pattern of all their names."""
+    stacked = _STACKED_WEIGHT.fullmatch(name)
+    if stacked is None:
+        return name
+    projections = ",".join(projection.removesuffix("_proj") for projection in PROJECTIONS[stacked["name"]])
+    projections = f"{{{projections}}}" if "," in projections else projections
+    return f"{stacked['experts']}.*.{projections}_proj.weight"
 
 
 class ExpertConverter(CheckedConverter):
-    """Stacks a layer's experts as transformers does, once their names in the file are known to be 0 .. e-1.
+    """Stacks a layer's experts as transformers does, after checking that the files number them from 0 to e - 1.
 
-    transformers counts experts but never reads their numbers, so a file with experts 0-10 and 12 would fill the place
-    of expert 11 with expert 12, and of one that is missing only the layer would be named.
+    transformers counts the experts and does not read their numbers. It would put expert 12 of a file with the experts
+    0 to 10 and 12 in the place of expert 11, and would name only the layer where an expert is missing.
     """
 
     __slots__ = ()
@@ -22,7 +80,7 @@ class ExpertConverter(CheckedConverter):
         wanted = set()
         for pattern in patterns:
             of_all = {prefix + pattern.replace("*", str(expert)) for expert in experts}
-            # quantizers add patterns of scales for all that they know, of which files may have none
+            # quantizers add patterns of every kind of scale they know, and a file may have none of that kind
             if pattern.endswith(".weight") or came & of_all:
                 wanted |= of_all
         problems = [f"{name} is missing" for name in sorted(wanted - came)]
@@ -31,26 +89,20 @@ class ExpertConverter(CheckedConverter):
             raise incomplete_backbone(problems)
 
 
-def in_files(name: str) -> str:
-    """What the model's parameter `name` is called in files; for stacked experts, the pattern of all their names."""
-    name = name.replace("mlp.experts.gate_up_proj", "mlp.experts.*.{gate,up}_proj.weight")
-    return name.replace("mlp.experts.down_proj", "mlp.experts.*.down_proj.weight")
-
-
 def missing_in_files(name: str, failed_conversion: str | None) -> str:
     """Says that a parameter is missing, or why its experts could not be stacked."""
     if failed_conversion is None:
-        return f"{in_files(name)} is missing"
-    return f"{in_files(name)} cannot be merged ({reason_of(failed_conversion)})"
+        return f"{pattern_in_files(name)} is missing"
+    return f"{pattern_in_files(name)} cannot be merged ({reason_of(failed_conversion)})"
 
 
-def incomplete_backbone(problems: list[str]) -> ValueError:
+def incomplete_backbone(problems: Iterable[str]) -> ValueError:
     return ValueError(
         f"the checkpoint does not hold this model's backbone: {'; '.join(problems)}. "
-        "Complete or convert the checkpoint, or correct its config.json; nothing was initialised in their place."
+        "Complete or convert the checkpoint, or correct its config.json; nothing was initialized in their place."
     )
 
 
 def register_expert_files(model_class: type) -> None:
-    """Has transformers stack and split the experts of `model_class` as it does those of its own."""
+    """Has transformers stack and split the experts of `model_class` as it does those of its own class."""
     convert_files_of(model_class, ExpertConverter, like="deepseek_v2")

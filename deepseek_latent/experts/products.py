@@ -1,6 +1,6 @@
-"""Routed experts as grouped products: tokens in the order of experts, so that each weight meets its rows at once.
+"""Routed experts as grouped products: tokens are sorted by expert, so that each weight is read once for all its tokens.
 
-How a weight is multiplied (as it is, with adapters beside it, out of packed storage) is a `Product` of its own.
+How a weight is multiplied (as it lies in memory, with adapters beside it, from packed storage) is a `Product`.
 
 Letters: m tokens, e experts, k experts per token, d model width.
 """
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..compat.transformers import grouped_linear
 
-# rows [mk in] in the order of experts, "gate_up_proj" or "down_proj", and where each expert's rows end [e], to [mk out]
+# product(x, name, ends) multiplies rows x [mk in], which are tokens sorted by expert, by the weight `name` of their
+# experts, "gate_up_proj" or "down_proj"; ends [e] is the end offset of each expert's rows. The result is [mk out].
 Product = Callable[[Tensor, str, Tensor], Tensor]
 
 
@@ -32,13 +33,13 @@ def routed_sum(
 ) -> Tensor:  # [m d]
     """The weighted sum of every token's experts."""
     num_tokens, k = top_k_index.shape
-    in_a_row, order = top_k_index.flatten().sort(stable=True)
-    # no size that depends on data, so that it compiles into one graph
+    sorted_experts, order = top_k_index.flatten().sort(stable=True)
+    # no size depends on data, so that this compiles into one graph
     numbers = torch.arange(num_experts, device=order.device)
-    ends = torch.searchsorted(in_a_row, numbers, right=True, out_int32=True)
+    ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
     gate, up = product(hidden_states[order // k], "gate_up_proj", ends).chunk(2, dim=-1)
     rows = product(act_fn(gate) * up, "down_proj", ends)
     # back into the order of tokens, so that a token's experts are summed without atomic additions
-    in_order = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-    weighed = rows[in_order].view(num_tokens, k, -1) * top_k_weights[..., None]
-    return weighed.sum(dim=1).to(hidden_states.dtype)
+    place_of_row = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
+    weighted = rows[place_of_row].view(num_tokens, k, -1) * top_k_weights[..., None]
+    return weighted.sum(dim=1).to(hidden_states.dtype)

@@ -1,121 +1,122 @@
-"""Routed experts of which some are trained, as expert-specialised fine-tuning does it, with gradients for these alone.
+"""Routed experts of which some are trained, as expert-specialized fine-tuning does it; only these get gradients.
 
 Letters: n trained experts of a layer, d model width, f width of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import become, take_out, version_of
-from .moe import STACKED, DeepseekV2Experts
+from ..compat.torch import take_out, version_of
+from .names import STACKED
 from .products import grouped_product
+from .weights import StackedWeights
 
-SAMPLED = 1009  # one weight of so many is compared; a prime divides no width
+# how far apart the elements are that `_sample` compares; a prime, so that no width divides it
+SAMPLE_STRIDE = 1009
+TRAINED = tuple(f"trained_{name}" for name in STACKED)
 
 
-class TrainedExperts(DeepseekV2Experts):
-    """Routed experts of which some are trained and the others frozen.
+class TrainedWeights(StackedWeights):
+    """Stacked weights of which some experts are trained and the others frozen.
 
-    trained               [n]       their numbers
-    trained_gate_up_proj  [n 2f d]  float32, what the optimiser sees
+    The module of the experts gets two parameters more, in float32, which the optimizer sees:
+
+    trained_gate_up_proj  [n 2f d]
     trained_down_proj     [n d f]
 
     The stacked weights of all experts follow at each call, rounded to their dtype. So generating, saving and converting
     see the trained model, and `state_dict` is that of a model without these parameters.
     """
 
-    state = "in training by ESFT; end that with merge_experts(model)"
+    name = "in training by ESFT"
+    way_back = "finish_training(model)"
+    why_no_adapters = (
+        "experts take no adapters while they are in training by ESFT; end that with finish_training(model), with or "
+        "without the adapters."
+    )
+    unsaved = TRAINED
+    is_plain = False
+    # with adapters beside them, the trained experts would get no gradient
+    allows_adapters = False
 
-    def start(self, trained: Sequence[int]) -> None:
+    def __init__(self, trained: Sequence[int]):
         self.trained = [*trained]
-        for name in STACKED:
-            stacked = getattr(self, name)
-            self.register_parameter(f"trained_{name}", nn.Parameter(stacked.detach()[self.trained].float()))
-        self.write()
+        # of each trained parameter, as it was when it was last written: its version and a sample
+        self.written: list[tuple[int | None, Tensor]] = []
 
-    def finish(self) -> None:
-        self.write()
-        for name in STACKED:
-            delattr(self, f"trained_{name}")
-        del self.trained, self.written
-        become(self, DeepseekV2Experts)
+    def take_over(self) -> None:
+        for name, trained_name in zip(STACKED, TRAINED):
+            stacked = getattr(self.experts, name)
+            chosen = nn.Parameter(stacked.detach()[self.trained].float())
+            self.experts.register_parameter(trained_name, chosen)
+        self.sync()
 
-    def write(self) -> None:
-        """Puts the trained experts into the stacked weights."""
-        for name in STACKED:
-            # not seen by autograd, which would find the weight changed between two passes and their gradients
-            stacked = getattr(self, name).data
-            stacked[self.trained] = getattr(self, f"trained_{name}").detach().to(stacked.dtype)
-        self.written = [(version_of(slot), _sampled(slot).clone()) for slot in self.slots()]
+    def give_back(self) -> None:
+        self.sync()
+        for name in TRAINED:
+            delattr(self.experts, name)
 
-    def slots(self) -> list[nn.Parameter]:
-        return [getattr(self, f"trained_{name}") for name in STACKED]
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of STACKED."""
+        return [getattr(self.experts, name) for name in TRAINED]
 
-    def is_written(self) -> bool:
-        # fused optimisers and `data` count no version
+    def sync(self) -> None:
+        for name, parameter in zip(STACKED, self.parameters):
+            # `data`, because autograd would find the weight changed between two passes and their gradients
+            stacked = getattr(self.experts, name).data
+            stacked[self.trained] = parameter.detach().to(stacked.dtype)
+        self.written = [(version_of(x), _sample(x).clone()) for x in self.parameters]
+
+    def _is_synced(self) -> bool:
+        # fused optimizers and writes through `data` raise no version
         return len(self.written) > 0 and all(
-            version_of(slot) == version and torch.equal(_sampled(slot), sample)
-            for slot, (version, sample) in zip(self.slots(), self.written)
+            version_of(x) == version and torch.equal(_sample(x), sample)
+            for x, (version, sample) in zip(self.parameters, self.written)
         )
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        # where a step may follow, what is written is little beside what is computed
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_written():
-            self.write()
-        routed = (hidden_states, top_k_index, top_k_weights)
-        return self.multiplied_by(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
+    def forward(self, *routed: Tensor) -> Tensor:
+        # in training, always copy: this is cheap next to the forward pass
+        if self.experts.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_synced():
+            self.sync()
+        return self.forward_with(self.product, *routed) if torch.is_grad_enabled() else super().forward(*routed)
 
-    def check_weights_for_peft(self) -> None:
-        raise ValueError(f"experts take no adapters while they are {self.state}, with or without the adapters.")
+    def plain_product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        trained = getattr(self.experts, f"trained_{name}")
+        return _ProductWithTrained.apply(x, trained, getattr(self.experts, name), ends, self.trained)
 
-    def takes_grouped_products(self) -> bool:
-        # with adapters beside them, the trained ones would get no gradient
-        return False
-
-    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
-        return _ProductWithTrained.apply(x, getattr(self, f"trained_{name}"), getattr(self, name), ends, self.trained)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self.write()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in STACKED:
-            del destination[f"{prefix}trained_{name}"]
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
-        # of a file with some experts alone, the others come from the stacks
-        self.write()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        for name in STACKED:
-            if f"{prefix}trained_{name}" in missing_keys:
-                missing_keys.remove(f"{prefix}trained_{name}")
-            # where other weights come alone, these keep what 16 bits would round
-            if prefix + name in state_dict:
+    def after_load(self, loaded: set[str]) -> None:
+        for name, parameter in zip(STACKED, self.parameters):
+            # where other weights were loaded, the trained ones keep what 16 bits would round
+            if name in loaded:
                 with torch.no_grad():
-                    getattr(self, f"trained_{name}").copy_(getattr(self, name)[self.trained])
+                    parameter.copy_(getattr(self.experts, name)[self.trained])
 
-    def _apply(self, fn, recurse: bool = True):
-        """Moves the trained experts along, and leaves them in float32."""
-        slots = take_out(self, [f"trained_{name}" for name in STACKED])
+    @contextmanager
+    def kept_from_casts(self) -> Iterator[None]:
+        """The trained experts move along with the others, and stay in float32."""
+        kept = take_out(self.experts, [*TRAINED])
         try:
-            return super()._apply(fn, recurse)
+            yield
         finally:
-            for name, slot in slots.items():
-                slot.data = slot.data.to(self.gate_up_proj.device)
-                if slot.grad is not None:
-                    slot.grad.data = slot.grad.data.to(slot.device)
-                self.register_parameter(name, slot)
+            for name, parameter in kept.items():
+                parameter.data = parameter.data.to(self.experts.gate_up_proj.device)
+                if parameter.grad is not None:
+                    parameter.grad.data = parameter.grad.data.to(parameter.device)
+                self.experts.register_parameter(name, parameter)
             self.written = []
 
 
-def _sampled(slot: Tensor) -> Tensor:
-    """Of every row and column something; a step of an optimiser moves nearly all."""
-    return slot.detach().flatten()[::SAMPLED]
+def _sample(parameter: Tensor) -> Tensor:
+    """A sparse sample of the parameter, to detect cheaply that the step of an optimizer changed it."""
+    return parameter.detach().flatten()[::SAMPLE_STRIDE]
 
 
 class _ProductWithTrained(torch.autograd.Function):
-    """Grouped products by stacked weights, whose gradient is that of some of them."""
+    """Grouped products by stacked weights; the gradient is that of the trained experts."""
 
     @staticmethod
     def forward(ctx, x: Tensor, trained_weight: Tensor, weight: Tensor, ends: Tensor, trained: list[int]) -> Tensor:
@@ -127,11 +128,11 @@ class _ProductWithTrained(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, ends = ctx.saved_tensors
-        dx = of_trained = None
+        dx = d_trained = None
         if ctx.needs_input_grad[0]:
             dx = grouped_product(dy, weight.transpose(1, 2), ends)
         if ctx.needs_input_grad[1]:
             bounds = [0, *ends.tolist()]
             rows = [slice(bounds[expert], bounds[expert + 1]) for expert in ctx.trained]
-            of_trained = torch.stack([dy[of_one].T @ x[of_one] for of_one in rows]).float()
-        return dx, of_trained, None, None, None
+            d_trained = torch.stack([dy[of_one].T @ x[of_one] for of_one in rows]).float()
+        return dx, d_trained, None, None, None

@@ -1,29 +1,31 @@
-"""Packs the routed experts of a model, and makes stacked weights of them again."""
+"""Packs the routed experts of a model in 8 or 4 bits, and makes stacked weights of them again."""
 
 from transformers import PreTrainedModel
 
 from ..compat.peft import has_merged_adapters
-from ..compat.torch import become
-from ..experts.moe import STACKED, DeepseekV2Experts, check_plain
-from ..experts.packed import PackedExperts
+from ..experts.names import STACKED
+from ..experts.packed import PackedWeights
+from ..experts.routed import DeepseekV2Experts, check_plain
+from ..experts.weights import StackedWeights
 from ..modeling_deepseek_v2 import moe_layers
 
 
 def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
-    """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with a scale per 64 elements of a row.
+    """Packs the routed experts of `model` in 8 bits or in 4 (NF4), with one scale per 64 elements of a row.
 
-    What remains of them is 0.52 or 0.27 of bfloat16; more where 64 does not divide their widths. They are frozen from
-    then on; adapters go on top, made before or after. Save the adapters: a packed model is saved by nothing else.
-    `unpack_experts` makes stacked weights again, rounded as they were packed; merging adapters into experts does, too.
+    They take 0.52 or 0.27 of their memory in bfloat16, and more where 64 does not divide their widths. They are frozen
+    from then on. Adapters may be added before or after. Save the adapter: a packed model cannot be saved as a whole.
+    `unpack_experts` makes stacked weights again, with the values that packing rounded to; so does merging an adapter
+    into the experts.
 
-    Raises ValueError for other `bits`, and for experts that are not plain or not there or have adapters merged, before
-    anything is changed.
+    Raises ValueError, before anything is changed, for other `bits`, and where the experts are missing, not plain, or
+    have merged adapters.
     """
     if bits not in (8, 4):
         raise ValueError(f"experts are packed in 8 or 4 bits, got {bits!r}.")
     found = []
     for moe in moe_layers(model).values():
-        # adapters may stand around them
+        # adapters may be wrapped around the experts
         experts, *copies = [module for module in moe.modules() if isinstance(module, DeepseekV2Experts)]
         if copies:
             raise ValueError("expected experts that are frozen, and peft trains a copy of them (modules_to_save).")
@@ -32,17 +34,18 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )
         check_plain(experts)
-        found.append(experts)
-    for experts in found:
         if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
             raise ValueError("experts of an odd width cannot be packed in pairs.")
+        found.append(experts)
     for experts in found:
-        become(experts, PackedExperts)
-        experts.pack(bits)
+        experts.weights = PackedWeights(bits)
 
 
 def unpack_experts(model: PreTrainedModel) -> None:
-    """Gives packed experts stacked weights again, as rounded; then adapters can be merged and the model saved."""
+    """Makes stacked weights of packed experts, with the values that packing rounded to.
+
+    Then adapters can be merged and the model saved.
+    """
     for module in model.modules():
-        if isinstance(module, PackedExperts):
-            module.unpack()
+        if isinstance(module, DeepseekV2Experts) and isinstance(module.weights, PackedWeights):
+            module.weights = StackedWeights()

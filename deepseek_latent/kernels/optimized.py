@@ -11,19 +11,22 @@ from transformers.modeling_utils import PreTrainedModel
 from ..compat.accelerate import is_offloaded
 from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
-from ..compat.torch import become
-from ..experts.moe import DeepseekV2Experts, DeepseekV2MLP
+from ..experts.moe import DeepseekV2MLP
+from ..experts.packed import PackedWeights
+from ..experts.routed import DeepseekV2Experts
+from ..experts.weights import StackedWeights
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .cpu.int8 import Int8Experts, is_int8, to_int8
-from .cpu.layers import REPLACEMENTS, SILU, KernelExperts
+from .cpu.experts import SILU, CpuExperts
+from .cpu.int8 import to_int8
+from .cpu.layers import REPLACEMENTS
 from .cpu.library import WithOperators, load_operators
 from .cpu.support import DTYPES
 from .gpu.replayed_steps import ReplayedSteps
 
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the router is not rounded: it is small, and its choices matter
-INT8 = (nn.Linear, DeepseekV2Experts, KernelExperts)
+INT8 = (nn.Linear, DeepseekV2Experts)
 
 
 def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
@@ -40,11 +43,11 @@ class Optimized:
 
     def undo(self) -> None:
         """Raises ValueError if weights are in int8, since rounding cannot be undone."""
-        if any(map(is_int8, self.modules)):
+        if any(map(_was_rounded, self.modules)):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
-            if type(module) is KernelExperts:
-                become(module, DeepseekV2Experts)
+            if isinstance(module, DeepseekV2Experts):
+                module.weights.operators = None
             unbind(module)
         if self.replaying is not None:
             self.replaying.replayed_steps = None
@@ -94,17 +97,20 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     rounded = {
         name: module
         for name, module in chosen.items()
-        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model)
+        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model) and not _has_int8_experts(module)
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
     for name, module in chosen.items():
-        if name in rounded:
+        if isinstance(module, DeepseekV2Experts):
+            if name in rounded:
+                module.weights = PackedWeights(8, group=None, saves_dense=True)
+            if not has_own_forward(module):
+                module.weights.operators = CpuExperts
+        elif name in rounded:
             to_int8(module)
         elif not has_own_forward(module):
-            if type(module) is DeepseekV2Experts:
-                become(module, KernelExperts)
-            bind(module, REPLACEMENTS.get(type(module), {}), WithOperators)
+            bind(module, REPLACEMENTS[type(module)], WithOperators)
     return Optimized(instructions, tuple(filter(_is_optimized, model.modules())))
 
 
@@ -153,20 +159,39 @@ def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
 
 
 def _is_optimized(module: nn.Module) -> bool:
-    return type(module) in (KernelExperts, Int8Experts) or has_bound_functions(module)
+    has_operators = isinstance(module, DeepseekV2Experts) and module.weights.operators is not None
+    return has_operators or has_bound_functions(module)
 
 
 def _name_of(module: nn.Module) -> str:
-    name = type(module).__name__.removeprefix("DeepseekV2").removeprefix("Kernel").removeprefix("MoE") or "MoE"
-    return f"Int8{name}" if is_int8(module) and not name.startswith("Int8") else name
+    name = type(module).__name__.removeprefix("DeepseekV2")
+    return f"int8 {name}" if _is_int8_linear(module) or _has_int8_experts(module) else name
+
+
+def _is_int8_linear(module: nn.Module) -> bool:
+    return "weight_codes" in module._buffers
+
+
+def _has_int8_experts(module: nn.Module) -> bool:
+    """True for experts in 8 bits, also if `pack_experts` packed them."""
+    weights = module.weights if isinstance(module, DeepseekV2Experts) else None
+    return isinstance(weights, PackedWeights) and weights.bits == 8
+
+
+def _was_rounded(module: nn.Module) -> bool:
+    return _is_int8_linear(module) or (_has_int8_experts(module) and module.weights.saves_dense)
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:
+    if isinstance(module, DeepseekV2Experts):
+        return _has_int8_experts(module) or (type(module.weights) is StackedWeights and _can_be_read(module))
     # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
-    if is_int8(module) or "kv_b_proj" in name.split(".") or ".lora_" in name:
+    if _is_int8_linear(module) or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
-    if type(module) not in (*REPLACEMENTS, DeepseekV2Experts, KernelExperts):
-        return False
+    return type(module) in REPLACEMENTS and _can_be_read(module)
+
+
+def _can_be_read(module: nn.Module) -> bool:
     # only a quantizer can read its own weights
     if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
         return False

@@ -12,7 +12,7 @@ from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.checkpoint import checkpoint_tensors
 from deepseek_latent.conversion.size import routed_size
 from deepseek_latent.finetuning.activity import Activity, activity_of
-from deepseek_latent.finetuning.esft import ExpertSelection
+from deepseek_latent.finetuning.expert_selection import ExpertSelection
 from tests.support import V2, random_ids, tiny_model
 from tests.test_examples import FOLDER
 

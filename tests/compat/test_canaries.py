@@ -29,6 +29,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 
 import deepseek_latent
 from deepseek_latent.compat import accelerate as compat_accelerate
+from deepseek_latent.compat import bound_functions
 from deepseek_latent.compat import peft as compat_peft
 from deepseek_latent.compat import torch as compat_torch
 from deepseek_latent.compat import transformers as compat_transformers
@@ -309,19 +310,19 @@ def test_modules_keep_their_hooks_and_parameters_where_we_look():
     assert not [*layer.parameters()], "used by packed and trained experts"
 
 
-def test_a_module_becomes_another_for_those_who_keep_its_forward():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+def test_a_bound_function_acts_for_those_who_keep_a_forward():
+    @bound_functions.replaces_method()
+    def doubled(module, x):
+        return 2 * nn.Linear.forward(module, x)
 
     layer, x = linear(), torch.randn(2, 4)
     expected = 2 * layer(x)
     hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
-    compat_torch.become(layer, Doubled)
-    assert torch.equal(layer(x), expected)
+    bound_functions.bind(layer, {"forward": doubled})
+    assert torch.equal(layer(x), expected), "hooks keep forward elsewhere; used by optimize_for_inference"
     hooks.remove_hook_from_module(layer)
     assert torch.equal(layer(x), expected)
-    compat_torch.become(layer, nn.Linear)
+    bound_functions.unbind(layer)
     assert torch.equal(2 * layer(x), expected)
 
 

@@ -5,7 +5,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from deepseek_latent import DeepseekV2Config
-from deepseek_latent.experts.balance import balance_losses, present_tokens, share_of_batch
+from deepseek_latent.experts.balance import balance_losses, fraction_of_batch
+from deepseek_latent.experts.dropping import padding_mask_as_bool
 from tests import reference
 from tests.support import LITE, V2, random_ids, tiny_model
 
@@ -176,10 +177,10 @@ def test_the_factor_has_the_name_that_training_tools_know():
 def test_the_share_of_a_batch_counts_what_is_predicted():
     labels = torch.tensor([[5, 6, -100, 7], [-100, 8, 9, 1]])
     # the first of a row is predicted by nothing
-    assert share_of_batch(labels, 20).item() == pytest.approx(5 / 20)
-    assert share_of_batch(labels, None) == 1.0
+    assert fraction_of_batch(labels, 20).item() == pytest.approx(5 / 20)
+    assert fraction_of_batch(labels, None) == 1.0
 
 
 def test_a_mask_longer_than_what_is_read_speaks_of_its_end():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
-    assert present_tokens(mask, (2, 3), mask.device).tolist() == [[True] * 3, [True, False, True]]
+    assert padding_mask_as_bool(mask, (2, 3), mask.device).tolist() == [[True] * 3, [True, False, True]]

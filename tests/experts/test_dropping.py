@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_latent import DeepseekV2Config
-from deepseek_latent.experts.balance import TokenDropping
+from deepseek_latent.experts.dropping import TokenDropping
 from tests import reference
 from tests.support import V2, random_ids, relative_error, tiny_model
 

@@ -5,7 +5,8 @@ import torch
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 
 from deepseek_latent import DeepseekV2Config
-from deepseek_latent.experts.moe import DeepseekV2MoE, DeepseekV2MoEGate
+from deepseek_latent.experts.moe import DeepseekV2MoE
+from deepseek_latent.experts.router import DeepseekV2MoEGate
 from tests import reference
 from tests.support import (
     V2,

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from deepseek_latent import lora_config
 from deepseek_latent.conversion.calibration import perplexity, windows_of
-from deepseek_latent.experts.packed import NF4, PackedExperts, pack
+from deepseek_latent.experts.codec import NF4, pack
+from deepseek_latent.experts.packed import PackedWeights
 from deepseek_latent.finetuning.packing import pack_experts, unpack_experts
 from deepseek_latent.kernels import optimize_for_inference
 from tests.support import needs_compiler, needs_its_peft, random_ids, relative_error, tiny_model
@@ -159,10 +160,10 @@ def test_what_cannot_be_done_with_packed_experts_is_said(tmp_path):
     with pytest.raises(ValueError, match="expected a model with experts"):
         pack_experts(tiny_model(n_routed_experts=None))
     with pytest.raises(
-        ValueError, match=r"expected plain routed experts, and they are packed; unpack_experts\(model\)"
+        ValueError, match=r"expected plain routed experts, and they are packed in 8 bits; unpack_experts\(model\)"
     ):
         pack_experts(packed(8), 4)
-    with pytest.raises(ValueError, match=r"packed; unpack_experts\(model\) .* save the adapter alone"):
+    with pytest.raises(ValueError, match=r"packed in 4 bits; call unpack_experts\(model\) .* save the adapter alone"):
         packed(4).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -226,7 +227,7 @@ def test_a_copy_takes_no_more_memory():
         assert torch.equal(pickle.loads(pickle.dumps(other))(ids).logits, model(ids).logits)
         unpack_experts(other)
         assert torch.equal(other(ids).logits, rounded(4)(ids).logits)
-    assert isinstance(model.model.layers[1].mlp.experts, PackedExperts)
+    assert isinstance(model.model.layers[1].mlp.experts.weights, PackedWeights)
     assert model.to("meta").model.layers[1].mlp.experts.gate_up_proj.is_meta
 
 
@@ -236,7 +237,7 @@ def test_hooks_that_would_leave_adapters_out_are_refused():
     wrapped = model.base_model.model.model.layers[1].mlp.experts
     for experts in (wrapped, wrapped.get_base_layer()):
         handle = experts.register_forward_hook(lambda *seen: None)
-        with pytest.raises(ValueError, match="which hooks on experts prevent"):
+        with pytest.raises(ValueError, match="which hooks on the experts"):
             model(input_ids=ids)
         handle.remove()
         model(input_ids=ids)
@@ -257,12 +258,31 @@ def test_kernels_and_casts_leave_packed_experts_as_they_are():
     model, ids = packed(4), random_ids(2, 9)
     expected = model.generate(ids, **GREEDY)
     optimize_for_inference(model)
-    assert {type(layer.mlp.experts) for layer in model.model.layers[1:]} == {PackedExperts}
+    assert {type(layer.mlp.experts.weights) for layer in model.model.layers[1:]} == {PackedWeights}
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     moved = packed(4).to(torch.bfloat16)
-    assert moved.model.layers[1].mlp.experts.dtype == torch.bfloat16
+    assert moved.model.layers[1].mlp.experts.weights.dtype == torch.bfloat16
     assert moved(ids).logits.dtype == torch.bfloat16
     assert moved.model.layers[1].mlp.experts.gate_up_proj.untyped_storage().nbytes() == 1
+
+
+# rows of whole groups of 64, and rows whose groups have 8 and 32 elements
+@needs_compiler
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("widths", [WIDTHS, {}], ids=["groups of 64", "other groups"])
+@torch.no_grad()
+def test_kernels_multiply_by_experts_in_8_bits_as_torch_does(widths, with_adapter, monkeypatch):
+    model, ids = packed(8, **widths), random_ids(2, 9)
+    model = adapted(model).eval() if with_adapter else model
+    expected, text = model(input_ids=ids).logits, model.generate(input_ids=ids, **GREEDY)
+    done = optimize_for_inference(model)
+    assert "2 int8 Experts" in repr(done)
+    monkeypatch.setattr(PackedWeights, "plain_product", lambda *args: pytest.fail("computed by torch"))
+    assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
+    assert torch.equal(model.generate(input_ids=ids, **GREEDY), text)
+    monkeypatch.undo()
+    done.undo()
+    assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 @torch.no_grad()

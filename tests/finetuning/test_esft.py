@@ -11,18 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from deepseek_latent import lora_config
-from deepseek_latent.experts.moe import DeepseekV2Experts
-from deepseek_latent.experts.trained import TrainedExperts
+from deepseek_latent.experts.routed import DeepseekV2Experts
+from deepseek_latent.experts.trained import TrainedWeights
 from deepseek_latent.finetuning.activity import activity_of
-from deepseek_latent.finetuning.esft import (
-    ExpertSelection,
-    expert_scores,
-    load_experts,
-    merge_experts,
-    save_experts,
-    select_experts,
-    train_experts,
-)
+from deepseek_latent.finetuning.esft import finish_training, load_experts, save_experts, train_experts
+from deepseek_latent.finetuning.expert_selection import ExpertSelection, expert_scores, select_experts
 from deepseek_latent.finetuning.packing import pack_experts
 from deepseek_latent.kernels import optimize_for_inference
 from tests.support import (
@@ -127,7 +120,7 @@ def test_generation_sees_every_step_and_merging_changes_nothing():
     # the mode has not changed, the weights have
     after, logits = model.generate(ids, **GREEDY), model(ids).logits
     assert not torch.equal(before, after)
-    merge_experts(model)
+    finish_training(model)
     assert torch.equal(model.generate(ids, **GREEDY), after)
     assert torch.equal(model(ids).logits, logits)
     assert {type(layer.mlp.experts) for layer in model.model.layers[1:]} == {DeepseekV2Experts}
@@ -149,7 +142,7 @@ def test_an_optimiser_that_counts_no_version_is_seen(stays_in_training):
     with torch.no_grad():
         after = model(ids).logits
         assert relative_error(after, before) > 1e-3
-        merge_experts(model)
+        finish_training(model)
         assert torch.equal(model(ids).logits, after)
 
 
@@ -183,7 +176,7 @@ def test_originals_stay_in_float32_and_outlive_other_weights():
 def test_adapters_on_experts_in_training_are_refused():
     model, ids = in_training(), random_ids(2, 9)
     model = get_peft_model(model, lora_config(model, routed_experts=True))
-    with pytest.raises(ValueError, match=r"take no adapters while they are in training by ESFT; end that with merge"):
+    with pytest.raises(ValueError, match=r"take no adapters while they are in training by ESFT; end that with finish"):
         model(input_ids=ids)
 
 
@@ -353,7 +346,7 @@ def test_a_model_in_another_state_is_refused(tmp_path):
         lambda model, selection: load_experts(model, tmp_path),
         lambda model, selection: save_experts(model, selection, tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"they are packed; unpack_experts\(model\) makes stacked weights"):
+        with pytest.raises(ValueError, match=r"they are packed in 4 bits; unpack_experts\(model\) makes them plain"):
             use(packed, ExpertSelection(CHOSEN))
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which holds a checkpoint"):
@@ -361,7 +354,7 @@ def test_a_model_in_another_state_is_refused(tmp_path):
     for threshold in (0, -1, float("nan"), 5):
         with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
             select_experts({1: [0.5, 0.5]}, threshold)
-    with pytest.raises(ValueError, match=r"they are in training by ESFT; end that with merge_experts\(model\)"):
+    with pytest.raises(ValueError, match=r"they are in training by ESFT; finish_training\(model\) makes them plain"):
         train_experts(in_training(selection=ExpertSelection({1: [3]})), ExpertSelection({2: [3]}))
     eager = tiny_model()
     eager.set_experts_implementation("eager")
@@ -369,7 +362,7 @@ def test_a_model_in_another_state_is_refused(tmp_path):
         train_experts(eager, ExpertSelection(CHOSEN))
     optimized = tiny_model()
     optimize_for_inference(optimized)
-    with pytest.raises(ValueError, match=r"they are optimised for inference; take that back by undo\(\)"):
+    with pytest.raises(ValueError, match=r"they are optimized for inference; undo\(\)"):
         train_experts(optimized, ExpertSelection(CHOSEN))
     with pytest.raises(TypeError, match="expected a DeepSeek-V2 without adapters around it, got Linear"):
         train_experts(torch.nn.Linear(2, 3), ExpertSelection(CHOSEN))
@@ -423,7 +416,7 @@ def test_a_file_that_is_cut_off_or_no_folder_changes_nothing(tmp_path):
         load_experts(model, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     training = in_training()
-    with pytest.raises(ValueError, match="expected experts to be replaced, and they are in training"):
+    with pytest.raises(ValueError, match="expected plain routed experts, and they are in training"):
         load_experts(training, tmp_path)
 
 
@@ -444,7 +437,7 @@ def test_adapters_put_on_meanwhile_do_not_lock_training_in(add):
     for use in (train_experts, lambda *given: save_experts(*given, "nowhere")):
         with pytest.raises(TypeError, match="without adapters"):
             use(adapted, ExpertSelection(CHOSEN))
-    merge_experts(adapted)
+    finish_training(adapted)
     adapted(input_ids=random_ids(1, 5))
     learning = [name for name, x in adapted.named_parameters() if x.requires_grad]
     assert learning
@@ -466,7 +459,7 @@ def test_what_no_version_counts_is_seen_in_evaluation(change):
         parameter.data.mul_(3)
     with torch.no_grad():
         after = model(ids).logits
-        merge_experts(model)
+        finish_training(model)
         assert torch.equal(after, model(ids).logits)
     assert relative_error(after, before) > 1e-2
 
@@ -483,7 +476,7 @@ def test_the_last_step_is_merged_and_kept_by_other_weights():
     assert torch.equal(model.model.layers[1].mlp.experts.trained_down_proj, slot)
     step(model)
     slot = model.model.layers[1].mlp.experts.trained_down_proj.detach().clone()
-    merge_experts(model)
+    finish_training(model)
     assert torch.equal(model.model.layers[1].mlp.experts.down_proj[CHOSEN[1]], slot)
 
 
@@ -491,6 +484,6 @@ def test_a_copy_trains_on_its_own():
     model = in_training()
     other = copy.deepcopy(model)
     step(model)
-    assert isinstance(other.model.layers[1].mlp.experts, TrainedExperts)
+    assert isinstance(other.model.layers[1].mlp.experts.weights, TrainedWeights)
     expected = tiny_model().model.layers[1].mlp.experts.down_proj
     assert torch.equal(other.state_dict()["model.layers.1.mlp.experts.down_proj"], expected)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import deepseek_latent.experts.moe as moe
 from deepseek_latent.experts.adapters import unwrapped
+from deepseek_latent.experts.weights import ExpertWeights
 from deepseek_latent.kernels import optimize_for_inference
 from tests.support import NATIVE, needs_compiler, random_ids, relative_error, tiny_model
 
@@ -39,13 +40,13 @@ def counted(monkeypatch):
         calls.append(arguments)
         return compute(*arguments)
 
-    compute = moe.DeepseekV2Experts.multiplied_by
-    monkeypatch.setattr(moe.DeepseekV2Experts, "multiplied_by", count)
+    compute = ExpertWeights.forward_with
+    monkeypatch.setattr(ExpertWeights, "forward_with", count)
     return calls
 
 
 def by_peft(monkeypatch) -> None:
-    monkeypatch.setattr(moe.DeepseekV2MoE, "_multiplier", lambda self: self.experts)
+    monkeypatch.setattr(moe, "with_adapters", lambda experts: experts)
 
 
 def loss_and_gradients(model: PeftModel, ids: Tensor) -> tuple[float, dict[str, Tensor]]:

@@ -132,5 +132,5 @@ def test_what_cannot_be_adapted_is_refused():
             lora_config(tiny_model(), r=0, **options)
     for options in ({"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
         lora_config(tiny_model(), **options)
-        with pytest.raises(ValueError, match="for linear layers alone"):
+        with pytest.raises(ValueError, match="for linear layers only"):
             lora_config(tiny_model(), routed_experts=True, **options)

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from deepseek_latent import lora_config
-from deepseek_latent.finetuning.activity import RouterCounts, RouterStatistics, activity_of
+from deepseek_latent.finetuning.activity import RouterCounts, activity_of
+from deepseek_latent.finetuning.router_callback import RouterStatistics
 from tests.support import LITE, V2, random_ids, tiny_model
 
 NAMES = {"load", "load_of_worst_layer", "device_load", "device_traffic", "devices_per_token", "entropy", "unused"}
@@ -174,7 +175,7 @@ def test_a_model_without_experts_is_refused():
 
 
 def test_what_is_no_trainer_and_what_are_no_ids_is_refused():
-    with pytest.raises(TypeError, match="expected a Trainer, in whose log this writes, got DeepseekV2ForCausalLM"):
+    with pytest.raises(TypeError, match="expected a Trainer, to whose log this adds, got DeepseekV2ForCausalLM"):
         RouterStatistics(tiny_model())
     cases = (
         (random_ids(1, 4)[0], "shape [4]"),

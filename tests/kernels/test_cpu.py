@@ -15,9 +15,11 @@ from deepseek_latent import LatentCache
 from deepseek_latent.attention.ops import _attend_to_blocks
 from deepseek_latent.attention.rotary import rotate
 from deepseek_latent.cache.format import LatentFormat, Latents, SeparateStretch, Stretch, latent_format
+from deepseek_latent.experts.codec import Packed, pack
+from deepseek_latent.experts.weights import StackedWeights
 from deepseek_latent.kernels import optimize_for_inference
 from deepseek_latent.kernels.cpu import library
-from deepseek_latent.kernels.cpu.int8 import quantize_rows
+from deepseek_latent.kernels.cpu.experts import readable_experts
 from tests.support import LITE, assert_within_rounding, needs_compiler, random_ids, relative_error, seeded, tiny_model
 
 pytestmark = needs_compiler
@@ -33,6 +35,11 @@ def operators():
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed))
+
+
+def packed_by_rows(weight: Tensor) -> Packed:
+    """A weight [.. n k] as codes and one scale per row [.. n 1]."""
+    return pack(weight, bits=8, group=None)
 
 
 def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
@@ -190,8 +197,8 @@ def test_the_mlp_of_a_layer_is_that_of_torch(dtype, m, d, f, in_int8, operators)
     weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(((f, d), (f, d), (d, f)))]
     scales, exact_weights = [], [w.double() for w in weights]
     if in_int8:
-        weights, scales = zip(*map(quantize_rows, weights))
-        exact_weights = [w.double() * scale[:, None] for w, scale in zip(weights, scales)]
+        weights, scales = zip(*map(packed_by_rows, weights))
+        exact_weights = [w.double() * scale.double() for w, scale in zip(weights, scales)]
     gate, up, down = exact_weights
     exact = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
     gate, up, down = (w.to(dtype) for w in exact_weights)
@@ -211,7 +218,7 @@ def test_routed_and_shared_experts_in_one_pass_are_their_sum(dtype, m, d, f, sha
     weights = [noise(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     scales = []
     if in_int8:
-        weights, scales = zip(*map(quantize_rows, weights))
+        weights, scales = zip(*map(packed_by_rows, weights))
     (gate_up, down, *shared), (routed_scales, shared_scales) = weights, (list(scales[:2]), list(scales[2:]))
     result = operators.experts(x, gate_up, down, chosen, shares, routed_scales, shared, shared_scales)
     wide = x.float()
@@ -230,7 +237,7 @@ def test_projecting_in_one_pass_is_projecting_norming_and_rotating(dtype, b, s, 
     norm, angles = noise(c, seed=4).to(dtype), noise(b, s, r // 2, seed=5)
     q_scales = kv_a_scales = None
     if in_int8:
-        (q, q_scales), (kv_a, kv_a_scales) = quantize_rows(q), quantize_rows(kv_a)
+        (q, q_scales), (kv_a, kv_a_scales) = packed_by_rows(q), packed_by_rows(kv_a)
     rotation = (angles.cos(), angles.sin())
     queries, rows = operators.project(q_x, q, q_scales, x, kv_a, kv_a_scales, norm, eps, *rotation, n + r)
     q_content, q_rotary = operators.linear(q_x.flatten(0, 1), q, q_scales).view(b, s, h, n + r).split((n, r), dim=-1)
@@ -542,9 +549,9 @@ def test_weights_of_two_dtypes_are_left_to_torch_and_refused_by_the_operators(op
     with pytest.raises(ValueError, match="one dtype"):
         operators.experts(x, noise(2, 8, 16), noise(2, 16, 4).bfloat16(), chosen, shares, [], [], [])
     experts = model.model.layers[1].mlp.experts
-    assert experts.stored(model.model.embed_tokens(ids)[0]) is not None
+    assert readable_experts(experts.weights, model.model.embed_tokens(ids)[0]) is not None
     experts.down_proj = nn.Parameter(experts.down_proj.bfloat16())
-    assert experts.stored(model.model.embed_tokens(ids)[0]) is None
+    assert readable_experts(experts.weights, model.model.embed_tokens(ids)[0]) is None
 
 
 @torch.no_grad()
@@ -611,14 +618,14 @@ def test_int8_weights_say_what_the_rounded_weights_would(dtype, variant):
     model, ids = tiny_model(dtype, **variant), random_ids(2, 9)
     fast, by_hand = copy.deepcopy(model), copy.deepcopy(model).float()
     done = optimize_for_inference(fast, weights="int8")
-    assert " Int8Linear" in repr(done)
-    assert ("2 Int8Experts" in repr(done)) == (not variant)
+    assert " int8 Linear" in repr(done)
+    assert ("2 int8 Experts" in repr(done)) == (not variant)
     for name, parameter in by_hand.named_parameters():
         if "norm" in name or "gate.weight" in name or "embed" in name or "kv_b_proj" in name:
             continue
-        codes, scales = quantize_rows(parameter)
-        assert ((codes * scales[..., None] - parameter).abs() <= 1.001 * scales[..., None] / 2).all()
-        parameter.copy_(codes * scales[..., None])
+        codes, scales = packed_by_rows(parameter)
+        assert ((codes * scales - parameter).abs() <= 1.001 * scales / 2).all()
+        parameter.copy_(codes * scales)
     exact = copy.deepcopy(model).float()
     for cached in (0, 5):
         past, results = random_ids(2, cached, seed=3), []
@@ -712,12 +719,27 @@ def test_what_int8_weights_cannot_do_is_refused():
         model(ids)
 
 
-def test_lora_on_routed_experts_in_int8_is_refused():
-    model = tiny_model()
-    optimize_for_inference(model, weights="int8")
+@pytest.mark.parametrize("length", [1, 20])
+@torch.no_grad()
+def test_lora_acts_on_routed_experts_in_int8_and_merging_unpacks_them(length):
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
-    with torch.no_grad(), pytest.raises(ValueError, match="changed since it was rounded to int8"):
-        get_peft_model(model, config).eval()(input_ids=random_ids(1, 4))
+    ids = random_ids(1, length)
+
+    def adapted(model):
+        torch.manual_seed(1)
+        return get_peft_model(model, config).eval()
+
+    in_codes, rounded = tiny_model(), tiny_model()
+    optimize_for_inference(in_codes, weights="int8")
+    rounded.load_state_dict(in_codes.state_dict())
+    without = rounded(ids).logits
+    in_codes, rounded = adapted(in_codes), adapted(rounded)
+    expected = rounded(input_ids=ids).logits
+    assert relative_error(expected, without) > 1e-2
+    assert relative_error(in_codes(input_ids=ids).logits, expected) < 1e-5
+    merged = in_codes.merge_and_unload()
+    assert relative_error(merged(ids).logits, expected) < 1e-5
+    assert all(type(layer.mlp.experts.weights) is StackedWeights for layer in merged.model.layers[1:])
 
 
 def test_optimizing_twice_is_optimizing_once_and_int8_may_come_second():

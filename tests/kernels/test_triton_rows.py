@@ -9,7 +9,7 @@ from torch import nn
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.attention.rotary import rotate
 from deepseek_latent.cache.format import latent_format
-from deepseek_latent.experts.moe import DeepseekV2MoEGate
+from deepseek_latent.experts.router import DeepseekV2MoEGate
 
 pytest.importorskip("triton")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,7 +186,7 @@ def routed(module, x):
         module.num_experts_per_tok,
         module.n_group if module.is_grouped else 1,
         module.topk_group if module.is_grouped else 1,
-        normalise=module.is_normalised,
+        normalise=module.normalizes_gates,
         scaling_factor=module.routed_scaling_factor,
     )
 

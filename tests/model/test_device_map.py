@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, StaticCache
 
 from deepseek_latent import LatentCache, lora_config
-from deepseek_latent.finetuning.esft import ExpertSelection, merge_experts, train_experts
+from deepseek_latent.finetuning.esft import finish_training, train_experts
+from deepseek_latent.finetuning.expert_selection import ExpertSelection
 from deepseek_latent.finetuning.packing import pack_experts
 from deepseek_latent.kernels import optimize_for_inference
 from tests.support import needs_compiler, random_ids, relative_error, tiny_model
@@ -105,8 +106,8 @@ def test_experts_pack_and_train_where_hooks_move_nothing(folder, tmp_path):
         each(IDS, labels=IDS).loss.backward()
         experts = each.model.layers[1].mlp.experts
         experts.trained_down_proj.data -= experts.trained_down_proj.grad
-    merge_experts(model)
-    merge_experts(plain)
+    finish_training(model)
+    finish_training(plain)
     assert relative_error(model(IDS).logits, plain(IDS).logits) <= 1e-6
 
 

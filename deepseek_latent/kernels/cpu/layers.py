@@ -6,19 +6,19 @@ Letters: m tokens, d model width.
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ...attention.attention import DeepseekV2Attention
 from ...compat.bound_functions import replaces_method
 from ...compat.hooks import has_hooks
-from ...experts.balance import TokenDropping
-from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ...experts.dropping import TokenDropping
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ...experts.routed import DeepseekV2Experts
+from ...experts.router import DeepseekV2MoEGate
+from ...experts.weights import StoredExperts
 from .attention import choose_path, project, rotate
-from .int8 import Int8Experts
-from .library import multiply, multiply_by_experts, operators
+from .experts import SILU, CpuExperts, multiply_by_experts, readable_experts
+from .library import multiply, operators
 from .support import kernel_supports, kernel_weights
-
-SILU = type(ACT2FN["silu"])
 
 
 @replaces_method()
@@ -42,28 +42,6 @@ def router_logits(gate: DeepseekV2MoEGate, hidden_states: Tensor) -> Tensor:
         return DeepseekV2MoEGate.logits(gate, hidden_states)
     # float32 times the weight as it is, so that neither is rounded
     return multiply(wide, gate.weight, None)
-
-
-class KernelExperts(DeepseekV2Experts):
-    state = "optimised for inference; take that back by undo() of what optimize_for_inference(model) returned"
-
-    def stored(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Both weights, if our operators are to multiply tokens x by them."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        takes_both = kernel_supports(x, gate_up) and kernel_supports(x, down)
-        return (gate_up, down) if takes_both and not has_hooks(self.act_fn) else None
-
-    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
-        weight = getattr(self, name)
-        if not kernel_supports(x, weight):
-            return super().product(x, name, ends)
-        return operators.grouped(x.contiguous(), weight, ends)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stored = self.stored(hidden_states)
-        if stored is None:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
-        return multiply_by_experts(hidden_states, stored, top_k_index, top_k_weights)
 
 
 @replaces_method()
@@ -94,15 +72,18 @@ def moe(module: DeepseekV2MoE, hidden_states: Tensor, dropping: TokenDropping | 
     return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)
 
 
-def _weights_of_all_experts(module: DeepseekV2MoE, x: Tensor) -> tuple | None:
+def _weights_of_all_experts(
+    module: DeepseekV2MoE, x: Tensor
+) -> tuple[StoredExperts, tuple[list[Tensor], list[Tensor]]] | None:
+    """Routed experts and the weights and scales of shared ones, if one call can multiply tokens x by both."""
     routed_module, shared_module = module.experts, module.shared_experts
-    if type(routed_module) not in (KernelExperts, Int8Experts) or type(shared_module) is not DeepseekV2MLP:
+    if type(routed_module) is not DeepseekV2Experts or type(shared_module) is not DeepseekV2MLP:
         return None
-    if has_hooks(routed_module) or has_hooks(shared_module):
+    if routed_module.weights.operators is not CpuExperts or has_hooks(routed_module) or has_hooks(shared_module):
         return None
     shared = weights_of_mlp(shared_module, x)
-    routed = None if shared is None else routed_module.stored(x)
-    return None if routed is None or routed[0].dtype != shared[0][0].dtype else (routed, shared)
+    routed = None if shared is None else readable_experts(routed_module.weights, x)
+    return None if routed is None or routed.gate_up.dtype != shared[0][0].dtype else (routed, shared)
 
 
 # the methods that are replaced, by the class of the module

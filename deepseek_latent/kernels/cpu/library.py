@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,20 +36,9 @@ class WithOperators(functools.partial):
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
-    """x [.. k] times weight [n k], int8 ones times scales [n], as `F.linear`: [.. n] in the dtype of x."""
+    """`F.linear` of x [.. k] by weight [n k], for int8 codes with scales [n groups]: [.. n] in the dtype of x."""
     y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
-
-
-def multiply_by_experts(
-    x: Tensor,  # [m d]
-    stored: Sequence[Tensor],  # gate_up [e 2f d], down [e d f], and for int8 weights their scales [e 2f], [e d]
-    chosen: Tensor,  # [m k]
-    weights: Tensor,  # [m k]
-    shared: tuple[list[Tensor], list[Tensor]] = ([], []),  # gate, up and down of shared experts, and their scales
-) -> Tensor:  # [m d]
-    gate_up, down, *scales = stored
-    return operators.experts(x.contiguous(), gate_up, down, chosen, weights.float(), scales, *shared)
 
 
 @functools.cache

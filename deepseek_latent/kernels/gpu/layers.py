@@ -14,8 +14,9 @@ from ...cache.latent_cache import LatentCache
 from ...compat.bound_functions import replaces_method
 from ...compat.cache_name import takes_either_cache_name
 from ...compat.hooks import has_hooks
-from ...experts.balance import TokenDropping
-from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ...experts.dropping import TokenDropping
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from .one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
 from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp

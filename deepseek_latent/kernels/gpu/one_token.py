@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection
 from ...cache.latent_cache import LatentCache
-from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE, DeepseekV2MoEGate
+from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ...experts.router import DeepseekV2MoEGate
 from .plain import (
     are_plain_experts,
     attention_inputs,
@@ -96,7 +97,7 @@ def choice_of(gate: DeepseekV2MoEGate) -> dict:
     """The arguments of `route` and `choose` that say how the gate chooses."""
     n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
     of_groups = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
-    return of_groups | {"normalise": gate.is_normalised, "scaling_factor": gate.routed_scaling_factor}
+    return of_groups | {"normalise": gate.normalizes_gates, "scaling_factor": gate.routed_scaling_factor}
 
 
 def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:

@@ -6,7 +6,10 @@ from transformers.activations import ACT2FN
 from ...cache.format import Latents
 from ...compat.accelerate import is_offloaded
 from ...compat.hooks import has_hooks
-from ...experts.moe import DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoEGate
+from ...experts.moe import DeepseekV2MLP
+from ...experts.routed import DeepseekV2Experts
+from ...experts.router import DeepseekV2MoEGate
+from ...experts.weights import StackedWeights
 from ..cached_latents import bits_of, stored_parts
 
 SILU = type(ACT2FN["silu"])
@@ -44,7 +47,10 @@ def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
 def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
     if type(module) is not DeepseekV2Experts or type(module.act_fn) is not SILU or is_offloaded(module):
         return False
-    return module.takes_grouped_products() and all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
+    weights = module.weights
+    if type(weights) is not StackedWeights or not weights.allows_adapters:
+        return False
+    return all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
 
 
 def attention_inputs(latents: Latents) -> dict:

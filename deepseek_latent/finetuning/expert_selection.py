@@ -1,0 +1,94 @@
+"""Which experts to train on a text: scores by how much the text uses each, and the selection as a file.
+
+Source: "Let the Expert Stick to His Last" (arXiv:2407.01906); the file as in github.com/deepseek-ai/ESFT.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+
+from .activity import Activity
+
+CONFIG_FILE = "expert_cfg.json"
+# those of the paper, by the way experts are scored
+THRESHOLDS = {"token": 0.2, "gate": 0.1}
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """What ESFT trains: experts by layer, and optionally the shared experts and everything that is not an expert.
+
+    `non_expert_modules` are attention, norms, embeddings, head, dense MLPs and routers.
+    """
+
+    experts: Mapping[int, Sequence[int]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    def __post_init__(self):
+        # JSON gives layers as text; torch and numpy give numbers of their own types
+        try:
+            experts = {int(layer): [index(expert) for expert in chosen] for layer, chosen in self.experts.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"expected experts by layer, {{layer: [numbers]}}, got {self.experts!r}.") from error
+        object.__setattr__(self, "experts", experts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ExpertSelection":
+        """Reads an expert_cfg.json, or the one in the folder `path`; ValueError where it is missing or holds else."""
+        path = Path(path)
+        path = path / CONFIG_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"expected {path}, as save_experts or ExpertSelection.save writes it, and it is not there; checkpoints "
+                "load with from_pretrained, adapters of peft with PeftModel.from_pretrained."
+            )
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            flags = (bool(given.get(name, False)) for name in ("shared_experts", "non_expert_modules"))
+            return cls(given["experts"], *flags)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
+                f"got something else ({type(error).__name__}: {error})."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes an expert_cfg.json that DeepSeek's own code reads, into the folder `path` or under that name."""
+        path = Path(path)
+        given = {"experts": {str(layer): [*chosen] for layer, chosen in self.experts.items()}}
+        given |= {"shared_experts": self.shared_experts, "non_expert_modules": self.non_expert_modules}
+        (path / CONFIG_FILE if path.is_dir() else path).write_text(json.dumps(given) + "\n", encoding="utf-8")
+
+
+def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float]]:
+    """By layer, how much a text uses each expert, from `activity_of(model, ids)`.
+
+    "token" scores by the share of choices, which adds up to 1; "gate" by the mean gate value. Source: paper 3.2.
+    """
+    if by not in ("token", "gate"):
+        raise ValueError(f"experts are scored by 'token' or by 'gate', got {by!r}.")
+    return dict(zip(activity.layers, (activity.shares if by == "token" else activity.gates).tolist()))
+
+
+def select_experts(scores: Mapping[int, Sequence[float]], threshold: float) -> dict[int, list[int]]:
+    """The best experts of each layer, best first, until their scores add up to `threshold`.
+
+    `THRESHOLDS` holds those of the paper. Source: paper 3.3.
+    """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"expected scores by layer, from expert_scores(activity), got {type(scores).__name__}.")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
+    chosen: dict[int, list[int]] = {}
+    for layer, scores_of_layer in scores.items():
+        chosen[layer], total = [], 0.0
+        # among equal scores, the expert with the lower number comes first
+        for expert in sorted(range(len(scores_of_layer)), key=lambda expert: -scores_of_layer[expert]):
+            if total >= threshold:
+                break
+            chosen[layer].append(expert)
+            total += scores_of_layer[expert]
+    return chosen
