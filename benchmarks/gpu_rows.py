@@ -197,7 +197,7 @@ def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: flo
             return float("inf")
         return max(relative(logits, x.double() @ weight.double().T), relative(order.values, expected.values))
 
-    options = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
+    options = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalize": False, "scaling_factor": scale}
     yield row("route", "torch", plain, sets, num_bytes, error)
     yield row("route", "ours", partial(route, **options), sets, num_bytes, error)
 
@@ -223,7 +223,7 @@ def chain(m: int, *, d: int, h: int, e: int, n_group: int, topk_group: int, scal
     weights = [(1 + 0.1 * normal(d), 0.02 * normal(e, d), 1 + 0.1 * normal(C)) for _ in range(CALLS)]
     start = torch.tensor(0, device="cuda")
     x, residual, queries = normal(m, d), normal(m, d), normal(b, s, h, N + R)
-    choice = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
+    choice = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalize": False, "scaling_factor": scale}
     state, rows = [x, residual], torch.zeros(b, s, C + R, device="cuda", dtype=torch.bfloat16)
 
     def layer(norm, router, latent_norm):

@@ -145,7 +145,7 @@ def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:
     for tiles in (Tiles(1, 2048, 4, 1), Tiles(1, 2048, 8, 1)):
         works = [partial(_first, project, x, [w], norm, dtype=torch.float32, tiles=tiles) for w in router]
         measure({"case": "router", "tiles": tiles}, works, 2 * 64 * d, truth)
-    options = {"k": 6, "n_group": 1, "topk_group": 1, "normalise": False, "scaling_factor": 1.0}
+    options = {"k": 6, "n_group": 1, "topk_group": 1, "normalize": False, "scaling_factor": 1.0}
     works = [lambda: choose(truth, **options)[0]] * COPIES
     measure({"case": "choose"}, works, 4 * 64)
 

@@ -74,7 +74,7 @@ def test_a_product_adds_its_residual_and_rounds_once(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_router_logits_are_float32(dtype):
     x, norm, weight = random(1, 72, dtype=dtype), Norm(random(72, dtype=dtype), EPS), random(12, 72, dtype=dtype)
-    (out,) = project(x, [weight], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER)
+    (out,) = project(x, [weight], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER_TILES)
     assert out.dtype == torch.float32
     assert_near(out, rms_norm(x, *norm).double() @ weight.double().T, torch.float32)
 
@@ -89,8 +89,10 @@ def test_overlapping_launches_give_the_same_bytes():
         x = first
         for norm in norms:
             (x,) = project(x, [square], norm, x, overlap=overlap)
-            (logits,) = project(x, [router], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER, overlap=overlap)
-            chosen = choose(logits, 6, 1, 1, normalise=True, scaling_factor=1.0, overlap=overlap)
+            (logits,) = project(
+                x, [router], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER_TILES, overlap=overlap
+            )
+            chosen = choose(logits, 6, 1, 1, normalize=True, scaling_factor=1.0, overlap=overlap)
         results.append((x, logits, *chosen))
     assert all(torch.equal(*pair) for pair in zip(*results))
 

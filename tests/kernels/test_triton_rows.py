@@ -163,7 +163,7 @@ def test_what_would_reach_past_the_buffer_is_not_written():
     assert (memory[:, 4:] == 77).all()
 
 
-def gate(e, k, n_group=1, topk_group=1, normalise=False, d=72):
+def gate(e, k, n_group=1, topk_group=1, normalize=False, d=72):
     config = DeepseekV2Config(
         hidden_size=d,
         n_routed_experts=e,
@@ -171,8 +171,8 @@ def gate(e, k, n_group=1, topk_group=1, normalise=False, d=72):
         topk_method="group_limited_greedy" if n_group > 1 else "greedy",
         n_group=n_group,
         topk_group=topk_group,
-        norm_topk_prob=normalise,
-        routed_scaling_factor=16.0 if not normalise else 1.0,
+        norm_topk_prob=normalize,
+        routed_scaling_factor=16.0 if not normalize else 1.0,
     )
     module = DeepseekV2MoEGate(config).to(DEVICE).requires_grad_(False)
     module.weight.copy_(random(e, d, seed=5) * 0.1)
@@ -186,7 +186,7 @@ def routed(module, x):
         module.num_experts_per_tok,
         module.n_group if module.is_grouped else 1,
         module.topk_group if module.is_grouped else 1,
-        normalise=module.normalizes_gates,
+        normalize=module.normalizes_gates,
         scaling_factor=module.routed_scaling_factor,
     )
 
@@ -197,7 +197,7 @@ def routed(module, x):
     "options",
     [
         {"e": 12, "k": 3},
-        {"e": 64, "k": 6, "normalise": True},
+        {"e": 64, "k": 6, "normalize": True},
         {"e": 12, "k": 3, "n_group": 4, "topk_group": 2},
         {"e": 20, "k": 5, "n_group": 4, "topk_group": 1, "d": 1100},
         {"e": 160, "k": 6, "n_group": 8, "topk_group": 3},
@@ -244,14 +244,14 @@ def test_route_reads_nothing_beside_its_inputs():
 def test_lowest_expert_wins_a_tie_and_lowest_group_too():
     logits = torch.zeros(2, 12, device=DEVICE)
     logits[1, 7] = 1.0
-    choice = {"normalise": False, "scaling_factor": 1.0}
+    choice = {"normalize": False, "scaling_factor": 1.0}
     assert choose(logits, 3, 1, 1, **choice)[1].tolist() == [[0, 1, 2], [7, 0, 1]]
     assert choose(logits, 4, 4, 2, **choice)[1].tolist() == [[0, 1, 2, 3], [7, 0, 1, 2]]
 
 
 def test_kept_groups_are_those_of_the_best_single_expert():
     logits = torch.tensor([[1.0, 1, 1, 0, 2, 0, 0.9, 0.9, 0.9]], device=DEVICE)
-    _, experts = choose(logits, 3, 3, 1, normalise=False, scaling_factor=1.0)
+    _, experts = choose(logits, 3, 3, 1, normalize=False, scaling_factor=1.0)
     assert experts.tolist() == [[4, 3, 5]]
 
 
@@ -260,7 +260,7 @@ def test_nan_among_the_logits_makes_the_weights_nan_and_the_experts_some_that_ex
     logits = random(3, 12)
     logits[1, 5] = float("nan")
     logits[2] = float("-inf")
-    weights, experts = choose(logits, 3, *groups, normalise=False, scaling_factor=2.0)
+    weights, experts = choose(logits, 3, *groups, normalize=False, scaling_factor=2.0)
     assert weights[0].isfinite().all()
     assert weights[1:].isnan().all()
     assert (experts.sort(dim=-1).values.diff(dim=-1) > 0).all()

@@ -18,7 +18,7 @@ from ...experts.dropping import TokenDropping
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
+from .one_token import BITS_WRITTEN_BY_KERNELS, attended_by_one_token, choice_of, fed_forward_by_one_token
 from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
@@ -122,7 +122,7 @@ def attention(
     w_uk,
     w_uv,
 ) -> Tensor:  # [b s d]
-    """`DeepseekV2Attention.forward` in the absorbed form; its projections stay modules, which may have adapters."""
+    """`DeepseekV2Attention.forward` in the absorbed form; projections are called as modules, which may have adapters."""
     project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
     queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.n + module.r))
     compressed = module.kv_a_proj_with_mqa(hidden_states)
@@ -141,7 +141,7 @@ def write(
 ) -> Latents:
     """Rotates queries and keys, and appends the new tokens to the cache."""
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
-    if layer.bits in WRITTEN and not cache.offloading:
+    if layer.bits in BITS_WRITTEN_BY_KERNELS and not cache.offloading:
         rows, start = layer.claim(*compressed[:, None].split((module.c, module.r), dim=-1))
         norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=layer.bits)
         return layer.latents
@@ -150,7 +150,7 @@ def write(
 
 
 def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x), [b s d]: few tokens take two launches, and one or two more for a router."""
+    """residual + module(x) [b s d]: few tokens take two launches, and a router one or two more."""
     tokens, added = x.flatten(0, 1), residual.flatten(0, 1)
     if len(tokens) > MAX_TOKENS_OF_EXPERTS:
         return residual + module(x)
