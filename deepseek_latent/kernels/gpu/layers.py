@@ -122,7 +122,7 @@ def attention(
     w_uk,
     w_uv,
 ) -> Tensor:  # [b s d]
-    """`DeepseekV2Attention.forward` in the absorbed form; projections are called as modules, which may have adapters."""
+    """`DeepseekV2Attention.forward` in the absorbed form; projections are called as modules, adapters included."""
     project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
     queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.n + module.r))
     compressed = module.kv_a_proj_with_mqa(hidden_states)

@@ -63,7 +63,7 @@ class ReplayedSteps:
         return output
 
     def _capture(self, cache: LatentCache) -> bool:
-        """Captures a step, and returns True if that worked; if not, warns of the reason, and steps go on being computed."""
+        """Captures a step and returns True; if that fails, warns of the reason, and steps go on being computed."""
         if self._cannot_capture:
             return False
         # `with torch.cuda.graph(...)` would first free cached memory, which the next prompt would have to allocate

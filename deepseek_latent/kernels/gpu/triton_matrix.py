@@ -132,7 +132,7 @@ def down_matrix(
     STAGES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """ROWS of the partial sums that one expert, or one piece of the shared experts, adds to the tokens that chose it."""
+    """ROWS of the partial sums that one expert, or a piece of the shared experts, adds to the tokens that chose it."""
     tile = tl.program_id(1)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(d, ROWS)

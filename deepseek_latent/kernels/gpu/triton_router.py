@@ -45,7 +45,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def split_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`router_logits` of few tokens: a program takes the rows of one or two experts and splits them among its threads."""
+    """`router_logits` of few tokens: a program splits the rows of one or two experts among its threads."""
     (m, d), e = x.shape, weight.shape[0]
     assert weight.shape[1] == d
     assert x.stride(1) == weight.stride(1) == 1

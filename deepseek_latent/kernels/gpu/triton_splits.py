@@ -61,8 +61,8 @@ def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
 
 
 @triton.jit
-def _weigh(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
-    """Adds a tile of tokens to the running largest score, and to the sums of weights and weighted latents relative to it."""
+def _add_weighted(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Adds a tile of tokens: the largest score so far, and sums of weights and of weighted latents relative to it."""
     larger = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - larger[:, None])
     kept = tl.exp2(largest - larger)[:, None]
@@ -232,13 +232,13 @@ def _attend_to_splits(
             codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
             packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
             scores = tl.where(visible, scores * scale, -float("inf"))
-            largest, weights, context = _weigh(scores, pieces, scales, largest, weights, context, BITS, DOT)
+            largest, weights, context = _add_weighted(scores, pieces, scales, largest, weights, context, BITS, DOT)
         else:
             keys = _load(rotary_rows, shown, rotary, 1, R, R)[0].to(DOT)
             pieces = _load(latent_rows, shown, piece, 1, C, PIECE)
             scores = _scores(queries, queries_rotary, pieces, keys, (), BITS)
             scores = tl.where(visible, scores * scale, -float("inf"))
-            largest, weights, context = _weigh(scores, pieces, (), largest, weights, context, BITS, DOT)
+            largest, weights, context = _add_weighted(scores, pieces, (), largest, weights, context, BITS, DOT)
     weight = tl.sum(weights, 1)
     share = 1.0 / tl.where(weight > 0, weight, 1.0)
     for j in tl.static_range(PIECES):
@@ -266,7 +266,7 @@ def _combine(
     AT_ONCE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Combines one row's sums of all splits; the memory of splits that saw no token is uninitialized and is not used."""
+    """Combines one row's sums of all splits; the memory of splits that saw no token is uninitialized and unused."""
     wait_for_inputs(OVERLAPS)
     sequence = (tl.program_id(0) // num_rows).to(tl.int64)
     row = tl.program_id(0) % num_rows

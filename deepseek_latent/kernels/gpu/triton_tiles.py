@@ -138,7 +138,7 @@ def partly_summed(products, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def gate_and_up(e, is_routed, gate_up, gate, up, stride, f, K: tl.constexpr, SHARED: tl.constexpr):
-    """Pointers to the gate and up rows, of weights or scales, of an expert or of the shared experts; `stride` per row."""
+    """Pointers to the gate and up rows (weights or scales) of an expert or the shared experts; a row takes `stride`."""
     if K > 0:
         gate_rows = gate_up + e * (2 * f * stride)
         up_rows = gate_rows + f * stride

@@ -45,9 +45,10 @@ def activate_vector(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """weight * silu(gate x) * up x for ROWS of one expert of one token; later programs compute the shared experts, with weight 1.
+    """weight * silu(gate x) * up x for ROWS of one expert of one token.
 
-    With a norm, x is normalized first, while the rows of gate and up are being loaded.
+    The last programs compute the shared experts, with weight 1. With a norm, x is normalized first, while the rows of
+    gate and up are being loaded.
     """
     block, token = tl.program_id(0), tl.program_id(1)
     row = load_row(x + token * x_stride, D, WIDTH)

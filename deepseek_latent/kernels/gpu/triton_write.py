@@ -32,7 +32,7 @@ def norm_rotate_write(
     *,
     bits: int | None = None,
 ) -> None:
-    """Rotates the queries, and writes normalized latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
+    """Rotates queries, and writes normalized latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
 
     Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, `IntegerFormat`. `start` is a number or an
     integer on the device; on the device it cannot be checked, so rows past the end of the buffer are not written.
