@@ -59,24 +59,25 @@ class Optimized:
 
 
 def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, graphs: bool = False) -> Optimized:
-    """Lets the layers of a model compute by our operators wherever no gradient is wanted.
+    """Makes the layers of a model compute by our operators whenever no gradient is needed.
 
-    Weights, names and files stay as they are, and the operators read the weights where they lie: saving, loading,
-    training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
+    Weights, names, classes and files stay as they are, and the operators read the weights as they are stored: saving,
+    loading, training, adapters and `state_dict` work as before. The first call on a machine takes half a minute to
+    build the operators.
 
     On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
-    `generate()` also takes a static cache where none is named, captures one step of decoding over it as a CUDA graph
-    and replays that for every token.
+    `generate()` also uses a static cache if you name none, captures one decoding step over it as a CUDA graph, and
+    replays it for every token.
 
-    With `weights="int8"`, projections (but `kv_b_proj`) and experts are rounded to int8 with a scale per row and take
-    half the memory of bfloat16. That cannot be undone; such a model gives the rounded weights when it is saved, cannot
-    be trained, and adapters act on it but cannot be merged into it.
+    With `weights="int8"`, projections (except `kv_b_proj`) and experts are rounded to int8 with one scale per row, and
+    take half the memory of bfloat16. That cannot be undone: such a model saves the rounded weights and cannot be
+    trained. Adapters act on it, but those on linear layers cannot be merged into it.
 
     Raises:
-        RuntimeError: without a C++ compiler, or if it fails.
-        TypeError: for what is no model.
-        ValueError: for a model on another device or in another dtype than bfloat16 or float32 (on a CUDA device also
-            float16), other `weights`, or what only the other kind of device has.
+        RuntimeError: if there is no C++ compiler, or if it fails.
+        TypeError: if `model` is not a model of transformers or peft.
+        ValueError: if the model is on another device or in another dtype than bfloat16 or float32 (on a CUDA device
+            also float16), for other `weights`, or for an option that this kind of device does not have.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
@@ -123,8 +124,8 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
             f"expected a model in bfloat16, float16 or float32 on a GPU, got {dtype}; load it in one of these."
         )
     if find_spec("triton") is None:
-        raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
-    replaying = _what_can_be_replayed(model) if graphs else None
+        raise RuntimeError("expected Triton, which CUDA builds of torch install, and found none; install triton.")
+    replaying = _replayable_model(model) if graphs else None
     from .gpu.layers import REPLACEMENTS as GPU_REPLACEMENTS
 
     layers = [module for module in model.modules() if type(module) is DeepseekV2DecoderLayer]
@@ -136,11 +137,11 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
     return Optimized("Triton", tuple(layers), replaying)
 
 
-def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
-    """The causal language model in `model`. Raises ValueError where no step of it could be captured."""
+def _replayable_model(model: PreTrainedModel) -> LatentGenerationMixin:
+    """The causal language model in `model`. Raises ValueError if its steps cannot be captured."""
     if any(map(is_offloaded, model.modules())):
         raise ValueError(
-            "expected all weights on the GPU, and some are fetched for each step, which no CUDA graph can do; "
+            "expected all weights on the GPU, and some are fetched for each step, which a CUDA graph cannot do; "
             "leave out graphs=True, or load the model without offloading."
         )
     devices = {parameter.device for parameter in model.parameters()}

@@ -1,6 +1,6 @@
 """Builds the C++ beside this file once per machine, and makes its operators known to torch and torch.compile.
 
-Letters: m tokens, n rows of a weight, k their width, h heads, c latent width.
+Letters: n rows of a weight, k their width.
 """
 
 import functools
@@ -43,10 +43,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | No
 
 @functools.cache
 def load_operators() -> str:
-    """Registers `torch.ops.deepseek_latent`, built if need be; says which instructions it uses.
+    """Registers `torch.ops.deepseek_latent`, built first if necessary, and returns which instructions it uses.
 
     Raises:
-        RuntimeError: without a C++ compiler, or if it fails.
+        RuntimeError: if there is no C++ compiler, or if it fails.
     """
     torch.ops.load_library(_built())
     torch.library.register_fake("deepseek_latent::linear", _linear)
@@ -63,7 +63,7 @@ def load_operators() -> str:
 
 
 def _built() -> Path:
-    """The library for this source, torch, compiler and CPU; kept under HF_HOME, there as a whole or not at all."""
+    """The library for this source, torch, compiler and CPU, which is kept under HF_HOME once it is complete."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("expected a C++ compiler, found neither g++ nor clang++; install one, such as Debian's g++.")
@@ -75,7 +75,7 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = {HERE / name: f"{folder}/{name}.o" for name in SOURCES}
         include = f"-I{torch_folder / 'include'}"
-        # all files at a time, since torch's headers take most of it
+        # all files at the same time, since torch's headers take most of the time
         _run([[compiler, *FLAGS, include, "-c", source, "-o", made] for source, made in objects.items()])
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         _run([[compiler, *FLAGS, "-shared", *objects.values(), *libraries, "-o", f"{folder}/done.so"]])
@@ -99,7 +99,7 @@ def _digest(compiler: str) -> str:
     return hashlib.sha256("\n".join([version, cpu, torch.__version__, *FLAGS, *sources]).encode()).hexdigest()[:16]
 
 
-# what comes out, for torch.compile
+# shapes and dtypes of results, for torch.compile
 
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:

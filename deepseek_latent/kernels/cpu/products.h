@@ -77,7 +77,7 @@ struct Inputs {
 
 inline void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + PREFETCH_BYTES); }
 
-// R rows, `apart` rows from one to the next, times M tokens: to[r * to_step + token]
+// R rows that are `apart` rows apart, times M tokens: to[r * to_step + token]
 template <int R, int M, class T>
 inline void dot_rows(const Rows<T>& rows, int64_t apart, const Inputs& x, int64_t first, float* to, int64_t to_step) {
   constexpr int64_t LINE = 64 / sizeof(T);
@@ -107,7 +107,7 @@ inline void dot_rows(const Rows<T>& rows, int64_t apart, const Inputs& x, int64_
     for (int m = 0; m < M; m++) to[r * to_step + first + m] = sum(sums[r][m]);
 }
 
-// the same for int8 codes, times the scales of their groups, of type S, while they are widened
+// `dot_rows` for int8 codes, which are multiplied by the scales of their groups, of type S, as they are widened
 template <int R, int M, class S>
 inline void dot_grouped(
     const GroupedRows& rows, const S* scales, int64_t apart, const Inputs& x, int64_t first, float* to, int64_t to_step) {
@@ -155,7 +155,7 @@ inline void dot_rows(const GroupedRows& rows, int64_t apart, const Inputs& x, in
 
 template <int M, class R>
 inline void dot_block(const R& rows, int64_t n, const Inputs& x, int64_t first, float* to) {
-  // four rows a quarter apart: four streams, each of which goes on behind the end of its row
+  // four rows, a quarter of all apart: four streams of memory, each of which continues with its next row
   const int64_t quarter = n / 4;
   for (int64_t r = 0; r < quarter; r++)
     dot_rows<4, M>(rows.from(r), quarter, x, first, to + r * x.m, quarter * x.m);

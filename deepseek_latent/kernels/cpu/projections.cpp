@@ -1,7 +1,7 @@
-// What stands around attention: norms, rotations, projections into queries and latents, absorption on both sides.
+// The operations around attention: norms, rotations, projections into queries and latents, absorption on both sides.
 //
-// Letters: b batch, s tokens, m all of them, h heads, d model width, a width that queries come from, n/r/v content, rotary
-// and value width per head, c latent width.
+// Letters: b batch, s tokens of a sequence, m tokens of all sequences, h heads, d model width, a width of the queries' input,
+// n/r/v content, rotary and value width per head, c latent width.
 
 #include "projections.h"
 
@@ -12,7 +12,7 @@
 
 namespace latent {
 
-// sums [c] += factors times the rows i to i + 3 of n; one that is not there is read as the last, its factor being zero
+// sums [c] += factors times rows i to i + 3 of n; a row past the last one is read as the last one, and its factor is zero
 template <class T>
 void add_rows(const T* rows, int64_t step, int64_t i, int64_t n, int64_t c, const float* factors, float* sums) {
   const T* four[4];
@@ -77,7 +77,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   return y;
 }
 
-// x [d] over the root of its mean square, times weight [d]; y may be x
+// divides x [d] by the root of its mean square and multiplies it by weight [d]; y may be x
 template <class T>
 void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
   Aligned aligned(d);
@@ -89,7 +89,7 @@ void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
   for (int64_t j = 0; j < d; j++) y[j] = static_cast<T>(row[j] * factor * static_cast<float>(weight[j]));
 }
 
-// x [.. d] over the root of its mean square, times weight [d]; in float32, rounded once
+// RMSNorm of x [.. d] with weight [d], in float32, rounded once
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t d = x.size(-1);
   TORCH_CHECK_VALUE(
@@ -106,9 +106,9 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return y;
 }
 
-// the pairs (2i, 2i + 1) of x [r] by angles [r / 2]; y may be x
+// rotates the pairs (2i, 2i + 1) of x [r] by angles [r / 2]; y may be x
 template <class T>
-void turn_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
+void rotate_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
   for (int64_t i = 0; i < r / 2; i++) {
     const float even = x[2 * i], odd = x[2 * i + 1];
     y[2 * i] = static_cast<T>(even * cos[i] - odd * sin[i]);
@@ -116,7 +116,7 @@ void turn_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
   }
 }
 
-// turns the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
+// rotates the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const int64_t s = x.size(1), h = x.dim() == 4 ? x.size(2) : 1, r = x.size(-1), step = x.dim() == 4 ? x.stride(2) : 0;
@@ -134,16 +134,17 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
           const T* pairs = from + token / s * x.stride(0) + token % s * x.stride(1) + head * step;
           T* turned = to + (token * h + head) * r;
           const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
-          const float *c = cosines.const_data_ptr<float>() + angle, *w = sines.const_data_ptr<float>() + angle;
-          turn_row(pairs, c, w, r, turned);
+          const float* c = cosines.const_data_ptr<float>() + angle;
+          const float* w = sines.const_data_ptr<float>() + angle;
+          rotate_row(pairs, c, w, r, turned);
         }
     });
   });
   return y;
 }
 
-// Few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], the last r of each head rotated, and x [b s d]
-// times kv_a [c+r d], the first c normed and the last r rotated; for int8 weights a scale per row
+// Projects few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], with the last r of each head rotated, and
+// x [b s d] times kv_a [c+r d], with the first c normalized and the last r rotated; int8 codes come with scales
 std::tuple<at::Tensor, at::Tensor> project(
     const at::Tensor& q_x, const at::Tensor& q, const std::optional<at::Tensor>& q_scales, const at::Tensor& x,
     const at::Tensor& kv_a, const std::optional<at::Tensor>& kv_a_scales, const at::Tensor& norm, double eps,
@@ -175,9 +176,9 @@ std::tuple<at::Tensor, at::Tensor> project(
         const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
         const float *turn = cosines.const_data_ptr<float>() + angle, *half = sines.const_data_ptr<float>() + angle;
         norm_row(row, static_cast<const Result*>(norm.const_data_ptr()), c, static_cast<float>(eps), row);
-        turn_row(row + c, turn, half, r, row + c);
+        rotate_row(row + c, turn, half, r, row + c);
         for (int64_t head = 0; head < q.size(0) / head_width; head++, query += head_width)
-          turn_row(query + head_width - r, turn, half, r, query + head_width - r);
+          rotate_row(query + head_width - r, turn, half, r, query + head_width - r);
       }
     });
   });
