@@ -1,4 +1,4 @@
-"""One token's way through DeepSeek-V2-Lite's decoder layers on a GPU: each step of it alone, and all of them.
+"""Measures one token in DeepSeek-V2-Lite's decoder layers on a GPU: whole layers, and each kernel separately.
 
 Four layers with weights of their own follow one another in a replayed CUDA graph, so that no weight is found in the
 GPU's cache. Rows are printed as they are measured.
@@ -30,14 +30,14 @@ from .lite4 import build
 
 ROWS = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(4, 2048, 4, 1), Tiles(2, 2048, 2, 1)]
 INNER = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(1, 2048, 2, 1), Tiles(4, 2048, 8, 1), Tiles(2, 2048, 2, 1)]
-# alone, kernels of this many copies of their weights follow one another
+# a kernel measured separately runs over this many copies of its weights
 COPIES = 32
-# for what is not measured by then there is another time
+# cases that have not started after this time are left out
 SECONDS = 24
 
 
 class Decoder:
-    """Four layers, a token before them, and a static cache that holds `tokens`."""
+    """Four layers, one input token, and a static cache that holds `tokens`."""
 
     def __init__(self, model: torch.nn.Module, tokens: int):
         config = model.config
@@ -70,6 +70,7 @@ def _bytes_read(layer: torch.nn.Module) -> int:
     return total
 
 
+# which function computes a layer, and whether its launches overlap
 WAYS = [("few tokens' way", False), ("one token's way", False), ("one token's way", True)]
 
 
@@ -93,8 +94,8 @@ def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
     gpu_one_token.OVERLAPS = case["overlaps"]
     try:
         error = ((decoder.step().float() - truth).norm() / truth.norm()).item()
-        # the plain layers round elsewhere, and a near tie may choose another expert
-        case |= {"difference": error} | ({} if error < 5e-2 else {"failed": "it is another token"})
+        # plain layers round at other places, and the router may choose another expert near a tie
+        case |= {"difference": error} | ({} if error < 5e-2 else {"failed": "the result differs"})
         us = rows.add(case, [decoder.step] * 2, decoder.num_bytes)
         print(json.dumps({"case": f"a layer, {case['case']}", "us": us / len(decoder.layers)}), flush=True)
     finally:
@@ -102,7 +103,7 @@ def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
 
 
 def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:
-    """Each new kernel alone, over copies of its weights, as many as pass once through a graph."""
+    """Each kernel separately, over COPIES copies of its weights in one graph."""
     d, h, n, r, v, c, bf16 = 2048, 16, 128, 64, 128, 512, torch.bfloat16
 
     def weight(*shape: int) -> list[Tensor]:
@@ -224,7 +225,7 @@ def run(quick: bool) -> list[dict]:
         ):
             try:
                 part()
-            # the other part is a result too
+            # a failure of one part leaves the results of the other
             except Exception as problem:
                 row = {"case": part.func.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]}
                 rows.rows.append(row)

@@ -1,4 +1,4 @@
-"""The operators in C++ say what torch says, at every width; a model with them in it is the same model."""
+"""The operators in C++ compute what torch computes, at every width; a model that uses them gives the same results."""
 
 import copy
 import shutil
@@ -43,7 +43,7 @@ def packed_by_rows(weight: Tensor) -> Packed:
 
 
 def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
-    """x [m k] times weight [n k], one term after the other in float32, rounded once: an honest run."""
+    """x [m k] times weight [n k], summed term by term in float32 and rounded once: a yardstick for errors."""
     total = torch.zeros(x.shape[0], weight.shape[0])
     for column, factors in zip(x.float().T, weight.float().T):
         total += column[:, None] * factors
@@ -53,7 +53,7 @@ def summed_in_order(x: Tensor, weight: Tensor) -> Tensor:
 # operators
 
 
-# tokens: one by one, both sides of the change from dot products to lanes, more than a group of lanes
+# numbers of tokens: up to the change from dot products to lanes and above it, and more than a group of lanes
 @DTYPES
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 32, 33, 70])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (33, 16), (40, 37), (65, 300), (2500, 3)])
@@ -66,7 +66,7 @@ def test_products_are_those_of_torch(dtype, m, n, k, operators):
 @DTYPES
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize(("n", "k"), [(7, 5), (33, 16), (65, 300)])
-def test_products_with_int8_weights_are_those_with_what_they_stand_for(dtype, m, n, k, operators):
+def test_products_with_int8_weights_are_those_with_the_weights_they_stand_for(dtype, m, n, k, operators):
     x, scales = noise(m, k).to(dtype), noise(n, seed=2).abs()
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=seeded(3))
     exact = x.double() @ (weight.double() * scales[:, None].double()).T
@@ -144,7 +144,7 @@ def test_scales_that_do_not_fit_their_weight_are_refused(operators):
         operators.linear(x, codes.float(), torch.ones(3))
 
 
-# one row, experts without any, few and many at once, more than are multiplied at once
+# one row; experts without rows; few and many rows; more rows than are multiplied at once
 @DTYPES
 @pytest.mark.parametrize("counts", [(0, 1, 0), (2, 0, 6), (1, 33, 9), (0, 600, 3)], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(7, 5), (40, 37), (33, 300)])
@@ -169,7 +169,7 @@ def test_experts_are_those_of_torch(dtype, m, d, f, in_int8, operators):
         gate_up, down = (w.mul(20).clamp(-127, 127).to(torch.int8) for w in (gate_up, down))
         scales = [noise(e, 2 * f, seed=4).abs() / 20, noise(e, d, seed=5).abs() / 20]
     chosen, shares = noise(m, e, seed=3).topk(k).indices, noise(m, k, seed=6).abs()
-    chosen[0, 0] = e  # another rank's
+    chosen[0, 0] = e  # an expert of another rank
     result = operators.experts(x, gate_up, down, chosen, shares, scales, [], [])
     exact, yardstick = torch.zeros(m, d, dtype=torch.float64), torch.zeros(m, d)
     gates, downs = (
@@ -336,7 +336,7 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, "fp8"])
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
-def test_attention_over_codes_reads_what_they_stand_for(bits, c, shared):
+def test_attention_over_codes_is_that_over_the_latents_they_stand_for(bits, c, shared):
     from deepseek_latent.kernels.cached_latents import bits_of, stored_parts
 
     b, s, h, r, t = 2, 2, 5, 6, 90
@@ -416,7 +416,7 @@ def test_what_operators_promise_torch_compile_is_kept(operators):
 
 
 def optimized(model):
-    """A copy of the model with the operators in it."""
+    """A copy of the model that uses the operators."""
     twin = copy.deepcopy(model)
     optimize_for_inference(twin)
     return twin
@@ -493,7 +493,7 @@ def test_adapters_act_and_may_come_before_or_after():
 
 
 @torch.no_grad()
-def test_what_is_no_plain_matrix_product_is_left_to_torch():
+def test_products_that_operators_cannot_compute_are_left_to_torch():
     linear = nn.Linear(16, 8).bfloat16()
     model = tiny_model(torch.bfloat16)
     model.score = linear
@@ -517,7 +517,7 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
 
 
 @pytest.mark.parametrize(
-    "watched",
+    "hooked",
     [
         "layers.0.mlp.up_proj",
         "layers.0.self_attn.q_b_proj",
@@ -531,10 +531,10 @@ def test_what_is_no_plain_matrix_product_is_left_to_torch():
     ],
 )
 @torch.no_grad()
-def test_what_watches_a_module_still_sees_it(watched):
+def test_a_forward_hook_on_a_part_still_sees_it_called(hooked):
     model, ids, seen = tiny_model(), random_ids(1, 1), []
     optimize_for_inference(model)
-    model.model.get_submodule(watched).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.model.get_submodule(hooked).register_forward_hook(lambda module, inputs, output: seen.append(output))
     expected = tiny_model()(ids).logits
     assert relative_error(model(ids).logits, expected) < 1e-5
     assert len(seen) == 1
@@ -555,7 +555,7 @@ def test_weights_of_two_dtypes_are_left_to_torch_and_refused_by_the_operators(op
 
 
 @torch.no_grad()
-def test_nothing_times_an_int8_weight_is_nothing():
+def test_no_tokens_times_an_int8_weight_give_no_tokens():
     model = tiny_model()
     optimize_for_inference(model, weights="int8")
     assert model.lm_head(torch.empty(0, 3, 72)).shape == (0, 3, 96)
@@ -614,7 +614,7 @@ def test_a_compiled_step_over_a_static_cache_is_that_of_the_model_as_it_was(dtyp
     ("dtype", "variant"), [(torch.float32, {}), (torch.bfloat16, {"n_routed_experts": None})], ids=str
 )
 @torch.no_grad()
-def test_int8_weights_say_what_the_rounded_weights_would(dtype, variant):
+def test_int8_weights_compute_what_the_rounded_weights_do(dtype, variant):
     model, ids = tiny_model(dtype, **variant), random_ids(2, 9)
     fast, by_hand = copy.deepcopy(model), copy.deepcopy(model).float()
     done = optimize_for_inference(fast, weights="int8")
@@ -690,7 +690,7 @@ def test_an_int8_model_is_saved_as_what_it_was_rounded_to(tmp_path):
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
         assert weight.isfinite().all()
-    # and its caches have its name
+    # a cache of it carries the fingerprint of the rounded weights
     cache = LatentCache(model.config)
     with torch.no_grad():
         model(ids, cache=cache)
@@ -764,17 +764,17 @@ def test_a_tied_head_is_left_to_the_embeddings():
     assert model.generate(random_ids(1, 3), **GREEDY).shape == (1, 15)
 
 
-# what it says
+# messages
 
 
-def test_it_says_what_it_did():
+def test_the_printed_line_counts_the_modules():
     assert repr(optimize_for_inference(tiny_model())).startswith(f"Optimized({library.load_operators()}; ")
     done = optimize_for_inference(nothing := tiny_model(hidden_act="gelu"))
     assert "Experts" not in repr(done)
     assert nothing.generate(random_ids(1, 3), **GREEDY).shape == (1, 15)
 
 
-def test_a_model_elsewhere_is_refused_in_one_sentence():
+def test_a_model_on_another_device_or_in_another_dtype_is_refused():
     with pytest.raises(ValueError, match=r"got torch\.float16 on cpu; load it with dtype=torch\.bfloat16\.$"):
         optimize_for_inference(tiny_model().half())
     with pytest.raises(ValueError, match=r"got torch\.float32 on meta"):
@@ -782,12 +782,12 @@ def test_a_model_elsewhere_is_refused_in_one_sentence():
 
 
 @pytest.mark.parametrize("thing", [None, "folder", nn.Linear(2, 2)], ids=str)
-def test_what_is_no_model_is_refused_by_name(thing):
+def test_anything_but_a_model_is_refused_by_its_class(thing):
     with pytest.raises(TypeError, match=f"expected a model of transformers or peft, got {type(thing).__name__}"):
         optimize_for_inference(thing)
 
 
-def test_without_a_compiler_the_sentence_says_what_to_install(monkeypatch):
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"found neither g\+\+ nor clang\+\+; install one"):
         library._built()

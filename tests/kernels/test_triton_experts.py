@@ -30,7 +30,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def choices(m, e=E, k=K):
-    """Lopsided: low experts are chosen by most tokens, and the last by none."""
+    """Lopsided choices: most tokens choose low experts, and none chooses the last one."""
     scores = torch.rand(m, e, device=DEVICE) + torch.linspace(1, 0, e, device=DEVICE)
     scores[:, -1] = -1
     return scores.topk(k).indices
@@ -117,7 +117,7 @@ def test_experts_of_another_rank_add_nothing(elsewhere, plan):
 
 @PLANS
 @pytest.mark.parametrize("m", [1, 4], ids="m{}".format)
-def test_what_nobody_chose_and_what_lies_beside_is_not_read(m, plan):
+def test_experts_that_nobody_chose_and_memory_around_the_inputs_are_not_read(m, plan):
     x, gate_up, down, chosen, weights, shared = inputs(m, torch.float32)
     truth = exact(x, gate_up, down, chosen, weights, shared)
     unused = [e for e in range(E) if e not in chosen.flatten().tolist()]

@@ -1,4 +1,4 @@
-"""How many launches a decoder layer takes on a GPU: what a decoded token costs there before anything is computed."""
+"""How many launches a decoder layer takes on a GPU, which bounds the time of a decoded token from below."""
 
 import collections
 import os
@@ -19,7 +19,7 @@ from deepseek_latent.kernels.gpu import layers as gpu_layers
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from tests.support import LITE, random_ids, tiny_model
 
-# operations that start nothing on a device, since they make views or take memory
+# operations that start nothing on a device, because they make views or allocate memory
 NO_LAUNCH = {"alias", "as_strided", "detach", "empty", "empty_strided", "expand", "new_empty", "permute", "select"}
 NO_LAUNCH |= {
     "promote_types",

@@ -1,4 +1,4 @@
-"""The kernels of a single token and the layer made of them, on a GPU or, with TRITON_INTERPRET=1, on the CPU."""
+"""The kernels of a single token and the layer that uses them, on a GPU or, with TRITON_INTERPRET=1, on the CPU."""
 
 import os
 
@@ -44,7 +44,7 @@ def assert_near(out, truth, dtype):
 
 
 def exact_norm(x, norm):
-    """Rounded to the dtype of x, as the module rounds it, and then exact again."""
+    """The exact norm, rounded to the dtype of x as the module rounds it, in float64."""
     return nn.functional.rms_norm(x.double(), norm.weight.shape, norm.weight.double(), EPS).to(x.dtype).double()
 
 
@@ -122,7 +122,7 @@ def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, on_device):
 @DTYPES
 @pytest.mark.parametrize("held", [1, 40, 133], ids="held{}".format)
 @pytest.mark.parametrize("per_split", [16, 1000], ids="per_split{}".format)
-def test_expansion_combines_splits_by_the_way(per_split, held, dtype):
+def test_expansion_combines_splits_in_the_same_launch(per_split, held, dtype):
     h, c, r, v = 3, 40, 8, 21
     cut = Tiling(rows=16, tokens=16, num_warps=4, num_stages=2, programs_per_sm=1, tokens_per_split=per_split)
     queries = random(1, 1, h, c, dtype=dtype), random(1, 1, h, r, dtype=dtype)
@@ -139,7 +139,7 @@ def test_expansion_combines_splits_by_the_way(per_split, held, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [40, 1100], ids="d{}".format)
-def test_experts_norm_their_input_by_the_way(d, dtype):
+def test_experts_normalize_their_input_in_the_same_launch(d, dtype):
     x, norm, residual = random(1, d, dtype=dtype), Norm(random(d, dtype=dtype), EPS), random(1, d, dtype=dtype)
     shared = random(11, d, dtype=dtype), random(11, d, dtype=dtype), random(d, 11, dtype=dtype)
     stacked = random(5, 12, d, dtype=dtype), random(5, d, 6, dtype=dtype)
@@ -175,9 +175,9 @@ MODELS = pytest.mark.parametrize(
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each half of a layer went the short way."""
+    """Counts how often each half of a layer took the short way, that of a single token."""
     monkeypatch.setattr(gpu_layers, "DEVICES", ("cuda", "cpu"))
-    # the interpreter takes a program at a time
+    # the interpreter runs one program at a time, so fewer programs are faster
     monkeypatch.setattr(triton_experts, "VECTOR", Plan(Tiles(8, 128, 4, 1), Tiles(8, 128, 4, 1)))
     monkeypatch.setattr(triton_project, "tiles_for", lambda width: Tiles(8, 128, 4, 1))
     counts = {}
@@ -198,7 +198,7 @@ def counted(monkeypatch):
 
 
 def steps(model, ids, cache, mask=None):
-    """Logits of the tokens after the prompt, one at a time; a static cache's last one as it is recorded."""
+    """Logits of the tokens after the prompt, one at a time; the last step over a static cache runs as if captured."""
     out = []
     with torch.no_grad():
         for first, last in ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, ids.shape[1]))):
@@ -249,7 +249,7 @@ def test_padding_is_hidden_from_a_token(counted):
     ("part", "half"),
     [("self_attn.o_proj", "attended_by_one_token"), ("mlp.shared_experts.up_proj", "fed_forward_by_one_token")],
 )
-def test_whoever_watches_a_part_sees_it_called(part, half, counted):
+def test_a_hook_on_a_part_sees_it_called(part, half, counted):
     model, ids = optimized(), random_ids(1, PROMPT + 1).to(DEVICE)
     calls = []
     model.model.layers[-1].get_submodule(part).register_forward_hook(lambda *args: calls.append(1))
