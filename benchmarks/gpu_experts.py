@@ -79,7 +79,7 @@ class Rows:
     def add(
         self, case: dict, works: list[Callable[[], Tensor]], num_bytes: float, truth: Tensor | None = None
     ) -> float:
-        """Adds a row and returns its microseconds, or infinity if it failed; `truth` is what the first work should give."""
+        """Adds a row and returns its microseconds, or infinity if it failed; `truth` is the right result."""
         row, us = dict(case), float("inf")
         try:
             if truth is not None:

@@ -21,7 +21,7 @@ BUDGET = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def exact(q_absorbed, q_rotary, latent, k_rotary, visible):
-    """The float64 result for latents [b t c], keys [b t r] and a mask [b s t]; a query that sees no token gives zeros."""
+    """In float64, from latents [b t c], keys [b t r] and a mask [b s t]; a query that sees no token gives zeros."""
     q_absorbed, q_rotary, latent, k_rotary = (x.double() for x in (q_absorbed, q_rotary, latent, k_rotary))
     scores = torch.einsum("bshc,btc->bsht", q_absorbed, latent) + torch.einsum("bshr,btr->bsht", q_rotary, k_rotary)
     weights = (scores * SCALE).masked_fill(~visible[:, :, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
