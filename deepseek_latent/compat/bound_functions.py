@@ -1,4 +1,4 @@
-"""Functions of ours that replace methods on single modules, as Hugging Face's `kernels.kernelize` replaces `forward`.
+"""Functions that replace methods on single modules, as Hugging Face's `kernels.kernelize` replaces `forward`.
 
 The class of a module never changes. The function is bound by a `partial` in the module's `__dict__`, so that deepcopy
 and pickle bind it to the copy of the module; of a MethodType, pickle would look up the name on the class.
@@ -29,16 +29,25 @@ def replaces_method(is_equivalent: bool = True) -> Callable[[Callable], Callable
 def bind(module: nn.Module, functions: Mapping[str, Callable], binding: type[partial] = partial) -> None:
     """Replaces methods of a module, by name, with functions of the module and the method's arguments.
 
-    Whoever keeps the module's own `forward` gets the replacement instead, as accelerate's hooks in `_old_forward`.
+    If the module's own `forward` is kept elsewhere, as accelerate's hooks do in `_old_forward`, it is replaced there.
     """
     for name, function in functions.items():
-        kept = [place for place, value in vars(module).items() if is_equivalent_forward(module, value)]
-        for place in (name == "forward" and kept) or [name]:
+        places = _places_of_forward(module) if name == "forward" else [name]
+        for place in places or [name]:
             setattr(module, place, binding(function, module))
 
 
+def _places_of_forward(module: nn.Module) -> list[str]:
+    """The names in the module's `__dict__` that hold its own `forward`, or an equivalent function in its place."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if (name == "forward" or not hasattr(type(module), name)) and is_equivalent_forward(module, value)
+    ]
+
+
 def unbind(module: nn.Module) -> None:
-    """Gives a module, and whoever keeps its `forward`, the methods of its class again."""
+    """Gives a module the methods of its class again, also in places that keep its `forward`."""
     for name, value in [*vars(module).items()]:
         if not is_bound(value):
             continue
@@ -57,7 +66,7 @@ def has_bound_functions(module: nn.Module) -> bool:
 
 
 def is_equivalent_forward(module: nn.Module, forward: Any) -> bool:
-    """True if `forward`, which somebody keeps, does what the class of `module` does: its own one, or one of ours."""
+    """True if `forward` does what the class of `module` does: it is the method of the class, or equivalent to it."""
     if isinstance(forward, partial):
         if not getattr(forward.func, "is_equivalent", False):
             return False

@@ -30,7 +30,7 @@ void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
       total += parts[i].total.data()[row] * share;
       for (int64_t j = 0; j < p.c; j++) sums[j] += context[j] * share;
     }
-    // a query that may look nowhere gives zeros
+    // a query that sees no token gives zeros
     if (total > 0.0f)
       for (int64_t j = 0; j < p.c; j++) sums[j] /= total;
   }

@@ -37,7 +37,7 @@ struct Problem {
   int64_t latent_width() const { return ceil_div(c, LANES) * LANES; }
 };
 
-// The result over some of the tokens: per row the largest score, and the sum of weights and the weighted sum of latents, both
+// The result over a part of the tokens: per row the largest score, and the sum of weights and the weighted sum of latents, both
 // relative to exp(largest).
 struct Part {
   Aligned largest, total, context;  // [rows], [rows], [rows][latent_width]

@@ -137,7 +137,7 @@ void add_mlp(std::vector<Work<R>>& works, int64_t m, const R& gate, const R& up,
   }
 }
 
-// weights with the scales of int8 ones, of which there are as many, or none
+// weights with their scales; `scales` is empty or has as many elements
 std::vector<Weight> weights_of(at::TensorList weights, at::TensorList scales) {
   TORCH_CHECK_VALUE(
       scales.empty() || scales.size() == weights.size(), "expected scales for each of ", weights.size(), " weights, got ",

@@ -11,7 +11,7 @@ from ...compat.torch import has_forward_hooks
 from .int8 import codes_and_scales, multiplies_in_int8
 from .library import SLOW_IN_TORCH
 
-# up to this many tokens, reading a weight takes longer than multiplying by it; the same number stands in products.h
+# up to this many tokens, reading a weight takes longer than multiplying by it; products.h has the same number
 MAX_DOT_TOKENS = 8
 DTYPES = (torch.bfloat16, torch.float32)
 

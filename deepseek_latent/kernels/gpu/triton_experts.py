@@ -151,7 +151,7 @@ def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: P
     k, (inner, outer) = kinds["K"], plan
     tokens = tokens_at_once(m)
     tiles = triton.cdiv(m, tokens)
-    # a group is the tokens that chose one expert; it takes a pair of token and choice, and an expert, to have one
+    # tokens that chose the same expert are a group; there are no more groups than pairs of token and choice, or experts
     groups = min(min(tokens, m) * k, e)
     of_groups = {"TOKENS": tokens, "BY_PAIR": groups < e, "K_PADDED": triton.next_power_of_2(max(k, 1))}
     kinds = kinds | of_groups | {"DOT": dot_dtype(out)}
