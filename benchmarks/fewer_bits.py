@@ -21,7 +21,7 @@ from deepseek_latent.attention.ops import UpProjection, absorbed_attention
 from deepseek_latent.cache.format import CACHE_DTYPES
 from deepseek_latent.cache.layer import LatentCacheLayer
 from deepseek_latent.cache.segments import Latents, SplitSegment
-from deepseek_latent.kernels.cpu.layers import attend_in_place
+from deepseek_latent.kernels.cpu.attention import attend_in_place
 from examples.pydoc_text import BETWEEN_DOCUMENTS, WINDOW, encode
 
 from .decode import decode

@@ -1,8 +1,9 @@
-"""What a CUDA device makes of the package: python -m benchmarks.gpu --out FOLDER [--parts machine decode ...]
+"""Measures the package on a CUDA device: python -m benchmarks.gpu --out FOLDER [--parts machine decode ...]
 
-DeepSeek-V2-Lite at full size with random weights made on the card (31 GB in bfloat16), beside transformers' own class
-on the same weights; logits are compared before anything is timed. Each part writes `gpu-<part>.json` when it is done,
-and a part that fails leaves its error there and lets the others go on. `make gpu` runs the tests on the device first.
+DeepSeek-V2-Lite at full size with random weights made on the device (31 GB in bfloat16), next to transformers' own
+class on the same weights; logits are compared before anything is timed. Each part writes `gpu-<part>.json` when it is
+done; a part that fails writes its error there, and the other parts go on. `make gpu` first runs the
+tests on the device.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SIDES = {
 
 
 def milliseconds(work: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
-    """Median of the time between two events around one call; what the host does between launches counts."""
+    """Median of the time between two events around one call, including what the host does between launches."""
     for _ in range(warm_up):
         work()
     taken = []
@@ -55,7 +56,7 @@ def milliseconds(work: Callable[[], object], repetitions: int = 20, warm_up: int
 
 
 def graphed_milliseconds(work: Callable[[], object], calls: int = 10, repetitions: int = 10) -> float:
-    """Median time of one call inside a captured graph of several, so that launches cost what they cost there."""
+    """Median time of one call in a captured graph of several calls, where launches take less time."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -69,7 +70,7 @@ def graphed_milliseconds(work: Callable[[], object], calls: int = 10, repetition
 
 
 def launches(work: Callable[[], object]) -> dict[str, int]:
-    """Kernels and copies that one call starts on the device, and the waits for it."""
+    """Counts the kernels and copies that one call starts on the device, and how often the host waits for it."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         work()
         torch.cuda.synchronize()
@@ -116,7 +117,7 @@ def product_of_rows(m: int, n: int, k: int) -> dict:
 
 
 def attention_backends() -> list[dict]:
-    """What torch picks for our shapes, and how long it takes."""
+    """The backend that torch picks for our shapes, and how long it takes."""
     rows = []
     for name, (b, h, s, t, qk, v, masked) in {
         "prefill 192/128": (1, 16, 4096, 4096, 192, 128, False),
@@ -155,7 +156,7 @@ def static(cache: LatentCache, model: PreTrainedModel, room: int = 64) -> Latent
 
 
 def stepping(name: str, model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Callable[[], Tensor]:
-    """Decodes one token, and takes it back."""
+    """Decodes one token, and removes it from the cache again."""
     call = model.get_compiled_call(None) if name == "graphs" else model
 
     def step() -> Tensor:
@@ -204,7 +205,7 @@ def decode(models: dict[str, PreTrainedModel], bandwidth: float) -> list[dict]:
 
 @torch.inference_mode()
 def kernels(model: PreTrainedModel) -> list[dict]:
-    """Where the time of one replayed step goes."""
+    """The kernels that take the time of one replayed step."""
     rows = []
     for batch, context in ((1, 1024), (64, 4096)):
         cache = static(random_cache(model, batch, context), model)
@@ -225,7 +226,7 @@ def kernels(model: PreTrainedModel) -> list[dict]:
 
 @torch.inference_mode()
 def generate(models: dict[str, PreTrainedModel], prompt: int = 1024, new: int = 32) -> list[dict]:
-    """Milliseconds per token of `generate()` after the prompt, all it does included, and seconds of the first call."""
+    """Milliseconds per token of `generate()` after the prompt, everything included, and seconds of the first call."""
     ids, rows = torch.arange(prompt, device="cuda")[None], []
     for name, model in models.items():
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -274,7 +275,7 @@ def prefill(models: dict[str, PreTrainedModel]) -> list[dict]:
 
 
 def lora(tokens: int = 4096) -> list[dict]:
-    """A training step with LoRA on all routed experts, by this package and by stock peft on transformers' class."""
+    """A training step with LoRA on all routed experts, by this package and by stock peft on transformers' own class."""
     ours = build("ours", device="cuda", **LAYERS)
     models = {"native": build("native", weights=ours, device="cuda", **LAYERS), "ours": ours}
     ids, rows, losses = torch.randint(0, 1024, (1, tokens), device="cuda"), [], []
@@ -302,7 +303,7 @@ PARTS = ("machine", "decode", "kernels", "generate", "prefill", "lora")
 
 
 def sides() -> dict[str, PreTrainedModel]:
-    """The model as each side has it; the weights are there once."""
+    """The model of each side; all of them share one copy of the weights."""
     plain = build("ours", torch.bfloat16, device="cuda", **LITE)
     optimized, graphs = twin(plain), twin(plain)
     print(optimize_for_inference(optimized), optimize_for_inference(graphs, graphs=True))

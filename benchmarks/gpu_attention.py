@@ -1,7 +1,7 @@
-"""How fast the Triton kernel reads cached latents: beside a copy of memory and the same in plain torch.
+"""Measures how fast the Triton kernel reads cached latents, next to a copy of memory and to plain torch.
 
-Run `python -m benchmarks.gpu_attention [--quick]` on a GPU: a JSON line per case. Every launch of a case reads another
-buffer, and together they are larger than the second cache, since a model's layers never find theirs there.
+`python -m benchmarks.gpu_attention [--quick]`, run on a GPU, prints a JSON line per case. Every launch of a case reads
+another buffer, and together these exceed the L2 cache, because a model's layers never find their latents there either.
 """
 
 import json
@@ -18,10 +18,10 @@ from deepseek_latent.cache.format import latent_format
 from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, tiling
 
 C, R, SCALE = 512, 64, 0.1147
-BETWEEN = 256 << 20  # bytes that pass before a buffer comes again
+BYTES_BETWEEN_REUSE = 256 << 20  # bytes that are read before the same buffer is read again
 # (rows, tokens, warps, stages, programs per multiprocessor, fewest tokens per split)
 CODED = [Tiling(16, 32, 4, 2, 2, 128)]
-# bits, heads, sequences, cached tokens, cuts beside the default; what decides comes first
+# bits, heads, sequences, cached tokens, cuts besides the default; the most important cases come first
 CASES = [
     ("", 16, 8, 1 << 15, []),
     ("4", 16, 8, 1 << 15, [*CODED, Tiling(16, 32, 4, 2, 3, 128), Tiling(16, 64, 4, 2, 1, 128)]),
@@ -44,11 +44,11 @@ CASES = [
     ("fp8", 16, 8, 1 << 15, []),
     ("6", 16, 8, 1 << 15, []),
 ]
-QUICK = 6
+NUM_QUICK_CASES = 6
 
 
 def microseconds(launches: list[Callable[[], object]], budget: float = 0.04) -> float:
-    """Of one launch, in a graph that holds all of them; the median of five measurements of `budget` seconds in all."""
+    """The time of one launch in a graph of all launches: the median of five measurements that take `budget` seconds."""
     launches[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -71,33 +71,33 @@ def microseconds(launches: list[Callable[[], object]], budget: float = 0.04) -> 
 
 
 def copy_bandwidth(pool: Tensor) -> float:
-    """GB/s, read and written bytes together."""
+    """GB/s of a copy, with read and written bytes added."""
     half = pool.numel() // 2
     source, target = pool[:half], torch.empty_like(pool[:half])
     return 2 * half / microseconds([lambda: target.copy_(source)]) / 1000
 
 
 def in_torch(q: Tensor, rows: Tensor) -> Tensor:
-    """The same without a kernel of ours: products of all rows, scores in memory."""
+    """The same attention in plain torch: products of all rows, with scores in memory."""
     b, s, h, width = q.shape
     scores = torch.bmm(q.view(b, s * h, width), rows.mT)
     return torch.bmm((scores.float() * SCALE).softmax(dim=-1).to(q.dtype), rows[..., :C]).view(b, s, h, C)
 
 
-def stored(bits: str) -> str | None:
-    """The `cache_dtype` of rows that kernels call `bits`."""
+def cache_dtype(bits: str) -> str | None:
+    """The `cache_dtype` of rows whose codes kernels call `bits`."""
     return f"int{bits}" if bits.isdigit() else bits or None
 
 
 class Case:
-    """A shape and a format, with as many caches as it takes that none is found in the second cache."""
+    """A shape and a format, with so many caches that none of them is found in the L2 cache."""
 
     def __init__(self, pool: Tensor, bits: str, h: int, b: int, t: int, s: int = 1):
         self.bits, self.h, self.b, self.t, self.s = bits, h, b, t, s
-        self.form = latent_format(stored(bits), C, R, torch.bfloat16)
+        self.form = latent_format(cache_dtype(bits), C, R, torch.bfloat16)
         dtype = self.form.storage_dtype
         self.bytes = b * t * self.form.row_width * dtype.itemsize
-        num_buffers = max(4, -(-BETWEEN // self.bytes))
+        num_buffers = max(4, -(-BYTES_BETWEEN_REUSE // self.bytes))
         num_buffers = min(num_buffers, pool.numel() // self.bytes, 256)
         flat = pool[: num_buffers * self.bytes].view(dtype)
         self.buffers = list(flat.view(num_buffers, b, t, self.form.row_width))
@@ -112,7 +112,7 @@ class Case:
         return attend(*q, [latent], [k_rotary], scale=SCALE, bits=self.bits, cut=cut)
 
     def exact(self) -> Tensor:
-        """In float32, a sequence at a time."""
+        """The exact result in float32, computed one sequence at a time."""
         outs = []
         for q, rows in zip(self.q, self.buffers[0]):
             both = self.form.decode(rows, torch.float32)
@@ -149,16 +149,18 @@ class Case:
 
 
 def pool_of(bits: str, num_bytes: int) -> Tensor:
-    """Bytes of rows of random tokens, the same ones again and again."""
+    """Bytes of rows of random tokens, which repeat."""
     values = torch.randn(1 << 15, C + R, device="cuda", dtype=torch.bfloat16)
     if not bits:
         return values.flatten().view(torch.uint8).repeat(-(-num_bytes // (values.numel() * 2)))
-    form = latent_format(stored(bits), C, R, torch.bfloat16)
+    form = latent_format(cache_dtype(bits), C, R, torch.bfloat16)
     rows = form.encode(*values.split((C, R), dim=-1)).flatten()
     return rows.repeat(-(-num_bytes // rows.numel()))
 
 
-class Printed(list):
+class PrintedRows(list):
+    """Rows that are printed as they are added."""
+
     def __iadd__(self, rows):
         for row in rows:
             print(json.dumps(row), flush=True)
@@ -168,16 +170,16 @@ class Printed(list):
 def run(quick: bool) -> list[dict]:
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    widths = {bits: latent_format(stored(bits), C, R, torch.bfloat16) for bits in ("", "8", "6", "4", "fp8")}
+    widths = {bits: latent_format(cache_dtype(bits), C, R, torch.bfloat16) for bits in ("", "8", "6", "4", "fp8")}
     pools = {}
-    cases = CASES[:QUICK] if quick else CASES
+    cases = CASES[:NUM_QUICK_CASES] if quick else CASES
     for bits in {case[0] for case in cases}:
         largest = max(b * t for other, _, b, t, _ in cases if other == bits)
         row_bytes = widths[bits].row_width * widths[bits].storage_dtype.itemsize
-        pools[bits] = pool_of(bits, max(4 * largest * row_bytes, 2 * BETWEEN))
+        pools[bits] = pool_of(bits, max(4 * largest * row_bytes, 2 * BYTES_BETWEEN_REUSE))
     copied = copy_bandwidth(pools[""])
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    rows = Printed()
+    rows = PrintedRows()
     rows += [{"case": "copy", "device": device, "GB/s": copied} | versions]
     for bits, h, b, t, cuts in cases:
         case = Case(pools[bits], bits, h, b, t)
@@ -187,14 +189,14 @@ def run(quick: bool) -> list[dict]:
         if not bits and (b, t) == (8, 1 << 13):
             rows += [case.torch_row(copied)]
     if not quick:
-        # tokens that are checked together after one another, as in speculative decoding
+        # several tokens in one step, as speculative decoding checks them
         case = Case(pools[""], "", 16, 1, 1 << 15, s=4)
         rows += [case.row(case_truth_causal(case), None, copied)]
     return rows
 
 
 def case_truth_causal(case: Case) -> Tensor:
-    """`exact` for several query tokens, each of which sees one more token than the one before."""
+    """`exact` for several query tokens; each sees one more token than the one before it."""
     s = case.q.shape[1]
     both = case.buffers[0].float()
     scores = torch.einsum("bshw,btw->bsht", case.q.float(), both) * SCALE

@@ -1,7 +1,7 @@
-"""The chosen experts of few tokens and a dense MLP on a GPU: our kernels beside torch's.
+"""Measures the chosen experts of few tokens and a dense MLP on a GPU: our kernels next to torch's.
 
-Weights of several layers pass in turn, as in a model, so that none is found in the GPU's cache. Times are of replayed
-CUDA graphs.
+The weights of several layers are used in turn, as in a model, so that none is found in the GPU's cache. Times are those
+of replayed CUDA graphs.
 """
 
 import json
@@ -46,7 +46,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def microseconds(works: list[Callable[[], object]], budget: float = 0.03) -> float:
-    """Of one work, when all follow one another in a replayed graph; median of replays for `budget` seconds."""
+    """The time of one work, when all of them follow one another in a replayed graph: median of `budget` seconds."""
     for work in works:
         work()
     torch.cuda.synchronize()
@@ -71,7 +71,7 @@ def microseconds(works: list[Callable[[], object]], budget: float = 0.03) -> flo
 
 
 class Rows:
-    """What was measured; a case that fails says why, and the others go on."""
+    """Measured rows, printed as they are added; a case that fails records the reason, and the others go on."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -79,7 +79,7 @@ class Rows:
     def add(
         self, case: dict, works: list[Callable[[], Tensor]], num_bytes: float, truth: Tensor | None = None
     ) -> float:
-        """Microseconds, infinite where it failed; `truth` is what the first work should give."""
+        """Adds a row and returns its microseconds, or infinity if it failed; `truth` is the right result."""
         row, us = dict(case), float("inf")
         try:
             if truth is not None:
@@ -89,7 +89,7 @@ class Rows:
                     row["failed"] = f"relative error {error:.3g}"
             us = microseconds(works)
             row |= {"us": round(us, 2), "MB": round(num_bytes / 1e6, 2), "GB/s": round(num_bytes / us / 1e3)}
-        # whatever a compiler or a launch says is the result of this case
+        # an error of a compiler or a launch is the result of this case
         except Exception as problem:
             row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
             torch.cuda.synchronize()
@@ -115,7 +115,7 @@ class Layer:
 
 
 class Tokens:
-    """m tokens and their choices in every layer."""
+    """m tokens, and the experts that they choose in every layer."""
 
     def __init__(self, m: int, layers: list[Layer]):
         self.x = torch.randn(m, D, device="cuda", dtype=torch.bfloat16)
@@ -132,7 +132,7 @@ class Tokens:
         ]
 
     def truth(self) -> Tensor:
-        """Of the first layer, in float32."""
+        """The exact result of the first layer, in float32."""
         layer, x = self.layers[0], self.x.float()
 
         def wide(weights, scales, at=...):
@@ -156,7 +156,7 @@ def ours(plan: Plan) -> Callable:
 
 
 def batched(x: Tensor, layer: Layer, chosen: Tensor, weights: Tensor) -> Tensor:
-    """transformers' "batched_mm", which copies the chosen experts."""
+    """What transformers' "batched_mm" does: it copies the chosen experts."""
     of_pair, rows = chosen.flatten(), x.repeat_interleave(K, dim=0)
     gate, up = torch.bmm(layer.gate_up[of_pair], rows[..., None]).squeeze(-1).chunk(2, dim=-1)
     out = torch.bmm(layer.down[of_pair], (F.silu(gate) * up)[..., None]).squeeze(-1)
@@ -174,14 +174,14 @@ def grouped(x: Tensor, layer: Layer, chosen: Tensor, weights: Tensor) -> Tensor:
 def run_experts(rows: Rows, quick: bool) -> None:
     layers = [Layer(16) for _ in range(LAYERS)]
     tokens = {m: Tokens(m, layers) for m in (1, 2, 4, 8, 16, 32, 64)}
-    truths = {m: some.truth() for m, some in tokens.items()}
+    truths = {m: batch.truth() for m, batch in tokens.items()}
 
     def measure(name: str, m: int, compute: Callable, **case) -> float:
-        some = tokens[m]
-        return rows.add({"case": name, "m": m} | case, some.works(compute), some.num_bytes, truths[m])
+        batch = tokens[m]
+        return rows.add({"case": name, "m": m} | case, batch.works(compute), batch.num_bytes, truths[m])
 
     def tuned(name: str, m: int, inners: list[Tiles], outers: list[Tiles]) -> Plan:
-        """The best inner tiles with the first outer ones, then the best outer ones with these."""
+        """Finds the best inner tiles with the first outer tiles, then the best outer tiles with these inner tiles."""
 
         def taken(plan: Plan) -> float:
             return measure(name, m, ours(plan), inner=list(plan.inner), outer=list(plan.outer))
@@ -213,7 +213,7 @@ def run_experts(rows: Rows, quick: bool) -> None:
     layers = tokens = None
     layers = [Layer(8) for _ in range(LAYERS)]
     tokens = {m: Tokens(m, layers) for m in (1, 8, 16)}
-    truths = {m: some.truth() for m, some in tokens.items()}
+    truths = {m: batch.truth() for m, batch in tokens.items()}
     others = [Plan(Tiles(4, 2048, 4, 1), Tiles(8, 512, 4, 4)), Plan(Tiles(4, 2048, 8, 1), Tiles(8, 1024, 8, 4))]
     for plan in (vector, *others):
         measure("experts, vector, int8", 1, ours(plan), plan=plan)
@@ -228,7 +228,7 @@ def run_experts(rows: Rows, quick: bool) -> None:
 
 
 def run_dense(rows: Rows) -> None:
-    """The dense MLP, over nine copies of its weights, 1.2 GB."""
+    """The dense MLP, over nine copies of its weights (1.2 GB)."""
     weights = torch.empty(27, DENSE, D, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
     dense = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
     for m in (1, 4):
@@ -249,7 +249,7 @@ def run(quick: bool) -> list[dict]:
         try:
             with torch.no_grad():
                 part()
-        # the other part is a result too
+        # a failure of one part leaves the results of the other
         except Exception as problem:
             rows.rows.append({"case": part.func.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]})
     return rows.rows

@@ -1,9 +1,9 @@
-"""The Triton kernels of norms, cached rows and the router beside the torch forms that the modules use, on a GPU.
+"""Measures the Triton kernels of norms, cached rows and the router on a GPU, next to what the modules do in torch.
 
     python -m benchmarks.gpu_rows [--quick]
 
-Every time is that of one of 20 calls in a CUDA graph, after something else has filled the L2 cache: each call has its
-own weights, so these come from memory as in a model, and few tokens are shared by all calls, so these do not.
+Every time is that of one of 20 calls in a CUDA graph, after other data has filled the L2 cache. Each call has its own
+weights, which come from memory as in a model; few tokens are shared by all calls, so they come from the cache.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from deepseek_latent.kernels.gpu.triton_write import norm_rotate_write
 CALLS = 20
 REPLAYS = 15
 EPS = 1e-6
-# bytes that the rotating inputs of many tokens take together, several times any L2
-ROTATING = 300e6
+# total bytes of the input sets that calls alternate between, several times the size of any L2 cache
+BYTES_OF_ALL_SETS = 300e6
 MODELS = {
     "Lite": {"d": 2048, "h": 16, "e": 64, "n_group": 1, "topk_group": 1, "scale": 1.0},
     "V2": {"d": 5120, "h": 128, "e": 160, "n_group": 8, "topk_group": 3, "scale": 16.0},
@@ -51,7 +51,7 @@ def run(quick: bool) -> list[dict]:
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Median time of one of these calls, in a graph of all."""
+    """Median time of one of these calls, in a graph of all of them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -78,12 +78,12 @@ def filler() -> Tensor:
 
 
 def row(kernel: str, by: str, call: Callable, sets: list[tuple], num_bytes: int, error: Callable | None) -> dict:
-    """What one call takes; `error`, called first, says how far the result on the first set is from the truth."""
+    """The time of one call; `error` is called first, and gives the error of the result on the first set."""
     result = {"kernel": kernel, "by": by, "bytes": num_bytes}
     try:
         if error is not None:
             result["relative_error"] = error(call)
-        calls = [partial(call, *some) for some, _ in zip(itertools.cycle(sets), range(CALLS))]
+        calls = [partial(call, *inputs) for inputs, _ in zip(itertools.cycle(sets), range(CALLS))]
         time = microseconds(calls)
     except Exception as failure:
         return result | {"error": f"{failure!r:.500}"}
@@ -99,8 +99,8 @@ def normal(*shape: int) -> Tensor:
 
 
 def sets_of(make: Callable[[], tuple], num_bytes: int) -> list[tuple]:
-    """As many sets of inputs as fill the L2 several times, 4 to 20."""
-    return [make() for _ in range(int(min(max(ROTATING // num_bytes, 4), CALLS)))]
+    """As many sets of inputs (4 to 20) as fill the L2 cache several times."""
+    return [make() for _ in range(int(min(max(BYTES_OF_ALL_SETS // num_bytes, 4), CALLS)))]
 
 
 def add_norm(m: int, *, d: int, **_) -> Iterator[dict]:
@@ -147,7 +147,7 @@ def norm_rotate(m: int, *, h: int, **_) -> Iterator[dict]:
             return rotate(queries[..., N:], cos, sin)
 
         def error(call, format=format, buffer=buffer) -> float:
-            """Of queries and rows; a coded row may lie a code away where the norm was rounded the other way."""
+            """Error of queries and rows; a code may differ by one if the norm was rounded the other way."""
             queries, compressed, weight = (x.clone() for x in sets[0])
             turned = rotate(queries[..., N:].double(), cos.double(), sin.double())
             latent = nn.functional.rms_norm(compressed[..., :C].double(), (C,), weight.double(), EPS)
@@ -188,16 +188,16 @@ def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: flo
         return module(x)
 
     def error(call) -> float:
-        """Of logits and weights; infinite where other experts are chosen by a clear margin."""
+        """Error of logits and weights; infinite if other experts are chosen for more than 0.1 % of the choices."""
         x, weight = sets[0]
         logits, weights, experts = call(x, weight)
         expected, order = module.choose(logits)[0].sort(dim=-1), weights.sort(dim=-1)
-        clear = module.choose(logits)[1].sort(dim=-1).values == experts.sort(dim=-1).values
-        if clear.float().mean() < 0.999:
+        is_same = module.choose(logits)[1].sort(dim=-1).values == experts.sort(dim=-1).values
+        if is_same.float().mean() < 0.999:
             return float("inf")
         return max(relative(logits, x.double() @ weight.double().T), relative(order.values, expected.values))
 
-    options = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
+    options = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalize": False, "scaling_factor": scale}
     yield row("route", "torch", plain, sets, num_bytes, error)
     yield row("route", "ours", partial(route, **options), sets, num_bytes, error)
 
@@ -216,14 +216,14 @@ def routing(m: int, *, d: int, e: int, n_group: int, topk_group: int, scale: flo
 
 
 def chain(m: int, *, d: int, h: int, e: int, n_group: int, topk_group: int, scale: float, **_) -> Iterator[dict]:
-    """All three kernels, each reading what the one before wrote."""
+    """All three kernels in sequence; each reads what the one before it wrote."""
     b, s = (1, m) if m > 64 else (m, 1)
     angles = torch.rand(1, s, R // 2, device="cuda") * 100
     cos, sin = angles.cos(), angles.sin()
     weights = [(1 + 0.1 * normal(d), 0.02 * normal(e, d), 1 + 0.1 * normal(C)) for _ in range(CALLS)]
     start = torch.tensor(0, device="cuda")
     x, residual, queries = normal(m, d), normal(m, d), normal(b, s, h, N + R)
-    choice = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalise": False, "scaling_factor": scale}
+    choice = {"k": K, "n_group": n_group, "topk_group": topk_group, "normalize": False, "scaling_factor": scale}
     state, rows = [x, residual], torch.zeros(b, s, C + R, device="cuda", dtype=torch.bfloat16)
 
     def layer(norm, router, latent_norm):

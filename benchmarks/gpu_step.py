@@ -1,4 +1,4 @@
-"""One token's way through DeepSeek-V2-Lite's decoder layers on a GPU: each step of it alone, and all of them.
+"""Measures one token in DeepSeek-V2-Lite's decoder layers on a GPU: whole layers, and each kernel separately.
 
 Four layers with weights of their own follow one another in a replayed CUDA graph, so that no weight is found in the
 GPU's cache. Rows are printed as they are measured.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat.torch import become
+from deepseek_latent.compat.bound_functions import bind, unbind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token
 from deepseek_latent.kernels.gpu.triton_attention import attend_in_splits, combine, tiling
@@ -30,19 +30,18 @@ from .lite4 import build
 
 ROWS = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(4, 2048, 4, 1), Tiles(2, 2048, 2, 1)]
 INNER = [Tiles(2, 2048, 4, 1), Tiles(1, 2048, 4, 1), Tiles(1, 2048, 2, 1), Tiles(4, 2048, 8, 1), Tiles(2, 2048, 2, 1)]
-# alone, kernels of this many copies of their weights follow one another
+# a kernel measured separately runs over this many copies of its weights
 COPIES = 32
-# for what is not measured by then there is another time
+# cases that have not started after this time are left out
 SECONDS = 24
 
 
 class Decoder:
-    """Four layers, a token before them, and a static cache that holds `tokens`."""
+    """Four layers, one input token, and a static cache that holds `tokens`."""
 
     def __init__(self, model: torch.nn.Module, tokens: int):
         config = model.config
         self.layers = [module for module in model.modules() if type(module) is DeepseekV2DecoderLayer]
-        self.layers += [module for module in model.modules() if type(module) is gpu_layers.GpuDecoderLayer]
         self.x = torch.randn(1, 1, config.hidden_size, device="cuda", dtype=model.dtype)
         angles = torch.randn(1, 1, config.qk_rope_head_dim // 2, device="cuda")
         self.rotation = angles.cos(), angles.sin()
@@ -71,6 +70,7 @@ def _bytes_read(layer: torch.nn.Module) -> int:
     return total
 
 
+# which function computes a layer, and whether its launches overlap
 WAYS = [("few tokens' way", False), ("one token's way", False), ("one token's way", True)]
 
 
@@ -80,30 +80,30 @@ def run_steps(rows: Rows, model: torch.nn.Module, contexts: list[int]) -> None:
         with decoder.cache.count.recorded():
             truth = decoder.step().float()
             for layer in decoder.layers:
-                become(layer, gpu_layers.GpuDecoderLayer)
+                bind(layer, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
             for name, overlaps in WAYS:
                 run_way(rows, decoder, truth, {"case": name, "tokens": tokens, "overlaps": overlaps})
             for layer in decoder.layers:
-                become(layer, DeepseekV2DecoderLayer)
+                unbind(layer)
 
 
 def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
-    ours, one_token = gpu_layers.GpuDecoderLayer, gpu_layers.GpuDecoderLayer._one_token
+    one_token = gpu_layers.one_token
     if case["case"] == "few tokens' way":
-        ours._one_token = ours._few_tokens
+        gpu_layers.one_token = gpu_layers.few_tokens
     gpu_one_token.OVERLAPS = case["overlaps"]
     try:
         error = ((decoder.step().float() - truth).norm() / truth.norm()).item()
-        # the plain layers round elsewhere, and a near tie may choose another expert
-        case |= {"difference": error} | ({} if error < 5e-2 else {"failed": "it is another token"})
+        # plain layers round at other places, and the router may choose another expert near a tie
+        case |= {"difference": error} | ({} if error < 5e-2 else {"failed": "the result differs"})
         us = rows.add(case, [decoder.step] * 2, decoder.num_bytes)
         print(json.dumps({"case": f"a layer, {case['case']}", "us": us / len(decoder.layers)}), flush=True)
     finally:
-        ours._one_token, gpu_one_token.OVERLAPS = one_token, False
+        gpu_layers.one_token, gpu_one_token.OVERLAPS = one_token, False
 
 
 def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:
-    """Each new kernel alone, over copies of its weights, as many as pass once through a graph."""
+    """Each kernel separately, over COPIES copies of its weights in one graph."""
     d, h, n, r, v, c, bf16 = 2048, 16, 128, 64, 128, 512, torch.bfloat16
 
     def weight(*shape: int) -> list[Tensor]:
@@ -146,7 +146,7 @@ def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:
     for tiles in (Tiles(1, 2048, 4, 1), Tiles(1, 2048, 8, 1)):
         works = [partial(_first, project, x, [w], norm, dtype=torch.float32, tiles=tiles) for w in router]
         measure({"case": "router", "tiles": tiles}, works, 2 * 64 * d, truth)
-    options = {"k": 6, "n_group": 1, "topk_group": 1, "normalise": False, "scaling_factor": 1.0}
+    options = {"k": 6, "n_group": 1, "topk_group": 1, "normalize": False, "scaling_factor": 1.0}
     works = [lambda: choose(truth, **options)[0]] * COPIES
     measure({"case": "choose"}, works, 4 * 64)
 
@@ -225,7 +225,7 @@ def run(quick: bool) -> list[dict]:
         ):
             try:
                 part()
-            # the other part is a result too
+            # a failure of one part leaves the results of the other
             except Exception as problem:
                 row = {"case": part.func.__name__, "failed": f"{type(problem).__name__}: {problem}"[:300]}
                 rows.rows.append(row)

@@ -5,7 +5,7 @@ one in `_old_forward`, and moves inputs, outputs or weights between devices.
 tests/compat/test_accelerate.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch import is_forward_of_its_class
+from .bound_functions import is_equivalent_forward
+
+
+def forward_inside_hooks(module: nn.Module) -> Callable:
+    """The `forward` that hooks call once all weights are there, if they only align devices; else the outermost one.
+
+    Such hooks bring inputs to where the module is, or weights from elsewhere, and do nothing else. They are on every
+    module of a model that was dispatched to several devices, also on those that never move.
+    """
+    forward = module.forward
+    is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
+    if is_of_a_hook and all(_only_moves_inputs_and_weights(hook) for hook in _hooks_of(module)):
+        return module._old_forward
+    return forward
+
 
 # ---- Hooks -----------------------------------------------------------------------------------------------------------
 
 
 def is_forward_equivalent(module: nn.Module) -> bool:
-    """Whether the `forward` that was set on the instance computes what its class does, once all weights are present.
-
-    That holds for hooks that only move inputs to the module's device or fetch its weights. Every module of a model that
-    was dispatched to several devices has such a hook, even if its weights never move.
-    """
-    forward = vars(module)["forward"]
-    # removing hooks leaves the class's own forward on the instance
-    if is_forward_of_its_class(module, forward):
-        return True
-    is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
-    return (
-        is_of_a_hook
-        and is_forward_of_its_class(module, module._old_forward)
-        and all(_only_moves_inputs_and_weights(hook) for hook in _hooks_of(module))
-    )
+    """Whether the `forward` that was set on the instance computes what its class does, once all weights are present."""
+    return is_equivalent_forward(module, forward_inside_hooks(module))
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

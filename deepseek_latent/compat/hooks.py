@@ -1,8 +1,12 @@
-"""Whether a module computes more than its class says, so that its weights alone do not tell what calling it does."""
+"""Whether a module computes more than its class says, so that its weights alone do not tell what calling it does.
+
+Our own equivalent functions (`bound_functions`) compute what the class does.
+"""
 
 from torch import nn
 
 from .accelerate import is_forward_equivalent
+from .bound_functions import is_equivalent_forward
 from .torch import has_forward_hooks
 
 
@@ -13,4 +17,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether `forward` was replaced on the instance by a function that may compute something else."""
-    return "forward" in vars(module) and not is_forward_equivalent(module)
+    forward = vars(module).get("forward")
+    return forward is not None and not (is_equivalent_forward(module, forward) or is_forward_equivalent(module))

@@ -3,9 +3,6 @@
 tests/compat/test_torch.py has a test for each thing that is used here, which fails when a release changes it.
 """
 
-from collections.abc import Callable
-from types import MethodType
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -14,19 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after a module's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def is_forward_of_its_class(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward`, a function that was stored, is the bound `forward` of the module's present class."""
-    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
-
-
-def become(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Changes the class of a module, and the bound `forward` where one is stored, as accelerate's hooks do."""
-    stored = [name for name, value in vars(module).items() if is_forward_of_its_class(module, value)]
-    module.__class__ = module_class
-    for name in stored:
-        setattr(module, name, MethodType(module_class.forward, module))
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -22,8 +22,9 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.moe import _grouped_linear
 
+from .bound_functions import is_equivalent_forward
 from .cache_name import CACHE, with_both_cache_names, with_cache_named
-from .torch import has_forward_hooks, is_forward_of_its_class
+from .torch import has_forward_hooks
 
 # ---- The names of classes --------------------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
         and style.output_layouts.is_shard(-1)
         and linear.bias is None
         and not has_forward_hooks(linear)
-        and is_forward_of_its_class(linear, closure.get("original_forward"))
+        and is_equivalent_forward(linear, closure.get("original_forward"))
     )
     is_by_rows = is_plain and type(weight).__name__ == "DTensor" and [*weight.placements] == [weight.placements[0]]
     return weight.to_local() if is_by_rows and weight.placements[0].is_shard(0) else None

@@ -1,4 +1,4 @@
-"""Fast operators for CPUs, built from the C++ in this folder at first use: `optimize_for_inference(model)`."""
+"""Fast operators, in C++ for CPUs and in Triton for GPUs, that `optimize_for_inference(model)` puts into a model."""
 
 from .optimized import Optimized, optimize_for_inference
 

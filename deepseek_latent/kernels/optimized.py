@@ -1,4 +1,4 @@
-"""The way to a model whose layers compute by our operators, and back."""
+"""`optimize_for_inference` has a model's layers compute by our operators; `undo` takes that back."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,46 +6,26 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
 
-from ..attention.attention import DeepseekV2Attention
 from ..compat.accelerate import is_offloaded
+from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
-from ..compat.torch import become
-from ..experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ..experts.moe import DeepseekV2MLP
 from ..experts.packed import PackedWeights
 from ..experts.routed import DeepseekV2Experts
-from ..experts.router import DeepseekV2MoEGate
 from ..experts.weights import StackedWeights
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .cpu.experts import CpuExperts
-from .cpu.int8 import Int8Linear, to_int8
-from .cpu.layers import (
-    DTYPES,
-    SLOW_IN_TORCH,
-    KernelAttention,
-    KernelGate,
-    KernelLinear,
-    KernelMLP,
-    KernelMoE,
-    KernelRMSNorm,
-)
-from .cpu.library import load_operators, operators
+from .cpu.experts import SILU, CpuExperts
+from .cpu.int8 import to_int8
+from .cpu.layers import REPLACEMENTS
+from .cpu.library import WithOperators, load_operators
+from .cpu.support import DTYPES
 from .gpu.replayed_steps import ReplayedSteps
 
-REPLACEMENTS = {
-    nn.Linear: KernelLinear,
-    nn.RMSNorm: KernelRMSNorm,
-    DeepseekV2MLP: KernelMLP,
-    DeepseekV2MoE: KernelMoE,
-    DeepseekV2MoEGate: KernelGate,
-    DeepseekV2Attention: KernelAttention,
-}
-ORIGINALS = {ours: original for original, ours in REPLACEMENTS.items()}
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# the router stays as it is: it is small, and decides
+# the router is not rounded: it is small, and its choices matter
 INT8 = (nn.Linear, DeepseekV2Experts)
 
 
@@ -55,50 +35,49 @@ def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Optimized:
-    """What `optimize_for_inference` did; `undo()` takes it back."""
+    """What `optimize_for_inference` did to a model; `undo()` takes it back."""
 
     instructions: str
     modules: tuple[nn.Module, ...]
     replaying: LatentGenerationMixin | None = None
 
     def undo(self) -> None:
-        """Raises ValueError where weights are in int8: what was rounded away is gone."""
-        if any(isinstance(module, Int8Linear) or _is_int8(module) for module in self.modules):
+        """Raises ValueError if weights are in int8, since rounding cannot be undone."""
+        if any(map(_was_rounded, self.modules)):
             raise ValueError("int8 weights cannot be undone; load the model again.")
         for module in self.modules:
             if isinstance(module, DeepseekV2Experts):
                 module.weights.operators = None
-            else:
-                become(module, _kind_of(module))
+            unbind(module)
         if self.replaying is not None:
             self.replaying.replayed_steps = None
 
     def __repr__(self) -> str:
-        active = [type(module) for module in self.modules if _is_ours(module)]
-        counts = Counter(kind.__name__.removeprefix("Kernel").removeprefix("Gpu") for kind in active)
+        counts = Counter(map(_name_of, filter(_is_optimized, self.modules)))
         changed = ", ".join(f"{count} {name}" for name, count in counts.items())
         return f"Optimized({self.instructions}; {changed or 'nothing'})"
 
 
 def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, graphs: bool = False) -> Optimized:
-    """Lets the layers of a model compute by our operators wherever no gradient is wanted.
+    """Makes the layers of a model compute by our operators whenever no gradient is needed.
 
-    Weights, names and files stay as they are, and the operators read the weights where they lie: saving, loading,
-    training, adapters and `state_dict` need no undoing. The first call on a machine takes half a minute to build them.
+    Weights, names, classes and files stay as they are, and the operators read the weights as they are stored: saving,
+    loading, training, adapters and `state_dict` work as before. The first call on a machine takes half a minute to
+    build the operators.
 
     On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
-    `generate()` also takes a static cache where none is named, captures one step of decoding over it as a CUDA graph
-    and replays that for every token.
+    `generate()` also uses a static cache if you name none, captures one decoding step over it as a CUDA graph, and
+    replays it for every token.
 
-    With `weights="int8"`, projections (but `kv_b_proj`) and experts are rounded to int8 with a scale per row and take
-    half the memory of bfloat16. That cannot be undone; such a model gives the rounded weights when it is saved, cannot
-    be trained, and adapters act on it but cannot be merged into it.
+    With `weights="int8"`, projections (except `kv_b_proj`) and experts are rounded to int8 with one scale per row, and
+    take half the memory of bfloat16. That cannot be undone: such a model saves the rounded weights and cannot be
+    trained. Adapters act on it, but those on linear layers cannot be merged into it.
 
     Raises:
-        RuntimeError: without a C++ compiler, or if it fails.
-        TypeError: for what is no model.
-        ValueError: for a model on another device or in another dtype than bfloat16 or float32 (on a CUDA device also
-            float16), other `weights`, or what only the other kind of device has.
+        RuntimeError: if there is no C++ compiler, or if it fails.
+        TypeError: if `model` is not a model of transformers or peft.
+        ValueError: if the model is on another device or in another dtype than bfloat16 or float32 (on a CUDA device
+            also float16), for other `weights`, or for an option that this kind of device does not have.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
@@ -115,29 +94,25 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
             "it with dtype=torch.bfloat16."
         )
     instructions = load_operators()
-    if not operators.has_bfloat16_products():
-        SLOW_IN_TORCH.add(torch.bfloat16)
     chosen = {name: module for name, module in model.named_modules() if _is_replaceable(name, module)}
     rounded = {
         name: module
         for name, module in chosen.items()
-        if weights == "int8" and _kind_of(module) in INT8 and not _is_tied(module, model)
+        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model) and not _has_int8_experts(module)
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
     for name, module in chosen.items():
         if isinstance(module, DeepseekV2Experts):
             if name in rounded:
-                module.weights = PackedWeights(8, None, saves_dense=True)
-            module.weights.operators = CpuExperts
+                module.weights = PackedWeights(8, group=None, saves_dense=True)
+            if not has_own_forward(module):
+                module.weights.operators = CpuExperts
         elif name in rounded:
             to_int8(module)
         elif not has_own_forward(module):
-            become(module, REPLACEMENTS[_kind_of(module)])
-    ours = (*ORIGINALS, Int8Linear)
-    return Optimized(
-        instructions, tuple(module for module in model.modules() if type(module) in ours or _has_operators(module))
-    )
+            bind(module, REPLACEMENTS[type(module)], WithOperators)
+    return Optimized(instructions, tuple(filter(_is_optimized, model.modules())))
 
 
 def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool) -> Optimized:
@@ -149,24 +124,24 @@ def _optimize_for_gpu(model: PreTrainedModel, weights: str | None, graphs: bool)
             f"expected a model in bfloat16, float16 or float32 on a GPU, got {dtype}; load it in one of these."
         )
     if find_spec("triton") is None:
-        raise RuntimeError("expected Triton, which CUDA builds of torch install beside them, and found none.")
-    replaying = _what_can_be_replayed(model) if graphs else None
-    from .gpu.layers import GpuDecoderLayer
+        raise RuntimeError("expected Triton, which CUDA builds of torch install, and found none; install triton.")
+    replaying = _replayable_model(model) if graphs else None
+    from .gpu.layers import REPLACEMENTS as GPU_REPLACEMENTS
 
-    layers = [module for module in model.modules() if type(module) in (DeepseekV2DecoderLayer, GpuDecoderLayer)]
+    layers = [module for module in model.modules() if type(module) is DeepseekV2DecoderLayer]
     for layer in layers:
         if not has_own_forward(layer):
-            become(layer, GpuDecoderLayer)
+            bind(layer, GPU_REPLACEMENTS[DeepseekV2DecoderLayer])
     if replaying is not None:
         replaying.replayed_steps = ReplayedSteps
     return Optimized("Triton", tuple(layers), replaying)
 
 
-def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
-    """The causal language model in `model`. Raises ValueError where no step of it could be captured."""
+def _replayable_model(model: PreTrainedModel) -> LatentGenerationMixin:
+    """The causal language model in `model`. Raises ValueError if its steps cannot be captured."""
     if any(map(is_offloaded, model.modules())):
         raise ValueError(
-            "expected all weights on the GPU, and some are fetched for each step, which no CUDA graph can do; "
+            "expected all weights on the GPU, and some are fetched for each step, which a CUDA graph cannot do; "
             "leave out graphs=True, or load the model without offloading."
         )
     devices = {parameter.device for parameter in model.parameters()}
@@ -184,44 +159,48 @@ def _what_can_be_replayed(model: PreTrainedModel) -> LatentGenerationMixin:
     return found
 
 
-def _kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was optimised."""
-    if type(module).__name__ == "GpuDecoderLayer":
-        return DeepseekV2DecoderLayer
-    return ORIGINALS.get(type(module), type(module))
+def _is_optimized(module: nn.Module) -> bool:
+    has_operators = isinstance(module, DeepseekV2Experts) and module.weights.operators is not None
+    return has_operators or has_bound_functions(module)
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module) is Int8Linear or _has_operators(module) or _kind_of(module) is not type(module)
+def _name_of(module: nn.Module) -> str:
+    name = type(module).__name__.removeprefix("DeepseekV2")
+    return f"int8 {name}" if _is_int8_linear(module) or _has_int8_experts(module) else name
 
 
-def _has_operators(module: nn.Module) -> bool:
-    return isinstance(module, DeepseekV2Experts) and module.weights.operators is not None
+def _is_int8_linear(module: nn.Module) -> bool:
+    return "weight_codes" in module._buffers
 
 
-def _is_int8(module: nn.Module) -> bool:
-    return isinstance(module, DeepseekV2Experts) and isinstance(module.weights, PackedWeights)
+def _has_int8_experts(module: nn.Module) -> bool:
+    """True for experts in 8 bits, also if `pack_experts` packed them."""
+    weights = module.weights if isinstance(module, DeepseekV2Experts) else None
+    return isinstance(weights, PackedWeights) and weights.bits == 8
+
+
+def _was_rounded(module: nn.Module) -> bool:
+    return _is_int8_linear(module) or (_has_int8_experts(module) and module.weights.saves_dense)
 
 
 def _is_replaceable(name: str, module: nn.Module) -> bool:
-    kind = _kind_of(module)
-    # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
     if isinstance(module, DeepseekV2Experts):
-        return isinstance(module.weights, StackedWeights) and _is_readable(module)
-    if kind not in REPLACEMENTS or "kv_b_proj" in name.split(".") or ".lora_" in name:
+        return _has_int8_experts(module) or (type(module.weights) is StackedWeights and _can_be_read(module))
+    # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
+    if _is_int8_linear(module) or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
-    return _is_readable(module)
+    return type(module) in REPLACEMENTS and _can_be_read(module)
 
 
-def _is_readable(module: nn.Module) -> bool:
-    # a quantizer's weights are its own to read
+def _can_be_read(module: nn.Module) -> bool:
+    # only a quantizer can read its own weights
     if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
         return False
-    return not hasattr(module, "act_fn") or type(module.act_fn) is type(ACT2FN["silu"])
+    return not isinstance(module, (DeepseekV2Experts, DeepseekV2MLP)) or type(module.act_fn) is SILU
 
 
 def _check_can_be_rounded(name: str, module: nn.Module) -> None:
-    """Refuses what would go on being multiplied by weights that are no longer there."""
+    """Raises ValueError if something would go on multiplying by weights that rounding has removed."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         raise ValueError(
             f"expected all weights in memory, and those of {name} are on disk or on another device; load the model "

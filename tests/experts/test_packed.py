@@ -267,6 +267,25 @@ def test_experts_stay_packed_under_kernels_and_casts():
     assert moved.model.layers[1].mlp.experts.gate_up_proj.untyped_storage().nbytes() == 1
 
 
+# rows of whole groups of 64, and rows whose groups have 8 and 32 elements
+@needs_compiler
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("widths", [WIDTHS, {}], ids=["groups of 64", "other groups"])
+@torch.no_grad()
+def test_kernels_multiply_by_experts_in_8_bits_as_torch_does(widths, with_adapter, monkeypatch):
+    model, ids = packed(8, **widths), random_ids(2, 9)
+    model = adapted(model).eval() if with_adapter else model
+    expected, text = model(input_ids=ids).logits, model.generate(input_ids=ids, **GREEDY)
+    done = optimize_for_inference(model)
+    assert "2 int8 Experts" in repr(done)
+    monkeypatch.setattr(PackedWeights, "plain_product", lambda *args: pytest.fail("computed by torch"))
+    assert relative_error(model(input_ids=ids).logits, expected) < 1e-5
+    assert torch.equal(model.generate(input_ids=ids, **GREEDY), text)
+    monkeypatch.undo()
+    done.undo()
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
 @torch.no_grad()
 def test_a_trained_model_keeps_its_perplexity_when_it_is_packed():
     model = AutoModelForCausalLM.from_pretrained(PYDOC, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: who captures, replays and counts, with a stand-in for graphs instead of a GPU."""
+"""Decoding steps as CUDA graphs: when they are captured, replayed and counted, with a fake graph instead of a GPU."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ class Stream:
 
 
 class Graph:
-    """Between its begin and end nothing is counted, as nothing runs; a replay computes into what was captured."""
+    """A fake CUDA graph: capturing counts no token, since nothing runs; a replay computes into the captured tensors."""
 
     steps, cache, fails = None, None, False
 
@@ -126,11 +126,11 @@ def test_what_is_not_replayed_is_computed(model, options):
     assert torch.equal(model.generate(random_ids(1, 7), **NEW, **options), expected)
 
 
-def test_what_cannot_be_captured_is_computed_and_said(model):
+def test_a_step_that_cannot_be_captured_is_computed_with_a_warning(model):
     model.graph.fails = True
     with pytest.warns(UserWarning, match=r"not replayed.*operation not permitted when stream is capturing$"):
-        said = model.generate(random_ids(2, 7), **NEW)
-    assert torch.equal(said, tiny_model().generate(random_ids(2, 7), **NEW))
+        output = model.generate(random_ids(2, 7), **NEW)
+    assert torch.equal(output, tiny_model().generate(random_ids(2, 7), **NEW))
 
 
 @torch.no_grad()
@@ -144,6 +144,6 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(model):
     hook.remove()
     assert cache.get_seq_length() == 7
     assert torch.equal(cache.layers[0].rows(), held)
-    said = model.get_compiled_call(None)(input_ids=ids[:, 7:], **{CACHE: cache}).logits
+    logits = model.get_compiled_call(None)(input_ids=ids[:, 7:], **{CACHE: cache}).logits
     expected = tiny_model()(ids, use_cache=False).logits[:, -1:]
-    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The GPU kernel of absorbed attention, by Triton's interpreter where there is no GPU."""
+"""The GPU kernel of absorbed attention, run by Triton's interpreter if there is no GPU."""
 
 import os
 
@@ -14,14 +14,14 @@ from deepseek_latent.cache.format import latent_format  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, num_splits, tiling  # noqa: E402
 
 SCALE = 0.2
-# little of everything, so that short caches have many tiles and splits
+# small tiles and splits, so that short caches have many of them
 CUT = Tiling(rows=16, tokens=16, num_warps=4, num_stages=2, programs_per_sm=1, tokens_per_split=32)
-# what products of these operands leave of an exact result
+# relative error of products of operands in these dtypes
 BUDGET = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def exact(q_absorbed, q_rotary, latent, k_rotary, visible):
-    """In float64, from latents [b t c], keys [b t r] and a mask [b s t]; a query that may look nowhere gives zeros."""
+    """In float64, from latents [b t c], keys [b t r] and a mask [b s t]; a query that sees no token gives zeros."""
     q_absorbed, q_rotary, latent, k_rotary = (x.double() for x in (q_absorbed, q_rotary, latent, k_rotary))
     scores = torch.einsum("bshc,btc->bsht", q_absorbed, latent) + torch.einsum("bshr,btr->bsht", q_rotary, k_rotary)
     weights = (scores * SCALE).masked_fill(~visible[:, :, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
@@ -38,7 +38,7 @@ def causal(b, s, t, held=None, first=None):
 
 def random_queries(b, s, h, c, r, dtype=torch.float32):
     torch.manual_seed(b + s + h + c)
-    # as they come out of a product by heads, and as a slice of something wider
+    # strided as a product by heads leaves them, and as a slice of a wider tensor
     q_absorbed = torch.randn(h, b, s, c, device=DEVICE).to(dtype).permute(1, 2, 0, 3)
     return q_absorbed, torch.randn(b, s, h, r + 24, device=DEVICE).to(dtype)[..., 24:]
 
@@ -154,7 +154,7 @@ def test_codes_and_elements_of_no_token_behind_length_are_read(bits, held):
 
 
 @pytest.mark.parametrize("splits", [2, 63, 65, 130], ids="splits{}".format)
-def test_however_many_splits_are_combined_into_the_same(splits, monkeypatch):
+def test_any_number_of_splits_gives_the_same_result(splits, monkeypatch):
     monkeypatch.setattr("deepseek_latent.kernels.gpu.triton_attention.num_splits", lambda *_: splits)
     queries, rows = random_queries(1, 1, 3, 40, 8), random_rows(1, 16 * splits - 5, 40, 8)
     pairs = [[x] for x in rows.split((40, 8), dim=-1)]

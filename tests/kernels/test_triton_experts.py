@@ -11,7 +11,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from torch.nn import functional as F
 
-from deepseek_latent.kernels.cpu.int8 import rounded
+from deepseek_latent.experts.codec import pack
 from deepseek_latent.kernels.gpu import triton_experts
 from deepseek_latent.kernels.gpu.triton_experts import Plan
 from deepseek_latent.kernels.gpu.triton_tiles import Tiles
@@ -30,7 +30,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def choices(m, e=E, k=K):
-    """Lopsided: low experts are chosen by most tokens, and the last by none."""
+    """Lopsided choices: most tokens choose low experts, and none chooses the last one."""
     scores = torch.rand(m, e, device=DEVICE) + torch.linspace(1, 0, e, device=DEVICE)
     scores[:, -1] = -1
     return scores.topk(k).indices
@@ -62,6 +62,12 @@ def assert_near(out, truth, dtype):
     assert out.dtype == dtype
     error = (out.double() - truth).norm() / truth.norm()
     assert error < BUDGET[dtype], f"relative error {error:.2e}"
+
+
+def packed_by_rows(weight):
+    """int8 codes and one float32 scale per row."""
+    codes, scales = pack(weight.float(), bits=8, group=None)
+    return codes, scales[..., 0].contiguous()
 
 
 @PLANS
@@ -111,7 +117,7 @@ def test_experts_of_another_rank_add_nothing(elsewhere, plan):
 
 @PLANS
 @pytest.mark.parametrize("m", [1, 4], ids="m{}".format)
-def test_what_nobody_chose_and_what_lies_beside_is_not_read(m, plan):
+def test_experts_that_nobody_chose_and_memory_around_the_inputs_are_not_read(m, plan):
     x, gate_up, down, chosen, weights, shared = inputs(m, torch.float32)
     truth = exact(x, gate_up, down, chosen, weights, shared)
     unused = [e for e in range(E) if e not in chosen.flatten().tolist()]
@@ -125,8 +131,8 @@ def test_what_nobody_chose_and_what_lies_beside_is_not_read(m, plan):
 @pytest.mark.parametrize("m", [1, 4], ids="m{}".format)
 def test_int8_weights_are_multiplied_by_their_scales(m, plan):
     x, gate_up, down, chosen, weights, shared = inputs(m, torch.float32)
-    (in_codes, in_scales), (out_codes, out_scales) = rounded(gate_up), rounded(down)
-    codes, factors = zip(*map(rounded, shared))
+    (in_codes, in_scales), (out_codes, out_scales) = packed_by_rows(gate_up), packed_by_rows(down)
+    codes, factors = zip(*map(packed_by_rows, shared))
     out = triton_experts.experts(
         x, in_codes, out_codes, chosen, weights, codes, (in_scales, out_scales), factors, plan=plan
     )
@@ -148,7 +154,7 @@ def test_the_same_tokens_give_the_same_bits(plan):
 def test_mlp_is_swiglu_plus_residual(is_int8, m, plan, monkeypatch):
     monkeypatch.setattr(triton_experts, "PIECE", 20)
     x, shared, residual = random(m, D), inputs(1, torch.float32)[-1], random(m, D)
-    codes, scales = zip(*map(rounded, shared)) if is_int8 else (shared, None)
+    codes, scales = zip(*map(packed_by_rows, shared)) if is_int8 else (shared, None)
     out = triton_experts.mlp(x, *codes, scales=scales, residual=residual, plan=plan)
     weights = [c.double() * s.double()[:, None] for c, s in zip(codes, scales)] if is_int8 else shared
     assert_near(out, swiglu(x.double(), *(w.double() for w in weights)) + residual, torch.float32)

@@ -1,4 +1,4 @@
-"""How many launches a decoder layer takes on a GPU: what a decoded token costs there before anything is computed."""
+"""How many launches a decoder layer takes on a GPU, which bounds the time of a decoded token from below."""
 
 import collections
 import os
@@ -14,12 +14,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.interpreter import GridExecutor
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat.torch import become
+from deepseek_latent.compat.bound_functions import bind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from tests.support import LITE, random_ids, tiny_model
 
-# operations that start nothing on a device, since they make views or take memory
+# operations that start nothing on a device, because they make views or allocate memory
 NO_LAUNCH = {"alias", "as_strided", "detach", "empty", "empty_strided", "expand", "new_empty", "permute", "select"}
 NO_LAUNCH |= {
     "promote_types",
@@ -69,7 +69,7 @@ def test_a_layer_with_experts_takes_few_launches(overrides, tokens, most, monkey
         model = tiny_model(**overrides | {"num_hidden_layers": num_layers})
         for module in model.modules():
             if type(module) is DeepseekV2DecoderLayer:
-                become(module, gpu_layers.GpuDecoderLayer)
+                bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
         cache, ids = LatentCache(model.config, max_cache_len=24), random_ids(tokens, 12)
         model(ids[:, :11], cache=cache)
         kernels.clear()

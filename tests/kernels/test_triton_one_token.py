@@ -1,4 +1,4 @@
-"""The kernels of a single token and the layer made of them, on a GPU or, with TRITON_INTERPRET=1, on the CPU."""
+"""The kernels of a single token and the layer that uses them, on a GPU or, with TRITON_INTERPRET=1, on the CPU."""
 
 import os
 
@@ -13,7 +13,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from deepseek_latent import LatentCache  # noqa: E402
 from deepseek_latent.cache.format import latent_format  # noqa: E402
-from deepseek_latent.compat.torch import become  # noqa: E402
+from deepseek_latent.compat.bound_functions import bind  # noqa: E402
 from deepseek_latent.kernels.gpu import layers as gpu_layers  # noqa: E402
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token  # noqa: E402
 from deepseek_latent.kernels.gpu import triton_experts, triton_project  # noqa: E402
@@ -44,7 +44,7 @@ def assert_near(out, truth, dtype):
 
 
 def exact_norm(x, norm):
-    """Rounded to the dtype of x, as the module rounds it, and then exact again."""
+    """The exact norm, rounded to the dtype of x as the module rounds it, in float64."""
     return nn.functional.rms_norm(x.double(), norm.weight.shape, norm.weight.double(), EPS).to(x.dtype).double()
 
 
@@ -74,7 +74,7 @@ def test_a_product_adds_its_residual_and_rounds_once(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_router_logits_are_float32(dtype):
     x, norm, weight = random(1, 72, dtype=dtype), Norm(random(72, dtype=dtype), EPS), random(12, 72, dtype=dtype)
-    (out,) = project(x, [weight], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER)
+    (out,) = project(x, [weight], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER_TILES)
     assert out.dtype == torch.float32
     assert_near(out, rms_norm(x, *norm).double() @ weight.double().T, torch.float32)
 
@@ -89,8 +89,10 @@ def test_overlapping_launches_give_the_same_bytes():
         x = first
         for norm in norms:
             (x,) = project(x, [square], norm, x, overlap=overlap)
-            (logits,) = project(x, [router], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER, overlap=overlap)
-            chosen = choose(logits, 6, 1, 1, normalise=True, scaling_factor=1.0, overlap=overlap)
+            (logits,) = project(
+                x, [router], norm, dtype=torch.float32, tiles=gpu_one_token.ROUTER_TILES, overlap=overlap
+            )
+            chosen = choose(logits, 6, 1, 1, normalize=True, scaling_factor=1.0, overlap=overlap)
         results.append((x, logits, *chosen))
     assert all(torch.equal(*pair) for pair in zip(*results))
 
@@ -120,7 +122,7 @@ def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, on_device):
 @DTYPES
 @pytest.mark.parametrize("held", [1, 40, 133], ids="held{}".format)
 @pytest.mark.parametrize("per_split", [16, 1000], ids="per_split{}".format)
-def test_expansion_combines_splits_by_the_way(per_split, held, dtype):
+def test_expansion_combines_splits_in_the_same_launch(per_split, held, dtype):
     h, c, r, v = 3, 40, 8, 21
     cut = Tiling(rows=16, tokens=16, num_warps=4, num_stages=2, programs_per_sm=1, tokens_per_split=per_split)
     queries = random(1, 1, h, c, dtype=dtype), random(1, 1, h, r, dtype=dtype)
@@ -137,7 +139,7 @@ def test_expansion_combines_splits_by_the_way(per_split, held, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [40, 1100], ids="d{}".format)
-def test_experts_norm_their_input_by_the_way(d, dtype):
+def test_experts_normalize_their_input_in_the_same_launch(d, dtype):
     x, norm, residual = random(1, d, dtype=dtype), Norm(random(d, dtype=dtype), EPS), random(1, d, dtype=dtype)
     shared = random(11, d, dtype=dtype), random(11, d, dtype=dtype), random(d, 11, dtype=dtype)
     stacked = random(5, 12, d, dtype=dtype), random(5, d, 6, dtype=dtype)
@@ -159,7 +161,7 @@ def optimized(**overrides):
     model = tiny_model(**TWO_LAYERS | overrides).to(DEVICE)
     for module in list(model.modules()):
         if type(module) is DeepseekV2DecoderLayer:
-            become(module, gpu_layers.GpuDecoderLayer)
+            bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
     return model
 
 
@@ -173,9 +175,9 @@ MODELS = pytest.mark.parametrize(
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each half of a layer went the short way."""
+    """Counts how often each half of a layer took the short way, that of a single token."""
     monkeypatch.setattr(gpu_layers, "DEVICES", ("cuda", "cpu"))
-    # the interpreter takes a program at a time
+    # the interpreter runs one program at a time, so fewer programs are faster
     monkeypatch.setattr(triton_experts, "VECTOR", Plan(Tiles(8, 128, 4, 1), Tiles(8, 128, 4, 1)))
     monkeypatch.setattr(triton_project, "tiles_for", lambda width: Tiles(8, 128, 4, 1))
     counts = {}
@@ -196,7 +198,7 @@ def counted(monkeypatch):
 
 
 def steps(model, ids, cache, mask=None):
-    """Logits of the tokens after the prompt, one at a time; a static cache's last one as it is recorded."""
+    """Logits of the tokens after the prompt, one at a time; the last step over a static cache runs as if captured."""
     out = []
     with torch.no_grad():
         for first, last in ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, ids.shape[1]))):
@@ -247,7 +249,7 @@ def test_padding_is_hidden_from_a_token(counted):
     ("part", "half"),
     [("self_attn.o_proj", "attended_by_one_token"), ("mlp.shared_experts.up_proj", "fed_forward_by_one_token")],
 )
-def test_whoever_watches_a_part_sees_it_called(part, half, counted):
+def test_a_hook_on_a_part_sees_it_called(part, half, counted):
     model, ids = optimized(), random_ids(1, PROMPT + 1).to(DEVICE)
     calls = []
     model.model.layers[-1].get_submodule(part).register_forward_hook(lambda *args: calls.append(1))

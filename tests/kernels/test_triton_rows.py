@@ -28,14 +28,14 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    """Lopsided along the last two axes."""
+    """Random numbers whose scale grows along the last axis."""
     generator = torch.Generator().manual_seed(seed)
     slope = torch.linspace(0.5, 2.0, shape[-1])
     return (torch.randn(*shape, generator=generator) * slope).to(DEVICE, dtype)
 
 
 def within_a_rounding(out, exact):
-    """Half a unit in the last place and what float32 sums lose."""
+    """Asserts an error within half a unit in the last place, plus the error of float32 sums."""
     error = (out.double() - exact).abs()
     budget = exact.abs() * (torch.finfo(out.dtype).eps * 0.5 + 1e-6) + torch.finfo(out.dtype).tiny
     assert out.isfinite().all()
@@ -56,7 +56,7 @@ def test_sum_is_torchs_and_norm_is_of_the_rounded_sum(m, d, dtype):
 
 
 @DTYPES
-def test_norm_reads_rows_where_they_lie_and_nothing_beside_them(dtype):
+def test_norm_reads_rows_of_a_view_and_nothing_around_them(dtype):
     memory = torch.full((2, 3, 80), float("nan"), device=DEVICE, dtype=dtype)
     memory[:, -1, :72] = random(2, 72, dtype=dtype)
     x, weight = memory[:, -1:, :72], random(72, dtype=dtype, seed=1)
@@ -65,14 +65,14 @@ def test_norm_reads_rows_where_they_lie_and_nothing_beside_them(dtype):
     within_a_rounding(normed, exact_norm(x, weight))
 
 
-def test_norm_of_zeros_is_zeros_and_of_no_rows_is_none():
+def test_norm_of_zeros_is_zeros_and_norm_of_no_rows_has_no_rows():
     weight = random(24)
     assert torch.equal(rms_norm(torch.zeros(2, 24, device=DEVICE), weight, EPS), torch.zeros(2, 24, device=DEVICE))
     assert add_rms_norm(*[torch.zeros(0, 24, device=DEVICE)] * 2, weight, EPS)[1].shape == (0, 24)
 
 
 class Layer:
-    """Inputs of one attention layer; queries and compressed are views beside NaN."""
+    """Inputs of one attention layer; `queries` and `compressed` are views with NaN around them."""
 
     def __init__(self, b, s, dtype, h=3, n=16, r=8, c=40, one_position_for_all=False):
         self.n, self.r, self.c = n, r, c
@@ -144,7 +144,7 @@ def test_rows_are_those_of_the_format_and_no_other_row_changes(c, bits, start, o
 
 
 @pytest.mark.parametrize("bits", [8, 4], ids="bits{}".format)
-def test_latents_of_zeros_and_of_one_large_element_are_coded_as_the_format_codes_them(bits):
+def test_latents_of_zeros_and_of_one_large_element_get_the_codes_of_the_format(bits):
     layer = Layer(1, 2, torch.bfloat16, c=300)
     layer.compressed[0, 0] = 0
     layer.compressed[0, 1, :300] = 0
@@ -155,7 +155,7 @@ def test_latents_of_zeros_and_of_one_large_element_are_coded_as_the_format_codes
     assert torch.equal(rows, format.encode(*norm_rotate(*layer.arguments())))
 
 
-def test_what_would_reach_past_the_buffer_is_not_written():
+def test_rows_past_the_end_of_the_buffer_are_not_written():
     layer = Layer(1, 3, torch.float32)
     memory = torch.full((1, 6, layer.c + layer.r), 77.0, device=DEVICE)
     norm_rotate_write(*layer.arguments(), memory[:, :4], torch.tensor([3], device=DEVICE))
@@ -163,7 +163,7 @@ def test_what_would_reach_past_the_buffer_is_not_written():
     assert (memory[:, 4:] == 77).all()
 
 
-def gate(e, k, n_group=1, topk_group=1, normalise=False, d=72):
+def gate(e, k, n_group=1, topk_group=1, normalize=False, d=72):
     config = DeepseekV2Config(
         hidden_size=d,
         n_routed_experts=e,
@@ -171,8 +171,8 @@ def gate(e, k, n_group=1, topk_group=1, normalise=False, d=72):
         topk_method="group_limited_greedy" if n_group > 1 else "greedy",
         n_group=n_group,
         topk_group=topk_group,
-        norm_topk_prob=normalise,
-        routed_scaling_factor=16.0 if not normalise else 1.0,
+        norm_topk_prob=normalize,
+        routed_scaling_factor=16.0 if not normalize else 1.0,
     )
     module = DeepseekV2MoEGate(config).to(DEVICE).requires_grad_(False)
     module.weight.copy_(random(e, d, seed=5) * 0.1)
@@ -186,7 +186,7 @@ def routed(module, x):
         module.num_experts_per_tok,
         module.n_group if module.is_grouped else 1,
         module.topk_group if module.is_grouped else 1,
-        normalise=module.normalizes_gates,
+        normalize=module.normalizes_gates,
         scaling_factor=module.routed_scaling_factor,
     )
 
@@ -197,7 +197,7 @@ def routed(module, x):
     "options",
     [
         {"e": 12, "k": 3},
-        {"e": 64, "k": 6, "normalise": True},
+        {"e": 64, "k": 6, "normalize": True},
         {"e": 12, "k": 3, "n_group": 4, "topk_group": 2},
         {"e": 20, "k": 5, "n_group": 4, "topk_group": 1, "d": 1100},
         {"e": 160, "k": 6, "n_group": 8, "topk_group": 3},
@@ -209,7 +209,7 @@ def test_route_chooses_as_the_gate(options, m, dtype):
     x = random(m, module.weight.shape[1], dtype=dtype)
     logits, weights, experts = routed(module, x)
     exact = x.double() @ module.weight.double().T
-    # products that cancel are measured by what they are summed from
+    # sums that cancel are measured against the sum of magnitudes
     budget = 1e-6 * (x.double().abs() @ module.weight.double().abs().T)
     assert ((logits - exact).abs() <= budget).all()
     expected_weights, expected = module.choose(logits)
@@ -231,7 +231,7 @@ def test_many_tokens_get_the_same_logits_from_matrix_units(m, dtype):
     assert ((split_logits(x[:33], weight) - exact[:33]).abs() <= budget[:33]).all()
 
 
-def test_route_reads_nothing_beside_its_inputs():
+def test_route_reads_nothing_around_its_inputs():
     module = gate(e=12, k=3)
     memory = torch.full((5, 80), float("nan"), device=DEVICE)
     memory[1:4, :72] = random(3, 72)
@@ -244,23 +244,23 @@ def test_route_reads_nothing_beside_its_inputs():
 def test_lowest_expert_wins_a_tie_and_lowest_group_too():
     logits = torch.zeros(2, 12, device=DEVICE)
     logits[1, 7] = 1.0
-    choice = {"normalise": False, "scaling_factor": 1.0}
+    choice = {"normalize": False, "scaling_factor": 1.0}
     assert choose(logits, 3, 1, 1, **choice)[1].tolist() == [[0, 1, 2], [7, 0, 1]]
     assert choose(logits, 4, 4, 2, **choice)[1].tolist() == [[0, 1, 2, 3], [7, 0, 1, 2]]
 
 
 def test_kept_groups_are_those_of_the_best_single_expert():
     logits = torch.tensor([[1.0, 1, 1, 0, 2, 0, 0.9, 0.9, 0.9]], device=DEVICE)
-    _, experts = choose(logits, 3, 3, 1, normalise=False, scaling_factor=1.0)
+    _, experts = choose(logits, 3, 3, 1, normalize=False, scaling_factor=1.0)
     assert experts.tolist() == [[4, 3, 5]]
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)], ids=str)
-def test_nan_among_the_logits_makes_the_weights_nan_and_the_experts_some_that_exist(groups):
+def test_nan_among_the_logits_makes_the_weights_nan_and_the_experts_still_exist(groups):
     logits = random(3, 12)
     logits[1, 5] = float("nan")
     logits[2] = float("-inf")
-    weights, experts = choose(logits, 3, *groups, normalise=False, scaling_factor=2.0)
+    weights, experts = choose(logits, 3, *groups, normalize=False, scaling_factor=2.0)
     assert weights[0].isfinite().all()
     assert weights[1:].isnan().all()
     assert (experts.sort(dim=-1).values.diff(dim=-1) > 0).all()

@@ -1,1 +1,1 @@
-"""Operators for CPUs, in C++ that is built at first use."""
+"""Operators for CPUs, written in C++ and built at first use."""

@@ -1,4 +1,6 @@
-// Attention of few queries over many cached latents, read once, where they lie; letters as in attention_tile.h.
+// Attention of few queries over many cached latents, which are read once, as they are stored.
+//
+// Letters are those of attention_tile.h.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -13,10 +15,10 @@
 
 namespace latent {
 
-constexpr int64_t FEWEST = 10 * TILE;  // cached tokens worth a part of their own
-constexpr int64_t PARTS = 4;  // per thread, so that none waits long for another
+constexpr int64_t MIN_TOKENS_PER_PART = 10 * TILE;
+constexpr int64_t PARTS_PER_THREAD = 4;  // several, so that no thread waits long for another
 
-// parts of one sequence as its result [s h c]
+// combines the parts of one sequence into its result [s h c]
 void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
   for (int64_t row = 0; row < p.rows; row++) {
     float largest = LOWEST, total = 0.0f, *sums = to + row * p.c;
@@ -28,7 +30,7 @@ void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
       total += parts[i].total.data()[row] * share;
       for (int64_t j = 0; j < p.c; j++) sums[j] += context[j] * share;
     }
-    // a query that may look nowhere gives zeros
+    // a query that sees no token gives zeros
     if (total > 0.0f)
       for (int64_t j = 0; j < p.c; j++) sums[j] /= total;
   }
@@ -37,8 +39,8 @@ void merge(const Problem& p, const Part* parts, int64_t num_parts, float* to) {
 // queries [b][rows][width], scaled, to context [b s h c]
 template <class Rows>
 void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, float* context) {
-  const int64_t wanted = ceil_div(PARTS * at::get_num_threads(), p.batch);
-  const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / FEWEST));
+  const int64_t wanted = ceil_div(PARTS_PER_THREAD * at::get_num_threads(), p.batch);
+  const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / MIN_TOKENS_PER_PART));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
   std::vector<Part> parts(p.batch * per_sequence, Part(p));
   share(parts.size(), 1, 1, [&](int64_t begin, int64_t end) {
@@ -59,7 +61,7 @@ void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, f
   });
 }
 
-// Absorbed queries [b s h c] in float32 and rotary ones [b s h r] side by side, scaled: [b][rows][width]
+// puts absorbed queries [b s h c] in float32 and rotary ones [b s h r] side by side, scaled: [b][rows][width]
 Aligned side_by_side(const Problem& p, const at::Tensor& absorbed, const at::Tensor& q_rotary, double scale) {
   const at::Tensor rotary = q_rotary.to(at::kFloat).contiguous();
   const float *from = absorbed.const_data_ptr<float>(), *from_rotary = rotary.const_data_ptr<float>();
@@ -74,7 +76,7 @@ Aligned side_by_side(const Problem& p, const at::Tensor& absorbed, const at::Ten
   return queries;
 }
 
-// what the arguments of `attend` say of the tokens
+// sets the tokens of a problem from the arguments of `attend`
 void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys, bool in_codes) {
   TORCH_CHECK_VALUE(latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as keys.");
   const at::ScalarType kind = latents[0].scalar_type();
@@ -83,9 +85,9 @@ void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys,
     TORCH_CHECK_VALUE(
         latent.stride(2) == 1 && rotary.stride(2) == 1 && rotary.size(2) == p.r && latent.scalar_type() == kind &&
             rotary.scalar_type() == (in_codes ? at::kBFloat16 : kind),
-        "expected latents and rotary keys of one kind, whose elements follow each other.");
+        "expected latents and rotary keys of one dtype, whose elements follow each other.");
     const int64_t a = latent.element_size(), b = rotary.element_size();
-    p.stretches.push_back(
+    p.segments.push_back(
         {static_cast<const char*>(latent.const_data_ptr()), static_cast<const char*>(rotary.const_data_ptr()),
          latent.stride(1) * a, rotary.stride(1) * b, latent.size(0) == 1 ? 0 : latent.stride(0) * a,
          rotary.size(0) == 1 ? 0 : rotary.stride(0) * b, p.tokens, p.tokens + latent.size(1)});
@@ -93,6 +95,7 @@ void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys,
   }
 }
 
+// sets the mask of a problem
 void read_mask(Problem& p, const at::Tensor& mask) {
   const std::array<int64_t, 4> sizes{p.batch, p.heads, p.queries, p.tokens};
   for (int i = 0; i < 4; i++)
@@ -103,10 +106,10 @@ void read_mask(Problem& p, const at::Tensor& mask) {
   for (int i = 0; i < 4; i++) p.mask_steps[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
 }
 
-// Absorbed queries [b s h c] in float32 and rotary ones [b s h r] over stretches of latents [b or 1, t', c] and rotary
-// keys [b or 1, t', r]: the weighted sums of latents [b s h c]. Of latents in `bits` ("8", "6", "5", "4" or "fp8") the
-// bytes of codes and scales are given, with rotary keys in bfloat16. The mask is added to scores, -inf where a query may
-// not look; none is causal.
+// Absorbed queries [b s h c] in float32 and rotary ones [b s h r] attend to segments of latents [b or 1, t', c] and rotary
+// keys [b or 1, t', r]; the result is the weighted sums of latents [b s h c]. If latents are stored in `bits` ("8", "6", "5",
+// "4" or "fp8"), they are the bytes of codes and scales, and rotary keys are in bfloat16. The mask is added to scores and is
+// -inf where a query may not look; without a mask, attention is causal.
 at::Tensor attend(
     const at::Tensor& absorbed, const at::Tensor& q_rotary, at::TensorList latents, at::TensorList rotary_keys,
     double scale, const std::optional<at::Tensor>& mask, c10::string_view bits) {
@@ -136,7 +139,7 @@ at::Tensor attend(
   return context;
 }
 
-// The same between projections: q_content [b s h n] absorbed by w_uk [h n c] before, and w_uv [h v c] applied to what comes:
+// `attend` between projections: w_uk [h n c] absorbs q_content [b s h n] before it, and w_uv [h v c] expands its result:
 // [b s h v] in the dtype of the weights
 at::Tensor attention(
     const at::Tensor& q_content, const at::Tensor& q_rotary, const at::Tensor& w_uk, const at::Tensor& w_uv,

@@ -1,8 +1,8 @@
-// Some rows look at some cached tokens: the inner part of attention over a cache.
+// The inner part of attention over a cache: sixteen rows attend to one tile of tokens.
 //
-// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r. A row is one
-// head of one query token: all rows read the same latents. Tokens are widened to float32 a few at a time and pass twice,
-// for scores and for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
+// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r. A row is one head of
+// one query token; all rows read the same latents. A tile of tokens is widened to float32 and used twice, for the scores and
+// for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,14 @@
 
 namespace latent {
 
-constexpr int64_t TILE = 48;  // cached tokens that pass together, a multiple of SCORED
-// What a product keeps in registers: 24 sums, so that ten loads serve 24 products. Scores have few rows, whose queries
-// come from the second cache; sums of latents many, since there it is the tokens that do.
-constexpr int64_t SCORED = 6, SCORED_ROWS = 4;  // tokens, rows
-constexpr int64_t WEIGHTED = 3, WEIGHTED_ROWS = 8;  // vectors of a token, rows
+constexpr int64_t TILE = 48;  // cached tokens of a tile, a multiple of SCORED_TOKENS
+// Blocks that keep 24 sums in registers, so that ten loads serve 24 products. A block of scores has few rows, because queries
+// come from the second-level cache; a block of weighted sums has many, because there the tokens do.
+constexpr int64_t SCORED_TOKENS = 6, SCORED_ROWS = 4;
+constexpr int64_t WEIGHTED_VECTORS = 3, WEIGHTED_ROWS = 8;  // vectors of a token, rows
 
-// Tokens one after the other, of all sequences or, where a sequence takes no step, common to them. Steps in bytes.
-struct Stretch {
+// Consecutive tokens of all sequences, which share them if the step of a sequence is 0. Steps are in bytes.
+struct Segment {
   const char *latent, *rotary;
   int64_t latent_step, rotary_step, latent_sequence, rotary_sequence;
   int64_t first, end;
@@ -28,16 +28,17 @@ struct Stretch {
 
 struct Problem {
   int64_t batch, queries, heads, rows, padded_rows, tokens, c, r;
-  const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps, or null: the last query sees all
+  const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps; null means that attention is causal
   int64_t mask_steps[4];
-  std::vector<Stretch> stretches;
+  std::vector<Segment> segments;
 
   // in whole vectors
   int64_t width() const { return ceil_div(c + r, LANES) * LANES; }
   int64_t latent_width() const { return ceil_div(c, LANES) * LANES; }
 };
 
-// What some tokens gave: per row the largest score, and total and weighted sum in units of exp(that score).
+// The result over a part of the tokens: per row the largest score, and the sum of weights and the weighted sum of latents, both
+// relative to exp(largest).
 struct Part {
   Aligned largest, total, context;  // [rows], [rows], [rows][latent_width]
 
@@ -47,13 +48,13 @@ struct Part {
   }
 };
 
-// At most TILE tokens, where they lie.
+// Addresses of at most TILE tokens.
 struct Tokens {
   int64_t count = 0;
   const char *latent[TILE], *rotary[TILE];
 
   Tokens(const Problem& p, int64_t sequence, int64_t first, int64_t last) {
-    for (const Stretch& s : p.stretches)
+    for (const Segment& s : p.segments)
       for (int64_t token = std::max(first, s.first); token < std::min({first + TILE, last, s.end}); token++) {
         latent[count] = s.latent + sequence * s.latent_sequence + (token - s.first) * s.latent_step;
         rotary[count++] = s.rotary + sequence * s.rotary_sequence + (token - s.first) * s.rotary_step;
@@ -61,24 +62,24 @@ struct Tokens {
   }
 };
 
-// Asks for tokens that will be read next, a little in every step, so that memory works while the CPU multiplies.
-struct Demand {
+// Prefetches the next tokens, a little in every step, so that memory works while the CPU multiplies.
+struct Prefetcher {
   const Tokens& tokens;
-  int64_t bytes, per_step, asked = 0;
+  int64_t bytes, per_step, done = 0;
 
-  Demand(const Tokens& tokens, int64_t bytes, int64_t steps)
+  Prefetcher(const Tokens& tokens, int64_t bytes, int64_t steps)
       : tokens(tokens), bytes(bytes), per_step(ceil_div(ceil_div(bytes, 64), steps) * 64) {}
   void step(int64_t token) const {
-    // into the second cache, since the first has what is worked with
+    // into the second-level cache, because the first one holds what is being computed with
     if (token < tokens.count)
-      for (int64_t i = asked; i < std::min(asked + per_step, bytes); i += 64)
+      for (int64_t i = done; i < std::min(done + per_step, bytes); i += 64)
         __builtin_prefetch(tokens.latent[token] + i, 0, 2);
   }
 };
 
-// scores [count][16] of sixteen rows with -inf where a row may not look
-inline void hide(const Problem& p, int64_t sequence, int64_t first_row, int64_t first, int64_t count, float* scores) {
-  // only the last tokens can lie in some query's future
+// sets scores [count][16] of sixteen rows to -inf where a row may not look
+inline void apply_mask(const Problem& p, int64_t sequence, int64_t first_row, int64_t first, int64_t count, float* scores) {
+  // only the last tokens can lie in the future of a query
   if (!p.mask && first + count <= p.tokens - p.queries + 1) return;
   for (int64_t i = 0; i < LANES && first_row + i < p.rows; i++) {
     const int64_t query = (first_row + i) / p.heads, head = (first_row + i) % p.heads;
@@ -93,18 +94,18 @@ inline void hide(const Problem& p, int64_t sequence, int64_t first_row, int64_t 
   }
 }
 
-// scores [SCORED][16] of SCORED_ROWS queries and SCORED tokens, all of `width`
+// scores [SCORED_TOKENS][16] of SCORED_ROWS queries and SCORED_TOKENS tokens of this width
 inline void score(const float* queries, const float* tokens, int64_t width, float* scores) {
-  Floats sums[SCORED][SCORED_ROWS] = {};
+  Floats sums[SCORED_TOKENS][SCORED_ROWS] = {};
   for (int64_t i = 0; i < width; i += LANES) {
     Floats query[SCORED_ROWS];
     for (int row = 0; row < SCORED_ROWS; row++) query[row] = load<Floats>(queries + row * width + i);
-    for (int t = 0; t < SCORED; t++) {
+    for (int t = 0; t < SCORED_TOKENS; t++) {
       const Floats token = load<Floats>(tokens + t * width + i);
       for (int row = 0; row < SCORED_ROWS; row++) sums[t][row] += query[row] * token;
     }
   }
-  for (int t = 0; t < SCORED; t += 2) {
+  for (int t = 0; t < SCORED_TOKENS; t += 2) {
     float totals[LANES];
     store(totals, sums_of_eight(sums[t]));
     for (int k = 0; k < 2; k++)
@@ -116,7 +117,7 @@ inline void score(const float* queries, const float* tokens, int64_t width, floa
 template <int V>
 inline void add_weighted(
     const float* weights, const float* tokens, int64_t width, int64_t count, float* context, int64_t context_width,
-    const Demand& next) {
+    const Prefetcher& next) {
   Floats sums[WEIGHTED_ROWS][V];
   for (int row = 0; row < WEIGHTED_ROWS; row++)
     for (int v = 0; v < V; v++) sums[row][v] = load<Floats>(context + row * context_width + v * LANES);
@@ -131,23 +132,23 @@ inline void add_weighted(
     for (int v = 0; v < V; v++) store(context + row * context_width + v * LANES, sums[row][v]);
 }
 
-// Sixteen rows look at the tokens of a tile, which are widened to `tile` where these rows are the first.
+// Sixteen rows attend to a tile of tokens, which the first sixteen rows widen into `tile`.
 template <class Rows>
 void attend_to_tile(
     const Problem& p, const Rows& rows, int64_t sequence, int64_t first_row, int64_t first, const Tokens& tokens,
     const Tokens& next, const float* queries, float* tile, Part& part) {
   alignas(64) float scores[TILE * LANES] = {};
   const int64_t width = p.width(), context_width = p.latent_width(), present = std::min(LANES, p.rows - first_row);
-  // tokens and rows behind the last are computed with and not used
-  for (int64_t t = 0; t < tokens.count; t += SCORED) {
-    for (int64_t k = t; first_row == 0 && k < std::min(t + SCORED, tokens.count); k++) {
+  // tokens and rows after the last one are computed and not used
+  for (int64_t t = 0; t < tokens.count; t += SCORED_TOKENS) {
+    for (int64_t k = t; first_row == 0 && k < std::min(t + SCORED_TOKENS, tokens.count); k++) {
       rows.read(tokens.latent[k], tile + k * width);
       widen_row(reinterpret_cast<const typename Rows::Rotary*>(tokens.rotary[k]), p.r, tile + k * width + p.c);
     }
     for (int64_t row = 0; row < present; row += SCORED_ROWS)
       score(queries + (first_row + row) * width, tile + t * width, width, scores + t * LANES + row);
   }
-  hide(p, sequence, first_row, first, tokens.count, scores);
+  apply_mask(p, sequence, first_row, first, tokens.count, scores);
 
   float* const largest_before = part.largest.data() + first_row;
   Floats largest = load<Floats>(largest_before);
@@ -167,15 +168,17 @@ void attend_to_tile(
   if (sum(kept) < LANES)
     for (int64_t row = 0; row < LANES; row++)
       for (int64_t i = 0; i < context_width; i++) context[row * context_width + i] *= kept[row];
-  const int64_t steps = ceil_div(context_width, WEIGHTED * LANES) * ceil_div(present, WEIGHTED_ROWS);
-  Demand demand(next, first_row == 0 ? rows.bytes() + p.r * sizeof(typename Rows::Rotary) : 0, steps);
-  for (int64_t i = 0; i < context_width; i += WEIGHTED * LANES)
+  const int64_t steps = ceil_div(context_width, WEIGHTED_VECTORS * LANES) * ceil_div(present, WEIGHTED_ROWS);
+  Prefetcher prefetcher(next, first_row == 0 ? rows.bytes() + p.r * sizeof(typename Rows::Rotary) : 0, steps);
+  for (int64_t i = 0; i < context_width; i += WEIGHTED_VECTORS * LANES)
     for (int64_t row = 0; row < present; row += WEIGHTED_ROWS) {
       float* to = context + row * context_width + i;
       const int64_t vectors = (context_width - i) / LANES;
-      const auto add = vectors >= WEIGHTED ? add_weighted<WEIGHTED> : vectors == 2 ? add_weighted<2> : add_weighted<1>;
-      add(scores + row, tile + i, width, tokens.count, to, context_width, demand);
-      demand.asked += demand.per_step;
+      const auto add = vectors >= WEIGHTED_VECTORS ? add_weighted<WEIGHTED_VECTORS>
+                       : vectors == 2              ? add_weighted<2>
+                                                   : add_weighted<1>;
+      add(scores + row, tile + i, width, tokens.count, to, context_width, prefetcher);
+      prefetcher.done += prefetcher.per_step;
     }
 }
 

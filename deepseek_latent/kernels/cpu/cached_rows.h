@@ -1,5 +1,5 @@
-// Latents as a cache stores them, to float32: as they are, in 8, 6, 5 or 4 bits, in fp8. The layout of codes is that of
-// latent_format.py; what follows the codes of a row is one scale per plane of 128 elements.
+// Converts latents, as a cache stores them, to float32: plain ones, or codes in 8, 6, 5 or 4 bits or fp8. cache/format.py
+// says how codes are laid out; after the codes of a row follows one scale per plane of 128 elements.
 #pragma once
 
 #include <numeric>
@@ -28,7 +28,7 @@ struct Integers {
   int64_t first_scale() const { return ceil_div(code_plane * byte_planes, 4) * 4; }
   int64_t bytes() const { return first_scale() + ceil_div(c, PLANE) * sizeof(c10::BFloat16); }
 
-  // element i of code plane p, or sixteen from there on; Byte(plane) gives what stands at i in a byte plane
+  // element i of code plane p, or sixteen elements from i on; byte(k) gives the byte, or the bytes, at i in byte plane k
   template <class Code, class Byte>
   Code code(int64_t p, Byte byte) const {
     if (p < byte_planes) return byte(p) & ((1 << bits) - 1);
@@ -44,7 +44,7 @@ struct Integers {
     const float middle = 0.5f - (1 << (bits - 1));
     for (int64_t p = 0; p * code_plane < c; p++) {
       const int64_t start = p * code_plane, count = std::min(code_plane, c - start);
-      // sixteen that share a scale at a time, where planes are whole numbers of sixteen
+      // sixteen elements that share a scale at a time, if planes are multiples of sixteen
       const int64_t whole = code_plane % LANES ? 0 : count / LANES * LANES;
       for (int64_t i = 0; i < whole; i += LANES) {
         const auto byte = [&](int64_t k) { return widen_words(load<UnsignedBytes>(codes + k * code_plane + i)); };
@@ -65,7 +65,7 @@ struct Float8 {
   int64_t first_scale() const { return ceil_div(c, 4) * 4; }
   int64_t bytes() const { return first_scale() + ceil_div(c, PLANE) * sizeof(float); }
 
-  // the bits of e4m3 are those of a float32 whose exponent is 120 less
+  // shifted into a float32, the bits of an e4m3 have an exponent that is 120 too small
   static Floats decode(UnsignedBytes codes) {
     const Words words = (Words)widen_words(codes);
     return (Floats)((words & 0x80) << 24 | (words & 0x7f) << 20) * 0x1p120f;

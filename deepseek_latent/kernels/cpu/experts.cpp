@@ -1,4 +1,4 @@
-// SwiGLU, down(act(gate x) * up x), of one layer or of the chosen experts, all weights in two passes.
+// SwiGLU, down(act(gate x) * up x), of one layer or of the chosen experts, with all weights in two passes.
 //
 // Letters: m tokens, e experts, d model width, f inner width of one expert or of what all tokens share.
 
@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -13,34 +14,29 @@
 
 namespace latent {
 
-// What one SwiGLU has to do for at most MANY tokens: its weights with the scales of int8 ones, which tokens, how much of
-// each, and what it knows of them on the way.
-template <class T>
+// One SwiGLU of at most MAX_TOKENS tokens: its weights, which tokens it is for, and how much its result weighs for each.
+template <class R>
 struct Work {
   int64_t f;
-  const T *gate, *up, *down;                              // [f d], [f d], [d f]
-  const float *gate_scales, *up_scales, *down_scales;     // [f], [f], [d], or null
+  R gate, up, down;  // [f d], [f d], [d f]
   std::vector<int64_t> tokens = {};
   std::vector<float> shares = {};
   std::vector<Inputs> steps = {};  // the tokens, then act(gate x) * up x
 };
 
-inline const float* from_row(const float* scales, int64_t row) { return scales ? scales + row : nullptr; }
-
-// which of a few works holds a block, where first[i] is the first of work i
+// the index of the work that a block belongs to; first[i] is the first block of work i
 inline int64_t work_of(int64_t block, const std::vector<int64_t>& first) {
   return std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
 }
 
 // x [m d] in bfloat16 or float32: the sum over all works [m d] in the same dtype
-template <class T>
-at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x) {
-  constexpr bool is_paired = std::is_same_v<T, c10::BFloat16>;
+template <class R>
+at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
   const int64_t m = x.size(0), d = x.size(1);
   share(works.size(), 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t count = works[i].tokens.size();
-      works[i].steps = {Inputs(count, d, is_paired), Inputs(count, works[i].f, is_paired)};
+      works[i].steps = {Inputs(count, d, R::is_bfloat16), Inputs(count, works[i].f, R::is_bfloat16)};
       with_floats(x, [&](auto* data) {
         works[i].steps[0].put([&](int64_t t) { return data + works[i].tokens[t] * x.stride(0); });
       });
@@ -48,28 +44,27 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x) {
   });
 
   std::vector<int64_t> blocks{0};
-  for (const Work<T>& work : works) blocks.push_back(blocks.back() + ceil_div(work.f, SOME_ROWS));
-  const int64_t most = rows_at_once(m) / SOME_ROWS;
-  // with many tokens a short piece would read all their inputs for a few rows
-  const int64_t least = m <= FEW ? 1 : most;
+  for (const Work<R>& work : works) blocks.push_back(blocks.back() + ceil_div(work.f, ROW_BLOCK));
+  const int64_t most = rows_at_once(m) / ROW_BLOCK;
+  // with many tokens, a short range would read all their inputs for a few rows
+  const int64_t least = m <= MAX_DOT_TOKENS ? 1 : most;
   share(blocks.back(), least, most, [&](int64_t begin, int64_t end) {
-    alignas(64) float gates[ROWS * MANY], ups[ROWS * MANY];
-    // what was handed out may end in the next work
+    alignas(64) float gates[TILE_ROWS * MAX_TOKENS], ups[TILE_ROWS * MAX_TOKENS];
+    // the range may end in a later work
     for (int64_t block = begin, until; block < end; block = until) {
       const int64_t i = work_of(block, blocks);
-      Work<T>& work = works[i];
+      Work<R>& work = works[i];
       until = std::min(end, blocks[i + 1]);
-      const int64_t first = (block - blocks[i]) * SOME_ROWS;
-      const int64_t count = std::min(first + (until - block) * SOME_ROWS, work.f) - first;
+      const int64_t first = (block - blocks[i]) * ROW_BLOCK;
+      const int64_t count = std::min(first + (until - block) * ROW_BLOCK, work.f) - first;
       const Inputs& tokens = work.steps[0];
-      multiply(work.gate + first * d, count, d, tokens, gates);
-      multiply(work.up + first * d, count, d, tokens, ups);
-      for (int64_t r = 0; r < count; r++)
-        for (int64_t i = r * tokens.m; i < (r + 1) * tokens.m; i++) {
-          gates[i] *= scale(work.gate_scales, first + r);
-          ups[i] *= scale(work.up_scales, first + r);
-        }
-      // a few behind the last are computed with and not used
+      multiply(work.gate.from(first), count, tokens, gates);
+      multiply(work.up.from(first), count, tokens, ups);
+      for (int64_t r = 0; r < count; r++) {
+        const float gate_scale = work.gate.scale(first + r), up_scale = work.up.scale(first + r);
+        for (int64_t i = r * tokens.m; i < (r + 1) * tokens.m; i++) gates[i] *= gate_scale, ups[i] *= up_scale;
+      }
+      // a few elements behind the last one are computed and not used
       for (int64_t i = 0; i < count * tokens.m; i += LANES) {
         const Floats gate = load<Floats>(gates + i), power = exp_of_negative(gate < 0.0f ? gate : -gate);
         const Floats sigmoid = (gate < 0.0f ? power : splat(1.0f)) / (1.0f + power);
@@ -81,21 +76,22 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x) {
   });
 
   at::Tensor y = at::empty({m, d}, x.options());
-  share(ceil_div(d, SOME_ROWS), 2 * least, 2 * most, [&](int64_t begin, int64_t end) {
-    const int64_t first_column = begin * SOME_ROWS, columns = std::min(end * SOME_ROWS, d) - first_column;
-    alignas(64) float sums[ROWS * MANY];
+  share(ceil_div(d, ROW_BLOCK), 2 * least, 2 * most, [&](int64_t begin, int64_t end) {
+    const int64_t first_column = begin * ROW_BLOCK, columns = std::min(end * ROW_BLOCK, d) - first_column;
+    alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
     std::vector<float> total(m * columns);
-    // a work's inputs stay at hand while all its rows pass
-    for (const Work<T>& work : works) {
+    // a work's inputs stay in the cache while all its rows pass
+    for (const Work<R>& work : works) {
       const Inputs& tokens = work.steps[1];
       const int64_t at_once = rows_at_once(tokens.m);
       for (int64_t first = 0; first < columns; first += at_once) {
         const int64_t row = first_column + first, count = std::min(at_once, columns - first);
-        multiply(work.down + row * work.f, count, work.f, tokens, sums);
+        const R rows = work.down.from(row);
+        multiply(rows, count, tokens, sums);
         for (int64_t t = 0; t < tokens.m; t++)
           for (int64_t r = 0; r < count; r++)
             total[work.tokens[t] * columns + first + r] +=
-                work.shares[t] * sums[r * tokens.m + t] * scale(work.down_scales, row + r);
+                work.shares[t] * sums[r * tokens.m + t] * rows.scale(r);
       }
     }
     with_floats(y, [&](auto* to) {
@@ -108,95 +104,94 @@ at::Tensor sum_of(std::vector<Work<T>> works, const at::Tensor& x) {
   return y;
 }
 
-// adds the chosen experts: gate_up [e 2f d], down [e d f], chosen [m k] int64, shares [m k] float32, and for int8 weights two
-// scales per row [e 2f], [e d]
-template <class T>
+// adds the chosen experts: rows of gate_up [e 2f d] and down [e d f], chosen [m k] int64, shares [m k] float32
+template <class R>
 void add_experts(
-    std::vector<Work<T>>& works, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& chosen,
-    const at::Tensor& shares, at::TensorList scales) {
-  const int64_t num_experts = down.size(0), d = down.size(1), f = down.size(2);
+    std::vector<Work<R>>& works, const R& gate_up, const R& down, at::IntArrayRef down_sizes, const at::Tensor& chosen,
+    const at::Tensor& shares) {
+  const int64_t num_experts = down_sizes[0], d = down_sizes[1], f = down_sizes[2];
   const at::Tensor in_order = chosen.contiguous(), shares_in_order = shares.contiguous();
   const int64_t* expert_of = in_order.const_data_ptr<int64_t>();
   const float* share_of = shares_in_order.const_data_ptr<float>();
-  const T *in = static_cast<const T*>(gate_up.const_data_ptr()), *out = static_cast<const T*>(down.const_data_ptr());
-  const float* in_scales = scales.empty() ? nullptr : scales[0].const_data_ptr<float>();
-  const float* out_scales = scales.empty() ? nullptr : scales[1].const_data_ptr<float>();
   std::vector<int64_t> place(num_experts, -1);
   for (int64_t i = 0; i < chosen.numel(); i++) {
     const int64_t expert = expert_of[i], row = expert * 2 * f;
     // expert parallelism marks the choices of other ranks by an index past the last expert
     if (expert >= num_experts) continue;
-    if (place[expert] < 0 || works[place[expert]].tokens.size() == MANY) {
+    if (place[expert] < 0 || works[place[expert]].tokens.size() == MAX_TOKENS) {
       place[expert] = works.size();
-      works.push_back(
-          {f, in + row * d, in + (row + f) * d, out + expert * d * f, from_row(in_scales, row),
-           from_row(in_scales, row + f), from_row(out_scales, expert * d)});
+      works.push_back({f, gate_up.from(row), gate_up.from(row + f), down.from(expert * d)});
     }
     works[place[expert]].tokens.push_back(i / chosen.size(1));
     works[place[expert]].shares.push_back(share_of[i]);
   }
 }
 
-// adds a SwiGLU that all m tokens pass: weights gate [f d], up [f d], down [d f], and for int8 ones three scales per row
-template <class T>
-void add_mlp(std::vector<Work<T>>& works, int64_t m, at::TensorList weights, at::TensorList scales) {
-  const int64_t f = weights[2].size(1);
-  const auto data = [&](int64_t i) { return static_cast<const T*>(weights[i].const_data_ptr()); };
-  const auto factors = [&](int64_t i) { return scales.empty() ? nullptr : scales[i].const_data_ptr<float>(); };
-  for (int64_t first = 0; first < m; first += MANY) {
-    const int64_t count = std::min(MANY, m - first);
-    works.push_back(
-        {f, data(0), data(1), data(2), factors(0), factors(1), factors(2), std::vector<int64_t>(count),
-         std::vector<float>(count, 1.0f)});
+// adds a SwiGLU that all m tokens pass: rows of gate [f d], up [f d] and down [d f]
+template <class R>
+void add_mlp(std::vector<Work<R>>& works, int64_t m, const R& gate, const R& up, const R& down, int64_t f) {
+  for (int64_t first = 0; first < m; first += MAX_TOKENS) {
+    const int64_t count = std::min(MAX_TOKENS, m - first);
+    works.push_back({f, gate, up, down, std::vector<int64_t>(count), std::vector<float>(count, 1.0f)});
     std::iota(works.back().tokens.begin(), works.back().tokens.end(), first);
   }
 }
 
-void check_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scales) {
-  TORCH_CHECK_VALUE(weights.size() == 3 && (scales.empty() || scales.size() == 3), "expected gate, up and down.");
-  const at::Tensor &gate = weights[0], &up = weights[1], &down = weights[2];
-  for (const at::Tensor& weight : {gate, up}) check_product(x, weight, weight.size(1));
-  check_product(x, down, down.size(0));
+// weights with their scales; `scales` is empty or has as many elements
+std::vector<Weight> weights_of(at::TensorList weights, at::TensorList scales) {
   TORCH_CHECK_VALUE(
-      up.sizes() == gate.sizes() && gate.size(0) == down.size(1) && up.scalar_type() == gate.scalar_type() &&
-          down.scalar_type() == gate.scalar_type() && (scales.empty() == (gate.scalar_type() != at::kChar)),
-      "expected gate and up [f d], down [d f] of one dtype, with scales where it is int8.");
+      scales.empty() || scales.size() == weights.size(), "expected scales for each of ", weights.size(), " weights, got ",
+      scales.size(), ".");
+  std::vector<Weight> all;
+  for (size_t i = 0; i < weights.size(); i++) all.push_back({weights[i], scales.empty() ? nullptr : &scales[i]});
+  return all;
 }
 
-// SwiGLU of a layer: x [m d], weights as for `add_mlp`: [m d] in the dtype of x
+void check_mlp(const at::Tensor& x, at::TensorList weights) {
+  TORCH_CHECK_VALUE(weights.size() == 3, "expected gate, up and down, got ", weights.size(), " weights.");
+  const at::Tensor &gate = weights[0], &up = weights[1], &down = weights[2];
+  check_tokens(x, gate.size(1));
+  TORCH_CHECK_VALUE(
+      up.sizes() == gate.sizes() && gate.size(0) == down.size(1) && down.size(0) == gate.size(1),
+      "expected gate and up [f d] and down [d f], got ", gate.sizes(), ", ", up.sizes(), " and ", down.sizes(), ".");
+}
+
+// SwiGLU of a layer: x [m d], weights gate [f d], up [f d] and down [d f], for int8 codes with scales as for `linear`: [m d]
+// in the dtype of x
 at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scales) {
-  check_mlp(x, weights, scales);
+  check_mlp(x, weights);
+  const std::vector<Weight> all = weights_of(weights, scales);
   at::Tensor y;
-  with_weight(weights[0], [&](auto* gate) {
-    std::vector<Work<std::remove_pointer_t<decltype(gate)>>> works;
-    add_mlp(works, x.size(0), weights, scales);
+  with_rows(all, [&](auto rows_of) {
+    std::vector<Work<decltype(rows_of(all[0]))>> works;
+    add_mlp(works, x.size(0), rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), weights[2].size(1));
     y = sum_of(std::move(works), x);
   });
   return y;
 }
 
-// SwiGLU of the chosen experts: x [m d], the rest as for `add_experts`; where weights of shared experts follow, as for
-// `add_mlp`, they are added in the same passes: [m d] in the dtype of x
+// SwiGLU of the chosen experts: x [m d], gate_up [e 2f d], down [e d f], chosen [m k] int64, shares [m k] float32, for int8
+// codes with scales [.. rows] or [.. rows groups]; if weights of shared experts follow, as for `mlp`, their result is added
+// in the same passes: [m d] in the dtype of x
 at::Tensor experts(
     const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& chosen,
     const at::Tensor& shares, at::TensorList scales, at::TensorList shared, at::TensorList shared_scales) {
-  check_product(x, gate_up, gate_up.size(2));
-  check_product(x, down, down.size(1));
-  TORCH_CHECK_VALUE(scales.size() == (gate_up.scalar_type() == at::kChar ? 2 : 0), "expected scales for int8 weights.");
+  check_tokens(x, gate_up.size(2));
   TORCH_CHECK_VALUE(
-      down.scalar_type() == gate_up.scalar_type() && gate_up.size(1) == 2 * down.size(2) &&
-          gate_up.size(0) == down.size(0) && chosen.sizes() == shares.sizes() && chosen.size(0) == x.size(0),
-      "expected both weights of one dtype and as many experts, and chosen ones with their shares for every token.");
-  if (!shared.empty()) {
-    check_mlp(x, shared, shared_scales);
-    TORCH_CHECK_VALUE(shared[0].scalar_type() == gate_up.scalar_type(), "expected shared experts of the same dtype.");
-  }
+      gate_up.size(1) == 2 * down.size(2) && gate_up.size(2) == down.size(1) && gate_up.size(0) == down.size(0) &&
+          chosen.sizes() == shares.sizes() && chosen.size(0) == x.size(0),
+      "expected gate_up [e 2f d] and down [e d f], and chosen experts with their shares for every token.");
+  if (!shared.empty()) check_mlp(x, shared);
+  const std::array<at::Tensor, 2> stacked{gate_up, down};
+  std::vector<Weight> all = weights_of(stacked, scales);
+  for (const Weight& weight : weights_of(shared, shared_scales)) all.push_back(weight);
   at::Tensor y;
-  with_weight(gate_up, [&](auto* in) {
-    std::vector<Work<std::remove_pointer_t<decltype(in)>>> works;
-    // the widest first, so that what is handed out ends with short pieces
-    if (!shared.empty()) add_mlp(works, x.size(0), shared, shared_scales);
-    add_experts(works, gate_up, down, chosen, shares, scales);
+  with_rows(all, [&](auto rows_of) {
+    std::vector<Work<decltype(rows_of(all[0]))>> works;
+    // the widest first, so that short ranges are left for the end
+    if (!shared.empty())
+      add_mlp(works, x.size(0), rows_of(all[2]), rows_of(all[3]), rows_of(all[4]), shared[2].size(1));
+    add_experts(works, rows_of(all[0]), rows_of(all[1]), down.sizes(), chosen, shares);
     y = sum_of(std::move(works), x);
   });
   return y;

@@ -1,67 +1,76 @@
-"""Weights in int8, one float32 scale per row: half the bytes to read for a token, and half the memory.
+"""Linear layers in int8 with one scale per row: a token reads half the bytes, and the weights take half the memory.
 
-Letters: n rows of a weight, k their width, e experts, d model width, f width of an expert.
+Letters: n rows of a weight, k their width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ...compat.torch import become
-from .library import multiply
+from ...compat.accelerate import forward_inside_hooks
+from ...compat.bound_functions import bind, replaces_method
+from ...experts.codec import Packed, pack
+from .library import WithOperators, multiply
+
+# rows of a weight that are rounded at a time, since float32 takes several times the memory of the codes
+ROWS_AT_ONCE = 4096
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [.. n k] as codes in int8 and scales [.. n]; an element moves by 1/254 of its row's largest at most."""
-    largest = weight.abs().amax(dim=-1).float()
-    scales = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-    # a few rows at a time, since float32 takes four times the room of what is made
-    for some, scale, out in zip(*(x.flatten(0, -2).split(4096) for x in (weight, scales[..., None], codes))):
-        out.copy_((some.float() / scale).round_())
-    return codes, scales
+@replaces_method(is_equivalent=False)
+def int8_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    codes, scales = codes_and_scales(module)
+    return multiply(x, codes, module.bias, scales)
 
 
-class Int8Linear(nn.Linear):
-    """`codes` [n k] and `scales` [n] stand for the weight; in its place is one NaN that looks like all of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes, scales = codes_and_scales(self)
-        return multiply(x, codes, self.bias, scales)
+def codes_and_scales(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The weight as codes [n k] and scales [n 1]. Raises ValueError if they do not tell what the layer should do."""
+    _check_stand_in(linear.weight)
+    return linear.weight_codes, linear.weight_scales
 
 
-def codes_and_scales(linear: Int8Linear) -> tuple[Tensor, Tensor]:
-    _check(linear.weight)
-    return linear.weight_codes, linear.weight_scales.float()
+def multiplies_in_int8(linear: nn.Linear) -> bool:
+    """True if the layer's own `forward` multiplies by an int8 weight."""
+    return "weight_codes" in linear._buffers and getattr(forward_inside_hooks(linear), "func", None) is int8_linear
 
 
-WEIGHTS = {Int8Linear: ("weight",)}
+class StandIn(nn.Parameter):
+    """One NaN in place of a weight in int8, expanded: its device, dtype and shape without its memory.
+
+    torch refuses to write to it.
+    """
+
+    def __deepcopy__(self, memo: dict) -> "StandIn":
+        return memo.setdefault(id(self), stand_in_for(self.data))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return stand_in_for, (self.data,)
 
 
-def to_int8(module: nn.Linear) -> None:
-    """Replaces the weights of a layer for good; a `state_dict` gives what they were rounded to."""
-    become(module, Int8Linear)
-    for name in WEIGHTS[type(module)]:
-        weight = getattr(module, name).detach()
-        codes, scales = rounded(weight)
-        module.register_buffer(f"{name}_codes", codes, persistent=False)
-        module.register_buffer(f"{name}_scales", scales, persistent=False)
-        # of the device, dtype and shape that others ask for, without the memory; writing to it is an error of torch's
-        stand_in = weight.new_full((), torch.nan).expand(weight.shape)
-        setattr(module, name, nn.Parameter(stand_in, requires_grad=False))
-    module.register_state_dict_post_hook(_give_rounded)
+def stand_in_for(weight: Tensor) -> StandIn:
+    return StandIn(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
-def _check(weight: Tensor) -> None:
+def to_int8(linear: nn.Linear) -> None:
+    """Replaces the weight of a layer for good; `state_dict` gives the values that it was rounded to."""
+    weight = linear.weight.detach()
+    parts = [pack(rows, bits=8, group=None) for rows in weight.split(ROWS_AT_ONCE)]
+    codes, scales = (torch.cat(part) for part in zip(*parts))
+    linear.register_buffer("weight_codes", codes, persistent=False)
+    linear.register_buffer("weight_scales", scales, persistent=False)
+    linear.weight = stand_in_for(weight)
+    bind(linear, {"forward": int8_linear}, WithOperators)
+    linear.register_state_dict_post_hook(_give_rounded)
+
+
+def _check_stand_in(weight: Tensor) -> None:
     if torch.is_grad_enabled():
         raise ValueError("int8 weights carry no gradient: generate or evaluate under torch.no_grad().")
     if weight.stride(-1) != 0:
         raise ValueError(
-            "a weight was changed since it was rounded to int8, as merging an adapter or LoRA on routed experts does; "
-            "do that first, or load the model without weights='int8'."
+            "a weight was changed since it was rounded to int8, as merging an adapter does; do that first, or load "
+            "the model without weights='int8'."
         )
 
 
-def _give_rounded(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
-    for name in WEIGHTS[type(module)]:
-        codes, scales = getattr(module, f"{name}_codes"), getattr(module, f"{name}_scales")
-        state_dict[prefix + name] = (codes * scales[..., None]).to(getattr(module, name).dtype)
+def _give_rounded(linear: nn.Linear, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    rounded = Packed(linear.weight_codes, linear.weight_scales).unpacked()
+    state_dict[f"{prefix}weight"] = rounded.to(linear.weight.dtype)

@@ -1,6 +1,6 @@
 """Builds the C++ beside this file once per machine, and makes its operators known to torch and torch.compile.
 
-Letters: m tokens, n rows of a weight, k their width, h heads, c latent width.
+Letters: n rows of a weight, k their width.
 """
 
 import functools
@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,32 +21,32 @@ SOURCES = ("products.cpp", "projections.cpp", "experts.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
+# dtypes whose products torch would emulate on this CPU; known once the operators are loaded
+SLOW_IN_TORCH: set[torch.dtype] = set()
+
 operators = torch.ops.deepseek_latent
 
 
+class WithOperators(functools.partial):
+    """A function bound to a module whose copy, also one unpickled in another process, finds the operators loaded."""
+
+    def __setstate__(self, state: tuple) -> None:
+        super().__setstate__(state)
+        load_operators()
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
-    """x [.. k] times weight [n k], int8 ones times scales [n], as `F.linear`: [.. n] in the dtype of x."""
+    """`F.linear` of x [.. k] by weight [n k], for int8 codes with scales [n groups]: [.. n] in the dtype of x."""
     y = operators.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, scales).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 
-def multiply_by_experts(
-    x: Tensor,  # [m d]
-    stored: Sequence[Tensor],  # gate_up [e 2f d], down [e d f], and for int8 weights their scales [e 2f], [e d]
-    chosen: Tensor,  # [m k]
-    weights: Tensor,  # [m k]
-    shared: tuple[list[Tensor], list[Tensor]] = ([], []),  # gate, up and down of shared experts, and their scales
-) -> Tensor:  # [m d]
-    gate_up, down, *scales = stored
-    return operators.experts(x.contiguous(), gate_up, down, chosen, weights.float(), scales, *shared)
-
-
 @functools.cache
 def load_operators() -> str:
-    """Registers `torch.ops.deepseek_latent`, built if need be; says which instructions it uses.
+    """Registers `torch.ops.deepseek_latent`, built first if necessary, and returns which instructions it uses.
 
     Raises:
-        RuntimeError: without a C++ compiler, or if it fails.
+        RuntimeError: if there is no C++ compiler, or if it fails.
     """
     torch.ops.load_library(_built())
     torch.library.register_fake("deepseek_latent::linear", _linear)
@@ -58,11 +57,13 @@ def load_operators() -> str:
     torch.library.register_fake("deepseek_latent::expand", _expand)
     torch.library.register_fake("deepseek_latent::project", _project)
     torch.library.register_fake("deepseek_latent::attention", _attention)
+    if not operators.has_bfloat16_products():
+        SLOW_IN_TORCH.add(torch.bfloat16)
     return operators.instructions()
 
 
 def _built() -> Path:
-    """The library for this source, torch, compiler and CPU; kept under HF_HOME, there as a whole or not at all."""
+    """The library for this source, torch, compiler and CPU, which is kept under HF_HOME once it is complete."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("expected a C++ compiler, found neither g++ nor clang++; install one, such as Debian's g++.")
@@ -74,7 +75,7 @@ def _built() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = {HERE / name: f"{folder}/{name}.o" for name in SOURCES}
         include = f"-I{torch_folder / 'include'}"
-        # all files at a time, since torch's headers take most of it
+        # all files at the same time, since torch's headers take most of the time
         _run([[compiler, *FLAGS, include, "-c", source, "-o", made] for source, made in objects.items()])
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         _run([[compiler, *FLAGS, "-shared", *objects.values(), *libraries, "-o", f"{folder}/done.so"]])
@@ -98,14 +99,14 @@ def _digest(compiler: str) -> str:
     return hashlib.sha256("\n".join([version, cpu, torch.__version__, *FLAGS, *sources]).encode()).hexdigest()[:16]
 
 
-# what comes out, for torch.compile
+# shapes and dtypes of results, for torch.compile
 
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 

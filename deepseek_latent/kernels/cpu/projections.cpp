@@ -1,7 +1,7 @@
-// What stands around attention: norms, rotations, projections into queries and latents, absorption on both sides.
+// The operations around attention: norms, rotations, projections into queries and latents, absorption on both sides.
 //
-// Letters: b batch, s tokens, m all of them, h heads, d model width, a width that queries come from, n/r/v content, rotary
-// and value width per head, c latent width.
+// Letters: b batch, s tokens of a sequence, m tokens of all sequences, h heads, d model width, a width of the queries' input,
+// n/r/v content, rotary and value width per head, c latent width.
 
 #include "projections.h"
 
@@ -12,7 +12,7 @@
 
 namespace latent {
 
-// sums [c] += factors times the rows i to i + 3 of n; one that is not there is read as the last, its factor being zero
+// sums [c] += factors times rows i to i + 3 of n; a row past the last one is read as the last one, and its factor is zero
 template <class T>
 void add_rows(const T* rows, int64_t step, int64_t i, int64_t n, int64_t c, const float* factors, float* sums) {
   const T* four[4];
@@ -60,15 +60,16 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   with_floats(w, [&](auto* weight) {
     auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
     share(h, 1, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float sums[ROWS * MANY];
+      alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
       for (int64_t head = begin; head < end; head++)
-        for (int64_t token = 0; token < m; token += MANY) {
-          Inputs inputs(std::min(MANY, m - token), c, is_bfloat16(w));
+        for (int64_t token = 0; token < m; token += MAX_TOKENS) {
+          const Rows<std::remove_pointer_t<decltype(weight)>> rows(weight + head * w.stride(0), w.stride(1));
+          Inputs inputs(std::min(MAX_TOKENS, m - token), c, w.scalar_type() == at::kBFloat16);
           inputs.put([&](int64_t i) { return from + ((token + i) * h + head) * c; });
-          for (int64_t first = 0; first < v; first += ROWS) {
-            const int64_t count = std::min(ROWS, v - first);
-            multiply(weight + head * w.stride(0) + first * w.stride(1), count, w.stride(1), inputs, sums);
-            write_rows(sums, count, inputs.m, nullptr, to + (token * h + head) * v, h * v, first);
+          for (int64_t first = 0; first < v; first += TILE_ROWS) {
+            const int64_t count = std::min(TILE_ROWS, v - first);
+            multiply(rows.from(first), count, inputs, sums);
+            write_rows(sums, rows.from(first), count, inputs.m, to + (token * h + head) * v, h * v, first);
           }
         }
     });
@@ -76,7 +77,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
   return y;
 }
 
-// x [d] over the root of its mean square, times weight [d]; y may be x
+// divides x [d] by the root of its mean square and multiplies it by weight [d]; y may be x
 template <class T>
 void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
   Aligned aligned(d);
@@ -88,7 +89,7 @@ void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
   for (int64_t j = 0; j < d; j++) y[j] = static_cast<T>(row[j] * factor * static_cast<float>(weight[j]));
 }
 
-// x [.. d] over the root of its mean square, times weight [d]; in float32, rounded once
+// RMSNorm of x [.. d] with weight [d], in float32, rounded once
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t d = x.size(-1);
   TORCH_CHECK_VALUE(
@@ -105,9 +106,9 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return y;
 }
 
-// the pairs (2i, 2i + 1) of x [r] by angles [r / 2]; y may be x
+// rotates the pairs (2i, 2i + 1) of x [r] by angles [r / 2]; y may be x
 template <class T>
-void turn_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
+void rotate_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
   for (int64_t i = 0; i < r / 2; i++) {
     const float even = x[2 * i], odd = x[2 * i + 1];
     y[2 * i] = static_cast<T>(even * cos[i] - odd * sin[i]);
@@ -115,7 +116,7 @@ void turn_row(const T* x, const float* cos, const float* sin, int64_t r, T* y) {
   }
 }
 
-// turns the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
+// rotates the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const int64_t s = x.size(1), h = x.dim() == 4 ? x.size(2) : 1, r = x.size(-1), step = x.dim() == 4 ? x.stride(2) : 0;
@@ -133,16 +134,17 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
           const T* pairs = from + token / s * x.stride(0) + token % s * x.stride(1) + head * step;
           T* turned = to + (token * h + head) * r;
           const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
-          const float *c = cosines.const_data_ptr<float>() + angle, *w = sines.const_data_ptr<float>() + angle;
-          turn_row(pairs, c, w, r, turned);
+          const float* c = cosines.const_data_ptr<float>() + angle;
+          const float* w = sines.const_data_ptr<float>() + angle;
+          rotate_row(pairs, c, w, r, turned);
         }
     });
   });
   return y;
 }
 
-// Few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], the last r of each head rotated, and x [b s d]
-// times kv_a [c+r d], the first c normed and the last r rotated; for int8 weights a scale per row
+// Projects few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], with the last r of each head rotated, and
+// x [b s d] times kv_a [c+r d], with the first c normalized and the last r rotated; int8 codes come with scales
 std::tuple<at::Tensor, at::Tensor> project(
     const at::Tensor& q_x, const at::Tensor& q, const std::optional<at::Tensor>& q_scales, const at::Tensor& x,
     const at::Tensor& kv_a, const std::optional<at::Tensor>& kv_a_scales, const at::Tensor& norm, double eps,
@@ -150,32 +152,33 @@ std::tuple<at::Tensor, at::Tensor> project(
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const int64_t s = x.size(1), m = x.size(0) * s, c = norm.size(0), r = 2 * cos.size(2);
   const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
-  check_product(flat_q_x, q, q.size(1));
-  check_product(flat_x, kv_a, kv_a.size(1));
+  check_tokens(flat_q_x, q.size(1));
+  check_tokens(flat_x, kv_a.size(1));
   TORCH_CHECK_VALUE(
-      m <= FEW && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
-          q.scalar_type() == kv_a.scalar_type() && norm.scalar_type() == x.scalar_type() &&
+      m <= MAX_DOT_TOKENS && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
+          norm.scalar_type() == x.scalar_type() &&
           q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes() &&
           (cos.size(0) == x.size(0) || cos.size(0) == 1),
-      "expected few tokens, weights of one dtype and a row of ", c, " + ", r, ".");
+      "expected at most ", MAX_DOT_TOKENS, " tokens, norm and tokens of one dtype, and a row of ", c, " + ", r, ".");
   at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
   at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
-  const std::vector<Inputs> for_q = inputs_of(flat_q_x, q), for_kv = inputs_of(flat_x, kv_a);
-  with_weight(q, [&](auto* weight) {
-    using T = std::remove_pointer_t<decltype(weight)>;
+  const std::vector<Inputs> for_q = inputs_of(flat_q_x, q.scalar_type());
+  const std::vector<Inputs> for_kv = inputs_of(flat_x, kv_a.scalar_type());
+  const Weight q_weight = weight_of(q, q_scales), kv_weight = weight_of(kv_a, kv_a_scales);
+  with_rows({q_weight, kv_weight}, [&](auto rows_of) {
+    using R = decltype(rows_of(q_weight));
     with_floats(queries, [&](auto* query) {
       using Result = std::remove_pointer_t<decltype(query)>;
       Result* row = static_cast<Result*>(rows.mutable_data_ptr());
-      multiply_all<T, Result>(
-          {{weight, scales_of(q_scales), q.size(0), &for_q[0], query},
-           {static_cast<const T*>(kv_a.const_data_ptr()), scales_of(kv_a_scales), c + r, &for_kv[0], row}});
+      multiply_all<R, Result>(
+          {{rows_of(q_weight), q.size(0), &for_q[0], query}, {rows_of(kv_weight), c + r, &for_kv[0], row}});
       for (int64_t token = 0; token < m; token++, row += c + r) {
         const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
         const float *turn = cosines.const_data_ptr<float>() + angle, *half = sines.const_data_ptr<float>() + angle;
         norm_row(row, static_cast<const Result*>(norm.const_data_ptr()), c, static_cast<float>(eps), row);
-        turn_row(row + c, turn, half, r, row + c);
+        rotate_row(row + c, turn, half, r, row + c);
         for (int64_t head = 0; head < q.size(0) / head_width; head++, query += head_width)
-          turn_row(query + head_width - r, turn, half, r, query + head_width - r);
+          rotate_row(query + head_width - r, turn, half, r, query + head_width - r);
       }
     });
   });

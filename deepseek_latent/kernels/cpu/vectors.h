@@ -1,5 +1,5 @@
-// Sixteen float32 at a time. GCC and Clang turn these types into whatever the CPU has: AVX-512, AVX2, NEON or plain
-// loops. Weights are read where they lie, row by row, and widened to float32 in registers.
+// Vectors of sixteen float32 numbers. GCC and Clang compile these types to whatever the CPU has: AVX-512, AVX2, NEON or plain
+// loops. Weights are read as they are stored, row by row, and widened to float32 in registers.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -42,7 +42,7 @@ inline void store(void* to, Vector x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// n numbers, zero at first, where whole vectors begin with a line of the cache: a load across two lines takes twice as long
+// n numbers, initially zero, aligned so that each vector is one cache line: a load across two lines takes twice as long
 class Aligned {
   std::vector<Floats> vectors_;
 
@@ -59,7 +59,7 @@ inline Floats splat(float x) { return x - Floats{}; }
 inline Floats widen(const float* from) { return load<Floats>(from); }
 
 #ifdef __AVX512F__
-// one instruction, which GCC does not find
+// one instruction, which GCC does not find by itself
 inline Words widen_words(Halves x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
 inline Ints widen_words(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
 inline Ints widen_words(UnsignedBytes x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
@@ -71,7 +71,7 @@ inline Ints widen_words(UnsignedBytes x) { return __builtin_convertvector(x, Int
 
 inline Floats widen(const c10::BFloat16* from) { return (Floats)(widen_words(load<Halves>(from)) << 16); }
 
-// 32 elements, the even ones and the odd ones: the lower and the upper halves of words
+// 32 elements as the 16 even ones, from the lower halves of words, and the 16 odd ones, from the upper halves
 struct Pairs {
   Floats even, odd;
 };
@@ -83,7 +83,7 @@ inline Pairs widen_pairs(const c10::BFloat16* from) {
 
 inline Floats widen(const int8_t* from) { return __builtin_convertvector(widen_words(load<Bytes>(from)), Floats); }
 
-// the same for the last n < 16 elements of a row, zeros behind them
+// `widen` of the last n < 16 elements of a row, with zeros after them
 template <class T>
 inline Floats widen_some(const T* from, int64_t n) {
   T padded[LANES] = {};
@@ -106,7 +106,7 @@ inline float sum(Floats x) {
   return parts[0];
 }
 
-// lanes of a (0 to 15) and b (16 to 31) in the order named
+// lanes of a (numbered 0 to 15) and b (16 to 31) in the given order
 #ifdef __clang__
 #define LATENT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -128,7 +128,7 @@ inline Floats pairs_added(Floats a, Floats b) {
          LATENT_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
 }
 
-// the sums over all lanes of eight vectors, in the first eight lanes
+// the sums over the lanes of each of eight vectors, in the first eight lanes
 inline Floats sums_of_eight(const Floats* x) {
   const Floats first = quarters_added(halves_added(x[0], x[1]), halves_added(x[2], x[3]));
   const Floats second = quarters_added(halves_added(x[4], x[5]), halves_added(x[6], x[7]));
@@ -139,11 +139,11 @@ inline Floats sums_of_eight(const Floats* x) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// e^x within 2 units in the last place for x <= 0; zero below -87, where float32 has no normal number left
+// e^x for x <= 0, within 2 units in the last place; zero below -87, where float32 has no normal numbers
 inline Floats exp_of_negative(Floats x) {
   const Ints is_zero = x < -87.0f;
   x = is_zero ? splat(-87.0f) : x;
-  // adding 1.5 * 2^23 leaves a whole number in the low bits
+  // adding 1.5 * 2^23 leaves an integer in the low bits
   const Floats shifted = x * 1.44269504f + 12582912.0f;
   const Floats whole = shifted - 12582912.0f;
   const Floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;
@@ -158,9 +158,8 @@ inline Floats exp_of_negative(Floats x) {
   return is_zero ? Floats{} : power;
 }
 
-// Sixteen (times G) results for each of R rows: to[r][lane] += sum over i < k of a(r, i) x[i][lane].
-// a(r, i) stands at r * row_step + i * k_step; x and to have G * LANES lanes side by side.
-// Always inlined, since out of line GCC keeps the sums in memory.
+// G * LANES results for each of R rows: to[r][lane] += sum over i < k of a(r, i) x[i][lane]. The element a(r, i) is at
+// a[r * row_step + i * k_step]. Always inlined, because GCC keeps the sums in memory otherwise.
 template <int R, int G>
 __attribute__((always_inline)) inline void multiply_lanes(
     const float* a, int64_t row_step, int64_t k_step, int64_t k, const float* x, int64_t x_step, float* to,
@@ -168,7 +167,7 @@ __attribute__((always_inline)) inline void multiply_lanes(
   Floats sums[R][G];
   for (int r = 0; r < R; r++)
     for (int g = 0; g < G; g++) sums[r][g] = load<Floats>(to + r * to_step + g * LANES);
-  // four rows share a pointer, as many as an address can reach by a register and its multiples
+  // four rows share a pointer, because an address can be a register plus one, two or three times another
   const int64_t three = 3 * row_step;
   const float* fours[R / 4 + 1];
   for (int r = 0; r < R; r += 4) fours[r / 4] = a + r * row_step;

@@ -1,4 +1,4 @@
-"""A decoder layer that decodes on a GPU in a dozen launches, where its parts do nothing but their own work.
+"""A decoder layer that decodes on a GPU in a dozen launches, if its parts do nothing but their own work.
 
 Letters: b batch, s new tokens, h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -11,91 +11,100 @@ from transformers.cache_utils import Cache
 from ...attention.attention import DeepseekV2Attention
 from ...cache.latent_cache import LatentCache
 from ...cache.segments import Latents
+from ...compat.bound_functions import replaces_method
 from ...compat.cache_name import takes_either_cache_name
 from ...compat.hooks import has_hooks
 from ...experts.dropping import TokenDropping
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .one_token import WRITTEN, attended_by_one_token, choice_of, fed_forward_by_one_token
-from .plain import are_plain_experts, as_stored, is_plain_gate, is_plain_norm, weights_of_mlp
+from .one_token import BITS_WRITTEN_BY_KERNELS, attended_by_one_token, choice_of, fed_forward_by_one_token
+from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
 from .triton_norm import add_rms_norm, rms_norm
 from .triton_router import route
 from .triton_write import norm_rotate, norm_rotate_write
 
-# query tokens of a sequence up to which attention is absorbed, and tokens up to which our kernels compute the experts
-FEW_QUERIES, FEW_TOKENS = 16, 64
+# up to this many query tokens of a sequence, attention is absorbed
+MAX_ABSORBED_QUERIES = 16
+# up to this many tokens, our kernels compute MLPs and experts
+MAX_TOKENS_OF_EXPERTS = 64
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class GpuDecoderLayer(DeepseekV2DecoderLayer):
-    """Computes few tokens over a `LatentCache` without gradients by our kernels, all else as its base class."""
+@replaces_method()
+@takes_either_cache_name
+def decoder_layer(
+    layer: DeepseekV2DecoderLayer,
+    hidden_states: Tensor,  # [b s d]
+    attention_mask: Tensor | BlockMask | None = None,
+    position_ids: Tensor | None = None,
+    cache: Cache | None = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    dropping: TokenDropping | None = None,
+    **kwargs,
+) -> Tensor:  # [b s d]
+    """Computes few tokens over a `LatentCache` without gradients by our kernels, and all else as the layer's class."""
+    up_projections = None
+    if _kernels_support(layer, hidden_states, attention_mask, cache) and not kwargs.get("output_attentions"):
+        up_projections = layer.self_attn.up_projections()
+    if up_projections is None:
+        return DeepseekV2DecoderLayer.forward(
+            layer,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            dropping=dropping,
+            **kwargs,
+        )
+    decode = one_token if hidden_states.shape[:2] == (1, 1) else few_tokens
+    # Triton launches on the current device, which need not be the one of this layer
+    with torch.cuda.device_of(hidden_states):
+        return decode(layer, hidden_states, position_embeddings, cache, attention_mask, *up_projections)
 
-    @takes_either_cache_name
-    def forward(
-        self,
-        hidden_states: Tensor,  # [b s d]
-        attention_mask: Tensor | BlockMask | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        dropping: TokenDropping | None = None,
-        **kwargs,
-    ) -> Tensor:  # [b s d]
-        up_projections = None
-        if self._decodes(hidden_states, attention_mask, cache) and not kwargs.get("output_attentions"):
-            up_projections = self.self_attn.up_projections()
-        if up_projections is None:
-            return super().forward(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                dropping=dropping,
-                **kwargs,
-            )
-        decode = self._one_token if hidden_states.shape[:2] == (1, 1) else self._few_tokens
-        # Triton launches on the current device, which need not be the one of this layer
-        with torch.cuda.device_of(hidden_states):
-            return decode(hidden_states, position_embeddings, cache, attention_mask, *up_projections)
 
-    def _few_tokens(self, x: Tensor, *given) -> Tensor:
-        norm = self.input_layernorm
-        attended = attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
-        norm = self.post_attention_layernorm
-        x, normed = add_rms_norm(attended, x, norm.weight, norm.eps)
-        return feed_forward(self.mlp, normed, x)
+REPLACEMENTS = {DeepseekV2DecoderLayer: {"forward": decoder_layer}}
 
-    def _one_token(self, x: Tensor, *given) -> Tensor:
-        """Computes each half of the layer in fewer launches, or as `_few_tokens` where a part does other work too."""
-        norm = self.input_layernorm
-        attended = attended_by_one_token(self.self_attn, norm, x, *given)
-        if attended is None:
-            attended = x + attention(self.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
-        norm = self.post_attention_layernorm
-        out = fed_forward_by_one_token(self.mlp, norm, attended)
-        return feed_forward(self.mlp, rms_norm(attended, norm.weight, norm.eps), attended) if out is None else out
 
-    def _decodes(self, x: Tensor, mask: Tensor | BlockMask | None, cache: object) -> bool:
-        if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
-            return False
-        # how a kernel is launched depends on addresses, which no compiled graph knows
-        if torch.compiler.is_compiling():
-            return False
-        if x.device.type not in DEVICES or x.dtype not in DTYPES or not 0 < x.shape[1] <= FEW_QUERIES:
-            return False
-        if not isinstance(cache, LatentCache) or not _is_readable(mask):
-            return False
-        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
-        if attention.config.output_attentions or has_hooks(attention) or has_hooks(self.mlp):
-            return False
-        return all(is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
+def few_tokens(layer: DeepseekV2DecoderLayer, x: Tensor, *given) -> Tensor:
+    norm = layer.input_layernorm
+    attended = attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+    norm = layer.post_attention_layernorm
+    x, normed = add_rms_norm(attended, x, norm.weight, norm.eps)
+    return feed_forward(layer.mlp, normed, x)
+
+
+def one_token(layer: DeepseekV2DecoderLayer, x: Tensor, *given) -> Tensor:
+    """Computes each half of the layer in fewer launches, or as `few_tokens` if a part of it does other work too."""
+    norm = layer.input_layernorm
+    attended = attended_by_one_token(layer.self_attn, norm, x, *given)
+    if attended is None:
+        attended = x + attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+    norm = layer.post_attention_layernorm
+    out = fed_forward_by_one_token(layer.mlp, norm, attended)
+    return feed_forward(layer.mlp, rms_norm(attended, norm.weight, norm.eps), attended) if out is None else out
+
+
+def _kernels_support(layer: DeepseekV2DecoderLayer, x: Tensor, mask: Tensor | BlockMask | None, cache: object) -> bool:
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+        return False
+    # how a kernel is launched depends on addresses, which no compiled graph knows
+    if torch.compiler.is_compiling():
+        return False
+    if x.device.type not in DEVICES or x.dtype not in DTYPES or not 0 < x.shape[1] <= MAX_ABSORBED_QUERIES:
+        return False
+    if not isinstance(cache, LatentCache) or not _is_readable(mask):
+        return False
+    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    if attention.config.output_attentions or has_hooks(attention) or has_hooks(layer.mlp):
+        return False
+    return all(is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
 
 
 def _is_readable(mask: Tensor | BlockMask | None) -> bool:
@@ -113,13 +122,13 @@ def attention(
     w_uk,
     w_uv,
 ) -> Tensor:  # [b s d]
-    """`DeepseekV2Attention.forward` in the absorbed form; its projections stay modules, which may have adapters."""
+    """`DeepseekV2Attention.forward` in the absorbed form; projections are called as modules, adapters included."""
     project = module.q_proj if module.q_lora_rank is None else module.q_b_proj
     queries = torch.unflatten(project(module.query_input(hidden_states)), -1, (-1, module.qk_head_dim))
     compressed = module.kv_a_proj_with_mqa(hidden_states)
     latents = write(module, queries, compressed, rotation, cache)
     q_content, q_rotary = queries.split((module.qk_nope_head_dim, module.qk_rope_head_dim), dim=-1)
-    context = attend(w_uk.absorb(q_content), q_rotary, scale=module.scaling, mask=mask, **as_stored(latents))
+    context = attend(w_uk.absorb(q_content), q_rotary, scale=module.scaling, mask=mask, **attention_inputs(latents))
     return module.o_proj(w_uv.expand(context).flatten(2))
 
 
@@ -132,20 +141,19 @@ def write(
 ) -> Latents:
     """Rotates queries and keys, and appends the new tokens to the cache."""
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
-    if layer.cache_dtype in WRITTEN and not cache.offloading:
+    if layer.cache_dtype in BITS_WRITTEN_BY_KERNELS and not cache.offloading:
         rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
-        norm_rotate_write(
-            queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=WRITTEN[layer.cache_dtype]
-        )
+        bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
+        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=bits)
         return layer.latents
     latent, k_rotary = norm_rotate(queries, compressed, norm.weight, norm.eps, *rotation)
     return cache.append(latent[:, None], k_rotary[:, None], module.layer_idx)
 
 
 def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x), [b s d]: few tokens take two launches, and one or two more for a router."""
+    """residual + module(x) [b s d]: few tokens take two launches, and a router one or two more."""
     tokens, added = x.flatten(0, 1), residual.flatten(0, 1)
-    if len(tokens) > FEW_TOKENS:
+    if len(tokens) > MAX_TOKENS_OF_EXPERTS:
         return residual + module(x)
     if isinstance(module, DeepseekV2MLP):
         weights = weights_of_mlp(module, x)

@@ -1,4 +1,4 @@
-"""One token passes a decoder layer in nine launches instead of fourteen, where parts do nothing but their own work.
+"""One token passes a decoder layer in nine launches instead of fourteen, if the parts do nothing but their own work.
 
 Letters: h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -11,7 +11,15 @@ from ...attention.ops import UpProjection
 from ...cache.latent_cache import LatentCache
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
-from .plain import are_plain_experts, as_stored, is_plain, is_plain_gate, is_plain_norm, weights_of, weights_of_mlp
+from .plain import (
+    are_plain_experts,
+    attention_inputs,
+    is_plain,
+    is_plain_gate,
+    is_plain_norm,
+    weights_of,
+    weights_of_mlp,
+)
 from .triton_attention import attend_in_splits, combine
 from .triton_experts import experts, mlp
 from .triton_one_token import expand, is_combined_by_expand, rotate_write_absorb
@@ -20,11 +28,11 @@ from .triton_router import choose
 from .triton_tiles import Norm, Tiles
 
 # the cache_dtype of rows that kernels write themselves, and the bits of a code
-WRITTEN = {None: None, "int8": 8, "int4": 4}
-# whether a small kernel starts before the one ahead of it has ended
+BITS_WRITTEN_BY_KERNELS = {None: None, "int8": 8, "int4": 4}
+# True if a kernel starts before the one ahead of it has ended
 OVERLAPS = True
-# one row per program, since a router has few
-ROUTER = Tiles(1, 2048, 4, 1)
+# a router has few rows, so each program takes one
+ROUTER_TILES = Tiles(1, 2048, 4, 1)
 
 
 def attended_by_one_token(
@@ -37,10 +45,11 @@ def attended_by_one_token(
     w_uk: UpProjection,
     w_uv: UpProjection,
 ) -> Tensor | None:  # [1 1 d]
-    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
+    """x + module(norm(x)), or None if a part does more than multiply by its weight."""
     layer, kv_a_norm = cache.layers[module.layer_idx], module.kv_a_layernorm
     weights = _projections_of(module, x)
-    if weights is None or layer.cache_dtype not in WRITTEN or cache.offloading or not _are_plain(w_uk, w_uv, x):
+    is_written = layer.cache_dtype in BITS_WRITTEN_BY_KERNELS and not cache.offloading
+    if weights is None or not is_written or not _are_plain(w_uk, w_uv, x):
         return None
     options, row = {"overlap": OVERLAPS}, x.view(1, -1)
     *query_weights, kv_a_proj, o_proj = weights
@@ -52,10 +61,9 @@ def attended_by_one_token(
     rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
-    q_absorbed = rotate_write_absorb(
-        queries, compressed, kv_a_norm, *rotation, *written, bits=WRITTEN[layer.cache_dtype], **options
-    )
-    q_rotary, past = queries[..., module.qk_nope_head_dim :], as_stored(layer.latents)
+    bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
+    q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=bits, **options)
+    q_rotary, past = queries[..., module.qk_nope_head_dim :], attention_inputs(layer.latents)
     parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None
@@ -69,7 +77,7 @@ def fed_forward_by_one_token(
     norm: nn.RMSNorm,
     x: Tensor,  # [1 1 d]  before the norm
 ) -> Tensor | None:  # [1 1 d]
-    """x + module(norm(x)), or None where a part does more than multiply by its weight."""
+    """x + module(norm(x)), or None if a part does more than multiply by its weight."""
     row, norm = x.view(1, -1), Norm(norm.weight, norm.eps)
     if isinstance(module, DeepseekV2MLP):
         weights = weights_of_mlp(module, x)
@@ -81,7 +89,7 @@ def fed_forward_by_one_token(
         return None
     if not is_plain_gate(gate) or not is_plain(gate.weight, x):
         return None
-    (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER, overlap=OVERLAPS)
+    (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER_TILES, overlap=OVERLAPS)
     weights, chosen = choose(logits, **choice_of(gate), overlap=OVERLAPS)
     stacked = module.experts.gate_up_proj, module.experts.down_proj
     return experts(row, *stacked, chosen, weights, shared or None, residual=row, norm=norm).view_as(x)
@@ -91,11 +99,11 @@ def choice_of(gate: DeepseekV2MoEGate) -> dict:
     """The arguments of `route` and `choose` that say how the gate chooses."""
     n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
     of_groups = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
-    return of_groups | {"normalise": gate.normalizes_gates, "scaling_factor": gate.routed_scaling_factor}
+    return of_groups | {"normalize": gate.normalizes_gates, "scaling_factor": gate.routed_scaling_factor}
 
 
 def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weights of the query's one or two projections, the latent's and the output's, or None where one is not plain."""
+    """Weights of the query's one or two projections, the latent's and the output's; None if one is not plain."""
     if module.q_lora_rank is None:
         return weights_of(x, module.q_proj, module.kv_a_proj_with_mqa, module.o_proj)
     if not is_plain_norm(module.q_a_layernorm, x):
@@ -104,7 +112,7 @@ def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...
 
 
 def _are_plain(w_uk: UpProjection, w_uv: UpProjection, x: Tensor) -> bool:
-    """Whether no adapter acts on the up-projections, and kernels may read their rows."""
+    """True if no adapter acts on the up-projections, and kernels can read their rows."""
     weights = w_uk.weight, w_uv.weight
     return not (w_uk.factors or w_uv.factors) and all(
         type(w) in (nn.Parameter, Tensor) and w.dtype == x.dtype and w.device == x.device and w.stride(2) == 1

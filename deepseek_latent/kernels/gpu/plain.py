@@ -1,4 +1,7 @@
-"""What kernels read directly: weights of parts that do nothing but their own work, and latents as they are stored."""
+"""What kernels read directly: the weights of plain parts, and latents as they are stored.
+
+A part is plain if calling it does nothing but its own work: no hook, adapter, quantizer or sharding is involved.
+"""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -10,7 +13,7 @@ from ...experts.moe import DeepseekV2MLP
 from ...experts.routed import DeepseekV2Experts
 from ...experts.router import DeepseekV2MoEGate
 from ...experts.weights import StackedWeights
-from ..cpu.layers import as_pair, bits_of
+from ..cached_latents import bits_of, stored_parts
 
 SILU = type(ACT2FN["silu"])
 
@@ -20,7 +23,7 @@ def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
 
 
 def is_plain_gate(gate: nn.Module) -> bool:
-    """A router with a hook or of another class is called as a module, so that whoever watches it sees the call."""
+    """A router with a hook, or of another class, is called as a module, so that the hook sees the call."""
     return type(gate) is DeepseekV2MoEGate and not has_hooks(gate)
 
 
@@ -30,7 +33,7 @@ def is_plain(weight: Tensor, x: Tensor) -> bool:
 
 
 def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
-    """Weights of projections, or None where one does more than multiply."""
+    """Weights of projections, or None if one does more than multiply."""
     for part in projections:
         if type(part) is not nn.Linear or part.bias is not None or has_hooks(part) or not is_plain(part.weight, x):
             return None
@@ -38,7 +41,7 @@ def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
 
 
 def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
-    """gate, up and down of an MLP, or None where a part does more than its own work."""
+    """gate, up and down of an MLP, or None if a part does more than its own work."""
     if type(module) is not DeepseekV2MLP or has_hooks(module) or type(module.act_fn) is not SILU:
         return None
     return weights_of(x, module.gate_proj, module.up_proj, module.down_proj)
@@ -53,8 +56,8 @@ def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
     return all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
 
 
-def as_stored(latents: Latents) -> dict:
-    """Latents by the arguments of `triton_attention.attend`: rows in one or two segments, their format and length."""
-    segments, k_rotary = zip(*map(as_pair, latents.segments))
+def attention_inputs(latents: Latents) -> dict:
+    """Latents as arguments of `triton_attention.attend`: one or two segments of rows, their format and length."""
+    segments, k_rotary = zip(*map(stored_parts, latents.segments))
     length = None if latents.num_held is None else latents.num_held.view(1)
     return {"latents": [*segments], "k_rotary": [*k_rotary], "bits": bits_of(latents), "length": length}

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from ...cache.latent_cache import LatentCache
 from ...compat.cache_name import CACHE, CACHE_NAMES, MoeCausalLMOutputWithPast
 
-# the inputs of a step that is replayed; a step with any other input is computed
+# the inputs of a replayed step; a step with any other input is computed
 INPUTS = ("input_ids", "position_ids", "attention_mask")
 # inputs that do not change what is computed for a single token
 IGNORED = ("use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)
@@ -19,17 +19,17 @@ IGNORED = ("use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)
 class ReplayedSteps:
     """`forward` for the single tokens of one call of `generate()` over a static `LatentCache`.
 
-    A graph reads weights, cache and inputs at fixed addresses. Within one call these do not move. Between calls a model
-    may get adapters or move to another device, so the next call records a graph of its own. The first step is computed
-    just as it will be captured, so that everything is compiled and allocated; the second is captured, and from then on
-    steps are replayed.
+    A graph reads weights, cache and inputs at fixed addresses, and within one call these do not move. Between calls, a
+    model may get adapters or move to another device, so the next call records a graph of its own. The first step is
+    computed just as it will be captured, so that everything is compiled and allocated; the second step is captured, and
+    from then on steps are replayed.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._cannot = False
+        self._cannot_capture = False
         self._inputs: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
@@ -63,8 +63,8 @@ class ReplayedSteps:
         return output
 
     def _capture(self, cache: LatentCache) -> bool:
-        """Captures a step and says whether it could; if not, a warning says why, and steps go on being computed."""
-        if self._cannot:
+        """Captures a step and returns True; if that fails, warns of the reason, and steps go on being computed."""
+        if self._cannot_capture:
             return False
         # `with torch.cuda.graph(...)` would first free cached memory, which the next prompt would have to allocate
         graph = torch.cuda.CUDAGraph()
@@ -77,7 +77,7 @@ class ReplayedSteps:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            self._cannot = True
+            self._cannot_capture = True
             reason = str(error).partition("\n")[0]
             warnings.warn(
                 f"steps are computed and not replayed, since one could not be captured: {reason}", stacklevel=2

@@ -1,14 +1,14 @@
-"""Absorbed attention of few query tokens over cached latents on a GPU; latents are read once, where they lie.
+"""Absorbed attention of few query tokens over cached latents on a GPU; latents are read once, as they are stored.
 
 Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
-query token; all rows of a sequence read the same latents. The cache is cut into splits, each of which a program
-attends to, and their partial sums are combined. The grid depends on shapes alone, so a captured graph stays right while
+query token; all rows of a sequence read the same latents. The cache is cut into splits, a program attends to each of
+them, and their partial sums are combined. The grid depends on shapes only, so a captured graph stays correct while
 `length` grows.
 
 A piece is a group of a latent's elements that share one scale, 128 of them at DeepSeek-V2's widths. Programs keep one
 accumulator per piece, since Triton's shapes are powers of two and 512 + 64 would be padded to 1024. Scales multiply
 scores and weights, never elements. The softmax has base 2 and a running maximum (Milakov and Gimelshein,
-arXiv:1805.02867). All is computed in float32 except the operands of products.
+arXiv:1805.02867). Everything but the operands of products is in float32.
 Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2; splits as in Flash-Decoding (Dao et al., 2023).
 """
 
@@ -36,18 +36,18 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    tokens_per_split: int  # the fewest that are worth a split
+    tokens_per_split: int  # the fewest tokens that are worth a split
 
 
 def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capacity: int = 1 << 15) -> Tiling:
-    """One tiling per kind of shape and format, chosen beforehand, since a step of decoding has no time to search."""
+    """One tiling per kind of shape and format, fixed in advance, because a decoding step has no time to search."""
     if dtype == torch.float32:
         # float32 has no tensor cores, and takes twice the shared memory
         return Tiling(16, 16, 4, 2, 1, 128)
     if bits:
         return Tiling(16, 64, 4, 2, 2, 128) if num_rows <= 16 else Tiling(32, 32, 8, 2, 1, 256)
     if num_rows <= 16:
-        # stages prefetch as many bytes as shared memory holds; where tokens are few, every tile gets its own program
+        # stages prefetch as many bytes as shared memory holds; if tokens are few, every tile gets its own program
         return Tiling(16, 32, 4, 5, 1, 32 if capacity <= 2048 else 64)
     return Tiling(32, 64, 8, 3, 1, 128) if num_rows <= 32 else Tiling(64, 64, 8, 2, 1, 256)
 
@@ -55,20 +55,20 @@ def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capaci
 def attend(
     q_absorbed: Tensor,  # [b s h c]
     q_rotary: Tensor,  # [b s h r]  rotated
-    latents: list[Tensor],  # one or two stretches of tokens, [b t c] or [1 t c], or bytes of codes and scales
+    latents: list[Tensor],  # one or two segments of tokens, [b t c] or [1 t c], or bytes of codes and scales
     k_rotary: list[Tensor],  # [b t r]  of the same tokens
     *,
     scale: float,
     mask: Tensor | None = None,  # [b 1 s t] or [1 1 s t]  bool, True where a query may look
     bits: str = "",
-    length: Tensor | None = None,  # [1]  tokens that the last stretch holds
+    length: Tensor | None = None,  # [1]  tokens that the last segment holds
     first: Tensor | None = None,  # [b]  tokens before this one are hidden
     cut: Tiling | None = None,
 ) -> Tensor:  # [b s h c]
     """Weighted sums of latents, in the dtype of the queries; without a mask attention is causal.
 
-    Tokens behind `length` and before `first` are never read. A query that sees no token gives zeros. The host does not
-    wait: `length` and `first` stay on the device, and there it is decided how many splits share the work.
+    Tokens after `length` and before `first` are never read. A query that sees no token gives zeros. The host does not
+    wait: `length` and `first` stay on the device, and the kernel decides how many splits share the work.
     """
     if q_absorbed.numel() == 0 or all(latent.shape[1] == 0 for latent in latents):
         return q_absorbed.new_zeros(q_absorbed.shape)
@@ -97,7 +97,7 @@ def attend_in_splits(
     assert len(pairs) <= 2
     assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
     assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    # `length` belongs to the last stretch, so it means nothing where that one is empty and was dropped above
+    # `length` belongs to the last segment, so it means nothing if that segment is empty and was dropped above
     length = length if latents[-1].shape[1] > 0 else None
 
     capacity = sum(latent.shape[1] for latent, _ in pairs)
@@ -165,7 +165,7 @@ def combine(
     *,
     overlap: bool = False,
 ) -> Tensor:  # [b s h c]
-    """Combines the partial sums of `attend_in_splits` to the weighted sums over all tokens."""
+    """Combines the partial sums of `attend_in_splits` into the weighted sums over all tokens."""
     b, splits, s, h, c = parts.shape
     out = parts.new_empty(b, s, h, c, dtype=dtype)
     # 32 numbers per thread, so that up to 64 splits of a row are loaded before any is used
@@ -189,7 +189,7 @@ def combine(
 
 
 def num_splits(num_programs: int, capacity: int, cut: Tiling, device: torch.device) -> int:
-    """Splits of the cache: never more programs than are resident at once, since a single one more doubles the time."""
+    """The number of splits: never more programs than are resident at once, since one more would double the time."""
     resident = cut.programs_per_sm * num_multiprocessors(device)
     return max(min(resident // num_programs, triton.cdiv(capacity, cut.tokens_per_split)), 1)
 
@@ -200,17 +200,17 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def registers(cut: Tiling) -> dict[str, int]:
-    """A limit per thread for the compiler, so that `programs_per_sm` programs fit on a multiprocessor."""
-    most = 65536 // (32 * cut.num_warps * cut.programs_per_sm)
-    return {"maxnreg": most // 8 * 8} if most < 255 and torch.version.hip is None else {}
+    """A limit of registers per thread for the compiler, so that `programs_per_sm` programs fit on a multiprocessor."""
+    limit = 65536 // (32 * cut.num_warps * cut.programs_per_sm)
+    return {"maxnreg": limit // 8 * 8} if limit < 255 and torch.version.hip is None else {}
 
 
 def token_steps(x: Tensor) -> tuple[int, int]:
-    """Strides of sequences and of tokens; that of sequences is 0 where all share one."""
+    """Strides of sequences and of tokens; the stride of sequences is 0 if all of them share one."""
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
-def alignment(*stretches: Tensor) -> int:
-    """The bytes, up to the 16 of the widest load, of which every token's address is a multiple."""
-    steps = [step * x.element_size() for x in stretches for step in token_steps(x)]
-    return math.gcd(16, *steps, *(x.data_ptr() for x in stretches))
+def alignment(*segments: Tensor) -> int:
+    """The largest number of bytes, up to the 16 of the widest load, that divides every token's address."""
+    steps = [step * x.element_size() for x in segments for step in token_steps(x)]
+    return math.gcd(16, *steps, *(x.data_ptr() for x in segments))

@@ -1,7 +1,8 @@
-"""How a kernel reads the codes of cached rows and converts them to operands of products, and how it writes codes.
+"""How a kernel reads the codes of cached rows, and converts them to operands of products.
 
-Codes are read as words of four bytes, one tile ahead, into registers: Triton prefetches only operands that a product
-takes as they were loaded, not operands that are converted first. Scales multiply scores and weights, never elements.
+Codes are read into registers as words of four bytes, one tile ahead, because Triton prefetches only operands that a
+product takes as they were loaded, not operands that are converted first. Scales multiply scores and weights, never
+elements.
 """
 
 # Triton cannot compile (*tuple, x)
@@ -28,7 +29,7 @@ class Layout(NamedTuple):
 
 
 def layout(bits: str, c: int) -> Layout:
-    """Layout of rows of `bits` ("", "8", "6", "5", "4" or "fp8") with latents of width c."""
+    """The layout of rows of `bits` ("", "8", "6", "5", "4" or "fp8") with latents of width c."""
     if not bits:
         return Layout(0, 1, 1, c, min(c, PLANE), 0)
     width = 8 if bits == "fp8" else int(bits)
@@ -42,7 +43,7 @@ def layout(bits: str, c: int) -> Layout:
 
 
 def has_words(form: Layout, r: int, aligned_to: int) -> bool:
-    """Whether rows can be read as words of four bytes, in pieces and rotary keys whose widths are powers of two."""
+    """True if rows can be read as words of four bytes, in pieces and rotary keys whose widths are powers of two."""
     is_whole = form.piece >= 16 and form.piece & (form.piece - 1) == 0 and form.plane % form.piece == 0
     return is_whole and r >= 32 and r & (r - 1) == 0 and aligned_to % 4 == 0
 
@@ -63,7 +64,7 @@ def _code_plane(x, k: tl.constexpr, BITS: tl.constexpr, BYTE_PLANES: tl.constexp
 
 @triton.jit
 def _value(codes, BITS: tl.constexpr, DOT: tl.constexpr):
-    """The numbers that codes, one in each byte, stand for before they are multiplied by their scale."""
+    """The values of codes, one code in each byte, before they are multiplied by their scale."""
     if BITS == 9:
         # shifted to where float16 has them, the bits of an e4m3 are 256 times less; `_scale` multiplies by 256
         halves = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
@@ -96,7 +97,7 @@ def _values(words, BITS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):
 def _wall(values, PTX: tl.constexpr):
     """Returns the values unchanged, but hides from Triton that they were joined.
 
-    Otherwise Triton would take them for elements of fewer bits, and convert them to another layout for each product.
+    Otherwise Triton would treat them as elements of fewer bits, and convert them to another layout for each product.
     """
     if PTX and values.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=2)
@@ -205,7 +206,7 @@ def _load_codes(
     rows, shown, column, BYTE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr, PIECE: tl.constexpr,
     WORDS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Loads byte planes, where possible as words, since each single byte would occupy a register of its own."""
+    """Loads byte planes, as words if possible, since each single byte would occupy a register of its own."""
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
         return _load(rows, shown, tl.arange(0, PIECE // 4), BYTE_PLANES, CODE_PLANE // 4, PIECE // 4)
@@ -217,7 +218,7 @@ def _load_codes(
 def _load_keys(
     rows, shown, rotary, R: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
 ):  # fmt: skip
-    """Loads rotary keys in bfloat16, where possible as words of two."""
+    """Loads rotary keys in bfloat16, as words of two if possible."""
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
         return _load(rows, shown, tl.arange(0, R // 2), 1, R // 2, R // 2)[0]
@@ -276,33 +277,3 @@ def _scale(stored, BITS: tl.constexpr):
     """Stored scales as float32; those of fp8 also restore the factor that `_value` leaves out."""
     # a bfloat16 is the upper half of a float32
     return stored * 256.0 if BITS == 9 else (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _coded(latent, BITS: tl.constexpr):
-    """Codes and scales of latents [PLANES PLANE] as `IntegerFormat` computes them."""
-    largest = tl.max(tl.abs(latent), axis=1)
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    # a plane of zeros gets the smallest normal bfloat16 as its scale, since elements are divided by it
-    scales = tl.maximum(largest * (1.004 / HALF), 1.1754943508222875e-38).to(tl.bfloat16)
-    # the correctly rounded quotient, since one that lies on the border of two codes decides between them
-    scaled = tl.div_rn(latent, tl.broadcast_to(scales.to(tl.float32)[:, None], latent.shape))
-    codes = tl.minimum(tl.maximum(tl.floor(scaled) + HALF, 0.0), 2.0 * HALF - 1)
-    return codes.to(tl.int32), scales
-
-
-@triton.jit
-def _write_codes(codes, column, out, is_inside, C: tl.constexpr, BITS: tl.constexpr):
-    """Stores codes [PLANES PLANE] as bytes, and zeros between the last code and the first scale, as the format does."""
-    PADDED: tl.constexpr = ((C * BITS + 7) // 8 + 3) // 4 * 4
-    if BITS == 8:
-        tl.store(out + column, codes.to(tl.uint8), mask=(column < PADDED) & is_inside)
-    else:
-        # a byte holds the codes of elements j and j + c/2, which are gathered since other threads computed them
-        HALF: tl.constexpr = (C + 1) // 2
-        WIDTH: tl.constexpr = codes.numel
-        byte = tl.arange(0, WIDTH // 2)
-        flat = tl.reshape(codes, (WIDTH,))
-        low = tl.where(byte < HALF, tl.gather(flat, byte, 0), 0)
-        high = tl.where(byte + HALF < C, tl.gather(flat, tl.minimum(byte + HALF, C - 1), 0), 0)
-        tl.store(out + byte, (low | high << 4).to(tl.uint8), mask=(byte < PADDED) & is_inside)

@@ -1,4 +1,4 @@
-"""The chosen experts, the shared ones or a dense MLP for few tokens, with each weight read once, where it lies.
+"""The chosen experts, the shared experts or a dense MLP for few tokens; each weight is read once, as it is stored.
 
 Reading the weights takes most of the time, so each program streams a block of rows of one weight. For a single token it
 computes a matrix-vector product in registers ("vector"). For more tokens it multiplies rows of one expert with all
@@ -7,7 +7,7 @@ tokens that chose this expert, on tensor cores ("matrix"), so that every chosen 
 Only addresses and masks depend on data: grids follow from shapes, and no two programs add to the same element.
 
 Letters: m tokens, e routed experts, k experts per token, d model width, f width of one expert, g width of the shared
-ones.
+experts together.
 """
 
 from typing import NamedTuple
@@ -20,11 +20,11 @@ from .triton_matrix import activate_matrix, down_matrix, sum_parts
 from .triton_tiles import Norm, Tiles, block_at_once, block_of, check, dot_dtype, is_vector, tokens_at_once
 from .triton_vector import activate_vector, down_vector
 
-# columns of the shared experts' down projection that one program of a matrix product takes; 1408 is as many as one
-# routed expert of DeepSeek-V2-Lite has, so that all programs have the same work
+# columns of the shared experts' down projection that one program of a matrix product takes; one routed expert of
+# DeepSeek-V2-Lite has 1408, so that all programs have the same work
 PIECE = 1408
-# elements of one output that a program sums
-SUMMED = 256
+# elements of one output token that a program of `sum_parts` takes
+SUM_BLOCK = 256
 
 
 class Plan(NamedTuple):
@@ -39,7 +39,7 @@ MATRIX_FOR_MANY = Plan(Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4))
 
 
 def plan_for(m: int) -> Plan:
-    """A single token shares no expert with others, so only several tokens gain from tensor cores."""
+    """A single token shares no expert with other tokens, so tensor cores only help several tokens."""
     return VECTOR if m == 1 else MATRIX if m <= 32 else MATRIX_FOR_MANY
 
 
@@ -60,7 +60,7 @@ def experts(
     """The weighted sum of each token's experts, plus the shared experts, plus the residual.
 
     A norm is applied to x first, but not to the residual; only a vector plan takes one. A choice below 0 or past the
-    last expert belongs to another rank and adds nothing. Sums are in float32 and their order depends on shapes alone;
+    last expert belongs to another rank and adds nothing. Sums are in float32 and their order depends on shapes only;
     activations between the two products are in the dtype of x.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.1, eq. 20.
     """
@@ -102,9 +102,15 @@ def _swiglu(
     gate, up, shared_down = shared or (None, None, None)
     in_scales, out_scales = scales or (None, None)
     gate_scales, up_scales, shared_out_scales = shared_scales or (None, None, None)
-    own = [(gate_up, in_scales), (down, out_scales), (gate, gate_scales), (up, up_scales)]
-    present = [(w, s) for w, s in (*own, (shared_down, shared_out_scales)) if w is not None]
-    check(x, *map(list, zip(*present)), norm)
+    weights_and_scales = [
+        (gate_up, in_scales),
+        (down, out_scales),
+        (gate, gate_scales),
+        (up, up_scales),
+        (shared_down, shared_out_scales),
+    ]
+    given = [(weight, scale) for weight, scale in weights_and_scales if weight is not None]
+    check(x, *map(list, zip(*given)), norm)
     assert residual is None or residual.stride(1) == 1
     e, f = (len(down), down.shape[2]) if routed else (0, 0)
     g = shared_down.shape[1] if shared else 0
@@ -116,7 +122,7 @@ def _swiglu(
     outputs = (chosen, down, out_scales, shared_down, shared_out_scales)
     added = (residual, 0 if residual is None else residual.stride(0))
     sizes = (m, e, d, f, g)
-    kinds = {"K": k, "SHARED": shared is not None, "SCALED": present[0][1] is not None}
+    kinds = {"K": k, "SHARED": shared is not None, "SCALED": given[0][1] is not None}
 
     plan = plan or plan_for(m)
     assert norm is None or is_vector(plan.inner)
@@ -128,7 +134,7 @@ def _swiglu(
 
 
 def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
-    """Computes each token by itself."""
+    """Computes each token separately."""
     m, e, d, f, g = sizes
     inner, outer = plan
     weight, eps = norm or (None, 0.0)
@@ -140,12 +146,12 @@ def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, p
 
 
 def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
-    """Computes all tokens that chose an expert at once."""
+    """Computes all tokens that chose the same expert together."""
     m, e, d, f, g = sizes
     k, (inner, outer) = kinds["K"], plan
     tokens = tokens_at_once(m)
     tiles = triton.cdiv(m, tokens)
-    # a group is the tokens that chose one expert; there are at most as many as pairs of token and choice, or as experts
+    # tokens that chose the same expert are a group; there are no more groups than pairs of token and choice, or experts
     groups = min(min(tokens, m) * k, e)
     of_groups = {"TOKENS": tokens, "BY_PAIR": groups < e, "K_PADDED": triton.next_power_of_2(max(k, 1))}
     kinds = kinds | of_groups | {"DOT": dot_dtype(out)}
@@ -158,5 +164,5 @@ def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: P
     grid = triton.cdiv(d, outer.rows) * (groups + pieces), tiles
     block = block_of(outer, f, g) | {"PIECE": piece}
     down_matrix[grid](hidden, *outputs, parts, *sizes, groups, **kinds, **block)
-    sums = {"K": k, "PIECES": pieces, "BLOCK": SUMMED}
-    sum_parts[m, triton.cdiv(d, SUMMED)](parts, outputs[0], *added, out, m, e, d, **sums)
+    sums = {"K": k, "PIECES": pieces, "BLOCK": SUM_BLOCK}
+    sum_parts[m, triton.cdiv(d, SUM_BLOCK)](parts, outputs[0], *added, out, m, e, d, **sums)

@@ -1,6 +1,6 @@
-"""Experts of several tokens: a program multiplies rows of one expert with all tokens that chose it, on tensor cores.
+"""Experts of several tokens: a program multiplies rows of one expert by all tokens that chose it, on tensor cores.
 
-Letters as in `triton_experts`.
+Letters are those of `triton_experts`.
 """
 
 import triton
@@ -11,10 +11,10 @@ from .triton_tiles import gate_and_up, is_here, kernel, load_tile, silu
 
 @triton.jit
 def _group(chosen, tile, group, m, num_experts, K: tl.constexpr, K_PADDED: tl.constexpr, TOKENS: tl.constexpr, BY_PAIR):
-    """The expert of a group, whether the group is to be computed, and at which slot each token chose it, -1 for none.
+    """The expert of a group, whether the group is to be computed, and the slot at which each token chose it, or -1.
 
-    There is a group for each expert or, where these are fewer, for each pair of a token and its choice. Then several
-    pairs may name the same expert, and only the group of the first is computed, for all of them.
+    There is a group for each expert or, if there are fewer of these, for each pair of a token and its choice. Then
+    several pairs may name the same expert, and only the group of the first pair is computed, for all of them.
     """
     tokens, slots = tile * TOKENS + tl.arange(0, TOKENS), tl.arange(0, K_PADDED)
     is_pair = (tokens < m)[:, None] & (slots < K)[None, :]
@@ -64,7 +64,7 @@ def activate_matrix(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """weight * silu(gate x) * up x for ROWS of one expert and those of TOKENS tokens that chose it."""
+    """weight * silu(gate x) * up x for ROWS of one expert, and for those among TOKENS tokens that chose it."""
     block, tile = tl.program_id(0), tl.program_id(1)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(f, ROWS)
@@ -132,7 +132,7 @@ def down_matrix(
     STAGES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """ROWS of the partial sums that one expert, or one piece of the shared ones, gives to the tokens that chose it."""
+    """ROWS of the partial sums that one expert, or a piece of the shared experts, adds to the tokens that chose it."""
     tile = tl.program_id(1)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     blocks = tl.cdiv(d, ROWS)

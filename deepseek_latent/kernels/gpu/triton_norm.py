@@ -1,9 +1,9 @@
-"""RMSNorm of rows, or of the sum of two, in one launch.
+"""RMSNorm of rows, or of the sum of two rows, in one launch.
 
 Letters: d model width.
 
 A norm moves a few kilobytes, so its cost is latency: a program issues all its loads before it uses the first, and
-nothing here waits for the host. Grids depend on shapes only, so every launch may be captured in a CUDA graph.
+nothing waits for the host. Grids depend on shapes only, so every launch can be captured in a CUDA graph.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _launch_rms_norm(
     normed: Tensor,
 ) -> None:
     d = x.shape[-1]
-    # a view reads rows of any stride where they lie, and fails where a copy would be needed
+    # a view reads rows of any stride as they are stored, and fails if a copy would be needed
     rows = x.view(-1, d)
     others = rows if residual is None else residual.view(-1, d)
     assert rows.stride(1) == others.stride(1) == weight.stride(0) == 1

@@ -1,8 +1,8 @@
-"""The steps of a single token between its projections and attention: one launch ahead of attention, one behind it.
+"""The steps of a single token between its projections and attention: one launch before attention, one after it.
 
 For one token, each launch takes as long as reading a megabyte of weights. So steps that do not depend on one another
-share a grid, and results that are cheap to recompute are computed by each program that needs them. With `overlap`
-weights are loaded before the kernel ahead has ended (`launch_options`).
+share a grid, and each program that needs a result that is cheap to compute computes it again. With `overlap`, weights
+are loaded before the kernel ahead has ended (`launch_options`).
 
 Letters: h heads, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from ...cache.format import PLANE
 from .triton_overlap import launch_options, wait_for_inputs
+from .triton_row import rotate_heads, write_row
 from .triton_splits import LOWEST
 from .triton_tiles import Norm
-from .triton_write import HEADS, parts_of_rows, turn_heads, write_row
+from .triton_write import HEADS, parts_of_rows
 
 # columns of W^UK that one program takes: 128 bytes of a row, and at DeepSeek-V2-Lite's widths one program per SM
 COLUMNS = 64
 # rows of W^UV that one program takes, and its warps
 ROWS, WARPS = 16, 8
-# bytes of partial sums that programs may read more than once before it is cheaper to combine them in another launch
-MOST_READ_AGAIN = 16 << 20
+# if programs read more bytes of partial sums again than this, combining them in a launch of its own is cheaper
+MAX_BYTES_READ_AGAIN = 16 << 20
 
 
 def rotate_write_absorb(
@@ -39,7 +40,7 @@ def rotate_write_absorb(
     bits: int | None = None,
     overlap: bool = False,
 ) -> Tensor:  # [1 1 h c]
-    """`norm_rotate_write` of one token, and returns q_content W^UK; neither reads what the other writes."""
+    """Does what `norm_rotate_write` does for one token, and returns q_content W^UK; neither depends on the other."""
     (h, n, c), width = w_uk.shape, queries.shape[3]
     r = width - n
     latent, scales, k_rotary = parts_of_rows(rows, c, r, compressed.dtype, bits)
@@ -158,7 +159,7 @@ def _rotate_write_absorb_kernel(
         )
     elif program <= TURNING:
         wait_for_inputs(OVERLAPS)
-        turn_heads(queries, cos, sin, (program - 1) * HEADS + tl.arange(0, HEADS), H, N, R, R_BLOCK)
+        rotate_heads(queries, cos, sin, (program - 1) * HEADS + tl.arange(0, HEADS), H, N, R, R_BLOCK)
     else:
         BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
         head = (program - 1 - TURNING) // BLOCKS
@@ -191,7 +192,7 @@ def expand(
     assert sizes is None or (sizes.is_contiguous() and parts.dtype == torch.float32)
     out = w_uv.new_empty(1, h * v)
     rows, c_block = min(ROWS, triton.next_power_of_2(v)), triton.next_power_of_2(c)
-    # splits that are loaded at once, so many that each thread holds 64 numbers
+    # as many splits are loaded at once as give each thread 64 numbers
     at_once = max(64 * 32 * WARPS // c_block, 1)
     _expand_kernel[(h * triton.cdiv(v, rows),)](
         parts,
@@ -215,8 +216,8 @@ def expand(
 
 
 def is_combined_by_expand(parts: Tensor, w_uv: Tensor) -> bool:
-    """Whether `expand` should combine partial sums itself, since its programs read few of them more than once."""
-    return (triton.cdiv(w_uv.shape[1], ROWS) - 1) * parts.nbytes <= MOST_READ_AGAIN
+    """True if `expand` should combine partial sums itself, because its programs read few of them more than once."""
+    return (triton.cdiv(w_uv.shape[1], ROWS) - 1) * parts.nbytes <= MAX_BYTES_READ_AGAIN
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -265,7 +266,7 @@ def _combined(
     SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """What `combine` computes for one head; the memory of splits that saw no token is uninitialised and not used."""
+    """What `combine` computes for one head; the memory of splits that saw no token is uninitialized and is not used."""
     every = tl.arange(0, SPLITS)
     all_sizes = tl.load(sizes + every * H + head, mask=every < num_splits, other=-float("inf"))
     largest = tl.maximum(tl.max(all_sizes, axis=0), LOWEST)

@@ -1,7 +1,7 @@
-"""Projections of a single token, with the norm ahead of them and the residual behind them in the same launch.
+"""Projections of a single token, with the norm before them and the residual after them in the same launch.
 
-Every program norms the whole row for itself while its rows of the weight are being loaded. That saves a launch, and
-should take no time of its own. With `overlap` weights are loaded before the kernel ahead has ended (`launch_options`).
+Every program normalizes the whole row itself while its rows of the weight are being loaded. That saves a launch, and
+should take no extra time. With `overlap`, weights are loaded before the kernel ahead has ended (`launch_options`).
 
 Letters: n rows of a weight, w their width.
 """
@@ -27,7 +27,7 @@ def project(
 ) -> list[Tensor]:  # [1 n]
     """`F.linear(norm(x), weight)` for each weight, plus the residual, in one launch.
 
-    The normed row is rounded to the dtype of x, as `nn.RMSNorm` rounds it; products are summed in float32.
+    The normalized row is rounded to the dtype of x, as `nn.RMSNorm` rounds it; products are summed in float32.
     """
     first, last = weights[0], weights[-1]
     tiles = tiles or tiles_for(x.shape[1])

@@ -2,7 +2,7 @@
 
 Letters: m tokens, d model width, e routed experts, k experts per token.
 
-Grids depend on shapes only and nothing here waits for the host, so every launch may be captured in a CUDA graph.
+Grids depend on shapes only and nothing waits for the host, so every launch can be captured in a CUDA graph.
 """
 
 import torch
@@ -22,15 +22,15 @@ def route(
     n_group: int,
     topk_group: int,
     *,
-    normalise: bool,
+    normalize: bool,
     scaling_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logits [m e] float32, weights [m k] float32, experts [m k] int64
     """Scores every expert for every token and picks k, as `DeepseekV2MoEGate` does; `n_group` 1 is `greedy`.
 
-    The best expert comes first, and of equal ones the lowest.
+    The best expert comes first; among equal ones, the one with the lowest index.
     """
     logits = router_logits(x, weight)
-    choice = choose(logits, k, n_group, topk_group, normalise=normalise, scaling_factor=scaling_factor)
+    choice = choose(logits, k, n_group, topk_group, normalize=normalize, scaling_factor=scaling_factor)
     return logits, *choice
 
 
@@ -45,7 +45,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def split_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`router_logits` of few tokens: a program has the rows of one or two experts, split among its threads."""
+    """`router_logits` of few tokens: a program splits the rows of one or two experts among its threads."""
     (m, d), e = x.shape, weight.shape[0]
     assert weight.shape[1] == d
     assert x.stride(1) == weight.stride(1) == 1
@@ -114,8 +114,8 @@ def multiplied_logits(x: Tensor, weight: Tensor) -> Tensor:
     logits = x.new_empty(m, e, dtype=torch.float32)
     if m == 0:
         return logits
-    # few programs take as long as the loop over one row, so its steps are wide; for many tokens a program takes more
-    # experts, so that each token is read fewer times
+    # with few programs, the time is that of the loop over one row, so its steps are wide; with many tokens, a program
+    # takes more experts, so that each token is read fewer times
     tokens, experts, columns = (16, 16, 256) if m <= 512 else (32, 64, 128)
     _multiplied_logits_kernel[(triton.cdiv(m, tokens), triton.cdiv(e, experts))](
         x,
@@ -129,7 +129,7 @@ def multiplied_logits(x: Tensor, weight: Tensor) -> Tensor:
         TOKENS=tokens,
         EXPERTS=experts,
         COLUMNS=columns,
-        # Triton's interpreter, which alone takes CPU tensors, multiplies bfloat16 as if its bits were integers
+        # only Triton's interpreter takes CPU tensors, and it multiplies bfloat16 as if its bits were integers
         WIDENS=not x.is_cuda,
         num_warps=4,
         num_stages=4,
@@ -179,7 +179,7 @@ def choose(
     n_group: int,
     topk_group: int,
     *,
-    normalise: bool,
+    normalize: bool,
     scaling_factor: float,
     overlap: bool = False,
 ) -> tuple[Tensor, Tensor]:  # weights [m k] float32, experts [m k] int64
@@ -204,7 +204,7 @@ def choose(
         GROUPS_BLOCK=triton.next_power_of_2(n_group),
         PER_GROUP_BLOCK=triton.next_power_of_2(e // n_group),
         K_BLOCK=triton.next_power_of_2(k),
-        NORMALISES=normalise,
+        NORMALIZES=normalize,
         # one warp reduces without a barrier
         num_warps=1,
         **launch_options(logits, overlap),
@@ -225,10 +225,10 @@ def _choose_kernel(
     GROUPS_BLOCK: tl.constexpr,
     PER_GROUP_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    NORMALISES: tl.constexpr,
+    NORMALIZES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One program per token; its logits are a tile [GROUPS_BLOCK PER_GROUP_BLOCK], of which each row is a group.
+    """One program per token; its logits are a tile [GROUPS_BLOCK PER_GROUP_BLOCK], and each row is a group.
 
     Logits are compared as integers of the same order, since a warp finds the largest of 32 integers in one instruction.
     """
@@ -262,7 +262,7 @@ def _choose_kernel(
         keys = tl.where(place == where, NO_EXPERT, keys)
     power = tl.exp(_logit_of(picked_keys) - largest)
     weight = tl.where(picked_keys == NOT_KEPT, 0.0, tl.div_rn(power, tl.zeros_like(power) + total))
-    if NORMALISES:
+    if NORMALIZES:
         weight = tl.div_rn(weight, tl.zeros_like(weight) + (tl.sum(weight, axis=0) + 1e-20))
     else:
         weight *= scaling_factor
@@ -274,7 +274,7 @@ def _choose_kernel(
 
 @triton.jit
 def _ordered(x):
-    """Integers in the order of these float32; NaN is the largest, as in torch, so that every chosen expert exists."""
+    """Integers that sort like these float32 numbers; NaN is the largest, as in torch, so every chosen expert exists."""
     # adding zero makes -0 equal to 0
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(x == x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
@@ -282,7 +282,7 @@ def _ordered(x):
 
 @triton.jit
 def _logit_of(key):
-    """The float32 of which `_ordered` made this key."""
+    """The float32 number that `_ordered` turned into this key."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 

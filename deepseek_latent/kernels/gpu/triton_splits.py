@@ -1,4 +1,4 @@
-"""The kernels of absorbed attention: one attends to a split of the cache in each program, one combines the splits.
+"""The kernels of absorbed attention: each program of one attends to a split of the cache, the other combines splits.
 
 Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
 query token; all rows of a sequence read the same latents.
@@ -19,10 +19,10 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr, rotary_alignment: tl.constexpr):
-    """Pointers to the latents and rotary keys of a tile's tokens, which of these are shown, and their positions.
+    """Pointers to the latents and rotary keys of a tile's tokens, a mask of the visible ones, and their positions.
 
-    A stretch, `one` or `two`, is (latents, step, rotary keys, step, tokens held); `two` may be None. Its tiles follow
-    the `tiles_0` tiles of `one`, so no tile has tokens of both.
+    A segment, `one` or `two`, is (latents, step, rotary keys, step, tokens held); `two` may be None. The tiles of `two`
+    follow the `tiles_0` tiles of `one`, so no tile has tokens of both.
     """
     latent, latent_step, rotary, rotary_step, held = one
     start = tile * token.shape[0]
@@ -61,7 +61,7 @@ def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
 
 
 @triton.jit
-def _weigh(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
+def _add_weighted(scores, pieces, scales, largest, total, context, BITS: tl.constexpr, DOT: tl.constexpr):
     """Adds a tile of tokens: the largest score so far, and sums of weights and of weighted latents relative to it."""
     larger = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - larger[:, None])
@@ -140,7 +140,7 @@ def _attend_to_splits(
     BP: tl.constexpr = max(triton.next_power_of_2(PIECE), 16)
     BR: tl.constexpr = max(triton.next_power_of_2(R), 16)
     PIECES: tl.constexpr = (CODE_PLANE + PIECE - 1) // PIECE  # of a code plane
-    # programs that read the same tokens are neighbours in the grid, so that all but the first find them in the L2 cache
+    # programs that read the same tokens are neighbors in the grid, so that all but the first find them in the L2 cache
     num_tiles = tl.cdiv(s * H, BM)
     program = tl.program_id(0)
     row = program % num_tiles * BM + tl.arange(0, BM)
@@ -152,7 +152,7 @@ def _attend_to_splits(
     rotary = tl.arange(0, BR)
     rotary_inside = rotary < R
 
-    # queries are loaded once for the whole split, and before `length` is used, so that neither load waits for the other
+    # queries are loaded once per split, and before `length` is used, so that neither load waits for the other
     q_base = q_absorbed + sequence * qa_b + query * qa_s + head * qa_h
     queries = ()
     for j in tl.static_range(PIECES):
@@ -232,13 +232,13 @@ def _attend_to_splits(
             codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
             packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
             scores = tl.where(visible, scores * scale, -float("inf"))
-            largest, weights, context = _weigh(scores, pieces, scales, largest, weights, context, BITS, DOT)
+            largest, weights, context = _add_weighted(scores, pieces, scales, largest, weights, context, BITS, DOT)
         else:
             keys = _load(rotary_rows, shown, rotary, 1, R, R)[0].to(DOT)
             pieces = _load(latent_rows, shown, piece, 1, C, PIECE)
             scores = _scores(queries, queries_rotary, pieces, keys, (), BITS)
             scores = tl.where(visible, scores * scale, -float("inf"))
-            largest, weights, context = _weigh(scores, pieces, (), largest, weights, context, BITS, DOT)
+            largest, weights, context = _add_weighted(scores, pieces, (), largest, weights, context, BITS, DOT)
     weight = tl.sum(weights, 1)
     share = 1.0 / tl.where(weight > 0, weight, 1.0)
     for j in tl.static_range(PIECES):
@@ -266,7 +266,7 @@ def _combine(
     AT_ONCE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Combines one row's sums of all splits; the memory of splits that saw no token is uninitialised and not used."""
+    """Combines one row's sums of all splits; the memory of splits that saw no token is uninitialized and unused."""
     wait_for_inputs(OVERLAPS)
     sequence = (tl.program_id(0) // num_rows).to(tl.int64)
     row = tl.program_id(0) % num_rows
@@ -284,7 +284,7 @@ def _combine(
     for start in tl.static_range(0, SPLITS, AT_ONCE):
         split = start + tl.arange(0, AT_ONCE)
         weight = tl.exp2(tl.load(sizes + split * num_rows, split < num_splits, -float("inf")) - largest)
-        # masked by number and not by weight, so that these loads do not wait for those of the sizes
+        # masked by index and not by weight, so that these loads do not wait for those of the sizes
         shown = (split < num_splits)[:, None] & (column < C)[None, :]
         value = tl.load(parts + (split.to(tl.int64) * num_rows * C)[:, None] + column[None, :], shown, 0.0)
         context += tl.sum(tl.where((weight > 0)[:, None], value * weight[:, None], 0.0), 0)

@@ -1,4 +1,4 @@
-"""What the kernels of products share: how work is cut into tiles, how tiles are loaded, and the norm of a row.
+"""Building blocks of kernels that multiply: how work is cut into tiles, how tiles are loaded, and the norm of a row.
 
 Letters: m tokens, e routed experts, d model width, f width of one expert.
 """
@@ -22,11 +22,11 @@ class Tiles(NamedTuple):
     rows: int
     width: int
     warps: int
-    stages: int  # 1 where a program loads whole rows before it uses any
+    stages: int  # 1 if a program loads whole rows before it uses any
 
 
 class Norm(NamedTuple):
-    """An `nn.RMSNorm` ahead of a product, in the same kernel: every program norms the whole row for itself."""
+    """An `nn.RMSNorm` ahead of a product, in the same kernel: every program normalizes the whole row itself."""
 
     weight: Tensor  # [d]
     eps: float
@@ -42,7 +42,7 @@ def block_of(tiles: Tiles, *widths: int) -> dict:
 def block_at_once(tiles: Tiles, width: int) -> dict:
     """Constants of a kernel that loads whole rows of this width before it uses any, as chunks of a power of two.
 
-    Chunks divide the width where they can, since a chunk past its end needs a mask.
+    Chunks divide the width if they can, because a chunk that reaches past its end needs a mask.
     """
     divisor = width & -width
     chunk = min(divisor if divisor >= 512 else max(triton.next_power_of_2(width), 16), tiles.width)
@@ -50,24 +50,24 @@ def block_at_once(tiles: Tiles, width: int) -> dict:
 
 
 def is_vector(tiles: Tiles) -> bool:
-    """Whether products are computed in registers; tensor cores take no fewer than 16 rows."""
+    """True if products are computed in registers; tensor cores take no fewer than 16 rows."""
     return tiles.rows < 16
 
 
 def tokens_at_once(m: int) -> int:
-    """Tokens of a tile: up to 64 all of them, so that weights are read once; tensor cores take no fewer than 8."""
+    """The tokens of a tile: all, up to 64, so that weights are read once; tensor cores take no fewer than 8."""
     return min(max(triton.next_power_of_2(m), 8), 64)
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """The dtype of operands; Triton's interpreter, which alone takes CPU tensors, cannot multiply bfloat16."""
+    """The dtype of operands; only Triton's interpreter takes CPU tensors, and it cannot multiply bfloat16."""
     known = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return tl.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else known[x.dtype]
 
 
-def check(x: Tensor, present: list[Tensor], scales: list[Tensor | None], norm: Norm | None = None) -> None:
+def check(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], norm: Norm | None = None) -> None:
     assert x.stride(1) == 1
-    for weight, scale in zip(present, scales):
+    for weight, scale in zip(weights, scales):
         assert weight.is_contiguous()
         assert weight.dtype == (x.dtype if scale is None else torch.int8)
         assert scale is None or (scale.dtype == torch.float32 and scale.is_contiguous())
@@ -78,7 +78,7 @@ def check(x: Tensor, present: list[Tensor], scales: list[Tensor | None], norm: N
 
 @triton.jit
 def load_tile(base, rows, width, start, mask, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Loads columns start .. start+WIDTH-1 of some rows of a weight [.. width]; 0 past their end or where masked."""
+    """Loads columns start .. start+WIDTH-1 of these rows of a weight [.. width]; 0 past their end or where masked."""
     columns = start + tl.arange(0, WIDTH)
     at = base + rows.to(tl.int64)[:, None] * width + columns[None, :]
     if not EVEN:
@@ -101,7 +101,7 @@ def load_row(base, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_rows(base, rows, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Loads some rows of a weight [.. D] as chunks [rows WIDTH], as `load_row` does."""
+    """Loads these rows of a weight [.. D] as chunks [rows WIDTH], as `load_row` does."""
     chunks = ()
     for first in tl.static_range(0, D, WIDTH):
         chunks += (load_tile(base, rows, D, first, True, WIDTH, first + WIDTH <= D),)
@@ -138,7 +138,7 @@ def partly_summed(products, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def gate_and_up(e, is_routed, gate_up, gate, up, stride, f, K: tl.constexpr, SHARED: tl.constexpr):
-    """Pointers to the gate and up rows of an expert or of the shared ones: to weights or scales, `stride` to a row."""
+    """Pointers to the gate and up rows (weights or scales) of an expert or the shared experts; a row takes `stride`."""
     if K > 0:
         gate_rows = gate_up + e * (2 * f * stride)
         up_rows = gate_rows + f * stride
@@ -152,7 +152,7 @@ def gate_and_up(e, is_routed, gate_up, gate, up, stride, f, K: tl.constexpr, SHA
 
 @triton.jit
 def is_here(e, num_experts):
-    """Whether a choice names an expert of this rank."""
+    """True if a choice names an expert of this rank."""
     return (e >= 0) & (e < num_experts)
 
 

@@ -1,6 +1,6 @@
 """Experts of one token: matrix-vector products, computed in registers.
 
-Letters as in `triton_experts`.
+Letters are those of `triton_experts`.
 """
 
 import triton.language as tl
@@ -45,9 +45,10 @@ def activate_vector(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """weight * silu(gate x) * up x for ROWS of one expert of one token; later programs do shared experts, of weight 1.
+    """weight * silu(gate x) * up x for ROWS of one expert of one token.
 
-    With a norm, x is normed first, while the rows of gate and up are being loaded.
+    The last programs compute the shared experts, with weight 1. With a norm, x is normalized first, while the rows of
+    gate and up are being loaded.
     """
     block, token = tl.program_id(0), tl.program_id(1)
     row = load_row(x + token * x_stride, D, WIDTH)
@@ -108,7 +109,7 @@ def down_vector(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """ROWS of the result for one token, summed over its experts and the shared ones."""
+    """ROWS of the result for one token, summed over its experts and the shared experts."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = tl.minimum(rows, d - 1)
     token = tl.program_id(1)
@@ -124,7 +125,7 @@ def down_vector(
             total *= tl.load(shared_scales + inside)[:, None]
     if K > 0:
         steps = tl.cdiv(f, WIDTH)
-        # one loop over all experts, so that the first tile of an expert is prefetched during the one before
+        # one loop over all experts, so that the first tile of an expert is prefetched during the expert before it
         for step in tl.range(0, K * steps, num_stages=STAGES):
             pair, start = token * K + step // steps, step % steps * WIDTH
             e = tl.load(chosen + pair)

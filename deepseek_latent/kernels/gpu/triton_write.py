@@ -1,10 +1,10 @@
-"""Latents are normed, queries and keys rotated, and rows written to the cache, in one launch.
+"""Normalizes latents, rotates queries and keys, and writes rows to the cache, in one launch.
 
 Letters: b batch, s tokens of a sequence, h heads, n/r content and rotary width per head, c latent width, t rows of the
 cache's buffer.
 
 The kernel moves a few kilobytes, so its cost is latency: a program issues all its loads before the first use, and
-nothing here waits for the host. Grids depend on shapes only, so every launch may be captured in a CUDA graph.
+nothing waits for the host. Grids depend on shapes only, so every launch can be captured in a CUDA graph.
 """
 
 import torch
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...cache.format import PLANE, IntegerFormat
-from .triton_codes import _coded, _write_codes
 from .triton_overlap import launch_options, wait_for_inputs
+from .triton_row import rotate_heads, write_row
 
 # heads whose queries one program rotates
 HEADS = 16
@@ -32,9 +32,9 @@ def norm_rotate_write(
     *,
     bits: int | None = None,
 ) -> None:
-    """Rotates the queries, and writes normed latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
+    """Rotates queries, and writes normalized latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
 
-    Rows are bit by bit what `LatentFormat` writes or, with bits 8 or 4, `IntegerFormat`. `start` is a number or an
+    Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, `IntegerFormat`. `start` is a number or an
     integer on the device; on the device it cannot be checked, so rows past the end of the buffer are not written.
     Norm and rotation run in float32 and are each rounded once to the dtype of the inputs, as `nn.RMSNorm` and `rotate`
     do.
@@ -55,11 +55,11 @@ def norm_rotate(
     cos: Tensor,  # [b or 1 s r/2]  float32
     sin: Tensor,  # [b or 1 s r/2]  float32
 ) -> tuple[Tensor, Tensor]:  # [b s c], [b s r]
-    """Rotates the queries, and returns the normed latents and rotated keys that `norm_rotate_write` would write."""
+    """Rotates the queries, and returns the normalized latents and rotated keys that `norm_rotate_write` would write."""
     b, s, width = compressed.shape
     c = norm_weight.shape[0]
     latent, k_rotary = (compressed.new_empty(b, s, x) for x in (c, width - c))
-    # without bits no scales are written, so any tensor may stand in for them
+    # without bits, no scales are written, so any tensor can take their place
     _launch_norm_rotate((queries, compressed, norm_weight, cos, sin), (latent, latent, k_rotary), eps, 0, None)
     return latent, k_rotary
 
@@ -69,7 +69,7 @@ def parts_of_rows(rows: Tensor, c: int, r: int, dtype: torch.dtype, bits: int | 
     if bits is None:
         assert rows.dtype == dtype
         assert rows.shape[2] == c + r
-        # without bits no scales are written, so any tensor may stand in for them
+        # without bits, no scales are written, so any tensor can take their place
         return rows[..., :c], rows, rows[..., c:]
     assert rows.dtype == torch.uint8
     assert bits in (8, 4)
@@ -183,7 +183,7 @@ def _norm_rotate_kernel(
         wait_for_inputs(OVERLAPS)
         head = (part - 1) * HEADS + tl.arange(0, HEADS)
         row = queries + sequence * queries_b + token * queries_s
-        turn_heads(row, cos + angle, sin + angle, head, H, N, R, R_BLOCK)
+        rotate_heads(row, cos + angle, sin + angle, head, H, N, R, R_BLOCK)
     else:
         source = compressed + sequence * compressed_b + token * compressed_s
         latent += sequence * latent_b
@@ -213,91 +213,3 @@ def _norm_rotate_kernel(
             R_BLOCK,
             OVERLAPS,
         )
-
-
-@triton.jit
-def write_row(
-    source,
-    norm_weight,
-    cos,
-    sin,
-    latent,
-    scales,
-    k_rotary,
-    start,
-    token,
-    num_rows,
-    eps,
-    LATENT_STRIDE: tl.constexpr,
-    SCALES_STRIDE: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    START_IS_POINTER: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BITS: tl.constexpr,
-    PLANE: tl.constexpr,
-    PLANES: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Writes the normed latent and the rotated key of one token to its row of one sequence's buffer."""
-    column = tl.arange(0, PLANES)[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
-    weight = tl.load(norm_weight + column, mask=column < C, other=0.0)
-    wait_for_inputs(OVERLAPS)
-    position = token + (tl.load(start).to(tl.int64) if START_IS_POINTER else start)
-    is_inside = (position >= 0) & (position < num_rows)
-    # loaded before the first store, since no load is moved ahead of a store
-    value = tl.load(source + column, mask=column < C, other=0.0)
-    _write_key(source + C, cos, sin, k_rotary + position * KEY_STRIDE, is_inside, R, R_BLOCK)
-    latent += position * LATENT_STRIDE
-    scales += position * SCALES_STRIDE
-    _write_latent(value, weight, eps, latent, scales, column, is_inside, C, BITS, PLANE)
-
-
-@triton.jit
-def turn_heads(row, cos, sin, head, H: tl.constexpr, N: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr):
-    """Rotates pairs (2i, 2i+1) of some heads, in place."""
-    head, rotary, pair = head[:, None], tl.arange(0, R_BLOCK)[None, :], tl.arange(0, R_BLOCK // 2)[None, :]
-    at = row + head * (N + R) + N + rotary
-    inside = (head < H) & (rotary < R)
-    query = tl.load(at, mask=inside, other=0.0)
-    # every head loads its own angles, so that no thread takes them from another and waits for it
-    angle = head * 0 + pair
-    cosine = tl.load(cos + angle, mask=pair < R // 2, other=0.0)
-    sine = tl.load(sin + angle, mask=pair < R // 2, other=0.0)
-    even, odd = tl.split(tl.reshape(query.to(tl.float32), (head.shape[0], R_BLOCK // 2, 2)))
-    turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), query.shape)
-    tl.store(at, turned.to(query.dtype), mask=inside)
-
-
-@triton.jit
-def _write_key(source, cos, sin, out, is_inside, R: tl.constexpr, R_BLOCK: tl.constexpr):
-    """Rotates pairs (2i, 2i+1) of the key that all heads share, and stores it."""
-    pair = tl.arange(0, R_BLOCK // 2)
-    even = tl.load(source + 2 * pair, mask=pair < R // 2, other=0.0)
-    odd = tl.load(source + 2 * pair + 1, mask=pair < R // 2, other=0.0)
-    cosine = tl.load(cos + pair, mask=pair < R // 2, other=0.0)
-    sine = tl.load(sin + pair, mask=pair < R // 2, other=0.0)
-    x, y = even.to(tl.float32), odd.to(tl.float32)
-    inside = (pair < R // 2) & is_inside
-    # rounded to the dtype of the inputs first, as torch does, also where coded rows keep the key in bfloat16
-    turned_even, turned_odd = (x * cosine - y * sine).to(even.dtype), (x * sine + y * cosine).to(even.dtype)
-    tl.store(out + 2 * pair, turned_even.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + 2 * pair + 1, turned_odd.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _write_latent(
-    value, weight, eps, out, scales, column, is_inside, C: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr
-):
-    """Norms a latent loaded as [PLANES PLANE], and stores its elements, or their codes and scales."""
-    wide = value.to(tl.float32)
-    root = tl.rsqrt(tl.sum(tl.sum(wide * wide, axis=1), axis=0) / C + eps)
-    latent = (wide * root * weight.to(tl.float32)).to(value.dtype)
-    if BITS == 0:
-        tl.store(out + column, latent, mask=(column < C) & is_inside)
-    else:
-        codes, scale = _coded(latent.to(tl.float32), BITS)
-        plane = tl.arange(0, value.shape[0])
-        tl.store(scales + plane, scale, mask=(plane * PLANE < C) & is_inside)
-        _write_codes(tl.where(column < C, codes, 0), column, out, is_inside, C, BITS)
