@@ -6,7 +6,22 @@ TESTS ?=
 # how `make test-newest` installs torch: by default the CPU build that constraints.txt names
 TORCH ?= --constraint constraints.txt torch
 
-.PHONY: demo test test-slow test-tools test-oldest test-middle test-newest test-triton gpu outdated check bench finetune clean
+# one test file of each kind, without compilation, new processes and most ways to generate
+FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/test_ops.py \
+	tests/attention/test_masks.py tests/attention/test_absorption_guard.py tests/cache/test_latent_cache.py \
+	tests/cache/test_format.py tests/cache/test_static_cache.py tests/cache/test_page_groups.py \
+	tests/cache/test_records.py tests/experts/test_moe.py tests/experts/test_weights.py \
+	tests/experts/test_packed.py tests/experts/test_trained.py tests/experts/test_balance.py \
+	tests/finetuning/test_expert_lora.py tests/finetuning/test_lora.py tests/finetuning/test_expert_selection.py \
+	tests/model/test_model.py tests/model/test_equals_native.py tests/model/test_configuration.py \
+	tests/model/test_configuration_refusals.py tests/model/test_weights.py tests/model/test_bad_use.py \
+	tests/model/test_generation_modes.py tests/kernels/test_bound_functions.py \
+	tests/kernels/test_replayed_steps.py tests/conversion/test_gqa_to_mla.py tests/conversion/test_checkpoint.py \
+	tests/conversion/test_size.py tests/commands/test_commands.py tests/compat/test_torch.py \
+	tests/compat/test_peft.py tests/compat/test_accelerate.py
+NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
+
+.PHONY: demo test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton gpu outdated check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -38,6 +53,9 @@ demo: .venv/installed  ## a trained DeepSeek-V2 generates text with a cache of l
 
 test: .venv/installed  ## the suite, in at most 12 minutes on two cores
 	.venv/bin/python -m pytest -m "not slow"
+
+test-fast: .venv/installed  ## for the edit loop: a test file of each kind, about a minute
+	.venv/bin/python -m pytest -m "not slow" -k "not ($(NOT_FAST))" $(FAST)
 
 test-slow: .venv/installed  ## slow tests: compilation with inductor, training, several processes
 	.venv/bin/python -m pytest -m slow
