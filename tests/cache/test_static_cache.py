@@ -102,6 +102,27 @@ def test_a_recorded_step_gives_the_logits_of_a_plain_one(cache_dtype, padded, ne
     assert relative_error(logits(caches[0], 12 + new, 13 + new), logits(caches[1], 12 + new, 13 + new)) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("on_host", ["a plain step", "crop", "reset"])
+def test_a_recorded_step_counts_what_the_host_changed_since_the_last_recorded_one(on_host):
+    cache, ids = static(), random_ids(B, 12)
+    model()(ids[:, :7], cache=cache)
+    with cache.count.recorded():
+        model()(ids[:, 7:8], cache=cache)
+    if on_host == "a plain step":
+        model()(ids[:, 8:10], cache=cache)
+    elif on_host == "crop":
+        cache.crop(-3)
+    else:
+        cache.reset()
+        model()(ids[:, :4], cache=cache)
+    held = cache.get_seq_length()
+    with cache.count.recorded():
+        actual = model()(ids[:, held : held + 1], cache=cache).logits
+    assert relative_error(actual, model()(ids[:, : held + 1], use_cache=False).logits[:, -1:]) < 1e-5
+    assert cache.get_seq_length() == held + 1
+
+
 class Waiting(TorchDispatchMode):
     """Records the calls that would make the host wait for the device, or read a size from it."""
 
