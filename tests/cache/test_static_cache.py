@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
+from transformers.cache_utils import StaticLayer
 
 from deepseek_latent import LatentCache
 from deepseek_latent.cache.static_layer import TokenCount
@@ -175,6 +176,19 @@ def test_generate_does_not_ask_the_device_for_the_length(monkeypatch):
     assert torch.equal(from_static, expected)
     assert asked
     assert all(asked)
+
+
+@pytest.mark.skipif(
+    not hasattr(StaticLayer, "crop"), reason="this transformers refuses prompt lookup with a static cache"
+)
+def test_a_smaller_max_cache_len_leaves_room_for_the_drafts_of_prompt_lookup():
+    # a new model, because transformers makes no static cache that is smaller than an earlier one of the same model
+    subject, ids = tiny_model(), random_ids(1, 4).repeat(1, 3)
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"prompt_lookup_num_tokens": 4, "return_dict_in_generate": True}
+    output = subject.generate(ids, **options, cache_implementation="static", max_cache_len=5)
+    assert torch.equal(output.sequences, subject.generate(ids, **options).sequences)
+    assert output.cache.max_cache_len == 12 + 9 - 1 + 4
 
 
 def test_a_copy_is_independent():
