@@ -101,9 +101,10 @@ def test_at_deepseek_v2_widths_absorbing_rounds_no_more_than_fused_expansion(spr
 
 
 @pytest.mark.parametrize("attend", [absorbed, expanded])
+@pytest.mark.parametrize("rank", [0, 5], ids="rank{}".format)
 @DTYPES
-def test_blocks_change_nothing(attend, dtype, monkeypatch):
-    inputs = attention_inputs(5, 6, dtype)
+def test_blocks_change_nothing(attend, rank, dtype, monkeypatch):
+    inputs = attention_inputs(5, 6, dtype, rank)
     whole = attend(**inputs)
     monkeypatch.setattr(latent_ops, "SCORES_PER_BLOCK", B * H * 5 * 2)  # two cached tokens
     monkeypatch.setattr(latent_ops, "ELEMENTS_PER_BLOCK", 1)  # one head

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
+from transformers.cache_utils import StaticLayer
 
 from deepseek_latent import LatentCache
 from deepseek_latent.cache.static_layer import TokenCount
@@ -102,6 +103,27 @@ def test_a_recorded_step_gives_the_logits_of_a_plain_one(cache_dtype, padded, ne
     assert relative_error(logits(caches[0], 12 + new, 13 + new), logits(caches[1], 12 + new, 13 + new)) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("on_host", ["a plain step", "crop", "reset"])
+def test_a_recorded_step_counts_what_the_host_changed_since_the_last_recorded_one(on_host):
+    cache, ids = static(), random_ids(B, 12)
+    model()(ids[:, :7], cache=cache)
+    with cache.count.recorded():
+        model()(ids[:, 7:8], cache=cache)
+    if on_host == "a plain step":
+        model()(ids[:, 8:10], cache=cache)
+    elif on_host == "crop":
+        cache.crop(-3)
+    else:
+        cache.reset()
+        model()(ids[:, :4], cache=cache)
+    held = cache.get_seq_length()
+    with cache.count.recorded():
+        actual = model()(ids[:, held : held + 1], cache=cache).logits
+    assert relative_error(actual, model()(ids[:, : held + 1], use_cache=False).logits[:, -1:]) < 1e-5
+    assert cache.get_seq_length() == held + 1
+
+
 class Waiting(TorchDispatchMode):
     """Records the calls that would make the host wait for the device, or read a size from it."""
 
@@ -154,6 +176,19 @@ def test_generate_does_not_ask_the_device_for_the_length(monkeypatch):
     assert torch.equal(from_static, expected)
     assert asked
     assert all(asked)
+
+
+@pytest.mark.skipif(
+    not hasattr(StaticLayer, "crop"), reason="this transformers refuses prompt lookup with a static cache"
+)
+def test_a_smaller_max_cache_len_leaves_room_for_the_drafts_of_prompt_lookup():
+    # a new model, because transformers makes no static cache that is smaller than an earlier one of the same model
+    subject, ids = tiny_model(), random_ids(1, 4).repeat(1, 3)
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"prompt_lookup_num_tokens": 4, "return_dict_in_generate": True}
+    output = subject.generate(ids, **options, cache_implementation="static", max_cache_len=5)
+    assert torch.equal(output.sequences, subject.generate(ids, **options).sequences)
+    assert output.cache.max_cache_len == 12 + 9 - 1 + 4
 
 
 def test_a_copy_is_independent():

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion.text import read_text, tokenize
 from deepseek_latent.finetuning.activity import Activity, activity_of
-from deepseek_latent.finetuning.expert_selection import ExpertSelection
+from deepseek_latent.finetuning.expert_selection import ExpertSelection, expert_scores, select_experts
 from tests.support import random_ids, tiny_model
 from tests.test_examples import FOLDER
 
@@ -75,6 +76,16 @@ def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
     printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
     assert "2202.01169" in printed.out
     assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
+
+
+@pytest.mark.parametrize("by", ["token", "gate"])
+def test_each_way_of_scoring_has_the_threshold_of_the_paper(tmp_path, by):
+    text = FOLDER / "held_out.txt"
+    assert main(["experts", str(FOLDER), "--text", str(text), "--esft", str(tmp_path), "--by", by]) == 0
+    model = AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    scores = expert_scores(activity_of(model, tokenize(FOLDER, read_text(text))), by)
+    expected = select_experts(scores, {"token": 0.2, "gate": 0.1}[by])
+    assert ExpertSelection.load(tmp_path).experts == expected
 
 
 @pytest.mark.parametrize(

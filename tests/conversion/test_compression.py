@@ -141,6 +141,26 @@ def test_statistics_are_those_of_the_layers(tmp_path):
         torch.testing.assert_close(layer.distances.sum(dim=1), torch.ones(4).double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rope", [None, YARN], ids=["default", "yarn"])
+@torch.no_grad()
+def test_the_cost_of_an_error_in_a_key_is_its_effect_on_scores_times_the_spread_of_values(tmp_path, rope):
+    options = {} if rope is None else {"rope_parameters": rope}
+    model, _ = calibrated(tmp_path, LlamaConfig, **options)
+    windows = torch.randint(0, 96, (5, WINDOW_LENGTH), generator=seeded(3))
+    conversion = CompressedMla(Source(tmp_path), collect_statistics(model, windows), r=16)
+    hidden = model(windows, output_hidden_states=True).hidden_states
+    for i, layer in enumerate(model.model.layers):
+        attention, inputs = layer.self_attn, layer.input_layernorm(hidden[i]).flatten(0, 1)
+        queries = attention.q_proj(inputs).double().unflatten(-1, (4, 2, -1))  # [tokens h 2 p], real and imaginary
+        # an error of 1 in the real or the imaginary part of a key; cos and sin of both have the length factor
+        score_changes = conversion.length_factor**2 * queries / _head_width(model.config) ** 0.5
+        values = attention.v_proj(inputs).double().unflatten(-1, (2, -1)).repeat_interleave(2, dim=1)  # [tokens h w]
+        outputs = torch.einsum("thw,dhw->thd", values, attention.o_proj.weight.double().unflatten(1, (4, -1)))
+        spread = outputs.var(dim=0, correction=0).sum(dim=-1)
+        expected = score_changes.square().mean(dim=(0, 2)) * spread[:, None]
+        torch.testing.assert_close(conversion.read_parts(i).score_costs, expected, rtol=1e-3, atol=0)
+
+
 @torch.no_grad()
 def test_perplexity_is_the_exponential_of_the_mean_loss(tmp_path):
     model = save_source(tmp_path, LlamaConfig)

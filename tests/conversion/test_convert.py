@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion import verify as verification
 from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import tiny_model
 
@@ -37,6 +38,18 @@ def test_verify_passes_an_equal_checkpoint_and_fails_a_changed_one(tmp_path, cap
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     assert main(check) == 1
     assert json.loads(capsys.readouterr().out)["problems"] == ["model.norm.weight is missing"]
+
+
+def test_verify_counts_greedy_tokens_only_up_to_the_first_that_differs(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    continuations = iter(([7, 8, 9, 3], [7, 8, 5, 3]))
+
+    def logits_and_continuation(model, ids):
+        return verification._logits(model, ids), torch.tensor(next(continuations))
+
+    monkeypatch.setattr(verification, "_logits_and_continuation", logits_and_continuation)
+    report = verification.verify(tmp_path, against=tmp_path, text=None, dtype=None)
+    assert report["equal_greedy_tokens"] == "2 of 4"
 
 
 def test_cast_rounds_every_tensor_once_and_nothing_else(tmp_path):

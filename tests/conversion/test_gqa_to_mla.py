@@ -11,6 +11,8 @@ from transformers import (
 )
 
 from deepseek_latent import LatentCache
+from deepseek_latent.conversion.gqa_to_mla import CONSTANT_OVER_LATENT, GqaToMla
+from deepseek_latent.conversion.source import Source
 from tests.conversion.sources import SOURCES, convert_to_mla, save_source
 from tests.support import NATIVE, random_ids, relative_error
 
@@ -39,6 +41,23 @@ def test_a_converted_model_decodes_from_a_cache_as_large_as_that_of_its_source(t
     width = 2 * source.config.num_key_value_heads * source.config.head_dim
     # the latent is wider by its constant channel and padding
     assert width < model.config.cached_width <= width + 4 * width**0.5
+
+
+@pytest.mark.parametrize("name", ["GQA", "Qwen2"])
+def test_the_constant_channel_exceeds_any_latent_by_the_stated_ratio(tmp_path, name):
+    config_class, options = SOURCES[name]
+    source = save_source(tmp_path, config_class, **options)
+    conversion = GqaToMla(Source(tmp_path))
+    made = {piece.name: piece.make() for piece in conversion.pieces()}
+    for i, layer in enumerate(source.model.layers):
+        values = layer.self_attn.v_proj
+        # a normalized input has at most the norm sqrt(d) before its weight
+        largest = (values.weight * layer.input_layernorm.weight).norm() * conversion.d**0.5
+        largest = largest + (0 if values.bias is None else values.bias.norm())
+        constant = made[f"model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias"][conversion.g * conversion.w]
+        ratio = constant / conversion.c**0.5 / largest
+        # a power of two times the root of the width, so less than twice what is needed
+        assert CONSTANT_OVER_LATENT <= ratio < 2 * CONSTANT_OVER_LATENT
 
 
 @torch.no_grad()

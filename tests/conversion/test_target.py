@@ -90,6 +90,13 @@ def test_another_conversion_does_not_resume_the_first_one(tmp_path, monkeypatch)
     assert made == ["t0", "t1"]
 
 
+def test_a_replaced_checkpoint_leaves_nothing_beside_the_new_one(tmp_path):
+    for count in (2, 3):
+        write(Target(tmp_path / "out", force=True), pieces_of(count), {"config.json": "{}"}, [], "one")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert len(load_file(tmp_path / "out" / "model.safetensors")) == count
+
+
 def test_a_full_disk_is_reported_before_and_during_writing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(target.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 79})())

@@ -98,6 +98,20 @@ def test_trained_parameters_keep_float32_when_other_weights_are_loaded_or_cast()
     assert dict(model.named_parameters())["model.layers.1.mlp.experts.trained_down_proj"] is experts.trained_down_proj
 
 
+@torch.no_grad()
+def test_a_model_that_is_cast_to_float32_computes_with_all_digits_of_the_trained_parameters():
+    model, ids = model_in_training(torch.bfloat16).eval(), random_ids(2, 9)
+    experts = model.model.layers[1].mlp.experts
+    # values that bfloat16 rounds
+    experts.trained_down_proj *= 1 + 2**-9
+    model(ids)
+    model.float()
+    after = model(ids).logits
+    assert torch.equal(experts.down_proj[CHOSEN[1]], experts.trained_down_proj)
+    finish_training(model)
+    assert torch.equal(model(ids).logits, after)
+
+
 def test_steps_that_bfloat16_would_round_away_add_up():
     """A weight around 0.1 does not change by 1e-5 in bfloat16; the trained parameter in float32 does."""
     model = model_in_training(torch.bfloat16)

@@ -21,6 +21,14 @@ def test_select_experts_finds_the_experts_that_deepseek_published(domain):
     assert select_experts(scores, 0.2) == published
 
 
+def test_no_expert_is_selected_once_the_scores_reach_the_threshold():
+    # numbers that add up without rounding
+    scores = {1: [0.125, 0.5, 0.125, 0.25], 2: [0.25, 0.25, 0.25, 0.25]}
+    assert select_experts(scores, 0.5) == {1: [1], 2: [0, 1]}
+    assert select_experts(scores, 0.75) == {1: [1, 3], 2: [0, 1, 2]}
+    assert select_experts(scores, 1) == {1: [1, 3, 0, 2], 2: [0, 1, 2, 3]}
+
+
 @pytest.mark.parametrize("variant", [{}, {"norm_topk_prob": True}], ids=str)
 def test_scores_are_shares_of_choices_and_mean_gate_values(variant):
     model, ids = tiny_model(**variant), random_ids(2, 30)

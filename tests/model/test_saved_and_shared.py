@@ -119,11 +119,14 @@ def test_anything_but_a_tensor_of_ids_is_not_saved_with_a_cache(tmp_path, tokens
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [10**6, -100])
-def test_ids_outside_the_vocabulary_are_not_saved_with_a_cache(tmp_path, change):
+@pytest.mark.parametrize("outside", [-100, -1, 96, 10**6])
+def test_an_id_outside_the_vocabulary_is_not_saved_with_a_cache(tmp_path, outside):
     model, ids = tiny_model(), random_ids(1, 8)
+    cache, ids[0, 3] = prefilled(model, ids), outside
     with pytest.raises(ValueError, match=r"expected ids from 0 to 95, got .*; pass the ids that"):
-        prefilled(model, ids).save(tmp_path / "prompt.safetensors", tokens=ids + change, model=model)
+        cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
+    ids[0, 3:5] = torch.tensor([0, 95])
+    cache.save(tmp_path / "prompt.safetensors", tokens=ids, model=model)
 
 
 def test_a_cache_filled_under_autocast_is_not_saved(tmp_path):
