@@ -116,7 +116,7 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
         # DeepSeek's code names tensors from the model with its head, or from the backbone
         loaded |= {name if name in own else f"model.{name}": tensor for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
-    problems += [f"{name} is one too many" for name in sorted(loaded.keys() - own.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(loaded.keys() - own.keys())]
     problems += [
         f"{name} has shape {list(loaded[name].shape)}, expected {list(weight.shape)}"
         for name, weight in own.items()
