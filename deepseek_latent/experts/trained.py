@@ -35,7 +35,7 @@ class TrainedWeights(StackedWeights):
     way_back = "finish_training(model)"
     why_no_adapters = (
         "experts take no adapters while they are in training by ESFT; end the training with finish_training(model), "
-        "where adapters may stay attached."
+        "which keeps adapters attached."
     )
     unsaved = TRAINED
     is_plain = False

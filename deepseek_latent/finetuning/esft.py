@@ -174,7 +174,7 @@ def _check_selection(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE
             raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
         last = len(layers[layer].gate.weight) - 1
         if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
-            raise ValueError(f"expected different experts out of 0 to {last} in layer {layer}, got {[*chosen]}.")
+            raise ValueError(f"expected distinct experts from 0 to {last} in layer {layer}, got {[*chosen]}.")
 
 
 def _check_is_in_training(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE], model: PreTrainedModel) -> None:
