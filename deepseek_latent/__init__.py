@@ -1,12 +1,12 @@
-"""DeepSeek-V2 for transformers, which attends to compressed latents. Importing it registers it with every Auto class.
+"""DeepSeek-V2 for transformers, with attention to compressed latents. Importing it registers it with the Auto classes.
 
-Every name that a user needs is here. What the model itself does not need is imported when it is first asked for.
+Every public name is here. The names that the model itself does not need are imported at their first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# importing this module checks versions and warns, before an import below may fail because of one
+# this import warns of untested versions, before one of the imports below fails because of them
 from .compat.tested_versions import warn_of_untested_versions  # noqa: F401
 
 # isort: split
@@ -68,7 +68,7 @@ __all__ = [
     "unpack_experts",
 ]
 
-# names that are imported when they are first asked for, and the modules that have them; as in the TYPE_CHECKING block
+# names that are imported at their first use, and their modules; the TYPE_CHECKING block has the same
 _MODULES = {
     "Activity": "finetuning.activity",
     "ExpertSelection": "finetuning.expert_selection",
@@ -115,6 +115,6 @@ put_into_transformers(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
-# both import peft, a twentieth of the time that this import takes: peft has no hook that would let them wait for it
+# both import peft, which is a twentieth of our import time and has no hook that would let us defer this
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)

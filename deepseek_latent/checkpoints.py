@@ -16,10 +16,10 @@ from .experts.router import DeepseekV2MoEGate
 
 
 class CheckpointMixin(LoadingHooks):
-    """Goes before PreTrainedModel: loads only complete backbones, and saves only experts that files can hold."""
+    """Refuses to load incomplete backbones, and to save experts that files cannot hold; precedes PreTrainedModel."""
 
     # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both compute them in float32
-    dtype_of_files = ("gate.weight",)
+    keep_dtype_of_files = ("gate.weight",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -54,8 +54,8 @@ class CheckpointMixin(LoadingHooks):
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [
-            f"{pattern_in_files(name)} has shape {list(came)}, expected {list(own)}"
-            for name, came, own in misshapen
+            f"{pattern_in_files(name)} has shape {list(in_file)}, expected {list(in_model)}"
+            for name, in_file, in_model in misshapen
             if name.startswith(prefix)
         ]
         if problems:

@@ -31,7 +31,7 @@ class DeepseekV2Config(PreTrainedConfig):
     """
 
     model_type = "deepseek_v2"
-    # without these, an output has only logits, which Trainer takes as predictions
+    # Trainer takes everything else in an output as predictions, which are then the logits alone
     keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits"]
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
     # our modules have the same names, so the plans of the installed transformers apply to them

@@ -22,7 +22,7 @@ from .compat.transformers import GenerationHooks
 class LatentGenerationMixin(GenerationHooks):
     """transformers' generation, which uses a `LatentCache` unless the user asks for another cache."""
 
-    # replays the steps of a model; set by `optimize_for_inference(model, graphs=True)`
+    # the class that captures and replays decoding steps; set by `optimize_for_inference(model, graphs=True)`
     replayed_steps: type | None = None
 
     @takes_either_cache_name
@@ -67,7 +67,7 @@ class LatentGenerationMixin(GenerationHooks):
         if given is not None:
             check_cache_for_generation(given, settings, mask)
             if settings.is_assistant:
-                # an assistant's cache comes back together with the settings that made it
+                # an assistant passes its cache again with the settings that made it, and transformers refuses both
                 settings.cache_implementation = settings.cache_config = None
         # an assistant drafts a few tokens per call, too few to capture a graph for them
         replays = self.replayed_steps is not None and not settings.is_assistant
@@ -91,8 +91,8 @@ class LatentGenerationMixin(GenerationHooks):
                 'use cache_config={"backend": "latent", "cache_dtype": "int8"}.'
             )
         if given is None and type(made) is StaticCache and not made.offloading:
-            room = made.layers[0].max_cache_len
-            return LatentCache(self.config, cache_dtype=_requested_cache_dtype(settings), max_cache_len=room)
+            capacity = made.layers[0].max_cache_len
+            return LatentCache(self.config, cache_dtype=_requested_cache_dtype(settings), max_cache_len=capacity)
         if given is not None or type(made) is not DynamicCache:
             return made
         return LatentCache(self.config, offloading=made.offloading, cache_dtype=_requested_cache_dtype(settings))
@@ -106,9 +106,9 @@ class LatentGenerationMixin(GenerationHooks):
     def get_compiled_call(self, compile_config):
         """Returns the `forward` that `generate()` calls after the prompt if the cache is compileable."""
         if self.replayed_steps is None:
-            return functools.partial(_with_fixed_sizes, super().get_compiled_call(compile_config))
+            return functools.partial(_call_with_fixed_shapes, super().get_compiled_call(compile_config))
         steps = self.replayed_steps(self)
-        return lambda **inputs: _with_fixed_sizes(steps, **inputs) if steps.takes(inputs) else self(**inputs)
+        return lambda **inputs: _call_with_fixed_shapes(steps, **inputs) if steps.takes(inputs) else self(**inputs)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
         """As in transformers, with pages that store each latent and rotary key once; `generate_batch` calls it too."""
@@ -117,7 +117,7 @@ class LatentGenerationMixin(GenerationHooks):
         return with_latent_pages(manager)
 
 
-def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput:
+def _call_with_fixed_shapes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput:
     """Calls a compiled or replayed `step` with inputs whose shapes do not change while a static `LatentCache` fills."""
     cache = inputs.get(CACHE)
     if not isinstance(cache, LatentCache):
@@ -137,7 +137,7 @@ def _with_fixed_sizes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput
 
 
 def _requested_cache_dtype(settings: GenerationConfig) -> str | None:
-    """The "int6" of `generate(cache_config={"backend": "latent", "cache_dtype": "int6"}, ...)`.
+    """The dtype that `cache_config` asks for, as in {"backend": "latent", "cache_dtype": "int6"}.
 
     It is None if another backend is named, for which transformers makes its own quantized cache.
     """

@@ -1,4 +1,4 @@
-"""The spine of DeepSeek-V2: the decoder layer, the model, and its heads."""
+"""DeepSeek-V2: the decoder layer, the model, and its heads."""
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,8 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        routed = {} if dropping is None or not self.has_experts else {"dropping": dropping}
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routed)
+        mlp_options = {} if dropping is None or not self.has_experts else {"dropping": dropping}
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **mlp_options)
 
 
 class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -136,8 +136,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         # pipeline parallelism replaces the layers of other stages by placeholders
         is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
-        is_ours = isinstance(cache, LatentCache)
-        if is_ours:
+        is_latent_cache = isinstance(cache, LatentCache)
+        if is_latent_cache:
             cache.begin_step(inputs_embeds.device)
         check_cache(cache, self.config, inputs_embeds, is_here)
         cached = cache.get_seq_length() if cache is not None else 0
@@ -148,21 +148,21 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         is_training = self.training and torch.is_grad_enabled()
         dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
         if pages is not None:
-            past = PagedLatents(pages, self.config.cached_width, kwargs)
+            layers_cache = PagedLatents(pages, self.config.cached_width, kwargs)
         else:
-            past = cache
+            layers_cache = cache
             check_unpaged(self.config)
-            # a recorded step over a static cache needs no mask: attention counts the tokens that the buffer holds
-            if attention_mask is not None or not is_ours or not cache.is_recorded:
+            # in a recorded step over a static cache, attention makes its own mask, from the number of tokens held
+            if attention_mask is not None or not is_latent_cache or not cache.is_recorded:
                 attention_mask = create_causal_mask(
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     # transformers looks for packed sequences in position_ids only if it gets no cache
-                    **{CACHE: None if is_ours and isinstance(cached, int) and cached == 0 else cache},
+                    **{CACHE: None if is_latent_cache and isinstance(cached, int) and cached == 0 else cache},
                 )
-        if is_ours:
+        if is_latent_cache:
             cache.advance(inputs_embeds.shape[1])
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
@@ -174,7 +174,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 position_ids=position_ids,
                 dropping=dropping,
                 # gradient checkpointing removes the cache, which it finds by this name
-                **{CACHE: past},
+                **{CACHE: layers_cache},
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})

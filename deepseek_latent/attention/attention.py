@@ -1,7 +1,7 @@
 """Multi-head Latent Attention as a module: its projections, its use of the cache, and the choice of path.
 
 Letters: b batch, s new tokens, t all visible tokens, h heads, d model width, n/r/v content, rotary and value width
-per head, c KV latent width.
+per head, c KV latent width, a query latent width, k rank of a LoRA adapter.
 """
 
 import torch
@@ -92,7 +92,7 @@ class DeepseekV2Attention(nn.Module):
             # the cache holds latents and rotary keys, in place of keys and values
             latent, k_rotary = cache.update(latent, k_rotary, self.layer_idx)
         if attention_mask is None and 1 < num_tokens < latent.shape[2] and attention_name(self.config) == "sdpa":
-            # the first prompt in a StaticCache: without a mask, it is for us to drop the part that is not written yet
+            # the first prompt in a StaticCache has no mask, so the part that is not written yet is dropped here
             latent, k_rotary = (x[:, :, :num_tokens] for x in (latent, k_rotary))
         return Latents(SplitSegment(latent[:, 0], k_rotary[:, 0]))
 
@@ -132,14 +132,14 @@ class DeepseekV2Attention(nn.Module):
         wants_weights = kwargs.pop("output_attentions", self.config.output_attentions)
         dropout = self.attention_dropout if self.training else 0.0
         # gradients and dropout need the modules' own forward; a trace must not depend on whether gradients are on
-        may_read = not (wants_weights or dropout or torch.is_grad_enabled() or torch.jit.is_tracing())
-        attend = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read else None
-        if attend is not None:
+        may_read_weights = not (wants_weights or dropout or torch.is_grad_enabled() or torch.jit.is_tracing())
+        path = self.choose_path(num_tokens, latents.num_tokens, attention_mask) if may_read_weights else None
+        if path is not None:
             with weights_here(self.kv_b_proj):
                 up_projections = self.up_projections()
                 if up_projections is not None:
                     mask = dense_mask(attention_mask, num_tokens, latents.num_tokens)
-                    return attend(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
+                    return path(q_content, q_rotary, latents, *up_projections, mask=mask, scale=self.scaling), None
 
         latent, k_rotary = (x[:, None] for x in latents.dense(q_content.shape[0]))
         if acts_on_some_tokens(self.kv_b_proj):
@@ -148,7 +148,7 @@ class DeepseekV2Attention(nn.Module):
                     "an activated LoRA (aLoRA) on kv_b_proj cannot act on cached latents, which do not show which "
                     "tokens follow its invocation; leave kv_b_proj out of its target_modules."
                 )
-            # peft takes a view of it, which needs contiguous memory
+            # peft takes a view of `latent`, which needs contiguous memory
             latent = latent.contiguous()
         keys, values = self.expand_kv(latent, k_rotary)
         queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
@@ -229,7 +229,7 @@ class DeepseekV2Attention(nn.Module):
         implementation = attention_name(self.config)
         # flash attention's masks do not order several queries, and the masks of unknown functions cannot be read
         readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
-        # the rows of a static cache are more than its padding mask covers
+        # a static cache has more rows than its padding mask covers
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
         if readable and absorbing_is_cheaper(s, t, c=self.kv_lora_rank, n=self.qk_nope_head_dim, v=self.v_head_dim):

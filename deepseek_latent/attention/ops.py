@@ -2,7 +2,8 @@
 
 A mask is None (causal, the last query token attends to all t), boolean (True where a query may attend) or additive, of
 shape [b 1 s t] or [b h s t].
-Letters: b batch, s query tokens, t all visible tokens, h heads, n content, r rotary, v value width, c latent width.
+Letters: b batch, s query tokens, t all visible tokens, t' tokens of one block, h heads, n content, r rotary, v value
+width, c latent width, k rank of a LoRA adapter. sh stands for s times h, as one axis.
 """
 
 from typing import NamedTuple
@@ -188,8 +189,8 @@ def _merge_blocks(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, T
     if len(parts) == 1:
         return parts[0]
     largest, total, context = (torch.stack(x) for x in zip(*parts))
-    shares = (largest - largest.amax(dim=0)).exp_()
-    return largest.amax(dim=0), (total * shares).sum(dim=0), (context * shares).sum(dim=0)
+    rescale = (largest - largest.amax(dim=0)).exp_()
+    return largest.amax(dim=0), (total * rescale).sum(dim=0), (context * rescale).sum(dim=0)
 
 
 def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.device) -> int:
@@ -198,7 +199,7 @@ def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.devic
 
 
 def _scores(rows: Tensor, block: Tensor) -> Tensor:
-    """Multiplies queries [b m w] by tokens [b k w] to [b m k]; tokens [1 k w] take one product for all sequences."""
+    """Multiplies queries [b sh c+r] by tokens [b t' c+r] to [b sh t']; tokens [1 t' c+r] take one product for all b."""
     folded = rows if block.shape[0] == rows.shape[0] else rows.flatten(0, 1)[None]
     if rows.device.type != "cpu":
         return _product_in_float32(folded, block.mT).view(*rows.shape[:2], -1)
@@ -207,13 +208,13 @@ def _scores(rows: Tensor, block: Tensor) -> Tensor:
 
 
 def _weighted_sum(weights: Tensor, block: Tensor) -> Tensor:
-    """Multiplies weights [b m k] by latents [b k c] to [b m c]; latents [1 k c] take one product for all sequences."""
+    """Multiplies weights [b sh t'] by latents [b t' c] to [b sh c]; latents [1 t' c] take one product for all b."""
     folded = weights if block.shape[0] == weights.shape[0] else weights.flatten(0, 1)[None]
     return _product_in_float32(folded.to(block.dtype), block).view(*weights.shape[:2], -1)
 
 
 def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
-    """Multiplies [b m k] by [b k n] into float32 or wider; a GPU takes inputs in half precision as they are."""
+    """Multiplies two batches of matrices into float32 or wider; a GPU takes inputs in half precision as they are."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta"):
         return torch.bmm(x, y, out_dtype=torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)

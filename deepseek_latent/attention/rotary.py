@@ -36,10 +36,10 @@ def yarn_frequencies(width: int, rope: dict) -> tuple[Tensor, float]:
     """
     factor, base = rope["factor"], rope["rope_theta"]
 
-    def pair_turning(turns: float) -> float:
+    def index_of_pair(turns: float) -> float:
         return width * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_turning(rope.get("beta_fast") or 32), pair_turning(rope.get("beta_slow") or 1)
+    low, high = index_of_pair(rope.get("beta_fast") or 32), index_of_pair(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)

@@ -67,8 +67,8 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
-        blind = (mask <= torch.finfo(mask.dtype).min).all(dim=-1, keepdim=True)
-        return (scores + mask).masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+        sees_nothing = (mask <= torch.finfo(mask.dtype).min).all(dim=-1, keepdim=True)
+        return (scores + mask).masked_fill(sees_nothing, 0.0).softmax(dim=-1).masked_fill(sees_nothing, 0.0)
     # the lowest finite number, not -inf: a row of -inf would be NaN before it is zeroed
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
@@ -87,6 +87,6 @@ def fused_attention_forward(module, query, key, value, attention_mask, *, scalin
     return context.transpose(1, 2), None
 
 
-# transformers lets a model override functions in a local table: only in this one does "sdpa" pad the values
+# transformers lets a model override functions in a table of its own; "sdpa" pads the values in this table only
 ATTENTION_FUNCTIONS = AttentionInterface()
 ATTENTION_FUNCTIONS["sdpa"] = fused_attention_forward

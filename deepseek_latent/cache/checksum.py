@@ -47,22 +47,22 @@ def checksums(tensor: Tensor) -> Tensor:
     missed, and an exchange of two words hardly ever. Without the shift, the top bit of a word would count modulo 2,
     and two changed signs would cancel out.
     """
-    keys = position_keys(tensor.device)
+    factors = position_factors(tensor.device)
     # on a CPU, the four passes run over a chunk that fits the caches; elsewhere the number of passes is what costs
     chunk = torch.get_num_threads() << 19 if tensor.device.type == "cpu" else 1 << 26  # bytes
     sums = []
     for data in tensor.detach().contiguous().view(-1).split(chunk // tensor.itemsize):
         data = data.view(torch.uint8)
-        missing = -data.numel() % keys.nbytes
-        if missing or data.storage_offset() % keys.itemsize:
+        missing = -data.numel() % factors.nbytes
+        if missing or data.storage_offset() % factors.itemsize:
             data = torch.nn.functional.pad(data, (0, missing))
-        words = data.view(torch.int64).view(data.numel() // keys.nbytes, _WORDS_PER_SUM)
-        sums.append((words >> 29).bitwise_xor_(words).mul_(keys).sum(dim=-1))
+        words = data.view(torch.int64).view(data.numel() // factors.nbytes, _WORDS_PER_SUM)
+        sums.append((words >> 29).bitwise_xor_(words).mul_(factors).sum(dim=-1))
     return torch.cat(sums)
 
 
 @functools.cache
-def position_keys(device: torch.device) -> Tensor:
+def position_factors(device: torch.device) -> Tensor:
     """The odd factor for each word's position, [512] int64."""
     data = hashlib.shake_256(b"deepseek_latent").digest(8 * _WORDS_PER_SUM)
     return torch.frombuffer(bytearray(data), dtype=torch.int64).to(device) | 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checksum import hash_json, hash_tensors
 
-FORMAT = 2
+FORMAT_VERSION = 2
 HEADER_KEY = "deepseek_latent"  # the name of our entry in the file's header
 
 
@@ -32,7 +32,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
             f"expected a folder to write {path.name} into, {path.parent} is not one; create it first."
         )
     # metadata goes through JSON and back, so that the seal covers what a reader will see
-    record = {"format": FORMAT, "metadata": json.loads(json.dumps(metadata)), "contents": hash_tensors(tensors)}
+    record = {"format": FORMAT_VERSION, "metadata": json.loads(json.dumps(metadata)), "contents": hash_tensors(tensors)}
     record["seal"] = hash_json(record)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -72,17 +72,17 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
     """Opens a file, and ensures that header and tensors come from the same one: safetensors opens the path twice."""
     while True:
-        found = _identity(path)
+        before = _identity(path)
         try:
             opened = safe_open(path, framework="pt")
         except (SafetensorError, RuntimeError) as error:
-            if _identity(path) == found:
+            if _identity(path) == before:
                 reason = f"{path} is cut off, altered or not a safetensors file ({error}); write it again."
                 raise ValueError(reason) from error
             continue
         with opened as file:
             # another process may have replaced the file in between
-            if _identity(path) == found:
+            if _identity(path) == before:
                 yield file
                 return
 
@@ -101,13 +101,13 @@ def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str
         )
     try:
         record = json.loads(entries[HEADER_KEY])
-        is_older, is_newer = record["format"] < FORMAT, record["format"] > FORMAT
+        is_older, is_newer = record["format"] < FORMAT_VERSION, record["format"] > FORMAT_VERSION
         is_whole = is_older or is_newer or record.pop("seal") == hash_json(record)
     except (ValueError, TypeError, KeyError) as error:
         raise _altered(path, "its header differs") from error
     if is_older or is_newer:
         remedy = "update deepseek-latent" if is_newer else "write it again"
-        raise ValueError(f"expected format {FORMAT}, got {record['format']} in {path}; {remedy}.")
+        raise ValueError(f"expected format {FORMAT_VERSION}, got {record['format']} in {path}; {remedy}.")
     if not is_whole:
         raise _altered(path, "its header differs")
     return record

@@ -118,12 +118,12 @@ class IntegerFormat(QuantizedFormat):
         return self.bits & -self.bits
 
     @property
-    def _code_plane(self) -> int:
+    def _code_plane_width(self) -> int:
         return -(-self.latent_width * self._shared_bits // 8)
 
     @property
     def _num_code_bytes(self) -> int:
-        return self._code_plane * self.bits // self._shared_bits
+        return self._code_plane_width * self.bits // self._shared_bits
 
     def _scales_of(self, largest: Tensor) -> Tensor:
         # 1.004, because rounding to bfloat16 subtracts up to 2^-8, and the largest element must stay within its cell
@@ -134,7 +134,7 @@ class IntegerFormat(QuantizedFormat):
         half = 1 << (self.bits - 1)
         codes = (scaled.floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
         g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
-        missing = 8 // g * self._code_plane - self.latent_width
+        missing = 8 // g * self._code_plane_width - self.latent_width
         planes = torch.unflatten(F.pad(codes, (0, missing)), -1, (8 // g, -1))
         byte_planes = planes[..., :num_byte_planes, :].contiguous()
         for k, split_plane in enumerate(planes.unbind(-2)[num_byte_planes:]):
@@ -145,8 +145,8 @@ class IntegerFormat(QuantizedFormat):
 
     def _from_code_bytes(self, code_bytes: Tensor, out: Tensor) -> None:
         g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
-        byte_planes = torch.unflatten(code_bytes, -1, (num_byte_planes, self._code_plane)).unbind(-2)
-        code_planes = out.split(self._code_plane, dim=-1)
+        byte_planes = torch.unflatten(code_bytes, -1, (num_byte_planes, self._code_plane_width)).unbind(-2)
+        code_planes = out.split(self._code_plane_width, dim=-1)
         for codes, x in zip(code_planes, byte_planes):
             lowest = x & ((1 << self.bits) - 1) if self.bits < 8 else x
             # the last plane may be shorter
@@ -202,8 +202,8 @@ def check_cache_dtype(cache_dtype: str | None) -> None:
         )
 
 
-def refuse_bits(owner: str, options: dict[str, Any]) -> None:
-    """Refuses keyword arguments that `owner` does not have; for `bits`, names the argument that it has instead."""
+def refuse_unknown_options(owner: str, options: dict[str, Any]) -> None:
+    """Refuses keyword arguments that `owner` does not take; the error for `bits` names the argument to use instead."""
     if "bits" in options:
         raise TypeError(f"{owner} takes cache_dtype, such as 'int8' or 'fp8', in place of bits={options['bits']!r}.")
     for name in options:

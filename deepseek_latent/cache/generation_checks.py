@@ -42,6 +42,6 @@ def check_starts_with_stored_tokens(cache: Cache, input_ids: Tensor) -> None:
     differs = (input_ids[:, :num_tokens] != stored[:, :num_tokens].to(input_ids.device)).any(dim=0)
     if differs.any():
         raise ValueError(
-            f"this cache was loaded for other ids, which differ from these from token {int(differs.int().argmax())} "
-            "on; pass the ids of all tokens, cached ones (`stored_tokens`) first."
+            "this cache was computed from other ids, which differ from the given ones from token "
+            f"{int(differs.int().argmax())} on; pass the ids of all tokens, cached ones (`stored_tokens`) first."
         )

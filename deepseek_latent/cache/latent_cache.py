@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .format import check_cache_dtype, refuse_bits
+from .format import check_cache_dtype, refuse_unknown_options
 from .layer import LatentCacheLayer
 from .records import layer_to_records, rows_from_records
 from .segments import Latents
@@ -50,7 +50,7 @@ class LatentCache(DynamicCache):
         max_cache_len: int | None = None,
         **unknown,
     ):
-        refuse_bits("LatentCache", unknown)
+        refuse_unknown_options("LatentCache", unknown)
         check_cache_dtype(cache_dtype)
         if offloading:
             check_offloading()
@@ -66,7 +66,7 @@ class LatentCache(DynamicCache):
             num_layers = len(gathered)
         else:
             raise TypeError(f"expected a model's config to make a LatentCache from, got {type(config).__name__}.")
-        # only a static cache has one
+        # only a static cache has a count
         self.count = None if max_cache_len is None else TokenCount()
         if self.count is None:
             layers = [LatentCacheLayer(cache_dtype) for _ in range(num_layers)]
@@ -99,7 +99,10 @@ class LatentCache(DynamicCache):
     def begin_step(self, device: torch.device) -> None:
         """Brings up to date the count that the next step on `device` uses; see `TokenCount`."""
         if self.is_static:
-            self.count.to_device(device) if self.is_recorded else self.count.to_host()
+            if self.is_recorded:
+                self.count.to_device(device)
+            else:
+                self.count.to_host()
 
     def advance(self, num_tokens: int) -> None:
         """Counts the tokens of a recorded step before its first layer writes them."""

@@ -41,7 +41,7 @@ class LatentCacheLayer(DynamicLayer):
         self._prefix: Tensor | None = None
         self._buffer: Tensor | None = None
         self._num_buffered = 0
-        self._autograd_may_hold_it = False
+        self._autograd_may_hold_buffer = False
 
     @property
     def latents(self) -> Latents:
@@ -104,7 +104,7 @@ class LatentCacheLayer(DynamicLayer):
 
         With `as_stored`, returns (`latents`, None), which attention reads without decoding or concatenating first.
         """
-        # this check raises before anything changes
+        # `_format_for` may refuse the tokens, so it comes before anything changes
         wanted = self._format_for(key_states, value_states)
         rows = wanted.encode(key_states[:, 0], value_states[:, 0])
         self._make_ready(wanted, key_states, value_states)
@@ -127,21 +127,21 @@ class LatentCacheLayer(DynamicLayer):
 
     def _claim(self, new: Tensor) -> tuple[Tensor, int]:
         start, end = self._num_buffered, self._num_buffered + new.shape[2]
-        if end > self._buffer.shape[1] or self._in_place_is_wrong(new):
+        if end > self._buffer.shape[1] or self._must_copy_to_append(new):
             self._grow(end)
         self._num_buffered = end
         return self._buffer, start
 
     def _append(self, rows: Tensor) -> None:
         start, end = self._num_buffered, self._num_buffered + rows.shape[1]
-        if self._in_place_is_wrong(rows):
+        if self._must_copy_to_append(rows):
             self._buffer = torch.cat((self._buffer[:, :start], rows), dim=1)
         else:
             if end > self._buffer.shape[1]:
                 self._grow(end)
             self._buffer[:, start:end] = rows
         self._num_buffered = end
-        self._autograd_may_hold_it = torch.is_grad_enabled()
+        self._autograd_may_hold_buffer = torch.is_grad_enabled()
 
     def _format_for(self, key_states: Tensor, value_states: Tensor) -> LatentFormat:
         widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype
@@ -157,9 +157,12 @@ class LatentCacheLayer(DynamicLayer):
         self._buffer = self._buffer.to(self._format.storage_dtype)
         self._prefix = None if self._prefix is None else self._prefix.to(self._format.storage_dtype)
 
-    def _in_place_is_wrong(self, new: Tensor) -> bool:
-        """True if autograd may have saved the buffer, or if it is an inference tensor and we are outside that mode."""
-        if torch.is_grad_enabled() or self._autograd_may_hold_it:
+    def _must_copy_to_append(self, new: Tensor) -> bool:
+        """True if the buffer must not be written in place.
+
+        Autograd may have saved it, or it is an inference tensor and we are outside inference mode.
+        """
+        if torch.is_grad_enabled() or self._autograd_may_hold_buffer:
             return True
         # dynamo cannot trace is_inference(), and one traced graph never mixes both modes
         return not torch.compiler.is_compiling() and self._buffer.is_inference() and not new.is_inference()

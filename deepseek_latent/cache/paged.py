@@ -154,12 +154,13 @@ def locate_groups(ends_q: list[int], ends_k: list[int], device: torch.device) ->
             groups.append(Group(slice(start_q, start_q + s), slice(start_k, start_k + t), None))
             continue
         start_q, start_k, lengths = (
-            torch.tensor([of[i] for i in members], device=device)[:, None] for of in (ends_q, ends_k, key_lengths)
+            torch.tensor([values[i] for i in members], device=device)[:, None]
+            for values in (ends_q, ends_k, key_lengths)
         )
-        order = torch.arange(t, device=device)
+        offsets = torch.arange(t, device=device)
         # padding repeats the request's own token, so that a NaN of another request cannot spread by a weight of zero
-        visible = start_k + order.minimum(lengths - 1)
-        mask = None if key_lengths[members[0]] == t else (order < lengths)[:, None, None]
+        visible = start_k + offsets.minimum(lengths - 1)
+        mask = None if key_lengths[members[0]] == t else (offsets < lengths)[:, None, None]
         groups.append(Group(start_q + torch.arange(s, device=device), visible, mask))
     return groups
 

@@ -20,13 +20,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..compat.torch import version_of
 from .checks import check_ids
-from .files import FORMAT, read_metadata
+from .files import FORMAT_VERSION, read_metadata
 from .fingerprint import fingerprint, settings_of
-from .format import check_cache_dtype, refuse_bits
+from .format import check_cache_dtype, refuse_unknown_options
 from .latent_cache import LatentCache
 
 TOKENS_PER_BLOCK = 64
-_STORED_NAME = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT}\.safetensors")
+_STORED_NAME = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT_VERSION}\.safetensors")
 
 
 class _Prompt(NamedTuple):
@@ -36,8 +36,8 @@ class _Prompt(NamedTuple):
     tokens: array
 
     @property
-    def name(self) -> str:
-        return f"{hashlib.sha256(self.key.encode() + self.tokens.tobytes()).hexdigest()}.v{FORMAT}.safetensors"
+    def file_name(self) -> str:
+        return f"{hashlib.sha256(self.key.encode() + self.tokens.tobytes()).hexdigest()}.v{FORMAT_VERSION}.safetensors"
 
     def block_hashes(self) -> list[bytes]:
         """One hash per whole block, over the block and the hash before it: it is that of all tokens up to there."""
@@ -66,7 +66,7 @@ class PromptCache:
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_bytes: int, cache_dtype: str | None = None, **unknown):
-        refuse_bits("PromptCache", unknown)
+        refuse_unknown_options("PromptCache", unknown)
         check_cache_dtype(cache_dtype)
         if max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}.")
@@ -131,7 +131,7 @@ class PromptCache:
             )
         self._refuse_if_too_large(cache.nbytes)
         new = _Prompt(self._key(model), ids[:length])
-        path = self.folder / new.name
+        path = self.folder / new.file_name
         with self._lock:
             self._remove_leftovers()
             stored = {self.folder / name: prompt for (name, _), (prompt, _) in self._read_folder().items()}
@@ -171,7 +171,7 @@ class PromptCache:
                 path.unlink(missing_ok=True)
 
     def _key(self, model: PreTrainedModel) -> str:
-        """The key of files for `model`; the weights are read again only if they may have changed."""
+        """The key of prompts that `model` computes; the weights are read again only if they may have changed."""
         state = [repr(settings_of(model))]
         for name, weight in model.state_dict().items():
             if hasattr(weight, "full_tensor"):
@@ -235,7 +235,7 @@ class PromptCache:
 
     def _remove_leftovers(self) -> None:
         # a writer holds the lock, so these are from writers that were killed
-        for path in self.folder.glob(f".*.v{FORMAT}.safetensors.*"):
+        for path in self.folder.glob(f".*.v{FORMAT_VERSION}.safetensors.*"):
             shutil.rmtree(path)
 
 

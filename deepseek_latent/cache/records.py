@@ -17,17 +17,18 @@ RECORD_BYTES = 656
 
 def layer_to_records(layer: LatentCacheLayer) -> Tensor:
     """The tokens of one layer as a new tensor of records [b t 656], rounded to fp8 unless they are stored so."""
-    record = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
+    record_format = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
     if layer.cache_dtype == "fp8":
         return layer.rows().clone()
-    return record.encode(*layer.latents.dense(layer.batch_size))
+    return record_format.encode(*layer.latents.dense(layer.batch_size))
 
 
 def rows_from_records(
     records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Float8Format, list[Tensor]]:
     """Copies records [b t 656] of every layer into rows; refuses layers that differ in shape, and NaN or infinity."""
-    record, records = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype), list(records)
+    record_format = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    records = list(records)
     shapes, num_layers = [list(x.shape) for x in records], config.num_hidden_layers
     if len(shapes) != num_layers or any(s != shapes[0] or len(s) != 3 or s[-1] != RECORD_BYTES for s in shapes):
         raise ValueError(
@@ -38,9 +39,9 @@ def rows_from_records(
     copies = []
     for i, rows in enumerate(records):
         rows = torch.empty_like(rows, memory_format=torch.contiguous_format).copy_(rows).view(torch.uint8)
-        record.check_finite(rows, f"the records of layer {i}")
+        record_format.check_finite(rows, f"the records of layer {i}")
         copies.append(rows)
-    return record, copies
+    return record_format, copies
 
 
 def _record_format(latent_width: int, rotary_width: int, dtype: torch.dtype) -> Float8Format:

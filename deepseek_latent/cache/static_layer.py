@@ -38,7 +38,7 @@ class TokenCount:
 
     @contextmanager
     def recorded(self):
-        """Makes steps count as compiled or captured steps do."""
+        """Inside, steps are treated as recorded, as compiled and captured steps always are."""
         self._is_recorded = True
         try:
             yield
@@ -46,6 +46,7 @@ class TokenCount:
             self._is_recorded = False
 
     def to_device(self, device: torch.device) -> None:
+        """Brings the count on the device up to date, and refuses layers that hold different numbers of tokens."""
         # a compiled step must not read the host's counts, which change with every step
         if self.is_host_current and not torch.compiler.is_compiling():
             check_same_length({layer.num_held for layer in self.layers})
@@ -60,6 +61,7 @@ class TokenCount:
             self.is_device_current = True
 
     def to_host(self) -> None:
+        """Brings the counts on the host up to date, which waits for the device if they are not."""
         if not self.is_host_current:
             num_tokens = int(self.on_device)
             check_capacity(self.layers[0].max_cache_len, num_tokens)

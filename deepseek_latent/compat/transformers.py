@@ -215,8 +215,8 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 class LoadingHooks:
     """Goes before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
 
-    # weights whose names end so keep their file's dtype when a model is loaded in 16 bits
-    dtype_of_files: tuple[str, ...] = ()
+    # weights whose names end with one of these keep their file's dtype when a model is loaded in 16 bits
+    keep_dtype_of_files: tuple[str, ...] = ()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -230,9 +230,9 @@ class LoadingHooks:
         if getattr(self, "is_quantized", False):
             # a quantizer casts what it does not quantize to the parameter's dtype, whatever the plan says (5.24)
             for name, parameter in self.named_parameters():
-                if name.endswith(self.dtype_of_files):
+                if name.endswith(self.keep_dtype_of_files):
                     parameter.data = parameter.data.float()
-        return super()._get_dtype_plan(dtype) | dict.fromkeys(self.dtype_of_files)
+        return super()._get_dtype_plan(dtype) | dict.fromkeys(self.keep_dtype_of_files)
 
     def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError, given missing names, (name, shape in the file, shape here), and failed conversions."""
@@ -264,14 +264,14 @@ class CheckedConverter(WeightConverter):
         """Makes a checked converter that does what a converter of transformers does."""
         return cls(known._original_source_patterns, known._original_target_patterns, operations=known.operations)
 
-    def check_names(self, came: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
+    def check_names(self, names_in_files: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
         """May raise ValueError, given the names in files that become one parameter, and their patterns."""
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
         # it is None while saving, when one tensor is split and no name can be missing
         if loading_info is not None:
-            came = {name for names in self.layer_targets.values() for name in names}
-            self.check_names(came, self.source_patterns, config)
+            names_in_files = {name for names in self.layer_targets.values() for name in names}
+            self.check_names(names_in_files, self.source_patterns, config)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 64  # elements of a row that share a scale; if it does not divide the width, their greatest common divisor
+GROUP_SIZE = 64  # elements of a row that share a scale; if it does not divide the width, their greatest common divisor
 _INTEGER_OF_PAIR = {2: torch.int32, 4: torch.int64}  # an integer as wide as two elements, by the bytes of one
 
 
@@ -60,8 +60,8 @@ class Packed(NamedTuple):
         return values.view(in_groups).mul_(self.scales[..., None]).flatten(-2)
 
 
-def pack(weight: Tensor, bits: int, group: int | None = GROUP) -> Packed:
-    """A weight [.. out in], each element rounded to the nearest value that its group's scale allows.
+def pack(weight: Tensor, bits: int, group: int | None = GROUP_SIZE) -> Packed:
+    """Packs a weight [.. out in], rounding each element to the nearest value that its group's scale allows.
 
     A group has `group` elements, or the greatest common divisor of that and the width of a row; None makes each row one
     group. The scale of a group is its greatest magnitude divided by the greatest value of a code.

@@ -21,11 +21,11 @@ _WEIGHT_OF_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<projection>gate|up|down)_p
 
 
 def name_of_expert(expert: int, projection: str) -> str:
-    """What a file calls the matrix of one expert, after the name of the layer's experts."""
+    """The name in files of one matrix of an expert, relative to the layer's experts."""
     return f"{expert}.{projection}.weight"
 
 
-def find_expert(name: str) -> tuple[int, str] | None:
+def parse_name_of_expert(name: str) -> tuple[int, str] | None:
     """The inverse of `name_of_expert`: the expert and the projection, or None for any other name."""
     found = _WEIGHT_OF_EXPERT.fullmatch(name)
     return None if found is None else (int(found["expert"]), f"{found['projection']}_proj")
@@ -75,16 +75,16 @@ class ExpertConverter(CheckedConverter):
 
     __slots__ = ()
 
-    def check_names(self, came: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
-        prefix, experts = min(came).partition("mlp.experts.")[0], range(config.n_routed_experts)
-        wanted = set()
+    def check_names(self, names_in_files: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
+        prefix, experts = min(names_in_files).partition("mlp.experts.")[0], range(config.n_routed_experts)
+        expected = set()
         for pattern in patterns:
-            of_all = {prefix + pattern.replace("*", str(expert)) for expert in experts}
+            of_all_experts = {prefix + pattern.replace("*", str(expert)) for expert in experts}
             # quantizers add patterns of every kind of scale they know, and a file may have none of that kind
-            if pattern.endswith(".weight") or came & of_all:
-                wanted |= of_all
-        problems = [f"{name} is missing" for name in sorted(wanted - came)]
-        problems += [f"{name} is one too many" for name in sorted(came - wanted)]
+            if pattern.endswith(".weight") or names_in_files & of_all_experts:
+                expected |= of_all_experts
+        problems = [f"{name} is missing" for name in sorted(expected - names_in_files)]
+        problems += [f"{name} is unexpected" for name in sorted(names_in_files - expected)]
         if problems:
             raise incomplete_backbone(problems)
 
@@ -93,7 +93,7 @@ def missing_in_files(name: str, failed_conversion: str | None) -> str:
     """A message that a parameter is missing, or why its experts could not be stacked."""
     if failed_conversion is None:
         return f"{pattern_in_files(name)} is missing"
-    return f"{pattern_in_files(name)} cannot be merged ({reason_of(failed_conversion)})"
+    return f"{pattern_in_files(name)} cannot be stacked ({reason_of(failed_conversion)})"
 
 
 def incomplete_backbone(problems: Iterable[str]) -> ValueError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..compat.hooks import has_hooks
 from ..compat.torch import take_out
-from .codec import GROUP, Packed, pack
+from .codec import GROUP_SIZE, Packed, pack
 from .names import STACKED
 from .products import grouped_product
 from .weights import ExpertWeights, StackedWeights, StoredExperts
@@ -71,7 +71,7 @@ class PackedWeights(ExpertWeights):
     )
     way_back = "unpack_experts(model)"
 
-    def __init__(self, bits: int, group: int | None = GROUP, *, saves_dense: bool = False):
+    def __init__(self, bits: int, group: int | None = GROUP_SIZE, *, saves_dense: bool = False):
         self.bits, self.group, self.saves_dense = bits, group, saves_dense
 
     @property
@@ -135,8 +135,8 @@ class PackedWeights(ExpertWeights):
             state_dict |= {prefix + name: self.dense(name) for name in STACKED}
 
     @contextmanager
-    def kept_from_casts(self) -> Iterator[None]:
-        # moving a stand-in would give it memory
+    def protected_from_casts(self) -> Iterator[None]:
+        # casting or moving a stand-in would allocate memory for it
         stand_ins = take_out(self.experts, [*STACKED])
         try:
             yield

@@ -14,7 +14,7 @@ from transformers.integrations import use_experts_implementation
 from ..compat.accelerate import lacks_weights
 from ..compat.transformers import experts_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from .names import STACKED, find_expert, split_projections, stacked_name
+from .names import STACKED, parse_name_of_expert, split_projections, stacked_name
 from .weights import ExpertWeights, StackedWeights
 
 WEIGHTS_MISSING = (
@@ -75,8 +75,8 @@ class DeepseekV2Experts(StackedExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._weights.forward(hidden_states, top_k_index, top_k_weights)
 
-    def forward_by_name(self, *routed: Tensor) -> Tensor:
-        """The stacked weights, multiplied by the implementation that the user named."""
+    def forward_stacked(self, *routed: Tensor) -> Tensor:
+        """`forward` of stacked weights, by the implementation that `experts_implementation` names."""
         return super().forward(*routed)
 
     def check_loaded(self) -> None:
@@ -86,7 +86,7 @@ class DeepseekV2Experts(StackedExperts):
 
     def _apply(self, fn, recurse: bool = True):
         try:
-            with self._weights.kept_from_casts():
+            with self._weights.protected_from_casts():
                 return super()._apply(fn, recurse)
         except NotImplementedError as error:
             # torch raises this for every tensor without data
@@ -110,7 +110,7 @@ class DeepseekV2Experts(StackedExperts):
 
         Trainer hands a saved checkpoint to `load_state_dict` when it resumes, and ignores names that are unknown.
         """
-        # an adapter that was put on the experts wraps them, and its weights are loaded by the wrapper
+        # peft's wrapper loads the weights of an adapter on the experts, so any that come here have no wrapper
         dropped = next((key for key in state_dict if key.startswith(prefix) and ".lora_" in key), None)
         if dropped is not None:
             raise ValueError(
@@ -129,7 +129,7 @@ class DeepseekV2Experts(StackedExperts):
         """Replaces the matrices of single experts in `state_dict` by stacked weights."""
         stacked: dict[str, Tensor] = {}
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            found = find_expert(key.removeprefix(prefix))
+            found = parse_name_of_expert(key.removeprefix(prefix))
             if found is None:
                 continue
             expert, projection = found

@@ -1,4 +1,4 @@
-"""Trains some routed experts and freezes the others, as expert-specialized fine-tuning does.
+"""Stacked weights of which some experts are trained and the others frozen, for expert-specialized fine-tuning.
 
 Letters: n trained experts of a layer, d model width, f width of one expert.
 """
@@ -35,7 +35,7 @@ class TrainedWeights(StackedWeights):
     way_back = "finish_training(model)"
     why_no_adapters = (
         "experts take no adapters while they are in training by ESFT; end the training with finish_training(model), "
-        "where adapters may stay attached."
+        "which keeps adapters attached."
     )
     unsaved = TRAINED
     is_plain = False
@@ -45,7 +45,7 @@ class TrainedWeights(StackedWeights):
     def __init__(self, trained: Sequence[int]):
         self.trained = [*trained]
         # the version and a sample of each trained parameter when it was last copied into the stacked weights
-        self.written: list[tuple[int | None, Tensor]] = []
+        self.synced: list[tuple[int | None, Tensor]] = []
 
     def take_over(self) -> None:
         for name, trained_name in zip(STACKED, TRAINED):
@@ -69,13 +69,13 @@ class TrainedWeights(StackedWeights):
             # through `data`, because autograd refuses weights that change between a forward pass and its backward pass
             stacked = getattr(self.experts, name).data
             stacked[self.trained] = parameter.detach().to(stacked.dtype)
-        self.written = [(version_of(x), _sample(x).clone()) for x in self.parameters]
+        self.synced = [(version_of(x), _sample(x).clone()) for x in self.parameters]
 
     def _is_synced(self) -> bool:
         # fused optimizers and writes through `data` leave the version as it is
-        return len(self.written) > 0 and all(
+        return len(self.synced) > 0 and all(
             version_of(x) == version and torch.equal(_sample(x), sample)
-            for x, (version, sample) in zip(self.parameters, self.written)
+            for x, (version, sample) in zip(self.parameters, self.synced)
         )
 
     def forward(self, *routed: Tensor) -> Tensor:
@@ -90,13 +90,13 @@ class TrainedWeights(StackedWeights):
 
     def after_load(self, loaded: set[str]) -> None:
         for name, parameter in zip(STACKED, self.parameters):
-            # if this weight was not loaded, the parameter keeps the digits that the stacked weight has rounded away
+            # a weight that was not loaded leaves its parameter alone, which has digits that the stacked weight lost
             if name in loaded:
                 with torch.no_grad():
                     parameter.copy_(getattr(self.experts, name)[self.trained])
 
     @contextmanager
-    def kept_from_casts(self) -> Iterator[None]:
+    def protected_from_casts(self) -> Iterator[None]:
         """The trained experts move along with the others, and stay in float32."""
         kept = take_out(self.experts, [*TRAINED])
         try:
@@ -107,7 +107,7 @@ class TrainedWeights(StackedWeights):
                 if parameter.grad is not None:
                     parameter.grad.data = parameter.grad.data.to(parameter.device)
                 self.experts.register_parameter(name, parameter)
-            self.written = []
+            self.synced = []
 
 
 def _sample(parameter: Tensor) -> Tensor:

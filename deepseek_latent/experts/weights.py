@@ -61,7 +61,7 @@ class ExpertWeights:
     why_no_saving: str | None = None
     # parameters of the experts that `state_dict` leaves out
     unsaved: tuple[str, ...] = ()
-    # set by `optimize_for_inference`
+    # functions to use in place of torch; set by `optimize_for_inference`
     operators: type[ExpertOperators] | None = None
 
     experts: "DeepseekV2Experts"
@@ -76,7 +76,7 @@ class ExpertWeights:
         """Brings the stacked weights up to date."""
 
     @contextmanager
-    def kept_from_casts(self) -> Iterator[None]:
+    def protected_from_casts(self) -> Iterator[None]:
         """Inside, the experts have only tensors that `.to()` and similar calls may convert."""
         yield
 
@@ -112,15 +112,15 @@ class ExpertWeights:
         raise NotImplementedError
 
     def plain_product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
-        """A `Product` of these weights by torch."""
+        """A `Product` (products.py) of these weights, computed by torch alone."""
         raise NotImplementedError
 
     def plain_forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of every token's experts [m d] by torch."""
+        """`forward`, computed by torch alone."""
         return self.forward_with(self.plain_product, x, top_k_index, top_k_weights)
 
     def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
-        """A `Product` of these weights."""
+        """A `Product` of these weights, by an operator if one can compute it."""
         product = None if self.operators is None else self.operators.product(self, x, name, ends)
         return self.plain_product(x, name, ends) if product is None else product
 
@@ -167,4 +167,4 @@ class StackedWeights(ExpertWeights):
         # torch's grouped products do not take float64, and ours do
         if self.dtype == torch.float64 and experts_name(self.experts.config) == "grouped_mm":
             return self.forward_with(self.product, *routed)
-        return self.experts.forward_by_name(*routed)
+        return self.experts.forward_stacked(*routed)

@@ -1,1 +1,1 @@
-"""Fine-tuning: LoRA by peft, packed experts, expert-specialized fine-tuning, what routers choose."""
+"""Fine-tuning: LoRA by peft, packed experts, expert-specialized fine-tuning, statistics of routers."""

@@ -1,4 +1,4 @@
-"""What the routers of a model choose on a text: how often each expert, how evenly, how far from another text.
+"""Counts which experts the routers of a model choose on a text, and measures how even the choices are.
 
 Letters: l layers with experts, m tokens, e routed experts, k experts per token, D devices (groups of experts).
 """
@@ -41,7 +41,7 @@ class RouterCounts:
         self.gate_scaling = 1.0 if config.normalizes_gates else config.routed_scaling_factor
         # greedy routing may come with a number of groups that does not divide the experts
         self.widths = (e, e, groups if e % groups == 0 else 1, 1)
-        # on the gates' device, to avoid waiting for it at every layer
+        # the sums are on the gates' device, so that the host does not wait for it at every layer
         device = next(self._gates[0].parameters()).device
         self.sums = torch.zeros(len(layers), sum(self.widths), dtype=torch.float64, device=device)
         self.choices, self.weights, self.sent, dropped = self.sums.split(self.widths, dim=1)

@@ -116,7 +116,7 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
         # DeepSeek's code names tensors from the model with its head, or from the backbone
         loaded |= {name if name in own else f"model.{name}": tensor for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
-    problems += [f"{name} is one too many" for name in sorted(loaded.keys() - own.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(loaded.keys() - own.keys())]
     problems += [
         f"{name} has shape {list(loaded[name].shape)}, expected {list(weight.shape)}"
         for name, weight in own.items()
@@ -174,7 +174,7 @@ def _check_selection(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE
             raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
         last = len(layers[layer].gate.weight) - 1
         if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
-            raise ValueError(f"expected different experts out of 0 to {last} in layer {layer}, got {[*chosen]}.")
+            raise ValueError(f"expected distinct experts from 0 to {last} in layer {layer}, got {[*chosen]}.")
 
 
 def _check_is_in_training(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE], model: PreTrainedModel) -> None:

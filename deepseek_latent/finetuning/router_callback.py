@@ -20,7 +20,7 @@ class RouterStatistics(TrainerCallback):
     router/device_load       the same for devices, the groups of experts
     router/device_traffic    the same for the tokens that are sent to a device
     router/devices_per_token the number of devices that a token is sent to
-    router/entropy           the entropy of the experts' shares; 1 is even
+    router/entropy           the entropy of the experts' shares divided by that of even shares
     router/unused            the number of experts that were never chosen
     router/dropped           the share of choices that were dropped
 

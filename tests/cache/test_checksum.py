@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_latent.cache.checksum import checksums, hash_tensors, position_keys
+from deepseek_latent.cache.checksum import checksums, hash_tensors, position_factors
 
 
 def in_plain_python(tensor: torch.Tensor) -> list[int]:
     """Computes the sums of `checksums` with Python's integers."""
     data = bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
     data += bytes(-len(data) % 4096)
-    keys = [key % 2**64 for key in position_keys(torch.device("cpu")).tolist()]
+    keys = [key % 2**64 for key in position_factors(torch.device("cpu")).tolist()]
     sums = []
     for start in range(0, len(data), 4096):
         total = 0

@@ -163,9 +163,9 @@ def test_renamed_tensors_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("step", "what_to_do"), [(1, "update deepseek-latent"), (-1, "write it again")])
 def test_another_format_is_refused_with_what_to_do(tmp_path, monkeypatch, step, what_to_do):
-    current = cache_files.FORMAT
+    current = cache_files.FORMAT_VERSION
     with monkeypatch.context() as other:
-        other.setattr(cache_files, "FORMAT", current + step)
+        other.setattr(cache_files, "FORMAT_VERSION", current + step)
         write_tensors(tmp_path / "a", some_tensors(), METADATA)
     with pytest.raises(ValueError, match=rf"expected format {current}, got {current + step} in .*a; {what_to_do}"):
         read_metadata(tmp_path / "a")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deepseek_latent import LatentCache
-from deepseek_latent.cache.files import FORMAT
+from deepseek_latent.cache.files import FORMAT_VERSION
 from deepseek_latent.cache.prompt_cache import PromptCache
 from tests.cache.prompts import ROOM, last_logits, num_tokens_found, store_prompt, with_prefix
 from tests.support import random_ids, tiny_model
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_removed_with_a_warning_and_the_next_best_is_loaded(pl
 
 def test_foreign_files_are_never_touched(model, folder):
     prompts, ids = PromptCache(folder, max_bytes=1), random_ids(1, 100)
-    names = ["notes.txt", "model.safetensors", "0" * 64 + f".v{FORMAT + 1}.safetensors"]
+    names = ["notes.txt", "model.safetensors", "0" * 64 + f".v{FORMAT_VERSION + 1}.safetensors"]
     for name in names:
         (folder / name).write_text("not a prompt of ours")
     with pytest.raises(ValueError, match="raise max_bytes"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_latent.experts.names import PROJECTIONS, STACKED, find_expert, name_of_expert, split_projections
+from deepseek_latent.experts.names import PROJECTIONS, STACKED, name_of_expert, parse_name_of_expert, split_projections
 from deepseek_latent.experts.packed import PackedWeights
 from deepseek_latent.experts.products import grouped_product
 from deepseek_latent.experts.routed import DeepseekV2Experts
@@ -146,6 +146,6 @@ def test_names_of_experts_lead_to_the_rows_that_hold_them():
         assert [*parts] == [*projections]
         assert torch.equal(torch.cat([*parts.values()], dim=-2), weight)
         for projection in projections:
-            assert find_expert(name_of_expert(11, projection)) == (11, projection)
-    assert find_expert("11.gate_proj.bias") is None
-    assert find_expert("gate_up_proj") is None
+            assert parse_name_of_expert(name_of_expert(11, projection)) == (11, projection)
+    assert parse_name_of_expert("11.gate_proj.bias") is None
+    assert parse_name_of_expert("gate_up_proj") is None

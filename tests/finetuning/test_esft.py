@@ -117,8 +117,8 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
 
 REFUSED = {
     "dense layer": ({0: [1]}, r"expected layers with experts \(1 to 2\), got layer 0"),
-    "expert": ({1: [12]}, r"different experts out of 0 to 11 in layer 1, got \[12\]"),
-    "twice": ({1: [3, 3]}, r"different experts out of 0 to 11 in layer 1, got \[3, 3\]"),
+    "expert": ({1: [12]}, r"distinct experts from 0 to 11 in layer 1, got \[12\]"),
+    "twice": ({1: [3, 3]}, r"distinct experts from 0 to 11 in layer 1, got \[3, 3\]"),
 }
 
 

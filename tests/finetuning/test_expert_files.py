@@ -45,7 +45,7 @@ def test_saved_experts_load_into_the_base_model(tmp_path, selection):
     ("change", "message"),
     [
         (lambda x: x.pop("model.layers.2.mlp.experts.0.up_proj.weight"), "experts.0.up_proj.weight is missing"),
-        (lambda x: x.update({"model.norm.weight": torch.ones(72)}), "model.norm.weight is one too many"),
+        (lambda x: x.update({"model.norm.weight": torch.ones(72)}), "model.norm.weight is unexpected"),
         (lambda x: x.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.ones(3, 4)}), r"\[3, 4\], expected"),
     ],
     ids=["missing", "too many", "shape"],

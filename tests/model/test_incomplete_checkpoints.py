@@ -82,13 +82,13 @@ MISSHAPEN = {
     "one up_proj": (
         {"model.layers.1.mlp.experts.3.up_proj.weight": (33, 72)},
         [
-            "layers.1.mlp.experts.*.{gate,up}_proj.weight cannot be merged",
+            "layers.1.mlp.experts.*.{gate,up}_proj.weight cannot be stacked",
             "[32, 72] at entry 0 and [33, 72] at entry 3",
         ],
     ),
     "one down_proj": (
         {"model.layers.2.mlp.experts.5.down_proj.weight": (72, 31)},
-        ["layers.2.mlp.experts.*.down_proj.weight cannot be merged", "[72, 32] at entry 0 and [72, 31] at entry 5"],
+        ["layers.2.mlp.experts.*.down_proj.weight cannot be stacked", "[72, 32] at entry 0 and [72, 31] at entry 5"],
     ),
     "all up_proj": (
         {f"model.layers.1.mlp.experts.{expert}.up_proj.weight": (33, 72) for expert in range(12)},
@@ -96,7 +96,7 @@ MISSHAPEN = {
     ),
     "one expert too many": (
         {f"model.layers.1.mlp.experts.12.{x}_proj.weight": (32, 72) for x in ("gate", "up")},
-        ["layers.1.mlp.experts.12.gate_proj.weight is one too many"],
+        ["layers.1.mlp.experts.12.gate_proj.weight is unexpected"],
     ),
 }
 
@@ -128,7 +128,7 @@ def test_experts_under_wrong_numbers_are_refused_and_not_shifted(auto_class, che
     shapes = {"gate_proj": (32, 72), "up_proj": (32, 72), "down_proj": (72, 32)}
     renamed = {f"model.layers.1.mlp.experts.12.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
     folder = checkpoint("layers.1.mlp.experts.11.", changed=renamed)
-    came = ["layers.1.mlp.experts.11.down_proj.weight is missing", "experts.12.down_proj.weight is one too many"]
+    came = ["layers.1.mlp.experts.11.down_proj.weight is missing", "experts.12.down_proj.weight is unexpected"]
     assert_refused_with(came, folder, auto_class)
 
 

@@ -155,7 +155,9 @@ def test_ids_that_a_loaded_cache_was_not_made_from_are_refused(loaded, others, o
     first = int((given[0, :20] != ids[0, :20]).int().argmax())
     if options.get("num_beams"):
         cache.batch_repeat_interleave(2)
-    with pytest.raises(ValueError, match=f"loaded for other ids, which differ from these from token {first} on"):
+    with pytest.raises(
+        ValueError, match=f"computed from other ids, which differ from the given ones from token {first} on"
+    ):
         continued(model, given, cache, **options)
     assert cache.get_seq_length() == 20
 
