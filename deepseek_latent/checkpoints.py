@@ -19,7 +19,7 @@ class CheckpointMixin(LoadingHooks):
     """Goes before PreTrainedModel: loads only complete backbones, and saves only experts that files can hold."""
 
     # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both compute them in float32
-    dtype_of_files = ("gate.weight",)
+    keep_in_file_dtype = ("gate.weight",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -49,13 +49,13 @@ class CheckpointMixin(LoadingHooks):
         with device_map_without_offloading(self):
             return super().load_adapter(*args, **kwargs)
 
-    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+    def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """Refuses a checkpoint that lacks a part of the backbone; transformers would initialize that part at random."""
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [
-            f"{pattern_in_files(name)} has shape {list(came)}, expected {list(own)}"
-            for name, came, own in misshapen
+            f"{pattern_in_files(name)} has shape {list(found)}, expected {list(own)}"
+            for name, found, own in mismatched
             if name.startswith(prefix)
         ]
         if problems:

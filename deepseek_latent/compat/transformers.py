@@ -30,7 +30,7 @@ from .torch import has_forward_hooks
 
 
 def put_into_transformers(*classes: type) -> None:
-    """Makes `transformers.NAME` each of these classes, for code that looks up the name in `config.architectures`.
+    """Sets these classes as attributes of `transformers`, where code looks up the names in `config.architectures`.
 
     TRL's trainers do so for a model id and for their reference models, and so do pipelines and `transformers serve`;
     Auto classes have a registry of their own. The submodules of transformers stay as they are.
@@ -213,10 +213,10 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 
 
 class LoadingHooks:
-    """Goes before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
+    """A base before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
 
-    # weights whose names end so keep their file's dtype when a model is loaded in 16 bits
-    dtype_of_files: tuple[str, ...] = ()
+    # endings of names: these weights keep the dtype of their file when a model is loaded in 16 bits
+    keep_in_file_dtype: tuple[str, ...] = ()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -230,20 +230,20 @@ class LoadingHooks:
         if getattr(self, "is_quantized", False):
             # a quantizer casts what it does not quantize to the parameter's dtype, whatever the plan says (5.24)
             for name, parameter in self.named_parameters():
-                if name.endswith(self.dtype_of_files):
+                if name.endswith(self.keep_in_file_dtype):
                     parameter.data = parameter.data.float()
-        return super()._get_dtype_plan(dtype) | dict.fromkeys(self.dtype_of_files)
+        return super()._get_dtype_plan(dtype) | dict.fromkeys(self.keep_in_file_dtype)
 
-    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+    def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError, given missing names, (name, shape in the file, shape here), and failed conversions."""
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # the last call before transformers initializes missing weights
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        missing, misshapen = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
+        missing, mismatched = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
         errors = dict(loading_info.conversion_errors)
         try:
-            self.check_loaded(missing, misshapen, errors)
+            self.check_loaded(missing, mismatched, errors)
         except ValueError:
             # transformers raises an error for these too, but in a `finally` that would hide this one
             loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
@@ -264,14 +264,14 @@ class CheckedConverter(WeightConverter):
         """Makes a checked converter that does what a converter of transformers does."""
         return cls(known._original_source_patterns, known._original_target_patterns, operations=known.operations)
 
-    def check_names(self, came: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
+    def check_names(self, found: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
         """May raise ValueError, given the names in files that become one parameter, and their patterns."""
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        # it is None while saving, when one tensor is split and no name can be missing
+        # `loading_info` is None while saving, when one tensor is split and no name can be missing
         if loading_info is not None:
-            came = {name for names in self.layer_targets.values() for name in names}
-            self.check_names(came, self.source_patterns, config)
+            found = {name for names in self.layer_targets.values() for name in names}
+            self.check_names(found, self.source_patterns, config)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
 

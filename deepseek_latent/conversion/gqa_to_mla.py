@@ -25,7 +25,7 @@ from .llama_source import LlamaSource
 from .source import Source
 from .target import Piece
 
-CONTENT_WIDTH = 8  # width of queries and keys without rotation, which are zero; DeepSeek-V2 needs at least some
+CONTENT_WIDTH = 8  # width of the content part of queries and keys: it is zero here, but DeepSeek-V2 must have one
 # ratio of the constant channel to the latent: values shrink by half of its inverse square, 5e-9
 CONSTANT_OVER_LATENT = 1e4
 LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps

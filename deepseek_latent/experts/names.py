@@ -75,16 +75,16 @@ class ExpertConverter(CheckedConverter):
 
     __slots__ = ()
 
-    def check_names(self, came: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
-        prefix, experts = min(came).partition("mlp.experts.")[0], range(config.n_routed_experts)
+    def check_names(self, found: set[str], patterns: list[str], config: PreTrainedConfig) -> None:
+        prefix, experts = min(found).partition("mlp.experts.")[0], range(config.n_routed_experts)
         wanted = set()
         for pattern in patterns:
             of_all = {prefix + pattern.replace("*", str(expert)) for expert in experts}
             # quantizers add patterns of every kind of scale they know, and a file may have none of that kind
-            if pattern.endswith(".weight") or came & of_all:
+            if pattern.endswith(".weight") or found & of_all:
                 wanted |= of_all
-        problems = [f"{name} is missing" for name in sorted(wanted - came)]
-        problems += [f"{name} is one too many" for name in sorted(came - wanted)]
+        problems = [f"{name} is missing" for name in sorted(wanted - found)]
+        problems += [f"{name} is one too many" for name in sorted(found - wanted)]
         if problems:
             raise incomplete_backbone(problems)
 
