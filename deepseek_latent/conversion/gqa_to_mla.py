@@ -47,12 +47,12 @@ class GqaToMla:
     def __init__(self, files: Source, *, bias_free: bool = False):
         self.source = source = LlamaSource(files)
         self.bias_free = bias_free
-        if bias_free and source.biased:
+        if bias_free and source.projections_with_bias:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
         self.c = self.d if bias_free else _width_with_constant(self.g * self.w)
-        self.a = _width_with_constant(self.d) if "q_proj" in source.biased else None
+        self.a = _width_with_constant(self.d) if "q_proj" in source.projections_with_bias else None
         # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
 

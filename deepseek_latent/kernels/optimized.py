@@ -62,8 +62,8 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     """Makes the layers of a model compute with our operators whenever no gradient is needed.
 
     Weights, names, classes and files stay as they are, and the operators read the weights as they are stored: saving,
-    loading, training, adapters and `state_dict` work as before. The first call on a machine takes half a minute to
-    build the operators.
+    loading, training, adapters and `state_dict` work as before. For a model on the CPU, the first call on a machine
+    takes half a minute to build the operators.
 
     On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
     `generate()` also uses a static cache if you name none, captures one decoding step over it as a CUDA graph, and
@@ -74,10 +74,10 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     trained. Adapters act on it, but those on linear layers cannot be merged into it.
 
     Raises:
-        RuntimeError: if there is no C++ compiler, or if it fails.
+        RuntimeError: if there is no C++ compiler, or if it fails; on a CUDA device, if Triton is not installed.
         TypeError: if `model` is not a model of transformers or peft.
         ValueError: if the model is on another device or in another dtype than bfloat16 or float32 (on a CUDA device
-            also float16), for other `weights`, or for an option that this kind of device does not have.
+            also float16), for other `weights`, or for an option that this model or its device does not allow.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")

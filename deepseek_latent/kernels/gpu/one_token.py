@@ -103,7 +103,7 @@ def router_options(gate: DeepseekV2MoEGate) -> dict:
 
 
 def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weights of the query's one or two projections, the latent's and the output's; None if one is not plain."""
+    """The weights of the query projections, of `kv_a_proj_with_mqa` and of `o_proj`; None if one is not plain."""
     if module.q_lora_rank is None:
         return weights_of(x, module.q_proj, module.kv_a_proj_with_mqa, module.o_proj)
     if not is_plain_norm(module.q_a_layernorm, x):
