@@ -60,7 +60,7 @@ test-fast: .venv/installed  ## for the edit loop: a test file of each kind, abou
 test-slow: .venv/installed  ## slow tests: compilation with inductor, training, several processes
 	.venv/bin/python -m pytest -m slow
 
-test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao and TRL, in an environment of their own since peft imports what is installed
+test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao and TRL, in an environment of their own, since peft imports these wherever it finds them
 	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions that pyproject.toml admits

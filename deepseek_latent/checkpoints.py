@@ -49,13 +49,13 @@ class CheckpointMixin(LoadingHooks):
         with device_map_without_offloading(self):
             return super().load_adapter(*args, **kwargs)
 
-    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+    def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """Refuses a checkpoint that lacks a part of the backbone; transformers would initialize that part at random."""
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [
             f"{pattern_in_files(name)} has shape {list(in_file)}, expected {list(in_model)}"
-            for name, in_file, in_model in misshapen
+            for name, in_file, in_model in mismatched
             if name.startswith(prefix)
         ]
         if problems:

@@ -108,7 +108,7 @@ class LatentGenerationMixin(GenerationHooks):
         if self.replayed_steps is None:
             return functools.partial(_call_with_fixed_shapes, super().get_compiled_call(compile_config))
         steps = self.replayed_steps(self)
-        return lambda **inputs: _call_with_fixed_shapes(steps, **inputs) if steps.takes(inputs) else self(**inputs)
+        return lambda **inputs: _call_with_fixed_shapes(steps, **inputs) if steps.supports(inputs) else self(**inputs)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, *args, **kwargs):
         """As in transformers, with pages that store each latent and rotary key once; `generate_batch` calls it too."""

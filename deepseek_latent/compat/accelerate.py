@@ -15,12 +15,13 @@ from torch import nn
 
 from .bound_functions import is_equivalent_forward
 
+# ---- Hooks -----------------------------------------------------------------------------------------------------------
+
 
 def forward_inside_hooks(module: nn.Module) -> Callable:
-    """The `forward` that hooks call once all weights are there, if they only align devices; else the outermost one.
+    """The `forward` that accelerate's hooks wrap, if they only move inputs and weights; else `module.forward` as it is.
 
-    Such hooks bring inputs to where the module is, or weights from elsewhere, and do nothing else. They are on every
-    module of a model that was dispatched to several devices, also on those that never move.
+    A model that was dispatched to several devices has such hooks on every module, also on those that never move.
     """
     forward = module.forward
     is_of_a_hook = isinstance(forward, partial) and forward.func.__module__ == "accelerate.hooks"
@@ -29,11 +30,8 @@ def forward_inside_hooks(module: nn.Module) -> Callable:
     return forward
 
 
-# ---- Hooks -----------------------------------------------------------------------------------------------------------
-
-
-def is_forward_equivalent(module: nn.Module) -> bool:
-    """Whether the `forward` that was set on the instance computes what its class does, once all weights are present."""
+def is_equivalent_inside_hooks(module: nn.Module) -> bool:
+    """Whether a module computes what its class does, apart from hooks that move inputs and weights."""
     return is_equivalent_forward(module, forward_inside_hooks(module))
 
 
@@ -139,7 +137,7 @@ def hidden_device_map(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def device_map_without_offloading(model: nn.Module) -> Iterator[None]:
-    """Has `hf_device_map` give offloaded layers the device that computes them, the first that is not for offloading."""
+    """Maps offloaded layers to the device that computes them: the first that is neither "cpu" nor "disk"."""
     device_map = getattr(model, "hf_device_map", None)
     if device_map is None:
         yield

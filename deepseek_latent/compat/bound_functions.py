@@ -1,7 +1,8 @@
 """Functions that replace methods on single modules, as Hugging Face's `kernels.kernelize` replaces `forward`.
 
 The class of a module never changes. The function is bound by a `partial` in the module's `__dict__`, so that deepcopy
-and pickle bind it to the copy of the module; of a MethodType, pickle would look up the name on the class.
+and pickle bind it to the copy of the module. A MethodType would not do: pickle stores it as its function's name, to be
+looked up on the module.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ from torch import nn
 def replaces_method(is_equivalent: bool = True) -> Callable[[Callable], Callable]:
     """Marks a function that `bind` may put in place of a method.
 
-    It is equivalent if it computes what the method computes from the module's own weights: then these tell its effect.
+    It is equivalent if it computes what the method computes from the module's own weights. Then code that reads these
+    weights, instead of calling the module, gets the same result.
     """
 
     def mark(function: Callable) -> Callable:
@@ -29,6 +31,7 @@ def replaces_method(is_equivalent: bool = True) -> Callable[[Callable], Callable
 def bind(module: nn.Module, functions: Mapping[str, Callable], binding: type[partial] = partial) -> None:
     """Replaces methods of a module, by name, with functions of the module and the method's arguments.
 
+    `binding` is `partial`, or a subclass of it for functions that a copy of the module must prepare first.
     If the module's own `forward` is kept elsewhere, as accelerate's hooks do in `_old_forward`, it is replaced there.
     """
     for name, function in functions.items():

@@ -31,7 +31,7 @@ def with_cache_named(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     # peft reads the old name from the arguments that generate() prepares, so the same cache may have both names
     given = [cache for cache in given if cache is not None]
     if len(given) > 1 and given[0] is not given[1]:
-        raise _two_caches()
+        raise _two_caches_error()
     return arguments | {name: given[0]} if given else arguments
 
 
@@ -50,7 +50,7 @@ def takes_either_cache_name(function: Callable) -> Callable:
             kwargs = with_cache_named(own, kwargs)
             if own in kwargs and len(args) > position:
                 if args[position] is not None:
-                    raise _two_caches()
+                    raise _two_caches_error()
                 args = (*args[:position], kwargs.pop(own), *args[position + 1 :])
         return with_both_cache_names(function(*args, **kwargs))
 
@@ -61,7 +61,7 @@ def takes_either_cache_name(function: Callable) -> Callable:
     return with_either_name
 
 
-def _two_caches() -> ValueError:
+def _two_caches_error() -> ValueError:
     return ValueError("expected one cache and got two: cache and past_key_values mean the same, so leave one out.")
 
 
@@ -83,7 +83,7 @@ class _HasCache:
 _REPLACEMENTS: dict[type[ModelOutput], type[ModelOutput]] = {}
 
 
-def _with_both_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
+def _class_with_both_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
     if CACHE == "cache":
         return output_class
     # pickle looks the class up in this module by the same name
@@ -92,11 +92,11 @@ def _with_both_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
     return _REPLACEMENTS[output_class]
 
 
-MoeModelOutputWithPast = _with_both_names(modeling_outputs.MoeModelOutputWithPast)
-MoeCausalLMOutputWithPast = _with_both_names(modeling_outputs.MoeCausalLMOutputWithPast)
-SequenceClassifierOutputWithPast = _with_both_names(modeling_outputs.SequenceClassifierOutputWithPast)
-GenerateDecoderOnlyOutput = _with_both_names(generation_utils.GenerateDecoderOnlyOutput)
-GenerateBeamDecoderOnlyOutput = _with_both_names(generation_utils.GenerateBeamDecoderOnlyOutput)
+MoeModelOutputWithPast = _class_with_both_names(modeling_outputs.MoeModelOutputWithPast)
+MoeCausalLMOutputWithPast = _class_with_both_names(modeling_outputs.MoeCausalLMOutputWithPast)
+SequenceClassifierOutputWithPast = _class_with_both_names(modeling_outputs.SequenceClassifierOutputWithPast)
+GenerateDecoderOnlyOutput = _class_with_both_names(generation_utils.GenerateDecoderOnlyOutput)
+GenerateBeamDecoderOnlyOutput = _class_with_both_names(generation_utils.GenerateBeamDecoderOnlyOutput)
 
 
 def with_both_cache_names(output: Any) -> Any:

@@ -136,11 +136,12 @@ def prevent_target_renaming(model_class: type) -> None:
 def support_offloading(model_class: type, experts_class: type) -> None:
     """Lets peft add, load and merge LoRA on layers of these models whose weights are offloaded, for example to disk.
 
-    Without it, three things go wrong. peft creates an adapter on the device of the weight, and an offloaded weight has
-    only a shape: the factors were never stored, and torch's products on a CPU read arbitrary memory. When peft loads an
-    adapter, it removes accelerate's hooks and looks for the names of files among the modules, where experts have
-    others. And when it merges into offloaded experts, it looks for accelerate's hook one layer above, so the result
-    was lost. Models of other classes behave as before, except that merging into an absent weight is refused.
+    Without it, three things go wrong. peft creates an adapter on the device of the weight, and that of an offloaded
+    weight is "meta": so the factors have no values, and torch's products on a CPU read arbitrary memory. When peft
+    loads an adapter, it removes accelerate's hooks and looks for the names of tensors in files among the modules, where
+    the names of experts differ. And when it merges into offloaded experts, it looks for accelerate's hook one layer
+    above, so the result is lost. Models of other classes behave as before, except that merging into an absent weight is
+    refused.
     """
     tuner = import_module("peft.tuners.tuners_utils").BaseTuner
     inject = tuner.inject_adapter
@@ -213,8 +214,8 @@ def _with_fetched_weights(change: Callable, experts_class: type) -> Callable:
     """Wraps merging or unmerging: it is refused if the weight is absent, and its result is kept if it was fetched.
 
     peft fetches weights in its own methods, but looks for accelerate's hook one layer above experts, so a merge into
-    them would be lost. If a merged adapter is disabled, peft unmerges it at the next call before the weight is fetched,
-    and would subtract from nothing.
+    them would be lost. If a merged adapter is disabled, peft unmerges it at the next call, before it fetches the weight
+    to subtract it from.
     """
 
     @functools.wraps(change)

@@ -30,7 +30,7 @@ from .torch import has_forward_hooks
 
 
 def put_into_transformers(*classes: type) -> None:
-    """Makes `transformers.NAME` each of these classes, for code that looks up the name in `config.architectures`.
+    """Sets these classes as attributes of `transformers`, where code looks up the names in `config.architectures`.
 
     TRL's trainers do so for a model id and for their reference models, and so do pipelines and `transformers serve`;
     Auto classes have a registry of their own. The submodules of transformers stay as they are.
@@ -213,7 +213,7 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 
 
 class LoadingHooks:
-    """Goes before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
+    """A base before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
 
     # weights whose names end with one of these keep their file's dtype when a model is loaded in 16 bits
     keep_dtype_of_files: tuple[str, ...] = ()
@@ -234,16 +234,16 @@ class LoadingHooks:
                     parameter.data = parameter.data.float()
         return super()._get_dtype_plan(dtype) | dict.fromkeys(self.keep_dtype_of_files)
 
-    def check_loaded(self, missing: list[str], misshapen: list[tuple], errors: dict[str, str]) -> None:
+    def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError, given missing names, (name, shape in the file, shape here), and failed conversions."""
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # the last call before transformers initializes missing weights
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        missing, misshapen = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
+        missing, mismatched = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
         errors = dict(loading_info.conversion_errors)
         try:
-            self.check_loaded(missing, misshapen, errors)
+            self.check_loaded(missing, mismatched, errors)
         except ValueError:
             # transformers raises an error for these too, but in a `finally` that would hide this one
             loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
@@ -268,7 +268,7 @@ class CheckedConverter(WeightConverter):
         """May raise ValueError, given the names in files that become one parameter, and their patterns."""
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        # it is None while saving, when one tensor is split and no name can be missing
+        # `loading_info` is None while saving, when one tensor is split and no name can be missing
         if loading_info is not None:
             names_in_files = {name for names in self.layer_targets.values() for name in names}
             self.check_names(names_in_files, self.source_patterns, config)

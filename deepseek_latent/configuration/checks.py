@@ -81,7 +81,7 @@ def _check_routing(config: PreTrainedConfig) -> None:
         )
     device_options = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
     used = [name for name in device_options if getattr(config, name)]
-    # what balances devices takes n_group as their number, also if the router ignores groups
+    # the device options take n_group as the number of devices, even if the router ignores groups
     if (config.topk_method != "greedy" or used) and (num_groups < 1 or e % num_groups):
         raise ValueError(
             f"n_group must divide n_routed_experts ({e}) into groups of equal size, got {num_groups}; "

@@ -36,7 +36,8 @@ def convert_adapter(source: Path, out: Path) -> dict:
     """
     config = read_json(source / CONFIG_FILE)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ValueError(f"expected a LoRA adapter without DoRA in {source}, got {config.get('peft_type')}.")
+        found = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise ValueError(f"expected a LoRA adapter without DoRA in {source}, got {found}.")
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder.")
     try:
@@ -86,9 +87,9 @@ def _stack(tensors: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor],
     changes = {"target_parameters": parameters}
     if GATE_UP in parameters:
         # keeps the scaling, which is alpha over the rank, or over its square root
-        times = 2**0.5 if config.get("use_rslora") else 2
+        factor = 2**0.5 if config.get("use_rslora") else 2
         changes["rank_pattern"] = (config.get("rank_pattern") or {}) | {GATE_UP: 2 * config["r"]}
-        changes["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {GATE_UP: times * config["lora_alpha"]}
+        changes["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {GATE_UP: factor * config["lora_alpha"]}
     return made, changes
 
 

@@ -1,4 +1,4 @@
-"""What a model does on a text: the statistics that compression needs from each layer, and the perplexity.
+"""Measures a model on a text: the statistics that compression needs from each layer, and the perplexity.
 
 Letters: b windows, s tokens per window, d model width, h query heads.
 """

@@ -11,7 +11,7 @@ from .target import Piece
 
 
 class Cast:
-    """A DeepSeek-V2 checkpoint with every tensor in `dtype`: `config` and `pieces`.
+    """A DeepSeek-V2 checkpoint with every tensor in `dtype`, or as stored without one: `config` and `pieces`.
 
     Raises ValueError if the source does not fit its config, or holds a number beyond the range of `dtype`.
     """

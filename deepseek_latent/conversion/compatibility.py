@@ -1,4 +1,4 @@
-"""Which fields of a checkpoint other programs refuse or interpret differently.
+"""Which fields of config.json other programs refuse or interpret differently.
 
 Found by reading vLLM 0.33, SGLang 0.5.23, llama.cpp 0c1e57098, mlx-lm d78bf58 and transformers 5.23. Those of llama.cpp
 and transformers were also run.
@@ -23,7 +23,7 @@ def find_incompatibilities(config: DeepseekV2Config, config_json: dict, tensor_n
 
     def report(programs: str, field: str, reason: str) -> None:
         value = config_json.get(field)
-        # a table is not printed, because the reason names the entry
+        # a dict is not printed, because the reason names its entry
         shown = "" if isinstance(value, dict) else f" {json.dumps(value)}" if field in config_json else " absent"
         incompatibilities.append(f"{programs}: {field}{shown}, {reason}")
 

@@ -29,19 +29,19 @@ def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[
     statistics, before = collect_statistics(model, calibration), perplexity(model, held_out)
     # only one model at a time is in memory
     del model
-    whole = CompressedMla(files, statistics, r=r, c=c)
-    rotary = CompressedMla(files, statistics, r=r, num_kept=whole.num_kept)
+    compressed = CompressedMla(files, statistics, r=r, c=c)
+    with_exact_latents = CompressedMla(files, statistics, r=r, num_kept=compressed.num_kept)
     report = {
         "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
         "calibration tokens": calibration.numel(),
         "held-out tokens": held_out.numel(),
         "cached elements per token before": exact.source.cached_elements,
         "perplexity of the source": before,
-        f"perplexity with rotary keys of {r}": perplexity(build_model(rotary), held_out),
-        f"perplexity with rotary keys of {r} and latents of {c}": perplexity(build_model(whole), held_out),
-        "rotating pairs per frequency": " ".join(map(str, whole.num_kept.tolist())),
+        f"perplexity with rotary keys of {r}": perplexity(build_model(with_exact_latents), held_out),
+        f"perplexity with rotary keys of {r} and latents of {c}": perplexity(build_model(compressed), held_out),
+        "rotating pairs per frequency": " ".join(map(str, compressed.num_kept.tolist())),
     }
-    return whole, report
+    return compressed, report
 
 
 def build_model(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def build_model(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure_logits_change(conversion: Upcycle) -> dict:
-    """The largest change of a logit by inexact upcycling, on random tokens, relative to the largest logit before."""
+    """The largest change of a logit by inexact upcycling, on random tokens, relative to the largest logit of `base`."""
     ids = torch.randint(0, conversion.config.vocab_size, (1, WINDOW_LENGTH), generator=torch.Generator().manual_seed(0))
     expected = build_model(conversion.base)(ids).logits.float()
     error = (build_model(conversion)(ids).logits.float() - expected).abs().max() / expected.abs().max()

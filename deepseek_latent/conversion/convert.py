@@ -68,7 +68,7 @@ def convert(
 
 
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
-    """The README.md of the new folder: its source, license, command and measurements. `place` is how it is loaded."""
+    """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
     source_card = files.folder / "README.md"
     source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
     data = ModelCardData(library_name="transformers", license=source_data.license, language=source_data.language)

@@ -194,7 +194,9 @@ class ImportDeepseek:
         counts = {int(match[2]) for match in found.values()}
         if len(counts) != 1 or {int(match[1]) for match in found.values()} != set(range(max(counts))):
             names = ", ".join(sorted(path.name for path in found)) or "none"
-            raise ValueError(f"expected model0-mpN.safetensors to the last of N ranks in {folder}, got {names}.")
+            raise ValueError(
+                f"expected one file model<rank>-mp<ranks>.safetensors for each rank in {folder}, got {names}."
+            )
         self.files = sorted(found, key=lambda path: int(found[path][1]))
         try:
             self.ranks = [safe_open(path, framework="pt") for path in self.files]
@@ -230,7 +232,7 @@ class ImportDeepseek:
             raise ValueError(
                 f"{stored_name} has shape {joined} and dtype {', '.join(sorted(dtypes))}, expected {list(shape)}."
             )
-        return Piece(name, shape, TORCH_DTYPES[dtypes.pop()], functools.partial(_joined, slices, axis, stored_name))
+        return Piece(name, shape, TORCH_DTYPES[dtypes.pop()], functools.partial(_join, slices, axis, stored_name))
 
     def companion_files(self) -> list[Path]:
         return companion_files(self.folder)
@@ -243,7 +245,7 @@ class ImportDeepseek:
         return fingerprint(self.config.to_dict(), self.files)
 
 
-def _joined(slices: list, axis: int | None, name: str) -> Tensor:
+def _join(slices: list, axis: int | None, name: str) -> Tensor:
     tensor = slices[0][:] if len(slices) == 1 else torch.cat([part[:] for part in slices], dim=axis)
     if not tensor.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity; take another copy.")

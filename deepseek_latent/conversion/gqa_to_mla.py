@@ -25,7 +25,7 @@ from .llama_source import LlamaSource
 from .source import Source
 from .target import Piece
 
-CONTENT_WIDTH = 8  # width of queries and keys without rotation, which are zero; DeepSeek-V2 needs at least some
+CONTENT_WIDTH = 8  # width of the content part of queries and keys: it is zero here, but DeepSeek-V2 must have one
 # ratio of the constant channel to the latent: values shrink by half of its inverse square, 5e-9
 CONSTANT_OVER_LATENT = 1e4
 LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
@@ -47,12 +47,12 @@ class GqaToMla:
     def __init__(self, files: Source, *, bias_free: bool = False):
         self.source = source = LlamaSource(files)
         self.bias_free = bias_free
-        if bias_free and source.biased:
+        if bias_free and source.projections_with_bias:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
         self.c = self.d if bias_free else _width_with_constant(self.g * self.w)
-        self.a = _width_with_constant(self.d) if "q_proj" in source.biased else None
+        self.a = _width_with_constant(self.d) if "q_proj" in source.projections_with_bias else None
         # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
 

@@ -28,7 +28,7 @@ class LlamaSource:
         self.w = getattr(config, "head_dim", None) or self.d // self.h
         # the projections to which transformers gives a bias
         attention_bias = tuple(self._shapes()) if getattr(config, "attention_bias", False) else ()
-        self.biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
+        self.projections_with_bias = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
         self._check_tensors()
 
     @property
@@ -41,7 +41,7 @@ class LlamaSource:
 
     def bias(self, layer: int, projection: str) -> Tensor:
         """The bias, or zeros if there is none."""
-        if projection not in self.biased:
+        if projection not in self.projections_with_bias:
             return torch.zeros(self._shapes()[projection][0])
         return self.files[f"model.layers.{layer}.self_attn.{projection}.bias"].float()
 
@@ -71,7 +71,9 @@ class LlamaSource:
         (optional if self.config.tie_word_embeddings else expected)["lm_head.weight"] = (vocab, d)
         for i in range(self.config.num_hidden_layers):
             expected |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-            expected |= {f"model.layers.{i}.self_attn.{name}.bias": (shapes[name][0],) for name in self.biased}
+            expected |= {
+                f"model.layers.{i}.self_attn.{name}.bias": (shapes[name][0],) for name in self.projections_with_bias
+            }
         for name, shape in expected.items():
             if name not in self.files:
                 raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")

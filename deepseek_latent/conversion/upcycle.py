@@ -26,7 +26,7 @@ class ExpertLayout(NamedTuple):
     """Which neurons of a dense MLP each expert holds, and the config fields that make the sum equal to that MLP."""
 
     f: int
-    shards: list[int | None]  # per routed expert, its part of the neurons that are not shared; None: all neurons
+    part_of_expert: list[int | None]  # per routed expert, which of the equal parts of the neurons it holds; None: all
     down_scale: float  # factor on down_proj of routed experts
     config: dict
 
@@ -59,20 +59,22 @@ def expert_layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int,
     if not 1 <= k <= e or (scheme == "M1" and k != e):
         raise ValueError(f"expected a top-k of {e if scheme == 'M1' else f'1 to {e}'}, got {k}.")
     parts = e // groups
-    shards = [i % parts for i in range(e)]
+    part_of_expert = [i % parts for i in range(e)]
     if scheme == "M0":
-        width, shards, down_scale, scaling = dense_width / shared, [i % shared for i in range(e)], 0.0, 1.0
+        part_of_expert = [i % shared for i in range(e)]
+        width, down_scale, scaling = dense_width / shared, 0.0, 1.0
     elif scheme == "M1":
         width, down_scale, scaling = dense_width / e, 1.0, float(e)
     elif scheme == "M2":
-        width, shards, down_scale, scaling = dense_width, [None] * e, 1.0, e / k
+        part_of_expert = [None] * e
+        width, down_scale, scaling = dense_width, 1.0, e / k
     else:
         gating |= {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": k // parts}
         width, down_scale, scaling = dense_width / (shared + parts), 1.0, e / (k // parts)
         # normalized gate weights are not scaled: each expert of a group gets 1 / parts of the group's weight
         if scheme == "M4":
             down_scale, scaling = float(parts), 1.0
-    return ExpertLayout(_padded_width(width), shards, down_scale, gating | {"routed_scaling_factor": scaling})
+    return ExpertLayout(_padded_width(width), part_of_expert, down_scale, gating | {"routed_scaling_factor": scaling})
 
 
 def _padded_width(neurons: float) -> int:
@@ -137,7 +139,7 @@ class Upcycle:
     @property
     def zero_fraction(self) -> float:
         """The fraction of neurons that are zeros, because parts have the same width, a multiple of WIDTH_MULTIPLE."""
-        routed = 0 if self.scheme == "M0" else len(set(self.layout.shards))
+        routed = 0 if self.scheme == "M0" else len(set(self.layout.part_of_expert))
         parts = routed + (self.shared if self.scheme in ("M0", "M5") else 0)
         return 1 - self.base.config.intermediate_size / (parts * self.layout.f)
 
@@ -166,10 +168,10 @@ class Upcycle:
             if self.shared:
                 name = f"{prefix}shared_experts.{projection}.weight"
                 made.append(_expert_piece(name, dense, 0, self.shared * f, d, dtype))
-            for i, shard in enumerate(self.layout.shards):
+            for i, part in enumerate(self.layout.part_of_expert):
                 name = f"{prefix}experts.{i}.{projection}.weight"
                 # M0 cuts the neurons of the shared experts, M5 the neurons after them
-                first = 0 if shard is None else (shard + (self.shared if self.scheme == "M5" else 0)) * f
+                first = 0 if part is None else (part + (self.shared if self.scheme == "M5" else 0)) * f
                 scale = self.layout.down_scale if projection == "down_proj" else 1.0
                 redraw = functools.partial(self._redraw, layer, i, projection) if self.reinitialized else None
                 made.append(_expert_piece(name, dense, first, f, d, dtype, scale, redraw))

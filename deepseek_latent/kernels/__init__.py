@@ -1,4 +1,4 @@
-"""Fast operators, in C++ for CPUs and in Triton for GPUs, that `optimize_for_inference(model)` puts into a model."""
+"""Fast operators, in C++ for CPUs and in Triton for GPUs; `optimize_for_inference(model)` makes a model use them."""
 
 from .optimized import Optimized, optimize_for_inference
 

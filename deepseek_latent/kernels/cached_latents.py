@@ -1,4 +1,4 @@
-"""How kernels are handed cached latents: as the tensors that the cache stores, without copies.
+"""Cached latents as kernels take them: the tensors that the cache stores, without copies.
 
 Letters: b batch, t tokens, c latent width, r rotary width.
 """

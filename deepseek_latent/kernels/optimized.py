@@ -1,4 +1,4 @@
-"""`optimize_for_inference` has a model's layers compute by our operators; `undo` takes that back."""
+"""`optimize_for_inference` makes the layers of a model compute with our operators; `undo` reverts that."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from .cpu.support import DTYPES
 from .gpu.replayed_steps import ReplayedSteps
 
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# the router is not rounded: it is small, and its choices matter
-INT8 = (nn.Linear, DeepseekV2Experts)
+# classes whose weights `weights="int8"` rounds; not the router, which is small, and whose choices matter
+ROUNDED_CLASSES = (nn.Linear, DeepseekV2Experts)
 
 
 def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
@@ -35,7 +35,7 @@ def _is_tied(module: nn.Module, model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Optimized:
-    """What `optimize_for_inference` did to a model; `undo()` takes it back."""
+    """What `optimize_for_inference` did to a model; `undo()` reverts it."""
 
     instructions: str
     modules: tuple[nn.Module, ...]
@@ -59,11 +59,11 @@ class Optimized:
 
 
 def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, graphs: bool = False) -> Optimized:
-    """Makes the layers of a model compute by our operators whenever no gradient is needed.
+    """Makes the layers of a model compute with our operators whenever no gradient is needed.
 
     Weights, names, classes and files stay as they are, and the operators read the weights as they are stored: saving,
-    loading, training, adapters and `state_dict` work as before. The first call on a machine takes half a minute to
-    build the operators.
+    loading, training, adapters and `state_dict` work as before. For a model on the CPU, the first call on a machine
+    takes half a minute to build the operators.
 
     On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
     `generate()` also uses a static cache if you name none, captures one decoding step over it as a CUDA graph, and
@@ -74,10 +74,10 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     trained. Adapters act on it, but those on linear layers cannot be merged into it.
 
     Raises:
-        RuntimeError: if there is no C++ compiler, or if it fails.
+        RuntimeError: if there is no C++ compiler, or if it fails; on a CUDA device, if Triton is not installed.
         TypeError: if `model` is not a model of transformers or peft.
         ValueError: if the model is on another device or in another dtype than bfloat16 or float32 (on a CUDA device
-            also float16), for other `weights`, or for an option that this kind of device does not have.
+            also float16), for other `weights`, or for an option that this model or its device does not allow.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
@@ -98,7 +98,10 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     rounded = {
         name: module
         for name, module in chosen.items()
-        if weights == "int8" and type(module) in INT8 and not _is_tied(module, model) and not _has_int8_experts(module)
+        if weights == "int8"
+        and type(module) in ROUNDED_CLASSES
+        and not _is_tied(module, model)
+        and not _has_int8_experts(module)
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
@@ -186,7 +189,7 @@ def _was_rounded(module: nn.Module) -> bool:
 def _is_replaceable(name: str, module: nn.Module) -> bool:
     if isinstance(module, DeepseekV2Experts):
         return _has_int8_experts(module) or (type(module.weights) is StackedWeights and _can_be_read(module))
-    # absorption reads the weights of a bare kv_b_proj; adapters are small, and may go on being trained
+    # absorption reads the weight of kv_b_proj itself; adapters are small, and may be trained further
     if _is_int8_linear(module) or "kv_b_proj" in name.split(".") or ".lora_" in name:
         return False
     return type(module) in REPLACEMENTS and _can_be_read(module)
@@ -200,7 +203,7 @@ def _can_be_read(module: nn.Module) -> bool:
 
 
 def _check_can_be_rounded(name: str, module: nn.Module) -> None:
-    """Raises ValueError if something would go on multiplying by weights that rounding has removed."""
+    """Raises ValueError if a hook or a replaced `forward` would still use the weights that rounding removes."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         raise ValueError(
             f"expected all weights in memory, and those of {name} are on disk or on another device; load the model "

@@ -18,13 +18,15 @@ def test_hooks_have_the_attributes_that_show_what_they_do():
     for options, is_equivalent in (({}, True), ({"offload": True}, True), ({"io_same_device": True}, False)):
         layer = linear()
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", **options))
-        assert compat.is_forward_equivalent(layer) == is_equivalent, f"hooks with {options} differ; used by has_hooks"
+        assert compat.is_equivalent_inside_hooks(layer) == is_equivalent, (
+            f"hooks with {options} differ; used by has_hooks"
+        )
         assert compat.is_offloaded(layer) == ("offload" in options), "used by weights_here"
     other = linear()
     hooks.add_hook_to_module(other, hooks.ModelHook())
-    assert not compat.is_forward_equivalent(other), "a hook of another class may do anything; used by has_hooks"
+    assert not compat.is_equivalent_inside_hooks(other), "a hook of another class may do anything; used by has_hooks"
     hooks.remove_hook_from_module(other)
-    assert compat.is_forward_equivalent(other)
+    assert compat.is_equivalent_inside_hooks(other)
 
 
 def test_offloaded_weights_come_and_go():
@@ -45,6 +47,6 @@ def test_offloaded_weights_come_and_go():
 def test_a_device_map_puts_such_a_hook_on_every_layer():
     model = nn.Sequential(linear(), nn.Linear(6, 4))
     dispatch_model(model, {"0": "cpu", "1": "cpu"}, force_hooks=True)
-    assert all(compat.is_forward_equivalent(layer) for layer in model), (
+    assert all(compat.is_equivalent_inside_hooks(layer) for layer in model), (
         "a device_map adds other hooks; used by has_hooks"
     )

@@ -211,7 +211,7 @@ def _with_nan(out: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_without_a_rank, "expected model0-mpN.safetensors to the last of N ranks"),
+        (_without_a_rank, "expected one file model<rank>-mp<ranks>.safetensors for each rank"),
         (_without_a_tensor, "layers.0.attn.wq_b.weight"),
         (_with_scales, "fp8 weights have scales"),
         (_with_another_width, "expected [96, 40]"),

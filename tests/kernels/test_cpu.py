@@ -791,7 +791,7 @@ def test_anything_but_a_model_is_refused_by_its_class(thing):
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"found neither g\+\+ nor clang\+\+; install one"):
-        library._built()
+        library._build_library()
 
 
 def test_a_failed_build_gives_its_reason_and_leaves_nothing(monkeypatch, tmp_path):
@@ -800,5 +800,5 @@ def test_a_failed_build_gives_its_reason_and_leaves_nothing(monkeypatch, tmp_pat
     for name in library.SOURCES:
         (tmp_path / name).write_text("#error no luck today\n")
     with pytest.raises(RuntimeError, match=r"could not build the kernels: .*no luck today"):
-        library._built()
+        library._build_library()
     assert not list((tmp_path / "deepseek_latent").iterdir())

@@ -192,8 +192,8 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(gpu_layers, name, call)
 
-    watch("attended_by_one_token")
-    watch("fed_forward_by_one_token")
+    watch("attend_one_token")
+    watch("feed_forward_one_token")
     return counts
 
 
@@ -230,7 +230,7 @@ def test_in_bfloat16_the_short_way_is_as_near_as_the_long_one(overrides, counted
     model, ids = optimized(dtype=dtype, **overrides), random_ids(1, PROMPT + 1).to(DEVICE)
     exact = steps(plain(torch.float64, **overrides), ids, LatentCache(model.config))
     short = steps(model, ids, LatentCache(model.config))
-    for name in ("attended_by_one_token", "fed_forward_by_one_token"):
+    for name in ("attend_one_token", "feed_forward_one_token"):
         monkeypatch.setattr(gpu_layers, name, lambda *args: None)
     long = steps(model, ids, LatentCache(model.config))
     assert (short - exact).norm() < 1.5 * (long - exact).norm() + 1e-3 * exact.norm()
@@ -242,12 +242,12 @@ def test_padding_is_hidden_from_a_token(counted):
     mask[:, :2] = 0
     out = steps(model, ids, LatentCache(model.config), mask)
     assert relative_error(out, steps(plain(), ids, LatentCache(model.config), mask)) < 5e-6
-    assert counted["attended_by_one_token"] == 2 * model.config.num_hidden_layers
+    assert counted["attend_one_token"] == 2 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
     ("part", "half"),
-    [("self_attn.o_proj", "attended_by_one_token"), ("mlp.shared_experts.up_proj", "fed_forward_by_one_token")],
+    [("self_attn.o_proj", "attend_one_token"), ("mlp.shared_experts.up_proj", "feed_forward_one_token")],
 )
 def test_a_hook_on_a_part_sees_it_called(part, half, counted):
     model, ids = optimized(), random_ids(1, PROMPT + 1).to(DEVICE)
@@ -263,5 +263,5 @@ def test_a_hook_on_a_part_sees_it_called(part, half, counted):
 def test_other_formats_of_rows_go_the_long_way(cache_dtype, counted):
     model, ids = optimized(), random_ids(1, PROMPT + 1).to(DEVICE)
     out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype))
-    assert counted["attended_by_one_token"] == 0
+    assert counted["attend_one_token"] == 0
     assert relative_error(out, steps(plain(), ids, LatentCache(model.config, cache_dtype=cache_dtype))) < 5e-2

@@ -1,4 +1,4 @@
-"""Attention's projections, rotation and reading of the cache by our operators.
+"""Attention with our operators: its projections, its rotation, and the reading of the cache.
 
 Letters: b batch, s new tokens, t all visible tokens, h heads, d model width, n/r/v content, rotary and value width per
 head, c latent width.
@@ -72,16 +72,16 @@ def attend_in_place(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:  # [b s h v]
-    """`absorbed_attention` by our operators, in float32 throughout."""
+    """`absorbed_attention` with our operators, in float32 throughout."""
     pairs, bits = [stored_parts(segment) for segment in latents.segments], bits_of(latents)
     if any(x.device.type != "cpu" or x.dtype not in DTYPES for x in (q_content, w_uk.weight, pairs[0][1])):
         return absorbed_attention(q_content, q_rotary, latents, w_uk, w_uv, mask=mask, scale=scale)
-    past = (*map(list, zip(*pairs)), scale, additive_mask(mask), bits)
+    cached = (*map(list, zip(*pairs)), scale, additive_mask(mask), bits)
     if not w_uk.factors:
-        return operators.attention(q_content, q_rotary, w_uk.weight, w_uv.weight, *past)
+        return operators.attention(q_content, q_rotary, w_uk.weight, w_uv.weight, *cached)
     q_content_flat, (b, s) = q_content.flatten(0, 1), q_content.shape[:2]
     absorbed = torch.unflatten(operators.absorb(q_content_flat, w_uk.weight), 0, (b, s))
-    context = operators.attend(w_uk.with_adapters_absorbed(absorbed, q_content), q_rotary, *past)
+    context = operators.attend(w_uk.with_adapters_absorbed(absorbed, q_content), q_rotary, *cached)
     expanded = torch.unflatten(operators.expand(context.flatten(0, 1), w_uv.weight), 0, (b, s))
     return w_uv.with_adapters_expanded(expanded, context)
 

@@ -1,4 +1,4 @@
-"""Routed experts by our operators, which read stacked weights, or int8 codes with their scales, as they are stored.
+"""Routed experts with our operators, which read stacked weights, or int8 codes with their scales, as they are stored.
 
 Letters: m tokens, e experts, k experts per token, d model width.
 """
@@ -35,7 +35,7 @@ class CpuExperts:
 
 
 def readable_experts(weights: ExpertWeights, x: Tensor) -> StoredExperts | None:
-    """The experts as they are stored, if our operators can multiply tokens x by them, and are faster than torch."""
+    """The experts as they are stored; None if our operators cannot multiply x by them, or are slower than torch."""
     stored = weights.stored()
     if stored is None or type(weights.experts.act_fn) is not SILU or has_hooks(weights.experts.act_fn):
         return None

@@ -22,8 +22,8 @@ def int8_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def codes_and_scales(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """The weight as codes [n k] and scales [n 1]. Raises ValueError if they do not tell what the layer should do."""
-    _check_stand_in(linear.weight)
+    """The weight as codes [n k] and scales [n 1]. Raises ValueError under autograd, or if the weight was changed."""
+    _check_usable(linear.weight)
     return linear.weight_codes, linear.weight_scales
 
 
@@ -32,36 +32,36 @@ def multiplies_in_int8(linear: nn.Linear) -> bool:
     return "weight_codes" in linear._buffers and getattr(forward_inside_hooks(linear), "func", None) is int8_linear
 
 
-class StandIn(nn.Parameter):
-    """One NaN in place of a weight in int8, expanded: its device, dtype and shape without its memory.
+class NanWeight(nn.Parameter):
+    """A parameter in the place of a weight in int8: one NaN, expanded to the weight's shape, which takes no memory.
 
-    torch refuses to write to it.
+    torch refuses to write to it in place.
     """
 
-    def __deepcopy__(self, memo: dict) -> "StandIn":
-        return memo.setdefault(id(self), stand_in_for(self.data))
+    def __deepcopy__(self, memo: dict) -> "NanWeight":
+        return memo.setdefault(id(self), nan_weight_like(self.data))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return stand_in_for, (self.data,)
+        return nan_weight_like, (self.data,)
 
 
-def stand_in_for(weight: Tensor) -> StandIn:
-    return StandIn(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
+def nan_weight_like(weight: Tensor) -> NanWeight:
+    return NanWeight(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
 def to_int8(linear: nn.Linear) -> None:
-    """Replaces the weight of a layer for good; `state_dict` gives the values that it was rounded to."""
+    """Replaces a layer's weight for good by codes and scales; `state_dict` has the values that it was rounded to."""
     weight = linear.weight.detach()
     parts = [pack(rows, bits=8, group=None) for rows in weight.split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(part) for part in zip(*parts))
     linear.register_buffer("weight_codes", codes, persistent=False)
     linear.register_buffer("weight_scales", scales, persistent=False)
-    linear.weight = stand_in_for(weight)
+    linear.weight = nan_weight_like(weight)
     bind(linear, {"forward": int8_linear}, WithOperators)
-    linear.register_state_dict_post_hook(_give_rounded)
+    linear.register_state_dict_post_hook(_save_rounded_weight)
 
 
-def _check_stand_in(weight: Tensor) -> None:
+def _check_usable(weight: Tensor) -> None:
     if torch.is_grad_enabled():
         raise ValueError("int8 weights carry no gradient: generate or evaluate under torch.no_grad().")
     if weight.stride(-1) != 0:
@@ -71,6 +71,6 @@ def _check_stand_in(weight: Tensor) -> None:
         )
 
 
-def _give_rounded(linear: nn.Linear, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+def _save_rounded_weight(linear: nn.Linear, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
     rounded = Packed(linear.weight_codes, linear.weight_scales).unpacked()
     state_dict[f"{prefix}weight"] = rounded.to(linear.weight.dtype)

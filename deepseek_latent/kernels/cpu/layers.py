@@ -1,4 +1,4 @@
-"""What linear layers, norms, routers, MLPs and experts compute by our operators, in place of methods of their modules.
+"""Linear layers, norms, routers, MLPs and experts with our operators, as functions that replace methods of modules.
 
 Letters: m tokens, d model width.
 """
@@ -54,7 +54,7 @@ def mlp(module: DeepseekV2MLP, x: Tensor) -> Tensor:
 
 
 def weights_of_mlp(module: DeepseekV2MLP, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
-    """gate, up and down, and the scales of int8 ones; None if operators cannot stand for all that the MLP does."""
+    """gate, up and down, and the scales of int8 ones; None if the MLP does anything that our operators do not."""
     if type(module.act_fn) is not SILU or has_hooks(module.act_fn):
         return None
     return kernel_weights(x, module.gate_proj, module.up_proj, module.down_proj)
@@ -63,10 +63,10 @@ def weights_of_mlp(module: DeepseekV2MLP, x: Tensor) -> tuple[list[Tensor], list
 @replaces_method()
 def moe(module: DeepseekV2MoE, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
     """Computes routed and shared experts of few tokens in one call, if neither is wrapped or has hooks."""
-    weights = _weights_of_all_experts(module, hidden_states)
-    if weights is None:
+    stored = _weights_of_all_experts(module, hidden_states)
+    if stored is None:
         return DeepseekV2MoE.forward(module, hidden_states, dropping)
-    routed, shared = weights
+    routed, shared = stored
     tokens = hidden_states.flatten(0, 1)
     _, weights, experts = module.gate(tokens, dropping)
     return multiply_by_experts(tokens, routed, experts, weights, shared).view_as(hidden_states)

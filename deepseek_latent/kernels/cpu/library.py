@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 SOURCES = ("products.cpp", "projections.cpp", "experts.cpp", "attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
-
 # dtypes whose products torch would emulate on this CPU; known once the operators are loaded
 SLOW_IN_TORCH: set[torch.dtype] = set()
 
@@ -48,7 +47,7 @@ def load_operators() -> str:
     Raises:
         RuntimeError: if there is no C++ compiler, or if it fails.
     """
-    torch.ops.load_library(_built())
+    torch.ops.load_library(_build_library())
     torch.library.register_fake("deepseek_latent::linear", _linear)
     torch.library.register_fake("deepseek_latent::grouped", _grouped)
     for name in ("experts", "mlp", "rms_norm", "rotate", "attend"):
@@ -62,8 +61,8 @@ def load_operators() -> str:
     return operators.instructions()
 
 
-def _built() -> Path:
-    """The library for this source, torch, compiler and CPU, which is kept under HF_HOME once it is complete."""
+def _build_library() -> Path:
+    """The path of the library for this source, torch, compiler and CPU. Built if necessary, and kept under HF_HOME."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("expected a C++ compiler, found neither g++ nor clang++; install one, such as Debian's g++.")

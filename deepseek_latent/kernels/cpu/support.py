@@ -1,4 +1,4 @@
-"""Which products our operators compute, and sooner than torch does.
+"""Which products our operators support and compute faster than torch.
 
 Letters: m tokens, n rows of a weight, k their width.
 """

@@ -1,4 +1,4 @@
-"""A decoder layer that decodes on a GPU in a dozen launches, if its parts do nothing but their own work.
+"""A decoder layer that decodes on a GPU in a dozen launches, if its parts are plain (`plain.py`).
 
 Letters: b batch, s new tokens, h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -18,7 +18,7 @@ from ...experts.dropping import TokenDropping
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .one_token import BITS_WRITTEN_BY_KERNELS, attended_by_one_token, choice_of, fed_forward_by_one_token
+from .one_token import BITS_WRITTEN_BY_KERNELS, attend_one_token, feed_forward_one_token, router_options
 from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
@@ -47,7 +47,7 @@ def decoder_layer(
     dropping: TokenDropping | None = None,
     **kwargs,
 ) -> Tensor:  # [b s d]
-    """Computes few tokens over a `LatentCache` without gradients by our kernels, and all else as the layer's class."""
+    """Computes few tokens over a `LatentCache` without gradients with our kernels, all else as the layer's class."""
     up_projections = None
     if _kernels_support(layer, hidden_states, attention_mask, cache) and not kwargs.get("output_attentions"):
         up_projections = layer.self_attn.up_projections()
@@ -63,7 +63,7 @@ def decoder_layer(
             dropping=dropping,
             **kwargs,
         )
-    decode = one_token if hidden_states.shape[:2] == (1, 1) else few_tokens
+    decode = decode_one_token if hidden_states.shape[:2] == (1, 1) else decode_few_tokens
     # Triton launches on the current device, which need not be the one of this layer
     with torch.cuda.device_of(hidden_states):
         return decode(layer, hidden_states, position_embeddings, cache, attention_mask, *up_projections)
@@ -72,22 +72,23 @@ def decoder_layer(
 REPLACEMENTS = {DeepseekV2DecoderLayer: {"forward": decoder_layer}}
 
 
-def few_tokens(layer: DeepseekV2DecoderLayer, x: Tensor, *given) -> Tensor:
+def decode_few_tokens(layer: DeepseekV2DecoderLayer, x: Tensor, *attention_arguments) -> Tensor:
+    """Computes the layer in about fourteen launches; a part that is not plain is called as a module."""
     norm = layer.input_layernorm
-    attended = attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+    attended = attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *attention_arguments)
     norm = layer.post_attention_layernorm
     x, normed = add_rms_norm(attended, x, norm.weight, norm.eps)
     return feed_forward(layer.mlp, normed, x)
 
 
-def one_token(layer: DeepseekV2DecoderLayer, x: Tensor, *given) -> Tensor:
-    """Computes each half of the layer in fewer launches, or as `few_tokens` if a part of it does other work too."""
+def decode_one_token(layer: DeepseekV2DecoderLayer, x: Tensor, *attention_arguments) -> Tensor:
+    """Computes each half of the layer in fewer launches, or as `decode_few_tokens` if a part of it is not plain."""
     norm = layer.input_layernorm
-    attended = attended_by_one_token(layer.self_attn, norm, x, *given)
+    attended = attend_one_token(layer.self_attn, norm, x, *attention_arguments)
     if attended is None:
-        attended = x + attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *given)
+        attended = x + attention(layer.self_attn, rms_norm(x, norm.weight, norm.eps), *attention_arguments)
     norm = layer.post_attention_layernorm
-    out = fed_forward_by_one_token(layer.mlp, norm, attended)
+    out = feed_forward_one_token(layer.mlp, norm, attended)
     return feed_forward(layer.mlp, rms_norm(attended, norm.weight, norm.eps), attended) if out is None else out
 
 
@@ -167,4 +168,4 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
 
 
 def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return route(tokens, gate.weight, **choice_of(gate)) if is_plain_gate(gate) else gate(tokens)
+    return route(tokens, gate.weight, **router_options(gate)) if is_plain_gate(gate) else gate(tokens)

@@ -1,4 +1,4 @@
-"""One token passes a decoder layer in nine launches instead of fourteen, if the parts do nothing but their own work.
+"""One token passes a decoder layer in nine launches instead of fourteen, if the parts are plain (`plain.py`).
 
 Letters: h heads, d model width, n/r/v content, rotary and value width per head, c latent width.
 """
@@ -35,7 +35,7 @@ OVERLAPS = True
 ROUTER_TILES = Tiles(1, 2048, 4, 1)
 
 
-def attended_by_one_token(
+def attend_one_token(
     module: DeepseekV2Attention,
     norm: nn.RMSNorm,
     x: Tensor,  # [1 1 d]  before the norm
@@ -63,8 +63,8 @@ def attended_by_one_token(
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
     bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
     q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=bits, **options)
-    q_rotary, past = queries[..., module.qk_nope_head_dim :], attention_inputs(layer.latents)
-    parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **past, **options)
+    q_rotary, cached = queries[..., module.qk_nope_head_dim :], attention_inputs(layer.latents)
+    parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **cached, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
         parts, sizes = combine(parts, sizes, x.dtype, **options), None
     context = expand(parts, sizes, w_uv.weight, **options)
@@ -72,7 +72,7 @@ def attended_by_one_token(
     return out.view_as(x)
 
 
-def fed_forward_by_one_token(
+def feed_forward_one_token(
     module: DeepseekV2MLP | DeepseekV2MoE,
     norm: nn.RMSNorm,
     x: Tensor,  # [1 1 d]  before the norm
@@ -90,20 +90,20 @@ def fed_forward_by_one_token(
     if not is_plain_gate(gate) or not is_plain(gate.weight, x):
         return None
     (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER_TILES, overlap=OVERLAPS)
-    weights, chosen = choose(logits, **choice_of(gate), overlap=OVERLAPS)
+    weights, chosen = choose(logits, **router_options(gate), overlap=OVERLAPS)
     stacked = module.experts.gate_up_proj, module.experts.down_proj
     return experts(row, *stacked, chosen, weights, shared or None, residual=row, norm=norm).view_as(x)
 
 
-def choice_of(gate: DeepseekV2MoEGate) -> dict:
-    """The arguments of `route` and `choose` that say how the gate chooses."""
+def router_options(gate: DeepseekV2MoEGate) -> dict:
+    """The arguments of `route` and `choose` that describe how the gate chooses experts."""
     n_group, topk_group = (gate.n_group, gate.topk_group) if gate.is_grouped else (1, 1)
-    of_groups = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
-    return of_groups | {"normalize": gate.normalizes_gates, "scaling_factor": gate.routed_scaling_factor}
+    options = {"k": gate.num_experts_per_tok, "n_group": n_group, "topk_group": topk_group}
+    return options | {"normalize": gate.normalizes_gates, "scaling_factor": gate.routed_scaling_factor}
 
 
 def _projections_of(module: DeepseekV2Attention, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Weights of the query's one or two projections, the latent's and the output's; None if one is not plain."""
+    """The weights of the query projections, of `kv_a_proj_with_mqa` and of `o_proj`; None if one is not plain."""
     if module.q_lora_rank is None:
         return weights_of(x, module.q_proj, module.kv_a_proj_with_mqa, module.o_proj)
     if not is_plain_norm(module.q_a_layernorm, x):

@@ -28,12 +28,13 @@ def is_plain_gate(gate: nn.Module) -> bool:
 
 
 def is_plain(weight: Tensor, x: Tensor) -> bool:
+    """True if a kernel can read this weight: an ordinary contiguous tensor with the device and dtype of x."""
     is_here = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device
     return is_here and weight.dtype == x.dtype and weight.is_contiguous()
 
 
 def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
-    """Weights of projections, or None if one does more than multiply."""
+    """The weights of projections, or None if one is not plain or has a bias."""
     for part in projections:
         if type(part) is not nn.Linear or part.bias is not None or has_hooks(part) or not is_plain(part.weight, x):
             return None
@@ -41,7 +42,7 @@ def weights_of(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...] | None:
 
 
 def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
-    """gate, up and down of an MLP, or None if a part does more than its own work."""
+    """The weights of gate, up and down of an MLP, or None if a part is not plain."""
     if type(module) is not DeepseekV2MLP or has_hooks(module) or type(module.act_fn) is not SILU:
         return None
     return weights_of(x, module.gate_proj, module.up_proj, module.down_proj)

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from ...cache.latent_cache import LatentCache
 from ...compat.cache_name import CACHE, CACHE_NAMES, MoeCausalLMOutputWithPast
 
-# the inputs of a replayed step; a step with any other input is computed
+# the inputs of a replayed step; a step with any other input is computed without a graph
 INPUTS = ("input_ids", "position_ids", "attention_mask")
 # inputs that do not change what is computed for a single token
 IGNORED = ("use_cache", "return_dict", "logits_to_keep", *CACHE_NAMES)
@@ -33,7 +33,8 @@ class ReplayedSteps:
         self._inputs: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
-    def takes(self, inputs: dict) -> bool:
+    def supports(self, inputs: dict) -> bool:
+        """True if a step with these inputs can be replayed: one token per sequence over a static `LatentCache`."""
         cache, ids, mask = inputs.get(CACHE), inputs.get("input_ids"), inputs.get("attention_mask")
         if not isinstance(cache, LatentCache) or not cache.is_static or ids is None or ids.shape[1] != 1:
             return False
@@ -63,7 +64,7 @@ class ReplayedSteps:
         return output
 
     def _capture(self, cache: LatentCache) -> bool:
-        """Captures a step and returns True; if that fails, warns of the reason, and steps go on being computed."""
+        """Captures a step and returns True. If that fails, warns with the reason and returns False."""
         if self._cannot_capture:
             return False
         # `with torch.cuda.graph(...)` would first free cached memory, which the next prompt would have to allocate

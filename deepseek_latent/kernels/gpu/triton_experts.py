@@ -28,6 +28,8 @@ SUM_BLOCK = 256
 
 
 class Plan(NamedTuple):
+    """The tiles of the two products of an expert."""
+
     inner: Tiles  # gate and up
     outer: Tiles  # down
 

@@ -1,8 +1,8 @@
 """The steps of a single token between its projections and attention: one launch before attention, one after it.
 
 For one token, each launch takes as long as reading a megabyte of weights. So steps that do not depend on one another
-share a grid, and each program that needs a result that is cheap to compute computes it again. With `overlap`, weights
-are loaded before the kernel ahead has ended (`launch_options`).
+share a grid, and a result that is cheap to compute is computed again by each program that needs it. With `overlap`,
+weights are loaded before the kernel ahead has ended (`launch_options`).
 
 Letters: h heads, n/r/v content, rotary and value width per head, c latent width.
 """

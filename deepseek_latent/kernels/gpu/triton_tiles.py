@@ -66,6 +66,7 @@ def dot_dtype(x: Tensor) -> tl.dtype:
 
 
 def check(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], norm: Norm | None = None) -> None:
+    """Asserts that kernels can read these tensors."""
     assert x.stride(1) == 1
     for weight, scale in zip(weights, scales):
         assert weight.is_contiguous()
