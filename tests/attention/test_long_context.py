@@ -40,6 +40,7 @@ PUBLISHED = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
+MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.0}  # their defaults
 # dense, since a router near a tie may choose another expert because of a tiny error of an angle
 LONG = {
     "rope_scaling": PUBLISHED,
@@ -127,6 +128,25 @@ def test_fast_pairs_keep_their_frequency_and_slow_ones_are_40_times_slower():
     torch.testing.assert_close(
         frequencies.double(), reference.inverse_frequencies(subject().config), rtol=2**-24, atol=0
     )
+
+
+def test_a_ramp_that_ends_after_the_last_pair_slows_no_pair_to_the_full():
+    rotary = tiny_model(**LONG | {"rope_theta": 100.0}).model.rotary_emb
+    # pair 45.03 of only 32 makes one turn in 4,096 tokens; DeepSeek's code limits it to r - 1
+    expected = reference.inverse_frequencies(rotary.config)
+    assert expected[-1] > 1.5 * 100.0 ** (-31 / 32) / 40
+    torch.testing.assert_close(rotary.inv_freq.double(), expected, rtol=2**-24, atol=0)
+
+
+@pytest.mark.parametrize("given", [{}, {"mscale": 0.707}, {"mscale_all_dim": 0.707}], ids=str)
+def test_a_length_factor_that_is_not_in_the_softmax_scale_is_in_cos_and_sin(given):
+    scaling = {name: value for name, value in PUBLISHED.items() if not name.startswith("mscale")} | given
+    rotary = tiny_model(**LONG | {"rope_scaling": scaling}).model.rotary_emb
+    # DeepSeek's code takes mscale as 1 and mscale_all_dim as 0 if they are left out
+    factors = [0.1 * scaling.get(name, default) * math.log(40) + 1 for name, default in MSCALES.items()]
+    assert math.isclose(rotary.attention_scaling, factors[0] / factors[1], rel_tol=1e-12)
+    cos, sin = rotary(torch.zeros(1), torch.arange(99)[None])
+    torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, factors[0] / factors[1]))
 
 
 def test_the_length_factor_is_in_the_softmax_scale_and_not_in_cos_and_sin():

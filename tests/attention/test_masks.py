@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from deepseek_latent.attention.masks import held_tokens_mask
+from deepseek_latent.cache.segments import Latents, SplitSegment
 from tests.support import random_ids, relative_error, tiny_model
 
 
@@ -40,3 +42,12 @@ def test_a_2d_mask_of_another_shape_is_refused_whatever_its_values(shape, value)
     mask[0, 0] = value
     with pytest.raises(ValueError, match=rf"\[batch, visible tokens\] = \[2, 8\].* got \[{shape[0]}, {shape[1]}\]"):
         model(ids, attention_mask=mask)
+
+
+def test_a_query_sees_the_tokens_held_up_to_itself_but_no_padding_and_no_row_after_them():
+    # 5 of 8 rows are held; the padding mask covers 4 of them, and what it does not cover is no padding
+    latents = Latents(SplitSegment(torch.empty(2, 8, 3), torch.empty(2, 8, 2)), num_held=torch.tensor(5))
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    mask = held_tokens_mask(padding, 2, latents)
+    sees = [[[2, 3], [2, 3, 4]], [[0, 1, 2, 3], [0, 1, 2, 3, 4]]]
+    assert [[row.nonzero().flatten().tolist() for row in one[0]] for one in mask] == sees

@@ -244,6 +244,33 @@ def test_forgotten_rows_do_not_reach_the_output(forget):
     assert relative_error(actual, model()(ids[:, :6], use_cache=False).logits[:, -1:]) < 1e-5
 
 
+@torch.no_grad()
+def test_rows_that_two_crops_forgot_do_not_reach_the_output():
+    cache, ids = static(), random_ids(B, 6)
+    model()(ids[:, :5], cache=cache)
+    for layer in range(3):
+        cache.update(*(torch.full_like(x, torch.nan) for x in tokens(6)), layer)
+    cache.crop(-4)
+    cache.crop(-2)
+    with cache.count.recorded():
+        actual = model()(ids[:, 5:], cache=cache).logits
+    assert relative_error(actual, model()(ids, use_cache=False).logits[:, -1:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_recorded_step_that_did_not_finish_is_counted_nowhere_once_it_is_undone():
+    cache, ids = static(), random_ids(B, 8)
+    model()(ids[:, :7], cache=cache)
+    with cache.count.recorded():
+        model()(ids[:, 7:], cache=cache)
+    cache.count.undo()
+    assert cache.get_seq_length() == 7
+    with cache.count.recorded():
+        actual = model()(ids[:, 7:], cache=cache).logits
+    assert relative_error(actual, model()(ids, use_cache=False).logits[:, -1:]) < 1e-5
+    assert cache.get_seq_length() == 8
+
+
 def test_a_cache_made_in_inference_mode_continues_outside_it():
     cache, ids = static(), random_ids(B, 12)
     expected = model()(ids, use_cache=False).logits

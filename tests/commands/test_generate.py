@@ -166,6 +166,8 @@ def test_generate_refuses_in_one_sentence(folder, tmp_path, capsys):
     assert_refused(capsys, "generate", folder, "", saying="at least one token")
     assert_refused(capsys, "generate", folder, "x", "--chat", saying="leave --chat out")
     assert_refused(capsys, "generate", folder, "x", "--top-p", 0.5, saying="--top-p needs a --temperature")
+    greedy = ("--temperature", 0, "--top-p", 0.5)
+    assert_refused(capsys, "generate", folder, "x", *greedy, saying="--top-p needs a --temperature above 0")
     assert_refused(capsys, "generate", folder, "x", "--device", "nowhere", saying="--device must be a name")
     assert_refused(capsys, "generate", folder, "x", "--device", "cuda:99", saying="--device must be available")
 

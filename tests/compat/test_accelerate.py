@@ -50,3 +50,14 @@ def test_a_device_map_puts_such_a_hook_on_every_layer():
     assert all(compat.is_equivalent_inside_hooks(layer) for layer in model), (
         "a device_map adds other hooks; used by has_hooks"
     )
+
+
+def test_offloaded_weights_that_are_frozen_while_placeholders_stand_for_them_stay_frozen():
+    layer = nn.Linear(4, 3)
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    with compat.placeholder_weights(layer) as has_offloaded:
+        assert has_offloaded
+        assert layer.weight.isnan().all()
+        layer.weight.requires_grad_(False)
+    assert (layer.weight.is_meta, layer.weight.requires_grad) == (True, False)
+    assert (layer.bias.is_meta, layer.bias.requires_grad) == (True, True)

@@ -45,6 +45,17 @@ def test_lora_layers_have_the_attributes_that_are_read():
         assert hasattr(layer, name), f"LoRA layers have no {name}; used by adapter_state"
 
 
+def test_an_adapter_acts_also_if_one_before_it_is_on_other_layers_only():
+    model = get_peft_model(nn.Sequential(linear(), nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["1"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    layer = model.base_model.model[0].eval()
+    assert layer.active_adapters == ["default", "second"], "used by acting_adapters"
+    (adapter,) = compat.acting_adapters(layer)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + adapter.b(adapter.a(x)) * adapter.scaling)
+
+
 def test_stacked_factors_multiply_to_what_peft_adds():
     model = nn.Sequential(nn.Module())
     model[0].weight = nn.Parameter(torch.zeros(3, 5, 4))

@@ -96,6 +96,7 @@ BROKEN = {
         ("pytorch_model.bin", "run code"),
     ),
     "10^9 layers": (lambda folder: _configure(folder, num_hidden_layers=10**9), ("1000000000", "hold 3")),
+    "a layer too many": (lambda folder: _configure(folder, num_hidden_layers=2), ("num_hidden_layers 2", "hold 3")),
     "no biases": (lambda folder: _configure(folder, attention_bias=True), ("q_proj.bias", "none")),
     "RoPE": (lambda folder: _configure(folder, rope_parameters={"rope_type": "new", "rope_theta": 1e4}), ("new",)),
     "no dtype": (lambda folder: _configure(folder, dtype="float7"), ("config.json", "float7")),

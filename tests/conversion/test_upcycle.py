@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -47,6 +48,25 @@ def test_a_dense_model_cut_into_experts_gives_the_same_logits(tmp_path, scheme):
     if scheme[:2] in ("M0", "M5"):
         stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
         assert relative_error(stock(ids).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["M0", "M1", "M5, with padding"])
+def test_the_reported_fraction_of_zeros_is_that_of_the_parts_that_hold_the_dense_neurons(tmp_path, capsys, scheme):
+    tiny_model(n_routed_experts=None).save_pretrained(tmp_path / "source")
+    out, command = tmp_path / "out", ["convert", "upcycle", str(tmp_path / "source"), str(tmp_path / "out"), "--json"]
+    capsys.readouterr()
+    assert main([*command, "--scheme", scheme[:2], *UPCYCLED[scheme]]) == 0
+    reported = json.loads(capsys.readouterr().out)["fraction of neurons that are zeros"]
+    tensors = load_file(out / "model.safetensors")
+    # each part once: routed experts of M0 repeat the shared ones, and the groups of M5 repeat each other
+    num_routed = {"M0": 0, "M1": 5, "M5": 4}[scheme[:2]]
+    parts = [tensors[f"model.layers.1.mlp.experts.{i}.gate_proj.weight"] for i in range(num_routed)]
+    if scheme[:2] != "M1":
+        parts.append(tensors["model.layers.1.mlp.shared_experts.gate_proj.weight"])
+    rows = torch.cat(parts)
+    is_zero = (rows == 0).all(dim=1)
+    assert len(rows) - is_zero.sum() == 88
+    assert reported == pytest.approx(is_zero.double().mean().item())
 
 
 @torch.no_grad()

@@ -108,6 +108,18 @@ def test_a_model_adds_the_losses_times_their_factors_only_in_training(variant):
     assert model(ids, labels=ids, output_router_logits=True).loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
+def test_the_losses_are_added_until_the_last_router_is_frozen():
+    model, ids = tiny_model(aux_loss_alpha=0.3).train(), random_ids(2, 15)
+    gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    expected = model(ids, labels=ids, output_router_logits=True).loss.item()
+    gates[0].weight.requires_grad_(False)
+    assert len(gates) > 1
+    assert model(ids, labels=ids, output_router_logits=True).loss.item() == pytest.approx(expected, rel=1e-6)
+    for gate in gates:
+        gate.weight.requires_grad_(False)
+    assert model(ids, labels=ids, output_router_logits=True).loss.item() < expected - 0.1
+
+
 def test_the_aux_loss_of_a_model_ignores_padding():
     model, ids = tiny_model(), random_ids(1, 9)
     padded, mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1), torch.ones(1, 13, dtype=torch.long)

@@ -205,6 +205,13 @@ def test_experts_that_are_merged_copied_or_watched_are_not_packed():
         pack_experts(hooked)
 
 
+def test_experts_without_values_are_not_packed():
+    empty = tiny_model().to("meta")
+    with pytest.raises(ValueError, match="expected plain routed experts, and they are sharded, quantized, offloaded"):
+        pack_experts(empty)
+    assert empty.model.layers[1].mlp.experts.weights.way_back is None
+
+
 @needs_its_peft
 def test_an_adapter_added_by_transformers_is_saved_from_a_packed_model(tmp_path):
     model = packed(4)

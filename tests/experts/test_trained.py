@@ -112,6 +112,18 @@ def test_a_model_that_is_cast_to_float32_computes_with_all_digits_of_the_trained
     assert torch.equal(model(ids).logits, after)
 
 
+@torch.no_grad()
+def test_a_shard_with_one_stacked_weight_leaves_the_digits_of_the_other_trained_parameter():
+    model = model_in_training(torch.bfloat16)
+    experts = model.model.layers[1].mlp.experts
+    # values that bfloat16 rounds
+    experts.trained_gate_up_proj *= 1 + 2**-9
+    kept, loaded = experts.trained_gate_up_proj.clone(), experts.down_proj.detach() * 2
+    model.load_state_dict({"model.layers.1.mlp.experts.down_proj": loaded}, strict=False)
+    assert torch.equal(experts.trained_gate_up_proj, kept)
+    assert torch.equal(experts.trained_down_proj, loaded[CHOSEN[1]].float())
+
+
 def test_steps_that_bfloat16_would_round_away_add_up():
     """A weight around 0.1 does not change by 1e-5 in bfloat16; the trained parameter in float32 does."""
     model = model_in_training(torch.bfloat16)

@@ -81,6 +81,31 @@ def test_stacked_weights_come_back_as_they_were_stored(storage):
     assert len([*experts.parameters(), *experts.buffers()]) == buffers
 
 
+class Zeros:
+    """`ExpertOperators` that show where they were used."""
+
+    @staticmethod
+    def forward(weights, x, top_k_index, top_k_weights):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def product(weights, x, name, ends):
+        return None
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@torch.no_grad()
+def test_experts_stored_another_way_keep_their_operators(storage):
+    experts = stored("stacked")
+    experts.weights.operators = Zeros
+    experts.weights = STORAGES[storage]()
+    assert not experts(*routed()).any()
+    experts.weights = StackedWeights()
+    assert not experts(*routed()).any()
+    experts.weights.operators = None
+    assert experts(*routed()).any()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_no_storage_changes_the_class_or_the_shapes_that_others_see(storage):
     experts = stored(storage)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -167,7 +167,11 @@ def added_by_transformers(model):
     return model
 
 
-@pytest.mark.parametrize("add", [added_by_peft, pytest.param(added_by_transformers, marks=needs_its_peft)])
+def injected(model):
+    return inject_adapter_in_model(lora_config(model), model)
+
+
+@pytest.mark.parametrize("add", [added_by_peft, injected, pytest.param(added_by_transformers, marks=needs_its_peft)])
 def test_training_can_be_finished_after_adapters_were_added(add):
     """Only the adapters take gradients after that."""
     model = model_in_training()

@@ -157,6 +157,17 @@ def test_a_router_in_modules_to_save_is_counted_once(tmp_path):
     assert torch.equal(found.shares, expected.shares)
 
 
+def test_a_training_that_starts_after_one_that_failed_leaves_one_hook_on_each_router(tmp_path):
+    made = trainer(tmp_path)
+    statistics = next(x for x in made.callback_handler.callbacks if isinstance(x, RouterStatistics))
+    gates = [layer.mlp.gate for layer in made.model.model.layers[1:]]
+    for _ in range(2):
+        statistics.on_train_begin(made.args, made.state, made.control, model=made.model)
+        assert [len(gate._forward_hooks) for gate in gates] == [1, 1]
+    statistics.on_train_end(made.args, made.state, made.control)
+    assert [len(gate._forward_hooks) for gate in gates] == [0, 0]
+
+
 def test_a_model_made_by_model_init_is_counted(tmp_path):
     made = trainer(tmp_path, tiny_model())
     made.model_init = lambda: tiny_model()  # Trainer counts the arguments of this function

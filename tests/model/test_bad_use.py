@@ -171,6 +171,17 @@ def test_a_cache_of_a_wider_dtype_is_refused(make):
         step(tiny_model(torch.bfloat16), cache)
 
 
+@torch.no_grad()
+def test_a_static_cache_filled_under_autocast_continues_there_and_is_refused_outside():
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = filled(CACHES["StaticCache"], model)
+        step(model, cache)
+    with pytest.raises(ValueError, match=r"holds torch\.bfloat16, the new tokens are torch\.float32"):
+        step(model, cache)
+    assert cache.get_seq_length() == HELD + 1
+
+
 def test_a_static_cache_of_a_narrower_dtype_is_refused():
     cache = filled(CACHES["StaticCache"], tiny_model(torch.bfloat16))
     with refused("this cache holds torch.bfloat16, the new tokens are torch.float32", cache):

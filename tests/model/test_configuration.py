@@ -171,6 +171,13 @@ DEEPSEEKS_DEFAULTS = {
 }
 
 
+def test_without_a_word_about_devices_none_is_balanced_and_a_tenth_of_sequences_keeps_its_tokens():
+    # DeepSeek's class has no such fields; 2.2.4 of the paper exempts about a tenth of the sequences
+    config = DeepseekV2Config()
+    assert (config.device_aux_loss_alpha, config.communication_aux_loss_alpha) == (0.0, 0.0)
+    assert (config.device_capacity_factor, config.no_drop_fraction) == (None, 0.1)
+
+
 def test_misspelt_default_of_deepseeks_class_is_greedy():
     assert DeepseekV2Config(topk_method="gready").topk_method == "greedy"
 
