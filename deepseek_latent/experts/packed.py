@@ -93,16 +93,17 @@ class PackedWeights(ExpertWeights):
 
     def take_over(self) -> None:
         experts = self.experts
-        for name in STACKED:
+        # both before anything is changed, so that experts are never packed by half
+        both = {name: pack(getattr(experts, name).detach(), self.bits, self.group) for name in STACKED}
+        for name, packed in both.items():
             weight = getattr(experts, name)
-            packed = pack(weight.detach(), self.bits, self.group)
             for part, tensor in packed._asdict().items():
                 experts.register_buffer(f"{part}_of_{name}", tensor, persistent=not self.saves_dense)
             setattr(experts, name, StandIn(experts, name, weight.shape, weight.device))
 
     def give_back(self) -> None:
-        for name in STACKED:
-            setattr(self.experts, name, nn.Parameter(self.dense(name), requires_grad=False))
+        for name, weight in {name: self.dense(name) for name in STACKED}.items():
+            setattr(self.experts, name, nn.Parameter(weight, requires_grad=False))
             for part in Packed._fields:
                 delattr(self.experts, f"{part}_of_{name}")
 

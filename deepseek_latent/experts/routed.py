@@ -67,10 +67,13 @@ class DeepseekV2Experts(StackedExperts):
 
     @weights.setter
     def weights(self, weights: ExpertWeights) -> None:
+        weights.experts, weights.operators = self, self._weights.operators
         self._weights.give_back()
-        weights.operators = self._weights.operators
-        weights.experts, self._weights = self, weights
+        # if the new weights cannot be made, the stacked ones are what is there
+        self._weights = StackedWeights()
+        self._weights.experts, self._weights.operators = self, weights.operators
         weights.take_over()
+        self._weights = weights
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._weights.forward(hidden_states, top_k_index, top_k_weights)

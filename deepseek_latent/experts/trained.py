@@ -48,10 +48,9 @@ class TrainedWeights(StackedWeights):
         self.synced: list[tuple[int | None, Tensor]] = []
 
     def take_over(self) -> None:
-        for name, trained_name in zip(STACKED, TRAINED):
-            stacked = getattr(self.experts, name)
-            chosen = nn.Parameter(stacked.detach()[self.trained].float())
-            self.experts.register_parameter(trained_name, chosen)
+        chosen = [nn.Parameter(getattr(self.experts, name).detach()[self.trained].float()) for name in STACKED]
+        for name, parameter in zip(TRAINED, chosen):
+            self.experts.register_parameter(name, parameter)
         self.sync()
 
     def give_back(self) -> None:

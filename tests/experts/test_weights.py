@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_latent.experts.codec import pack
 from deepseek_latent.experts.names import PROJECTIONS, STACKED, name_of_expert, parse_name_of_expert, split_projections
 from deepseek_latent.experts.packed import PackedWeights
 from deepseek_latent.experts.products import grouped_product
@@ -162,6 +163,29 @@ def test_what_refuses_says_the_way_back(storage):
     assert (weights.way_back is None) == (storage == "stacked")
     assert all(weights.way_back in reason for reason in reasons if reason is not None)
     assert weights.is_plain == (storage == "stacked")
+
+
+@pytest.mark.parametrize("before", ["stacked", "4 bits", "trained"])
+@torch.no_grad()
+def test_experts_that_cannot_be_packed_stay_as_stacked_weights(before, monkeypatch):
+    experts = stored(before)
+    expected, packed_so_far = experts(*routed()), []
+
+    def fail_at_the_second(*arguments):
+        packed_so_far.append(arguments)
+        if len(packed_so_far) == 2:
+            raise MemoryError
+        return pack(*arguments)
+
+    monkeypatch.setattr("deepseek_latent.experts.packed.pack", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        experts.weights = PackedWeights(8)
+    assert type(experts.weights) is StackedWeights
+    assert relative_error(experts(*routed()), expected) < 1e-5
+    assert experts.state_dict().keys() == {*STACKED}
+    monkeypatch.undo()
+    experts.weights = PackedWeights(8)
+    assert relative_error(experts(*routed()), by_hand(experts, *routed())) < 1e-5
 
 
 def test_names_of_experts_lead_to_the_rows_that_hold_them():

@@ -85,7 +85,7 @@ def moe(
 def dropped_choices(
     scores: Tensor,  # [m e]
     chosen: Tensor,  # [m k]
-    spared: set[int],
+    exempt: set[int],
     *,
     num_devices: int,
     capacity_factor: float,
@@ -99,7 +99,7 @@ def dropped_choices(
     dropped = set()
     for device in range(num_devices):
         pairs = [(t, e) for t, row in enumerate(chosen.tolist()) for e in row if e // experts_per_device == device]
-        open_to_dropping = sorted((pair for pair in pairs if pair[0] not in spared), key=lambda pair: scores[pair])
+        open_to_dropping = sorted((pair for pair in pairs if pair[0] not in exempt), key=lambda pair: scores[pair])
         dropped.update(open_to_dropping[: max(len(pairs) - budget, 0)])
     return dropped
 
