@@ -11,7 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .cache.checks import check_capacity
-from .cache.format import check_cache_dtype
+from .cache.format import NUMBERS_OF_BITS, check_cache_dtype
 from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
 from .cache.paged import check_batching_config, with_latent_pages
@@ -146,11 +146,11 @@ def _requested_cache_dtype(settings: GenerationConfig) -> str | None:
         # since 5.24, transformers removes one of the two from an assistant's copy of the settings
         cache_implementation = "quantized"
     backend = None if cache_config is None else cache_config.get("backend")
-    if cache_implementation == "quantized" and backend is None:
-        # transformers' default is quanto, another package
+    if backend is None and (cache_implementation == "quantized" or cache_config):
+        # transformers' default is quanto, another package; without "quantized" it would not read the config at all
+        what = 'cache_implementation="quantized"' if cache_implementation == "quantized" else "cache_config"
         raise ValueError(
-            'cache_implementation="quantized" needs a backend, such as '
-            'cache_config={"backend": "latent", "cache_dtype": "int8"}.'
+            f'{what} needs a backend, such as cache_config={{"backend": "latent", "cache_dtype": "int8"}}.'
         )
     if backend != "latent":
         return None
@@ -159,7 +159,8 @@ def _requested_cache_dtype(settings: GenerationConfig) -> str | None:
             f'the latent backend needs cache_implementation="quantized" or "static", got {cache_implementation!r}.'
         )
     if cache_config.keys() != {"backend", "cache_dtype"} or cache_config["cache_dtype"] is None:
-        instead = "takes cache_dtype in place of nbits, as in" if "nbits" in cache_config else "takes"
+        number = next((name for name in NUMBERS_OF_BITS if name in cache_config), None)
+        instead = "takes" if number is None else f"takes cache_dtype in place of {number}, as in"
         example = '{"backend": "latent", "cache_dtype": "int8"}'
         raise ValueError(f"the latent backend {instead} {example}, got {cache_config}.")
     check_cache_dtype(cache_config["cache_dtype"])

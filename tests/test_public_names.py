@@ -29,6 +29,10 @@ def test_a_public_name_is_there_and_documented(name):
     assert name in dir(deepseek_latent)
 
 
+def test_completion_offers_public_names_only():
+    assert {name for name in dir(deepseek_latent) if not name.startswith("__")} == {*deepseek_latent.__all__}
+
+
 def test_type_checkers_see_what_is_imported_when_asked_for():
     assert names_for_type_checkers() == deepseek_latent._MODULES
     assert deepseek_latent._MODULES.keys() <= {*deepseek_latent.__all__}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # the values of `LatentCache(cache_dtype=)`; None is the dtype that the model computes in
 CACHE_DTYPES = (None, "int8", "int6", "int5", "int4", "fp8")
+# what others call such an argument, as a number
+NUMBERS_OF_BITS = ("bits", "nbits")
 PLANE = 128
 
 
@@ -203,10 +205,10 @@ def check_cache_dtype(cache_dtype: str | None) -> None:
 
 
 def refuse_unknown_options(owner: str, options: dict[str, Any]) -> None:
-    """Refuses keyword arguments that `owner` does not take; the error for `bits` names the argument to use instead."""
-    if "bits" in options:
-        raise TypeError(f"{owner} takes cache_dtype, such as 'int8' or 'fp8', in place of bits={options['bits']!r}.")
-    for name in options:
+    """Refuses keyword arguments that `owner` does not take; for numbers of bits, the error names the right argument."""
+    for name, value in options.items():
+        if name in NUMBERS_OF_BITS:
+            raise TypeError(f"{owner} takes cache_dtype, such as 'int8' or 'fp8', in place of {name}={value!r}.")
         raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.")
 
 

@@ -80,6 +80,7 @@ class LatentCache(DynamicCache):
 
     def append(self, latent: Tensor, k_rotary: Tensor, layer_idx: int) -> Latents:
         """Adds new tokens as `update` does, and returns all tokens as they are stored."""
+        # transformers passes `as_stored` on to `LatentCacheLayer.update`
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
         return latents
 

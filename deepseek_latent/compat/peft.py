@@ -227,6 +227,13 @@ def _with_fetched_weights(change: Callable, experts_class: type) -> Callable:
                 "expected the weights of an offloaded layer to be fetched before an adapter is merged, or unmerged "
                 "because it is disabled; use the methods of peft's model, such as unmerge_adapter."
             )
+        weight = getattr(base, "weight", None)
+        # peft would write into one number that looks like all of the weight
+        if weight is not None and weight.dim() > 1 and weight.stride(-1) == 0:
+            raise ValueError(
+                "expected a weight to merge into, and this layer's was rounded to int8 by optimize_for_inference; "
+                "merge the adapter before that, or load the model without weights='int8'."
+            )
         change(self, *args, **kwargs)
         if was_offloaded and isinstance(base, experts_class):
             keep_fetched_weights(base)

@@ -53,11 +53,11 @@ class DeepseekV2MoE(nn.Module):
 
     def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
-        _, weights, experts = self.gate(tokens, dropping)
-        output = self._routed(tokens, experts, weights).view_as(hidden_states)
+        _, top_k_weights, top_k_index = self.gate(tokens, dropping)
+        output = self._routed(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 
-    def _routed(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def _routed(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts [tokens d]."""
         rows = ROWS_PER_BLOCK if tokens.device.type == "cpu" else ROWS_PER_BLOCK_OFF_CPU
         per_block = max(rows // self.num_experts_per_tok, 1)
@@ -69,6 +69,6 @@ class DeepseekV2MoE(nn.Module):
         with weights_here(self.experts) if is_wrapped else nullcontext():
             multiply = with_adapters(self.experts)
             if torch.is_grad_enabled() or torch.jit.is_tracing() or tokens.shape[0] <= per_block:
-                return multiply(tokens, experts, weights)
-            blocks = zip(tokens.split(per_block), experts.split(per_block), weights.split(per_block))
+                return multiply(tokens, top_k_index, top_k_weights)
+            blocks = zip(*(x.split(per_block) for x in (tokens, top_k_index, top_k_weights)))
             return torch.cat([multiply(*block) for block in blocks])

@@ -63,6 +63,7 @@ class DeepseekV2Experts(StackedExperts):
 
     @property
     def weights(self) -> ExpertWeights:
+        """How the experts are stored. Assigning others makes stacked weights of these, and stores those the new way."""
         return self._weights
 
     @weights.setter
@@ -81,6 +82,10 @@ class DeepseekV2Experts(StackedExperts):
     def forward_stacked(self, *routed: Tensor) -> Tensor:
         """`forward` of stacked weights, by the implementation that `experts_implementation` names."""
         return super().forward(*routed)
+
+    def extra_repr(self) -> str:
+        e, d, f = self.down_proj.shape
+        return f"{e} experts of width {f}, hidden size {d}, {self._weights.name}"
 
     def check_loaded(self) -> None:
         """Raises ValueError if the weights were never loaded; torch's products on a CPU would read arbitrary memory."""

@@ -166,5 +166,5 @@ class StackedWeights(ExpertWeights):
     def plain_forward(self, *routed: Tensor) -> Tensor:
         # torch's grouped products do not take float64, and ours do
         if self.dtype == torch.float64 and experts_name(self.experts.config) == "grouped_mm":
-            return self.forward_with(self.product, *routed)
+            return self.forward_with(self.plain_product, *routed)
         return self.experts.forward_stacked(*routed)

@@ -13,7 +13,8 @@ from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
 from ..experts.moe import DeepseekV2MLP
 from ..experts.packed import PackedWeights
-from ..experts.routed import DeepseekV2Experts
+from ..experts.routed import DeepseekV2Experts, not_stacked
+from ..experts.trained import TrainedWeights
 from ..experts.weights import StackedWeights
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
@@ -105,6 +106,8 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
     }
     for name, module in rounded.items():
         _check_can_be_rounded(name, module)
+    if rounded:
+        _check_is_not_in_training(model)
     for name, module in chosen.items():
         if isinstance(module, DeepseekV2Experts):
             if name in rounded:
@@ -200,6 +203,13 @@ def _can_be_read(module: nn.Module) -> bool:
     if any(type(weight) is not nn.Parameter for weight in module.parameters(recurse=False)):
         return False
     return not isinstance(module, (DeepseekV2Experts, DeepseekV2MLP)) or type(module.act_fn) is SILU
+
+
+def _check_is_not_in_training(model: PreTrainedModel) -> None:
+    """Refuses to round what an optimizer may go on training."""
+    for module in model.modules():
+        if isinstance(module, DeepseekV2Experts) and isinstance(module.weights, TrainedWeights):
+            raise not_stacked(module.weights)
 
 
 def _check_can_be_rounded(name: str, module: nn.Module) -> None:

@@ -188,6 +188,11 @@ def test_experts_that_cannot_be_packed_stay_as_stacked_weights(before, monkeypat
     assert relative_error(experts(*routed()), by_hand(experts, *routed())) < 1e-5
 
 
+@pytest.mark.parametrize(("storage", "says"), [("stacked", "stacked"), ("4 bits", "packed in 4 bits")])
+def test_a_printed_model_says_how_experts_are_stored(storage, says):
+    assert f"(12 experts of width 32, hidden size 72, {says}" in repr(stored(storage)).replace("\n  ", "")
+
+
 def test_names_of_experts_lead_to_the_rows_that_hold_them():
     weight = torch.arange(12.0).view(1, 6, 2)
     for name, projections in PROJECTIONS.items():

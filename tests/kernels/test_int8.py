@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from deepseek_latent import LatentCache
+from deepseek_latent import ExpertSelection, LatentCache, train_experts
 from deepseek_latent.experts.weights import StackedWeights
 from deepseek_latent.kernels import optimize_for_inference
 from tests.kernels.support import GREEDY, packed_by_rows
@@ -110,7 +110,7 @@ def test_an_int8_model_is_saved_as_what_it_was_rounded_to(tmp_path):
 def test_what_int8_weights_cannot_do_is_refused():
     model, ids = tiny_model(), random_ids(1, 4)
     done = optimize_for_inference(model, weights="int8")
-    with pytest.raises(ValueError, match=r"int8 weights carry no gradient: .*no_grad\(\)\.$"):
+    with pytest.raises(ValueError, match=r"int8 weights carry no gradient: .*no_grad\(\), and to train, load the model"):
         model(ids)
     with pytest.raises(RuntimeError, match="single memory location"):
         model.load_state_dict(tiny_model().state_dict())
@@ -119,11 +119,21 @@ def test_what_int8_weights_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"weights must be None \(as they are\) or 'int8', got 'int4'"):
         optimize_for_inference(tiny_model(), weights="int4")
     merged = get_peft_model(model, LoraConfig(r=3, target_modules=["o_proj"], init_lora_weights=False)).eval()
-    with pytest.raises(RuntimeError, match="single memory location"):
+    with pytest.raises(ValueError, match="expected a weight to merge into, and this layer's was rounded to int8"):
         merged.merge_adapter()
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     with torch.no_grad(), pytest.raises(ValueError, match="changed since it was rounded to int8"):
         model(ids)
+
+
+def test_experts_in_training_are_not_rounded():
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    train_experts(model, ExpertSelection({1: [2]}))
+    with pytest.raises(ValueError, match=r"they are in training by ESFT; finish_training\(model\) makes them plain"):
+        optimize_for_inference(model, weights="int8")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any("weight_codes" in name for name, _ in model.named_buffers())
 
 
 @pytest.mark.parametrize("length", [1, 20])

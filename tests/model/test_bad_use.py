@@ -245,9 +245,13 @@ def test_an_unknown_cache_dtype_is_refused(cache_dtype):
         LatentCache(tiny_model().config, cache_dtype=cache_dtype)
 
 
-def test_bits_are_refused_with_the_name_of_the_argument_to_use():
-    with refused("LatentCache takes cache_dtype, such as 'int8' or 'fp8', in place of bits=8", error=TypeError):
-        LatentCache(tiny_model().config, bits=8)
+@pytest.mark.parametrize("name", ["bits", "nbits"])
+def test_a_number_of_bits_is_refused_with_the_name_of_the_argument_to_use(name):
+    with refused(f"LatentCache takes cache_dtype, such as 'int8' or 'fp8', in place of {name}=8", error=TypeError):
+        LatentCache(tiny_model().config, **{name: 8})
+
+
+def test_an_unknown_argument_is_refused_by_its_name():
     with refused("LatentCache got an unexpected keyword argument 'length'", error=TypeError):
         LatentCache(tiny_model().config, length=8)
 
@@ -258,6 +262,7 @@ def test_bits_are_refused_with_the_name_of_the_argument_to_use():
         ({"backend": "latent"}, "the latent backend takes .*cache_dtype.*, got"),
         ({"backend": "latent", "cache_dtype": None}, "the latent backend takes .*cache_dtype.*, got"),
         ({"backend": "latent", "nbits": 8}, "the latent backend takes cache_dtype in place of nbits, as in .*, got"),
+        ({"backend": "latent", "bits": 8}, "the latent backend takes cache_dtype in place of bits, as in .*, got"),
         (
             {"backend": "latent", "cache_dtype": "int8", "residual_length": 128},
             "the latent backend takes .*, got .*residual_length",
@@ -274,6 +279,13 @@ def test_a_wrong_cache_config_is_refused(cache_config, sentence):
 def test_a_cache_dtype_without_a_quantized_cache_is_refused():
     with refused('the latent backend needs cache_implementation="quantized" or "static", got None'):
         tiny_model().generate(IDS, **GREEDY, cache_config={"backend": "latent", "cache_dtype": "int8"})
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("cache_config", [{"cache_dtype": "int8"}, {"nbits": 4}], ids=str)
+def test_a_cache_config_that_nothing_would_read_is_refused(cache_implementation, cache_config):
+    with refused("cache_config needs a backend, such as .*latent"):
+        tiny_model().generate(IDS, **GREEDY, cache_implementation=cache_implementation, cache_config=cache_config)
 
 
 @pytest.mark.parametrize("config", [3, {"num_hidden_layers": 3}, tiny_model()], ids=["number", "dict", "model"])

@@ -63,7 +63,10 @@ def to_int8(linear: nn.Linear) -> None:
 
 def _check_usable(weight: Tensor) -> None:
     if torch.is_grad_enabled():
-        raise ValueError("int8 weights carry no gradient: generate or evaluate under torch.no_grad().")
+        raise ValueError(
+            "int8 weights carry no gradient: generate or evaluate under torch.no_grad(), and to train, load the model "
+            "without weights='int8'."
+        )
     if weight.stride(-1) != 0:
         raise ValueError(
             "a weight was changed since it was rounded to int8, as merging an adapter does; do that first, or load "
