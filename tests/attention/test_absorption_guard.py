@@ -134,6 +134,12 @@ def hook_inside_lora(model):
         linear.lora_A["first"].register_forward_hook(lambda module, args, output: output * 1.5)
 
 
+def hook_around_lora(model):
+    with_lora(model)
+    for _, linear in every_kv_b_proj(model):
+        linear.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
 def parametrization(model):
     for _, linear in every_kv_b_proj(model):
         parametrize.register_parametrization(linear, "weight", Doubled())
@@ -163,6 +169,7 @@ OPAQUE = [
     forward_hook,
     forward_pre_hook,
     hook_inside_lora,
+    hook_around_lora,
     parametrization,
     replaced_forward,
 ]

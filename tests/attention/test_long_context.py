@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from deepseek_latent import LatentCache
+from deepseek_latent import DeepseekV2Config, LatentCache
 from deepseek_latent.attention import attention as latent_attention
 from deepseek_latent.attention.rotary import softmax_scale
 from deepseek_latent.compat.cache_name import CACHE
@@ -136,6 +136,21 @@ def test_a_ramp_that_ends_after_the_last_pair_slows_no_pair_to_the_full():
     expected = reference.inverse_frequencies(rotary.config)
     assert expected[-1] > 1.5 * 100.0 ** (-31 / 32) / 40
     torch.testing.assert_close(rotary.inv_freq.double(), expected, rtol=2**-24, atol=0)
+
+
+def test_a_ramp_of_no_length_slows_every_pair_after_its_start():
+    # pair -0.16 makes one turn in 6 tokens, so the ramp starts and ends at pair 0
+    rotary = tiny_model(**LONG | {"rope_scaling": PUBLISHED | {"original_max_position_embeddings": 6}}).model.rotary_emb
+    expected = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    expected[1:] /= 40
+    torch.testing.assert_close(rotary.inv_freq.double(), expected, rtol=2**-24, atol=0)
+
+
+def test_without_an_extension_no_length_factor_is_in_the_softmax_scale():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mscale_all_dim": 0.707, "factor": 40}
+    for given in (rope, {name: value for name, value in rope.items() if name != "factor"}):
+        config = DeepseekV2Config(rope_parameters=given)
+        assert softmax_scale(config) == (128 + 64) ** -0.5
 
 
 @pytest.mark.parametrize("given", [{}, {"mscale": 0.707}, {"mscale_all_dim": 0.707}], ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from deepseek_latent.attention.masks import held_tokens_mask
 from deepseek_latent.cache.segments import Latents, SplitSegment
@@ -42,6 +43,18 @@ def test_a_2d_mask_of_another_shape_is_refused_whatever_its_values(shape, value)
     mask[0, 0] = value
     with pytest.raises(ValueError, match=rf"\[batch, visible tokens\] = \[2, 8\].* got \[{shape[0]}, {shape[1]}\]"):
         model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_2d_mask_may_cover_all_rows_of_a_static_cache(implementation):
+    model, ids = tiny_model(), random_ids(2, 8)
+    model.set_attn_implementation(implementation)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    is_token = mask[:, :8] == 1
+    logits = model(ids, attention_mask=mask, cache=StaticCache(model.config, max_cache_len=12)).logits
+    assert relative_error(logits[is_token], model(ids, attention_mask=mask[:, :8]).logits[is_token]) < 1e-5
 
 
 def test_a_query_sees_the_tokens_held_up_to_itself_but_no_padding_and_no_row_after_them():

@@ -154,6 +154,15 @@ def test_additive_mask_equals_boolean_mask(attend):
     torch.testing.assert_close(attend(**inputs | {"mask": additive}), attend(**inputs), rtol=1e-5, atol=1e-6)
 
 
+def test_absorbed_attention_gives_zeros_to_a_query_that_an_additive_mask_hides_everything_from():
+    inputs = attention_inputs(4, 3, torch.float32)
+    inputs["mask"][1, :, :2] = False
+    additive = torch.zeros(B, 1, 4, 7).masked_fill(~inputs["mask"], torch.finfo(torch.float32).min)
+    context = absorbed(**inputs | {"mask": additive})
+    assert (context[1, :2] == 0).all()
+    torch.testing.assert_close(context, absorbed(**inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_a_row_that_an_additive_mask_hides_everything_from_gives_zeros():
     mask = torch.zeros(1, 1, 2, 3)
     mask[..., 0, :] = torch.finfo(torch.float32).min

@@ -260,8 +260,10 @@ def test_an_unknown_attention_function_is_refused_by_name():
         tiny_model().set_attn_implementation("no_such_attention")
 
 
-def test_attention_dropout_acts_only_in_training():
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_dropout_acts_only_in_training(implementation):
     model, ids = tiny_model(attention_dropout=0.5), random_ids(2, LENGTH)
+    model.set_attn_implementation(implementation)
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)

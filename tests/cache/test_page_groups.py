@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from deepseek_latent.cache import paged as paged_latents
 from deepseek_latent.cache.paged import locate_groups
+from deepseek_latent.cache.segments import Latents, SplitSegment
+from tests.support import tiny_model
 
 lengths = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 40)), min_size=1, max_size=12)
 
@@ -36,3 +38,18 @@ def test_every_request_is_read_once_and_attends_only_to_itself(lengths, tokens_p
             assert set(columns) == set(own)
             assert len(columns) <= 2 * len(own)
     assert sorted(served) == [i + 1 for i, (new, _) in enumerate(lengths) if new]
+
+
+@torch.no_grad()
+def test_tokens_of_a_packed_row_that_belong_to_no_request_get_zeros():
+    class Pages:
+        """One request, between a token of padding before it and two after it."""
+
+        def append(self, latent, k_rotary, layer_idx):
+            yield slice(1, 4), Latents(SplitSegment(latent[:, 0, 1:4], k_rotary[:, 0, 1:4])), None
+
+    attention = tiny_model().model.layers[0].self_attn
+    hidden, rotation = torch.randn(1, 6, attention.config.hidden_size), (torch.ones(1, 6, 4), torch.zeros(1, 6, 4))
+    context = attention.attend_to_pages(*attention.project(hidden, rotation), Pages())
+    assert (context[:, [0, 4, 5]] == 0).all()
+    assert (context[:, 1:4] != 0).all()

@@ -169,7 +169,8 @@ def test_generate_refuses_in_one_sentence(folder, tmp_path, capsys):
     greedy = ("--temperature", 0, "--top-p", 0.5)
     assert_refused(capsys, "generate", folder, "x", *greedy, saying="--top-p needs a --temperature above 0")
     assert_refused(capsys, "generate", folder, "x", "--device", "nowhere", saying="--device must be a name")
-    assert_refused(capsys, "generate", folder, "x", "--device", "cuda:99", saying="--device must be available")
+    for device in (f"cuda:{torch.cuda.device_count()}", "cuda:99"):
+        assert_refused(capsys, "generate", folder, "x", "--device", device, saying="--device must be available")
 
 
 @pytest.mark.parametrize(

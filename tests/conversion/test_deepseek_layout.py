@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion.deepseek_layout import ImportDeepseek
 from tests.support import official_state_dict, tiny_model
 
 YARN = {
@@ -105,6 +106,16 @@ def test_exporting_and_importing_gives_the_same_checkpoint(tmp_path, variant, ra
     assert all(torch.equal(made[name], ours[name]) for name in ours)
 
 
+def test_of_more_than_ten_ranks_each_has_its_own_part(tmp_path):
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 96, "moe_intermediate_size": 48}
+    ours = official_state_dict(save_model(tmp_path / "source", **sizes))
+    out = export(tmp_path / "source", tmp_path / "theirs", "--model-parallel", "12")
+    back = ImportDeepseek(out, out / "config.json")
+    made = {piece.name: piece.make() for piece in back.pieces()}
+    assert made.keys() == ours.keys()
+    assert all(torch.equal(made[name], ours[name]) for name in ours)
+
+
 def test_token_ids_come_from_the_generation_config_or_are_none(tmp_path):
     model = save_model(tmp_path / "source")
     out = export(tmp_path / "source", tmp_path / "theirs")
@@ -144,6 +155,8 @@ def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
         ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale '1.0 with mscale_all_dim 0.707'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"rope_scaling": YARN | {"truncate": False}}, "truncate 'false'"),
+        # their code applies YaRN only to a greater length than the original one
+        ({"max_position_embeddings": 32}, "max_position_embeddings 32"),
     ],
     ids=str,
 )

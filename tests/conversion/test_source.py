@@ -1,6 +1,7 @@
 """Sources that cannot be converted are refused before any work, and nothing is written."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -189,3 +190,14 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_in_one_senten
     monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", download)
     assert main(["convert", "gqa-to-mla", "somebody/llama", str(tmp_path / "out")]) == 2
     assert "expected a folder or a hub id, got somebody/llama" in capsys.readouterr().err
+
+
+def test_a_weight_file_that_was_written_again_changes_the_fingerprint(tmp_path):
+    """Otherwise an interrupted conversion would be resumed with shards of other weights."""
+    save_source(tmp_path, LlamaConfig)
+    file, before = tmp_path / "model.safetensors", Source(tmp_path).fingerprint()
+    assert Source(tmp_path).fingerprint() == before
+    date, tensors = file.stat().st_mtime_ns, load_file(file)
+    save_file({name: -x for name, x in tensors.items()}, file, {"format": "pt"})
+    os.utime(file, ns=(date, date + 1))
+    assert Source(tmp_path).fingerprint() != before

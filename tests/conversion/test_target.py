@@ -70,6 +70,20 @@ def test_a_run_that_ends_anywhere_leaves_nothing_under_the_name_and_is_resumed(t
     assert len(made) < 2 * len(before) + 4
 
 
+def test_shards_that_an_interrupted_run_completed_are_not_made_again(tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write(Target(tmp_path / "out"), pieces_of(2), {}, [], "one")
+    made = []
+    write(Target(tmp_path / "out"), pieces_of(2, made), {}, [], "one")
+    assert made == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_failed_write_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise SafetensorError("File too large (os error 27)")

@@ -68,6 +68,15 @@ def test_every_element_is_rounded_to_the_nearest_value_of_its_group(bits, dtype)
     assert stored.unpacked()[0, 0, :64].abs().max() == 0
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_element_of_a_group_keeps_its_value(bits):
+    groups = torch.randn(3, 10, 192).unflatten(-1, (3, 64))
+    read = pack(groups.flatten(-2), bits).unpacked().unflatten(-1, (3, 64))
+    largest = groups.abs().argmax(dim=-1, keepdim=True)
+    # a code of 8 bits has values from -127 to 127, and NF4's least and greatest are -1 and 1
+    torch.testing.assert_close(read.gather(-1, largest), groups.gather(-1, largest), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
@@ -200,9 +209,11 @@ def test_experts_that_are_merged_copied_or_watched_are_not_packed():
         with pytest.raises(ValueError, match="peft trains a copy of them"):
             pack_experts(copied)
     hooked = tiny_model()
-    hooked.model.layers[1].mlp.experts.register_forward_hook(lambda *seen: None)
+    hooked.model.layers[2].mlp.experts.register_forward_hook(lambda *seen: None)
     with pytest.raises(ValueError, match="offloaded or watched by hooks"):
         pack_experts(hooked)
+    # nor are those of the layer before
+    assert hooked.model.layers[1].mlp.experts.weights.way_back is None
 
 
 def test_experts_without_values_are_not_packed():

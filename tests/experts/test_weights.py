@@ -202,4 +202,5 @@ def test_names_of_experts_lead_to_the_rows_that_hold_them():
         for projection in projections:
             assert parse_name_of_expert(name_of_expert(11, projection)) == (11, projection)
     assert parse_name_of_expert("11.gate_proj.bias") is None
+    assert parse_name_of_expert("11.gate_proj.weight_scale_inv") is None
     assert parse_name_of_expert("gate_up_proj") is None

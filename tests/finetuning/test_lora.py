@@ -119,6 +119,10 @@ def test_patterns_of_the_user_win_over_those_of_experts():
     model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, **patterns))
     ranks = [layer.mlp.experts.r["default"] for layer in model.base_model.model.model.layers[1:]]
     assert ranks == [5, 3]
+    patterns = {"rank_pattern": {"experts.down_proj": 5}, "alpha_pattern": {"experts.down_proj": 15}}
+    model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=9, routed_experts=True, **patterns))
+    down = model.base_model.model.model.layers[1].mlp.experts
+    assert (down.parameter_name, down.r, down.scaling) == ("down_proj", {"default": 5}, {"default": 3.0})
     assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
 
 

@@ -75,6 +75,16 @@ def test_text_is_that_of_the_model_as_it_was(make, mode):
     assert torch.equal(actual, expected)
 
 
+@torch.no_grad()
+def test_autocast_chooses_the_dtype_as_it_did_before():
+    model, ids = tiny_model(), random_ids(2, 4)
+    fast = optimized(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = model(ids).logits, fast(ids).logits
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert relative_error(fast(ids).logits, model(ids).logits) < 1e-5
+
+
 def test_adapters_act_and_may_come_before_or_after():
     config = LoraConfig(r=3, target_modules=["kv_b_proj", "q_b_proj", "o_proj"], init_lora_weights=False)
     ids = random_ids(2, 9)

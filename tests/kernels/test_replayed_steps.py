@@ -133,13 +133,17 @@ def test_a_step_that_cannot_be_captured_is_computed_with_a_warning(model):
     assert torch.equal(output, tiny_model().generate(random_ids(2, 7), **NEW))
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @torch.no_grad()
-def test_a_step_that_fails_leaves_the_cache_as_it_was(model):
+def test_a_step_that_fails_leaves_the_cache_as_it_was(model, error):
+    def fail(*seen):
+        raise error
+
     cache, ids = LatentCache(model.config, max_cache_len=20), random_ids(2, 8)
     model(ids[:, :7], cache=cache)
     held, call = cache.layers[0].rows().clone(), model.get_compiled_call(None)
-    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
         call(input_ids=ids[:, 7:], **{CACHE: cache})
     hook.remove()
     assert cache.get_seq_length() == 7

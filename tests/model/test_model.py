@@ -13,9 +13,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 import deepseek_latent
 from deepseek_latent import DeepseekV2Config, LatentCache
+from deepseek_latent.modeling_deepseek_v2 import DeepseekV2PreTrainedModel
 from tests.support import V2, native_twin, random_ids, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -34,6 +36,20 @@ def test_every_auto_class_gives_our_class_with_our_backbone(auto, own):
     model = auto.from_config(DeepseekV2Config(**V2))
     assert type(model) is getattr(deepseek_latent, own)
     assert type(model.base_model) is deepseek_latent.DeepseekV2Model
+
+
+@pytest.mark.parametrize(
+    ("generic", "auto"),
+    [
+        (GenericForSequenceClassification, AutoModelForSequenceClassification),
+        (GenericForTokenClassification, AutoModelForTokenClassification),
+    ],
+)
+def test_classifiers_have_the_parameters_of_transformers_generic_ones(generic, auto):
+    config = DeepseekV2Config(**V2 | {"num_labels": 5})
+    theirs = type("Theirs", (generic, DeepseekV2PreTrainedModel), {})(config)
+    shapes = {name: x.shape for name, x in auto.from_config(config).named_parameters()}
+    assert shapes == {name: x.shape for name, x in theirs.named_parameters()}
 
 
 def test_generate_uses_a_latent_cache_by_default():

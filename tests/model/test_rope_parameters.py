@@ -61,6 +61,12 @@ def test_impossible_rope_numbers_are_refused(wrong, message):
         DeepseekV2Config(**V2 | {"rope_theta": None, "rope_scaling": None, "rope_parameters": rope})
 
 
+@pytest.mark.parametrize("name", ["mscale", "mscale_all_dim"])
+def test_a_length_factor_may_be_switched_off_by_an_mscale_of_0(name, tiny_folder):
+    rope = {"rope_theta": 10000.0, **PUBLISHED_YARN, name: 0.0}
+    assert AutoConfig.from_pretrained(tiny_folder, rope_scaling=rope).rope_parameters[name] == 0.0
+
+
 @pytest.mark.parametrize("extra", [{}, {"type": "yarn"}], ids=["rope_type", "rope_type and type"])
 def test_rope_parameters_alone_are_enough(extra, write_config):
     rope = {name: value for name, value in PUBLISHED_YARN.items() if name != "type"}
