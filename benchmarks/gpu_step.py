@@ -88,7 +88,7 @@ def run_steps(rows: Rows, model: torch.nn.Module, contexts: list[int]) -> None:
 
 
 def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
-    one_token = gpu_layers.decode_one_token
+    one_token, overlaps = gpu_layers.decode_one_token, gpu_one_token.OVERLAPS
     if case["case"] == "few tokens' way":
         gpu_layers.decode_one_token = gpu_layers.decode_few_tokens
     gpu_one_token.OVERLAPS = case["overlaps"]
@@ -99,7 +99,7 @@ def run_way(rows: Rows, decoder: Decoder, truth: Tensor, case: dict) -> None:
         us = rows.add(case, [decoder.step] * 2, decoder.num_bytes)
         print(json.dumps({"case": f"a layer, {case['case']}", "us": us / len(decoder.layers)}), flush=True)
     finally:
-        gpu_layers.decode_one_token, gpu_one_token.OVERLAPS = one_token, False
+        gpu_layers.decode_one_token, gpu_one_token.OVERLAPS = one_token, overlaps
 
 
 def run_kernels(rows: Rows, model: torch.nn.Module, deadline: float) -> None:

@@ -5,6 +5,7 @@ If its weight can be read, attention is absorbed. Otherwise the latents are expa
 
 import contextlib
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -281,7 +282,6 @@ def test_weights_on_the_meta_device_are_not_read():
 
 
 def test_offloaded_weights_are_fetched_by_calling_the_module(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     model, ids = tiny_model(), random_ids(2, CACHED + NEW)
     expected = by_calling_the_module(model, ids)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")

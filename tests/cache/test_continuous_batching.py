@@ -6,6 +6,7 @@ import gc
 import inspect
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -222,7 +223,6 @@ def test_a_manager_kept_for_the_next_session_serves_it():
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_on_every_projection_act(kind, implementation):
-    peft = pytest.importorskip("peft")
     model, prompts = tiny_model(), prompts_of((3, 17, 40))
     bare = alone(model, prompts)
     targets = ["kv_b_proj"] if kind == "dora" else ["kv_b_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]

@@ -260,7 +260,6 @@ def test_a_growing_cache_is_compiled_once_for_all_lengths(make):
 
 
 def test_trainer_resumes_where_it_stopped(tmp_path):
-    pytest.importorskip("accelerate")
     ids = random_ids(8, 12)
     rows = [{"input_ids": row, "labels": row} for row in ids]
 
