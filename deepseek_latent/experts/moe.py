@@ -21,6 +21,9 @@ from .router import DeepseekV2MoEGate
 ROWS_PER_BLOCK = 1 << 14
 ROWS_PER_BLOCK_OFF_CPU = 1 << 16
 
+# the activation of the release, and the only one that kernels compute
+SILU = type(ACT2FN["silu"])
+
 
 class DeepseekV2MLP(nn.Module):
     """SwiGLU: down(act(gate x) * up x), [.. d] to [.. d]."""

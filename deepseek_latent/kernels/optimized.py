@@ -11,14 +11,14 @@ from transformers.modeling_utils import PreTrainedModel
 from ..compat.accelerate import is_offloaded
 from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
-from ..experts.moe import DeepseekV2MLP
+from ..experts.moe import SILU, DeepseekV2MLP
 from ..experts.packed import PackedWeights
 from ..experts.routed import DeepseekV2Experts, not_stacked
 from ..experts.trained import TrainedWeights
 from ..experts.weights import StackedWeights
 from ..generation import LatentGenerationMixin
 from ..modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .cpu.experts import SILU, CpuExperts
+from .cpu.experts import CpuExperts
 from .cpu.int8 import to_int8
 from .cpu.layers import REPLACEMENTS
 from .cpu.library import WithOperators, load_operators

@@ -5,15 +5,13 @@ Letters: m tokens, e experts, k experts per token, d model width.
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from ...compat.hooks import has_hooks
+from ...experts.moe import SILU
 from ...experts.names import STACKED
 from ...experts.weights import ExpertWeights, StoredExperts
 from .library import operators
 from .support import DTYPES, kernel_supports
-
-SILU = type(ACT2FN["silu"])
 
 
 class CpuExperts:

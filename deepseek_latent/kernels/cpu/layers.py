@@ -11,12 +11,12 @@ from ...attention.attention import DeepseekV2Attention
 from ...compat.bound_functions import replaces_method
 from ...compat.hooks import has_hooks
 from ...experts.dropping import TokenDropping
-from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
+from ...experts.moe import SILU, DeepseekV2MLP, DeepseekV2MoE
 from ...experts.routed import DeepseekV2Experts
 from ...experts.router import DeepseekV2MoEGate
 from ...experts.weights import StoredExperts
 from .attention import choose_path, project, rotate
-from .experts import SILU, CpuExperts, multiply_by_experts, readable_experts
+from .experts import CpuExperts, multiply_by_experts, readable_experts
 from .library import multiply, operators
 from .support import kernel_supports, kernel_weights
 

@@ -4,18 +4,15 @@ A part is plain if calling it does nothing but its own work: no hook, adapter, q
 """
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ...cache.segments import Latents
 from ...compat.accelerate import is_offloaded
 from ...compat.hooks import has_hooks
-from ...experts.moe import DeepseekV2MLP
+from ...experts.moe import SILU, DeepseekV2MLP
 from ...experts.routed import DeepseekV2Experts
 from ...experts.router import DeepseekV2MoEGate
 from ...experts.weights import StackedWeights
 from ..cached_latents import bits_of, stored_parts
-
-SILU = type(ACT2FN["silu"])
 
 
 def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
