@@ -3,6 +3,9 @@ PROMPT ?= The import statement
 PYTHON ?= python3
 # test files for the suites on other versions; empty for all
 TESTS ?=
+# how long `make torture` attacks, and with which parts; empty for all
+MINUTES ?= 60
+PARTS ?=
 # how `make test-newest` installs torch: by default the CPU build that constraints.txt names
 TORCH ?= --constraint constraints.txt torch
 
@@ -21,7 +24,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton gpu outdated check bench finetune clean
+.PHONY: demo test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -59,6 +62,9 @@ test-fast: .venv/installed  ## for the edit loop: a test file of each kind, abou
 
 test-slow: .venv/installed  ## slow tests: compilation with inductor, training, several processes
 	.venv/bin/python -m pytest -m slow
+
+torture: .venv/installed  ## attacks for an hour: fuzzed files, killed writers, bad calls (MINUTES=60 PARTS="kill_points ...")
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.torture $(PARTS) --minutes $(MINUTES)
 
 test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao and TRL, in an environment of their own, since peft imports these wherever it finds them
 	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py

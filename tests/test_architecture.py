@@ -16,19 +16,20 @@ CONTRIBUTING = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # From the ground up: a room may import the rooms that it names, all of which stand above it in this table.
 # A file of the top folder is a room of its own.
 ROOMS = {
+    "whole_files": set(),
     "compat": set(),
     "configuration": set(),
     "configuration_deepseek_v2": {"compat", "configuration"},
-    "cache": {"compat", "configuration_deepseek_v2"},
+    "cache": {"whole_files", "compat", "configuration_deepseek_v2"},
     "attention": {"compat", "configuration_deepseek_v2", "cache"},
     "experts": {"compat", "configuration_deepseek_v2"},
     "generation": {"compat", "cache"},
     "checkpoints": {"compat", "attention", "experts"},
     "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"}
     | {"checkpoints"},
-    "finetuning": {"compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
-    "kernels": {"compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
-    "conversion": {"configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "finetuning": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "kernels": {"whole_files", "compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
+    "conversion": {"whole_files", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
     | {"modeling_deepseek_v2"},
     "commands": {"__init__", "cache", "configuration_deepseek_v2", "conversion", "finetuning", "modeling_deepseek_v2"},
