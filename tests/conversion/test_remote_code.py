@@ -237,13 +237,14 @@ def test_an_export_over_an_earlier_one_never_mixes_the_files_of_both(tmp_path, m
             raise KeyboardInterrupt
         replace(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", ending)
-        export_code(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            export_code(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     are_old = {(tmp_path / name).read_text() == "before" for name in names}
     assert config["auto_map"] == {"AutoTokenizer": ["tok.Tok", None]} | (auto_map() if at == 0 else {})
-    assert len(are_old) == 1 or at > 0
+    assert at > 0 or are_old == {True}
     export_code(tmp_path)
     assert {name: (tmp_path / name).read_text() for name in names} == exported_files()
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"].items() >= auto_map().items()
