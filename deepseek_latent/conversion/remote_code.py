@@ -72,14 +72,13 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     with disk_errors(folder / subfolder):
         (folder / subfolder).mkdir(exist_ok=True)
     files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
-    changed = [name for name, text in files.items() if not _holds(folder / name, text)]
     named, ours = config.get("auto_map") or {}, auto_map(subfolder)
     # entries for other classes, such as a tokenizer's, are kept
     others = {auto: place for auto, place in named.items() if place != ours.get(auto)}
-    if changed and len(others) < len(named):
+    if len(others) < len(named) and not all(_holds(folder / name, text) for name, text in files.items()):
         _replace(config_file, _as_json(config | {"auto_map": others}))
-    for name in changed:
-        _replace(folder / name, files[name])
+    for name, text in files.items():
+        _replace(folder / name, text)
     _replace(config_file, _as_json(config | {"auto_map": named | ours}))
     return [*files, config_file.name]
 
