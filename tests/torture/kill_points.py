@@ -45,7 +45,7 @@ def run(campaign: Campaign) -> None:
     in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=in_memory) as work:
         inputs, work = Path(work, "inputs"), Path(work)
-        make_inputs(inputs)
+        run_forked(partial(make_inputs, inputs))
         writers = all_writers(inputs)
         for chance in campaign.cases():
             # the writers take turns, and each goes through all of its points in an order of its own

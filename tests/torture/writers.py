@@ -29,6 +29,10 @@ Snapshot = dict[str, bytes | None]
 SELECTION = ExpertSelection({1: [1]})
 
 
+class CommandRefused(Exception):
+    """A command printed a sentence and returned 2."""
+
+
 @dataclass(frozen=True)
 class Writer:
     """Something that writes `out` in a folder, the box; `before` makes what is there before it writes."""
@@ -49,8 +53,8 @@ def make_inputs(folder: Path) -> None:
     """What the writers read, made once."""
     small = {"num_hidden_layers": 2, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 40}
     save_source(folder / "llama", LlamaConfig, **small)
-    small |= {"num_attention_heads": 2, "n_routed_experts": 4, "n_group": 2, "num_experts_per_tok": 2}
-    model = tiny_model(**small, kv_lora_rank=16, moe_intermediate_size=16)
+    experts = {"n_routed_experts": 4, "n_group": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tiny_model(**small, **experts, num_attention_heads=2, kv_lora_rank=16)
     model.save_pretrained(folder / "deepseek")
     _command("convert", "export-deepseek", folder / "deepseek", folder / "ranks", "--model-parallel", "2")
     adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
@@ -77,8 +81,12 @@ def tiny_experts(model) -> dict[str, torch.Tensor]:
     return found
 
 
+def small_model():
+    return tiny_model(num_hidden_layers=2, n_routed_experts=4, n_group=2, num_experts_per_tok=2)
+
+
 def all_writers(inputs: Path) -> list[Writer]:
-    model = tiny_model(num_hidden_layers=2, n_routed_experts=4, n_group=2, num_experts_per_tok=2)
+    model = small_model()
     ids = random_ids(1, 70)
     with torch.no_grad():
         cache, longer = (model(ids[:, :t], cache=LatentCache(model.config)).cache for t in (66, 69))
@@ -119,16 +127,16 @@ def all_writers(inputs: Path) -> list[Writer]:
     saves = [lambda box, c=c: c.save(box / "c", tokens=ids, model=model) for c in (longer, cache)]
     writers.append(Writer("LatentCache", "c", saves[0]))
     writers.append(Writer("LatentCache over an earlier one", "c", *saves))
-    stores = [lambda box, c=c: _prompts(box).store(c, ids, model) for c in (longer, cache)]
-    writers.append(Writer("PromptCache", "prompts", stores[0], is_whole=_has_whole_prompts))
+    stores = [lambda box, c=c: prompts(box).store(c, ids, model) for c in (longer, cache)]
+    writers.append(Writer("PromptCache", "prompts", stores[0], prompts, is_whole=_has_whole_prompts))
     writers.append(Writer("PromptCache over a prefix", "prompts", *stores, is_whole=_has_whole_prompts))
     return writers
 
 
-def run_forked(action: Callable[[], None], *, seconds: float = 60) -> tuple[int, str]:
-    """Runs `action` in a copy of this process, and returns how it ended and the error it printed.
+def run_forked(action: Callable[[], int | None], *, seconds: float = 60) -> tuple[int, str]:
+    """Runs `action` in a copy of this process, and returns how that ended and what it printed.
 
-    The number is 0, 1 for an error, or a negative signal. Raises Hang after `seconds`.
+    The number is what `action` returns, 1 for an error, or a negative signal. Raises Hang after `seconds`.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -137,8 +145,7 @@ def run_forked(action: Callable[[], None], *, seconds: float = 60) -> tuple[int,
         os.dup2(writer, 2)
         status = 1
         try:
-            action()
-            status = 0
+            status = action() or 0
         except BaseException:
             traceback.print_exc()
         finally:
@@ -170,7 +177,7 @@ def put_back(writer: Writer, box: Path) -> None:
 
 def _command(*arguments) -> None:
     if main([str(argument) for argument in arguments]) != 0:
-        raise OSError("the command failed")
+        raise CommandRefused
 
 
 def _command_in(*arguments_and_box) -> None:
@@ -222,7 +229,7 @@ def _is_one_export(found: Snapshot, before: Snapshot, after: Snapshot) -> bool:
     return found in (before, after) or not config.get("auto_map")
 
 
-def _prompts(box: Path) -> PromptCache:
+def prompts(box: Path) -> PromptCache:
     return PromptCache(box / "prompts", max_bytes=10**8)
 
 
