@@ -6,6 +6,7 @@ prefix of the file's name, and the imports are rewritten: `cache/layer.py` is ex
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -57,9 +58,10 @@ def _flat_name(file: Path) -> str:
 def export_code(folder: Path, subfolder: str = "") -> list[str]:
     """Writes the exported files into a checkpoint folder and names them in its config.json. Returns the files written.
 
-    The files are beside the weights, or in `subfolder`. config.json is written last, so that it never names a missing
-    file. If it names files of an earlier export that are now other ones, it stops to do so first: a process that is
-    killed leaves the earlier export, none, or the new one, and never files of both.
+    The files are beside the weights, or in `subfolder`. Links are replaced, so that the hub cache that they may point
+    to does not change. config.json comes last, so that it never names a missing file. If it names an earlier export
+    whose files differ, it stops naming them first: a process that is killed leaves the earlier export, none that is
+    named, or the new one, and never files of both under one name.
     """
     if subfolder and not re.fullmatch(r"[A-Za-z_]\w*", subfolder):
         raise ValueError(f"expected a subfolder that Python can import, such as 'code', got {subfolder!r}.")
@@ -75,11 +77,15 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     named, ours = config.get("auto_map") or {}, auto_map(subfolder)
     # entries for other classes, such as a tokenizer's, are kept
     others = {auto: place for auto, place in named.items() if place != ours.get(auto)}
-    if len(others) < len(named) and not all(_holds(folder / name, text) for name, text in files.items()):
-        _replace(config_file, _as_json(config | {"auto_map": others}))
-    for name, text in files.items():
-        _replace(folder / name, text)
-    _replace(config_file, _as_json(config | {"auto_map": named | ours}))
+    texts = {config_file.name: _as_json(config | {"auto_map": named | ours})} | files
+    with ExitStack() as unfinished:
+        # all are written before the first is put in its place, so that a full disk changes nothing
+        for name, text in texts.items():
+            save_text(unfinished.enter_context(whole_file(folder / name)), text)
+        if len(others) < len(named) and not all(_holds(folder / name, text) for name, text in files.items()):
+            with whole_file(config_file) as place:
+                save_text(place, _as_json(config | {"auto_map": others}))
+        # config.json was entered first, so it is put in its place last
     return [*files, config_file.name]
 
 
@@ -95,9 +101,3 @@ def _as_json(config: dict) -> str:
 
 def _holds(path: Path, text: str) -> bool:
     return path.is_file() and path.read_bytes() == text.encode()
-
-
-def _replace(path: Path, text: str) -> None:
-    """A link is replaced, so that the hub cache it may point to does not change."""
-    with whole_file(path) as place:
-        save_text(place, text)

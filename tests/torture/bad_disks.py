@@ -75,9 +75,8 @@ def try_disk(kind: Callable, writer: Writer, disk: Path, campaign: Campaign, cha
         campaign.count("accepted")
     elif status == REFUSED and re.search(r"could not be written|bytes are to be written to", printed):
         campaign.count(f"refused, {disk_of_kind}")
-        campaign.count(
-            "finished shards kept", len([name for name in found if re.search(r"\.partial/.*tensors$", name)])
-        )
+        kept = [name for name in found if re.search(r"\.partial/.*tensors$", name)]
+        campaign.count("finished shards kept", len(kept))
     else:
         campaign.finding("raw exception", f"{what}: {printed[-500:]}")
     if visible(found) != visible(after if status == 0 else before):
