@@ -5,8 +5,9 @@ that is killed leaves that hidden folder, and the next writer of the same name r
 """
 
 import ctypes
+import errno
+import fcntl
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -19,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SUFFIX = ".unfinished"
-# processes of other machines may write to a shared disk, and their numbers mean nothing here
-_MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
-# the hidden folders that this process is writing
-_in_use: set[str] = set()
+# a writer keeps this file of its hidden folder locked, so that others see that it is alive
+_LOCK = "lock"
+# how systems and disks say that they cannot exchange two names
+_CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
@@ -34,18 +35,22 @@ def whole_file(path: str | os.PathLike, *, private: bool = False) -> Iterator[Pa
 
     Raises:
         FileNotFoundError: if the folder of `path` does not exist.
+        OSError: naming the file, if it cannot be written.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"expected a place for a file, {path} is a folder or a device; choose another name.")
     with _hidden_folder(path) as folder:
         unfinished = folder / path.name
-        # safetensors makes files that only their owner can read, so an ordinary file shows the usual permissions
-        unfinished.touch()
-        mode = (path if path.is_file() else unfinished).stat().st_mode & 0o777
-        yield unfinished
-        unfinished.chmod(0o600 if private else mode)
-        flush(unfinished)
-        os.replace(unfinished, path)
-        flush(path.parent)
+        with disk_errors(unfinished):
+            yield unfinished
+            if private:
+                unfinished.chmod(0o600)
+            elif path.is_file():
+                unfinished.chmod(path.stat().st_mode & 0o777)
+            flush(unfinished)
+            os.replace(unfinished, path)
+            flush(path.parent)
 
 
 @contextmanager
@@ -56,32 +61,45 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: if the folder that holds `path` does not exist.
+        OSError: naming what could not be written, or if `path` cannot be replaced.
     """
     path = Path(path).resolve()
+    check_replaceable(path)
     with _hidden_folder(path) as folder:
         unfinished = folder / path.name
         unfinished.mkdir()
-        yield unfinished
+        with disk_errors(unfinished):
+            yield unfinished
         publish_folder(unfinished, path)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises OSError if `path` is something that no folder can replace; it need not exist."""
+    if path.exists() and not path.is_dir():
+        raise OSError(f"expected a place for a folder, {path} is a file; choose another name.")
+    if os.path.ismount(path):
+        raise OSError(f"{path} is where a disk is mounted, and cannot be replaced; choose a folder in it.")
+    if Path.cwd().is_relative_to(path):
+        raise OSError(f"{path} holds the working directory, and cannot be replaced; call this from another folder.")
+
+
 def publish_folder(finished: Path, path: Path) -> None:
-    """Puts the folder `finished` in the place of `path` in one step; what was there is removed afterwards."""
-    for parent, _, files in os.walk(finished):
-        for name in files:
-            flush(Path(parent, name))
-        flush(Path(parent))
-    if not path.exists():
-        os.rename(finished, path)
-    elif _exchange(finished, path):
-        shutil.rmtree(finished)
-    else:
-        # this file system cannot exchange two folders, so for a moment there is none
-        old = finished.with_name(_old_name(finished.name))
-        os.rename(path, old)
-        os.rename(finished, path)
-        shutil.rmtree(old)
-    flush(path.parent)
+    """Puts the folder `finished` in the place of `path` in one step; what was there is removed afterwards.
+
+    On a disk that cannot exchange two folders, such as NFS, the old one is renamed first. If the process is killed
+    between these two renames, the next writer or `remove_leftovers` puts it back.
+    """
+    with disk_errors(path):
+        flush_folder(finished)
+        if not path.exists():
+            os.rename(finished, path)
+        else:
+            finished.chmod(path.stat().st_mode & 0o7777)
+            if _exchange(finished, path):
+                shutil.rmtree(finished)
+            else:
+                _rename_twice(finished, path)
+        flush(path.parent)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -90,13 +108,38 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         OSError: naming the file and the bytes that it needs, if it cannot be written.
     """
-    try:
+    with disk_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
+        # safetensors makes files that only their owner can read, so an ordinary file shows the usual permissions
+        path.touch()
+        mode = path.stat().st_mode & 0o777
         save_file(tensors, path, metadata)
+        path.chmod(mode)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text, as `save_tensors` writes tensors."""
+    content = text.encode()
+    with disk_errors(path, len(content)):
+        path.write_bytes(content)
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Errors of the system become an OSError in one sentence, with the file or folder and the bytes that it needs."""
+    try:
+        yield
     except (SafetensorError, OSError) as error:
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+        if isinstance(error, OSError) and error.errno is None:
+            # it has its sentence already
+            raise
+        hidden = [parent.parent for parent in path.parents if parent.name.endswith(_SUFFIX)]
+        disk, reason = hidden[0] if hidden else path.parent, getattr(error, "strerror", error)
+        if needed is None:
+            raise OSError(f"{path.name} could not be written to {disk}: {reason}.") from error
+        free = shutil.disk_usage(disk).free
         raise OSError(
-            f"{path.name} could not be written: it needs {needed:,} bytes, and the disk of {path.parent} has {free:,} "
-            f"left ({error})."
+            f"{path.name} could not be written: it needs {needed:,} bytes, and the disk of {disk} has {free:,} left "
+            f"({reason})."
         ) from error
 
 
@@ -109,54 +152,115 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def flush_folder(folder: Path) -> None:
+    """Returns when the folder and all that it holds are on the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            flush(Path(parent, name))
+        flush(Path(parent))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed writers of `path` left beside it, and puts back the folder that one was about to replace."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
+    for folder in [Path(entry) for entry in os.scandir(path.parent) if name.fullmatch(entry.name)]:
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            # its writer died before it made this file, or another program made the folder and something is in it
+            with suppress(OSError):
+                folder.rmdir()
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / _old_name(path)).exists() and not path.exists():
+                os.rename(folder / _old_name(path), path)
+            _remove(folder)
+        except OSError:
+            # its writer is alive, or this disk has no locks to tell, or does not let us remove it: it stays
+            pass
+        finally:
+            os.close(lock)
+
+
 @contextmanager
 def _hidden_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, removed at the end together with those that killed processes left."""
+    """An empty folder beside `path`, removed at the end. Those that killed writers left are removed first."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"expected a folder to write {path.name} into, {path.parent} is not one; create it first."
         )
-    _remove_leftovers(path)
-    prefix = f".{path.name}.{_MACHINE}-{os.getpid()}-"
-    folder = tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=path.parent)
-    _in_use.add(folder)
+    with disk_errors(path):
+        remove_leftovers(path)
+        folder, lock = _locked_folder(path)
     try:
-        yield Path(folder)
+        yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _in_use.discard(folder)
+        with suppress(OSError):
+            _remove(folder)
+        os.close(lock)
 
 
-def _remove_leftovers(path: Path) -> None:
-    name = re.compile(rf"\.{re.escape(path.name)}\.{_MACHINE}-(\d+)-\w+{re.escape(_SUFFIX)}")
-    for entry in os.scandir(path.parent):
-        match = name.fullmatch(entry.name)
-        if match and entry.path not in _in_use and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
-            old = Path(entry.path, _old_name(path.name))
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the open lock in it, which the system releases when this process ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            # another writer took the empty folder for a leftover
+            continue
+        except OSError:
+            folder.rmdir()
+            raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        except OSError:
+            # this disk has no locks, so nobody can mistake the folder for a leftover
+            pass
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a hidden folder, its lock last: without it, nobody would know whose the rest is."""
+    for entry in [*os.scandir(folder)]:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            os.unlink(entry)
+    os.unlink(folder / _LOCK)
+    folder.rmdir()
+
+
+def _rename_twice(finished: Path, path: Path) -> None:
+    with _hidden_folder(path) as folder:
+        old = folder / _old_name(path)
+        try:
+            os.rename(path, old)
+            os.rename(finished, path)
+        finally:
             if old.exists() and not path.exists():
                 os.rename(old, path)
-            shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _old_name(name: str) -> str:
-    return f"{name}.old"
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _old_name(path: Path) -> str:
+    return f"{path.name}.old"
 
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchanges the names of two folders in one step, and returns False if the system or its disk cannot."""
-    libc, exchange, here = ctypes.CDLL(None), 2, -100
-    with suppress(AttributeError):
-        return libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
-    with suppress(AttributeError):
-        return libc.renamex_np(os.fsencode(first), os.fsencode(second), exchange) == 0
-    return False
+    libc, exchange, here = ctypes.CDLL(None, use_errno=True), 2, -100
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(os.fsencode(first), os.fsencode(second), exchange)
+    else:
+        return False
+    if failed and ctypes.get_errno() not in _CANNOT_EXCHANGE:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    return not failed

@@ -32,7 +32,15 @@ ROOMS = {
     "conversion": {"whole_files", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
     | {"modeling_deepseek_v2"},
-    "commands": {"__init__", "cache", "configuration_deepseek_v2", "conversion", "finetuning", "modeling_deepseek_v2"},
+    "commands": {
+        "__init__",
+        "whole_files",
+        "cache",
+        "configuration_deepseek_v2",
+        "conversion",
+        "finetuning",
+        "modeling_deepseek_v2",
+    },
 }
 # folders inside a room
 FLOORS = {"kernels": {"cpu", "gpu"}}

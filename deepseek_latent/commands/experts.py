@@ -18,6 +18,7 @@ from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import Activity, activity_of
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
+from ..whole_files import whole_file
 from .terminal import quiet_transformers
 
 
@@ -144,5 +145,6 @@ def _plot(pyplot, path: Path, activities: list[Activity], names: list[str]) -> N
         ax.set(xlabel="expert", ylabel="layer", title=name)
         ax.set_yticks(range(num_layers), activity.layers)
     figure.colorbar(image, ax=axes[:, 0], label="choices, 1 if all experts are chosen evenly")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with whole_file(path) as place:
+        figure.savefig(place, dpi=130, metadata={"Software": None})
     pyplot.close(figure)

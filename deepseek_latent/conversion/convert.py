@@ -1,5 +1,6 @@
 """Runs one conversion from its source to its folder, with a model card, and uploads the result if asked to."""
 
+import glob
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
@@ -60,9 +61,11 @@ def convert(
             "README.md": model_card(files, command, report, push_to_hub or target.out.name),
         }
     copies = [*files.companion_files(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
-    target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
+    written = target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
     if push_to_hub:
-        HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, commit_message=command)
+        # by name, so that nothing is published that another program put there in the meantime
+        names = [glob.escape(name) for name in written]
+        HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, allow_patterns=names, commit_message=command)
         report["pushed to"] = push_to_hub
     return report
 

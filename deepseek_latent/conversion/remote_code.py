@@ -5,9 +5,8 @@ prefix of the file's name, and the imports are rewritten: `cache/layer.py` is ex
 """
 
 import json
-import os
 import re
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -17,6 +16,7 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
+from ..whole_files import disk_errors, save_text, whole_file
 from .checkpoint import read_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -58,8 +58,10 @@ def _flat_name(file: Path) -> str:
 def export_code(folder: Path, subfolder: str = "") -> list[str]:
     """Writes the exported files into a checkpoint folder and names them in its config.json. Returns the files written.
 
-    The files are beside the weights, or in `subfolder`. config.json is written last, so that it never names a missing
-    file.
+    The files are beside the weights, or in `subfolder`. Links are replaced, so that the hub cache that they may point
+    to does not change. config.json comes last, so that it never names a missing file. If it names an earlier export
+    whose files differ, it stops naming them first: a process that is killed leaves the earlier export, none that is
+    named, or the new one, and never files of both under one name.
     """
     if subfolder and not re.fullmatch(r"[A-Za-z_]\w*", subfolder):
         raise ValueError(f"expected a subfolder that Python can import, such as 'code', got {subfolder!r}.")
@@ -69,13 +71,21 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # a config that the exported code would refuse is refused now
     DeepseekV2Config.from_dict(config)
-    (folder / subfolder).mkdir(exist_ok=True)
+    with disk_errors(folder / subfolder):
+        (folder / subfolder).mkdir(exist_ok=True)
     files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
-    for name, text in files.items():
-        _replace(folder / name, text)
+    named, ours = config.get("auto_map") or {}, auto_map(subfolder)
     # entries for other classes, such as a tokenizer's, are kept
-    config["auto_map"] = (config.get("auto_map") or {}) | auto_map(subfolder)
-    _replace(config_file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    others = {auto: place for auto, place in named.items() if place != ours.get(auto)}
+    texts = {config_file.name: _as_json(config | {"auto_map": named | ours})} | files
+    with ExitStack() as unfinished:
+        # all are written before the first is put in its place, so that a full disk changes nothing
+        for name, text in texts.items():
+            save_text(unfinished.enter_context(whole_file(folder / name)), text)
+        if len(others) < len(named) and not all(_holds(folder / name, text) for name, text in files.items()):
+            with whole_file(config_file) as place:
+                save_text(place, _as_json(config | {"auto_map": others}))
+        # config.json was entered first, so it is put in its place last
     return [*files, config_file.name]
 
 
@@ -85,13 +95,9 @@ def auto_map(subfolder: str = "") -> dict[str, str]:
     return {auto: f"{prefix}{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in _AUTO_CLASSES.items()}
 
 
-def _replace(target: Path, text: str) -> None:
-    """Writes all of `text` or nothing. A link is replaced, so that the hub cache it may point to does not change."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _as_json(config: dict) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,19 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..whole_files import (
+    check_replaceable,
+    disk_errors,
+    flush_folder,
+    publish_folder,
+    remove_leftovers,
+    save_tensors,
+    save_text,
+    whole_file,
+)
 from .checkpoint import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
@@ -45,6 +53,9 @@ class Target:
     def __init__(self, out: str | Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, force: bool = False):
         # links and .. are resolved, because the folder they lead to would be replaced
         self.out = Path(out).expanduser().resolve()
+        if self.out.parent.is_dir():
+            remove_leftovers(self.out)
+        check_replaceable(self.out)
         if shard_bytes < 1:
             raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
@@ -74,44 +85,47 @@ class Target:
 
         `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed.
 
-        Raises ValueError if the disk is full or another process writes to the folder. Errors of pieces pass through.
+        Raises OSError if the disk is full or fails, and then keeps finished shards for the next run. Raises ValueError
+        if another process writes to the folder. Errors of pieces pass through.
         """
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        texts = texts | _index(shards)
+        files = [*shards, *texts, *(path.name for path in copies)]
         lock = self.out.with_name(f".{self.out.name}.lock")
-        with _exclusive_lock(lock):
-            self._prepare_partial(shards, texts, origin)
+        with disk_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            locked = _exclusive_lock(lock)
+        with locked:
             try:
+                self._prepare_partial(shards, texts, origin)
                 self._write_shards(shards)
                 for path in copies:
-                    # files in the hub's cache are links
-                    shutil.copyfile(path.resolve(), self.partial / path.name)
+                    with disk_errors(self.partial / path.name, path.stat().st_size):
+                        # files in the hub's cache are links
+                        shutil.copyfile(path.resolve(), self.partial / path.name)
                 for name, text in texts.items():
-                    (self.partial / name).write_text(text, encoding="utf-8")
-                self._publish()
-            except (ValueError, OSError):
-                # another run would fail in the same way; only an interrupted one can be resumed
+                    save_text(self.partial / name, text)
+                self._publish(files)
+            except ValueError:
+                # another run would fail in the same way; one that was interrupted or found the disk full can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
+                raise
+            except OSError:
+                self._keep_finished(shards)
                 raise
             finally:
                 lock.unlink()
-        return [*shards, *texts, *(path.name for path in copies)]
+        return files
 
     def _write_shards(self, shards: dict[str, list[Piece]]) -> None:
-        """Writes the missing shards, and an index if there are several and each tensor is in one of them."""
-        pieces = [piece for shard in shards.values() for piece in shard]
-        total = sum(piece.nbytes for piece in pieces)
-        missing = {file: shard for file, shard in shards.items() if not _is_complete(self.partial / file, shard)}
-        left = sum(piece.nbytes for shard in missing.values() for piece in shard)
+        """Writes the shards that are not finished."""
+        missing = {file: shard for file, shard in shards.items() if not _is_finished(self.partial / file, shard)}
+        total, left = (sum(piece.nbytes for shard in of.values() for piece in shard) for of in (shards, missing))
         free = shutil.disk_usage(self.partial).free
         if left > free:
-            raise ValueError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
+            raise OSError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
         with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
             for file, shard in missing.items():
                 _write_shard(self.partial / file, shard, progress)
-        placed = {piece.name: file for file, shard in shards.items() for piece in shard}
-        if len(shards) > 1 and len(placed) == len(pieces):
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-            (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _prepare_partial(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
         """Creates the partial folder, or keeps that of an earlier run if it was the same conversion."""
@@ -120,20 +134,44 @@ class Target:
         plan = hashlib.sha256(plan.encode()).hexdigest()
         if self.partial.exists() and _read_if_present(self.partial / _PLAN_FILE) != plan:
             shutil.rmtree(self.partial)
-        self.partial.mkdir(exist_ok=True)
-        (self.partial / _PLAN_FILE).write_text(plan)
+        if self.partial.exists():
+            # such as the temporary files of safetensors
+            self._remove_all_but([*shards, _PLAN_FILE])
+        else:
+            with disk_errors(self.partial):
+                self.partial.mkdir()
+            save_text(self.partial / _PLAN_FILE, plan)
 
-    def _publish(self) -> None:
-        (self.partial / _PLAN_FILE).unlink()
-        for path in self.partial.iterdir():
-            _flush(path)
-        old = self.out.with_name(f".{self.out.name}.old")
-        if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.out, old)
-        os.rename(self.partial, self.out)
-        _flush(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+    def _publish(self, files: list[str]) -> None:
+        # this may take long, and a run that ends here can be resumed because the plan is still there
+        with disk_errors(self.out):
+            flush_folder(self.partial)
+        self._remove_all_but(files)
+        publish_folder(self.partial, self.out)
+
+    def _remove_all_but(self, files: list[str]) -> None:
+        for path in [*self.partial.iterdir()]:
+            is_link = path.is_symlink()
+            if path.is_dir() and not is_link:
+                shutil.rmtree(path)
+            elif is_link or path.name not in files:
+                path.unlink()
+
+    def _keep_finished(self, shards: dict[str, list[Piece]]) -> None:
+        """Removes the partial folder after an error of the disk, unless a later run can use a shard in it."""
+        if not any(_is_finished(self.partial / file, shard) for file, shard in shards.items()):
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _index(shards: dict[str, list[Piece]]) -> dict[str, str]:
+    """The index of the shards by its file name, if there are several and each tensor is in one of them."""
+    pieces = [piece for shard in shards.values() for piece in shard]
+    placed = {piece.name: file for file, shard in shards.items() for piece in shard}
+    if len(shards) == 1 or len(placed) < len(pieces):
+        return {}
+    total = sum(piece.nbytes for piece in pieces)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    return {INDEX_FILE: json.dumps(index, indent=2) + "\n"}
 
 
 def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
@@ -146,32 +184,17 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
         # a view would keep its whole storage in memory
         tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         progress.update(tensor.nbytes)
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} could not be written: {error}") from error
-    # safetensors writes files that only their owner can read
-    shutil.copymode(path.with_name(_PLAN_FILE), unfinished)
-    _flush(unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as place:
+        save_tensors(place, tensors, {"format": "pt"})
 
 
-def _is_complete(path: Path, pieces: list[Piece]) -> bool:
+def _is_finished(path: Path, pieces: list[Piece]) -> bool:
     """True if an earlier run wrote this shard. A shard is renamed when all of it is on the disk."""
     try:
         with safe_open(path, framework="pt") as stored:
             return set(stored.keys()) == {piece.name for piece in pieces}
     except (OSError, SafetensorError):
         return False
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_if_present(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from ..experts.routed import DeepseekV2Experts, check_plain, not_stacked
 from ..experts.trained import TrainedWeights
 from ..experts.weights import StackedWeights
 from ..modeling_deepseek_v2 import DeepseekV2PreTrainedModel, moe_layers
+from ..whole_files import remove_leftovers, save_tensors, whole_folder
 from .expert_selection import CONFIG_FILE, ExpertSelection
 
 
@@ -71,24 +72,25 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
     """Writes the trained weights, under their names in checkpoints, and expert_cfg.json: the files of DeepSeek's ESFT.
 
     `model` may be in training or finished. `load_experts` and DeepSeek's own code put the experts back into the model
-    they came from. Raises ValueError for a folder that holds a checkpoint, and for a selection of other experts than
-    are in training.
+    they came from. An earlier save in `folder` is replaced as a whole, when the new one is complete.
+
+    Raises:
+        ValueError: for a folder that holds other files than such a save, and for a selection of other experts than are
+            in training.
     """
     folder = Path(folder)
-    if (folder / "config.json").exists():
-        raise ValueError(
-            f"expected a folder for nothing but the trained experts, got {folder}, which holds a checkpoint."
-        )
+    _check_holds_only_experts(folder)
     layers = _moe_layers_without_adapters(model)
     _check_selection(selection, layers)
     _check_holds_weights(layers)
     _check_is_in_training(selection, layers, model)
     # DeepSeek's code expects every layer
     selection = replace(selection, experts={layer: selection.experts.get(layer, []) for layer in layers})
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.clone() for name, tensor in _selected(model, selection).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    selection.save(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as place:
+        tensors = {name: tensor.clone() for name, tensor in _selected(model, selection).items()}
+        save_tensors(place / "model.safetensors", tensors, {"format": "pt"})
+        selection.save(place)
 
 
 def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
@@ -148,6 +150,21 @@ def _is_selected(name: str, selection: ExpertSelection) -> bool:
     if ".mlp.experts." in name:
         return False
     return selection.shared_experts if ".mlp.shared_experts." in name else selection.non_expert_modules
+
+
+def _check_holds_only_experts(folder: Path) -> None:
+    """Refuses a folder in which something else would be lost when it is replaced."""
+    if not folder.is_dir():
+        return
+    # what a killed ExpertSelection.save left
+    remove_leftovers(folder / CONFIG_FILE)
+    others = sorted(path.name for path in folder.iterdir() if not path.match("*.safetensors"))
+    others = [name for name in others if name != CONFIG_FILE]
+    if others:
+        found = "a checkpoint" if "config.json" in others else others[0]
+        raise ValueError(
+            f"expected a folder for nothing but the trained experts, got {folder}, which holds {found}; choose another."
+        )
 
 
 def _moe_layers_without_adapters(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:

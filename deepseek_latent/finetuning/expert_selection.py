@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
+from ..whole_files import save_text, whole_file
 from .activity import Activity
 
 CONFIG_FILE = "expert_cfg.json"
@@ -58,9 +59,11 @@ class ExpertSelection:
     def save(self, path: str | Path) -> None:
         """Writes an expert_cfg.json that DeepSeek's own code reads, into the folder `path` or under that name."""
         path = Path(path)
+        path = path / CONFIG_FILE if path.is_dir() else path
         given = {"experts": {str(layer): [*chosen] for layer, chosen in self.experts.items()}}
         given |= {"shared_experts": self.shared_experts, "non_expert_modules": self.non_expert_modules}
-        (path / CONFIG_FILE if path.is_dir() else path).write_text(json.dumps(given) + "\n", encoding="utf-8")
+        with whole_file(path) as place:
+            save_text(place, json.dumps(given) + "\n")
 
 
 def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float]]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -98,22 +99,27 @@ def test_a_dry_run_reports_what_would_be_written_and_writes_nothing(tmp_path, ca
 
 
 def test_the_repository_is_created_before_the_conversion_and_filled_after_it(tmp_path, monkeypatch, capsys):
-    events = []
+    events, sent = [], set()
 
     class Hub:
         def create_repo(self, repo, exist_ok):
             events.append(("made", repo, (tmp_path / "out").exists()))
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            (Path(folder_path) / ".tmpABCDEF").touch()
+            present = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*")]
+            sent.update(filter_repo_objects(present, allow_patterns=allow_patterns))
             events.append(("sent", repo_id, (Path(folder_path) / "README.md").is_file()))
 
     monkeypatch.setattr("deepseek_latent.conversion.convert.HfApi", Hub)
     save_source(tmp_path / "source", LlamaConfig)
+    (tmp_path / "source" / "LICENSE[1]").touch()
     command = ["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), "--push-to-hub", "me/mla"]
     assert main([*command, "--dry-run"]) == 0
     assert events == []
     assert main(command) == 0
     assert events == [("made", "me/mla", False), ("sent", "me/mla", True)]
+    assert sent == {"config.json", "generation_config.json", "model.safetensors", "README.md", "LICENSE[1]"}
 
     def refuse(self, repo, exist_ok):
         raise OSError("no token")

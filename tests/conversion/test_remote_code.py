@@ -1,5 +1,6 @@
 """`export-code`: a folder with exported code loads where this package is not installed, and gives the same logits."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -221,6 +222,41 @@ def test_a_failed_write_leaves_config_json_unchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full_disk)
     assert main(["export-code", str(tmp_path)]) == 2
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 20, -2, -1])
+def test_an_export_over_an_earlier_one_never_mixes_the_files_of_both(tmp_path, monkeypatch, at):
+    """It ends at the nth file that it puts in place; config.json names the code of one export, or none."""
+    export_over(tmp_path, "before")
+    names = [*exported_files()]
+    at = at if at >= 0 else len(names) + 2 + at
+    replace, calls = os.replace, itertools.count()
+
+    def ending(source, target):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", ending)
+        with pytest.raises(KeyboardInterrupt):
+            export_code(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    are_old = {(tmp_path / name).read_text() == "before" for name in names}
+    assert config["auto_map"] == {"AutoTokenizer": ["tok.Tok", None]} | (auto_map() if at == 0 else {})
+    assert at > 0 or are_old == {True}
+    export_code(tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in names} == exported_files()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"].items() >= auto_map().items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "config.json"])
+
+
+def export_over(folder, text: str) -> None:
+    """An export into `folder` whose files all have another text."""
+    named = {"AutoTokenizer": ["tok.Tok", None]} | auto_map()
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v2", "auto_map": named}))
+    for name in exported_files():
+        (folder / name).write_text(text)
 
 
 def test_a_linked_config_is_replaced_and_the_cache_it_points_to_is_not(tmp_path):

@@ -1,11 +1,13 @@
 """Trained experts are saved without the rest of the model, and load into it again or change nothing."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_latent import whole_files
 from deepseek_latent.finetuning.esft import load_experts, save_experts
 from deepseek_latent.finetuning.expert_selection import ExpertSelection
 from deepseek_latent.finetuning.packing import pack_experts
@@ -80,7 +82,7 @@ def test_saving_another_selection_than_the_one_in_training_is_refused(tmp_path):
     # a model without shared experts has none that are frozen
     selection = ExpertSelection(CHOSEN, shared_experts=True)
     save_experts(model_in_training(selection=selection, n_shared_experts=None), selection, tmp_path / "without shared")
-    save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path)
+    save_experts(model, ExpertSelection({layer: chosen[::-1] for layer, chosen in CHOSEN.items()}), tmp_path / "again")
 
 
 def test_loading_a_truncated_file_or_no_folder_or_into_training_is_refused(tmp_path):
@@ -111,6 +113,50 @@ def test_saving_experts_into_the_folder_of_a_checkpoint_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="which holds a checkpoint"):
         save_experts(tiny_model(), ExpertSelection(CHOSEN), tmp_path)
+
+
+def test_saving_experts_into_a_folder_with_anything_else_is_refused(tmp_path):
+    """It would be lost, since the folder is replaced as a whole."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"which holds notes\.txt; choose another"):
+        save_experts(tiny_model(), ExpertSelection(CHOSEN), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_earlier_save_is_replaced_as_a_whole(tmp_path):
+    """Files of DeepSeek's code may be several; load_experts reads all of them."""
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001.safetensors")
+    # what a killed ExpertSelection.save leaves
+    (tmp_path / ".expert_cfg.json.abcdefgh.unfinished").mkdir()
+    save_experts(model, ExpertSelection({2: [3]}), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert_cfg.json", "model.safetensors"]
+    assert load_experts(tiny_model(), tmp_path).experts == {1: [], 2: [3]}
+
+
+@pytest.mark.parametrize("failing", ["tensors", "selection"])
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch, failing):
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    target, name = (whole_files, "save_file") if failing == "tensors" else (Path, "write_bytes")
+    monkeypatch.setattr(target, name, full_disk)
+    with pytest.raises(OSError, match=r"could not be written: it needs [\d,]+ bytes, .* \(No space left"):
+        save_experts(model, ExpertSelection({2: [3]}), tmp_path)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_files_have_the_usual_permissions(tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    save_experts(tiny_model(), ExpertSelection(CHOSEN), tmp_path / "experts")
+    assert {path.stat().st_mode for path in (tmp_path / "experts").iterdir()} == {usual.stat().st_mode}
 
 
 def test_saving_experts_that_are_not_an_expert_selection_is_refused(tmp_path):
