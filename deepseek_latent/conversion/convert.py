@@ -6,23 +6,36 @@ from string import Template
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .checkpoint import check_checkpoint, read_config
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
-from .source import Source
+from .source import Source, check_files
 from .target import Target
 
 CARD_TEMPLATE = "converted.md.template"
 
 
-def prepare_target(source: Path, out: str, *, shard_bytes: int, force: bool, push_to_hub: str | None) -> Target:
+def prepare_target(
+    source: Path, out: str, *, shard_bytes: int, force: bool, replace_any_folder: bool, push_to_hub: str | None
+) -> Target:
     """The folder to write to, and the hub repository if one is named. Raises ValueError if OUT cannot be written."""
-    target = Target(out, shard_bytes=shard_bytes, force=force)
-    source = source.resolve()
-    if target.out == source or source in target.out.parents or target.out in source.parents:
+    target = Target(out, shard_bytes=shard_bytes, force=force, replace_any_folder=replace_any_folder)
+    check_files(source)
+    # the files of a folder in the hub's cache are in another one
+    read = {source.resolve()} | {path.resolve().parent for path in source.iterdir() if path.is_file()}
+    # the hidden folder is removed or renamed like OUT
+    places = (target.out, target.partial)
+    if any(_contains(source.resolve(), place) or _contains(place, x) for x in read for place in places):
         raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
     if push_to_hub:
         # created now, so that a refusal comes before hours of conversion
         HfApi().create_repo(push_to_hub, exist_ok=True)
     return target
+
+
+def _contains(folder: Path, place: Path) -> bool:
+    """True if `place` is in `folder` or is that folder, by whatever names."""
+    same = (folder == x or (folder.exists() and x.exists() and folder.samefile(x)) for x in (place, *place.parents))
+    return any(same)
 
 
 def convert(
@@ -59,12 +72,25 @@ def convert(
             "config.json": config.to_json_string(),
             "README.md": model_card(files, command, report, push_to_hub or target.out.name),
         }
-    copies = [*files.companion_files(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
-    target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
+    check = _assert_importable if is_export else _assert_complete
+    origin = f"{files.fingerprint()} {command} {measured}"
+    target.write(shards, texts, files.companion_files(), origin=origin, check=check)
     if push_to_hub:
         HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, commit_message=command)
         report["pushed to"] = push_to_hub
     return report
+
+
+def _assert_complete(folder: Path) -> None:
+    problems = check_checkpoint(folder, read_config(str(folder))).problems
+    assert not problems, f"the conversion made files that do not fit their config.json: {problems[0]}"
+
+
+def _assert_importable(folder: Path) -> None:
+    try:
+        ImportDeepseek(folder, folder / "config.json").pieces()
+    except ValueError as error:
+        raise AssertionError(f"the conversion made files that could not be imported again: {error}") from error
 
 
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:

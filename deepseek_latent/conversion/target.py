@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .boundaries import check_replaceable, copy_file, holds_only_files, refuse_planted, write_marker
 from .checkpoint import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
@@ -42,18 +44,24 @@ class Target:
     dies leaves all or nothing under the name `out`, and a second run of the same conversion resumes the first one.
     """
 
-    def __init__(self, out: str | Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, force: bool = False):
-        # links and .. are resolved, because the folder they lead to would be replaced
-        self.out = Path(out).expanduser().resolve()
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        force: bool = False,
+        replace_any_folder: bool = False,
+    ):
         if shard_bytes < 1:
             raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            if not (self.out / "config.json").is_file():
-                raise ValueError(f"{out} exists and is not a checkpoint that could be replaced; choose another folder.")
-            if not force:
-                raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
-        self.shard_bytes = shard_bytes
+        # links and .. are resolved, because the folder they lead to would be replaced
+        self.out = Path(os.path.realpath(Path(out).expanduser()))
+        self.shard_bytes, self.force, self.replace_any_folder = shard_bytes, force, replace_any_folder
         self.partial = self.out.with_name(f".{self.out.name}.partial")
+        self.lock = self.out.with_name(f".{self.out.name}.lock")
+        check_replaceable(self.out, force=force, replace_any_folder=replace_any_folder)
+        refuse_planted(self.partial, stat.S_ISDIR)
+        refuse_planted(self.lock, stat.S_ISREG)
 
     def plan(self, pieces: list[Piece]) -> dict[str, list[Piece]]:
         """Assigns pieces to files of at most `shard_bytes`. A larger tensor has a file of its own."""
@@ -68,32 +76,44 @@ class Target:
         return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
     def write(
-        self, shards: dict[str, list[Piece]], texts: dict[str, str], copies: list[Path], origin: str
+        self,
+        shards: dict[str, list[Piece]],
+        texts: dict[str, str],
+        copies: list[Path],
+        origin: str,
+        check: Callable[[Path], None] = lambda folder: None,
     ) -> list[str]:
         """Writes shards as planned, texts by file name, and copies of files. Returns the names of all files.
 
-        `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed.
+        `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed. `check`
+        is called with the folder when it is complete but for its name, and raises if it must not get that name.
 
         Raises ValueError if the disk is full or another process writes to the folder. Errors of pieces pass through.
         """
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.out.with_name(f".{self.out.name}.lock")
-        with _exclusive_lock(lock):
+        with _exclusive_lock(self.lock):
+            refuse_planted(self.partial, stat.S_ISDIR)
+            if self.partial.exists() and not holds_only_files(self.partial):
+                # a link in it would be written through
+                shutil.rmtree(self.partial)
             self._prepare_partial(shards, texts, origin)
             try:
                 self._write_shards(shards)
                 for path in copies:
-                    # files in the hub's cache are links
-                    shutil.copyfile(path.resolve(), self.partial / path.name)
+                    copy_file(path, self.partial / path.name)
                 for name, text in texts.items():
                     (self.partial / name).write_text(text, encoding="utf-8")
+                check(self.partial)
+                write_marker(self.partial, [*shards, *texts, *(path.name for path in copies), INDEX_FILE])
+                # somebody may have made a folder of that name since this conversion began
+                check_replaceable(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
                 self._publish()
             except (ValueError, OSError):
                 # another run would fail in the same way; only an interrupted one can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise
             finally:
-                lock.unlink()
+                self.lock.unlink(missing_ok=True)
         return [*shards, *texts, *(path.name for path in copies)]
 
     def _write_shards(self, shards: dict[str, list[Piece]]) -> None:
@@ -180,6 +200,8 @@ def _read_if_present(path: Path) -> str | None:
 
 def _exclusive_lock(path: Path):
     """A lock for one writing process. The system releases it when the process ends."""
+    # older releases of filelock empty a file that a link leads to
+    refuse_planted(path, stat.S_ISREG)
     try:
         return FileLock(path).acquire(blocking=False)
     except Timeout as error:
