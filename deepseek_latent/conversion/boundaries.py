@@ -43,7 +43,7 @@ def file_inside(folder: Path, name: str) -> Path:
     return real
 
 
-def check_replaceable(out: Path, *, force: bool, replace_any_folder: bool) -> None:
+def check_out(out: Path, *, force: bool, replace_any_folder: bool) -> None:
     """Raises ValueError if `out` exists, is not empty, and may not be replaced.
 
     `force` replaces what a conversion wrote, and with `replace_any_folder` any folder but those that hold the user's

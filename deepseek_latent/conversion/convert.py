@@ -1,5 +1,7 @@
 """Runs one conversion from its source to its folder, with a model card, and uploads the result if asked to."""
 
+import json
+import re
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
@@ -8,10 +10,12 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from .checkpoint import check_checkpoint, read_config
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
+from .escaping import code_block, code_span
 from .source import Source, check_files
 from .target import Target
 
 CARD_TEMPLATE = "converted.md.template"
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 def prepare_target(
@@ -97,10 +101,27 @@ def model_card(files: Source | ImportDeepseek, command: str, report: dict, place
     """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
     source_card = files.folder / "README.md"
     source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
-    data = ModelCardData(library_name="transformers", license=source_data.license, language=source_data.language)
+    data = ModelCardData(
+        library_name="transformers",
+        license=_identifiers(source_data.license),
+        language=_identifiers(source_data.language),
+    )
     template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))
-    return template.substitute(metadata=data.to_yaml(), name=files.name, command=command, report=rows, place=place)
+    return template.substitute(
+        metadata=data.to_yaml(),
+        name=code_span(str(files.name)),
+        command=code_block(command, "bash"),
+        report=rows,
+        place=json.dumps(place, ensure_ascii=not place.isprintable()),
+    )
+
+
+def _identifiers(value: object) -> str | list[str] | None:
+    """A license or language of the source's card, or a list of them; None for anything that is no identifier."""
+    if isinstance(value, list):
+        return [x for x in value if _identifiers(x) and isinstance(x, str)] or None
+    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
 
 
 def _format(value: float | int | str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .cast import Cast
 from .checkpoint import checkpoint_tensors, common_dtype, read_json
-from .source import TORCH_DTYPES, Source, check_files, companion_files, fingerprint
+from .source import TORCH_DTYPES, Source, companion_files, fingerprint
 from .target import Piece
 
 # module name here: module name in DeepSeek's code, and the axis that is split over ranks
@@ -181,7 +181,6 @@ class ImportDeepseek:
 
     def __init__(self, folder: Path, config: Path):
         self.folder = folder
-        check_files(folder)
         if not config.is_file():
             raise ValueError(f"expected the config of DeepSeek's inference code in {config}; name it with --config.")
         self.config = _config_from_deepseek(read_json(config), config)

@@ -44,7 +44,8 @@ class Source:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        check_files(self.folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
         self.config = read_json(self.folder / "config.json")
         if self.config.get("quantization_config"):
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
@@ -120,7 +121,7 @@ def fingerprint(config: dict, files: Iterable[Path]) -> str:
 def check_files(folder: Path) -> None:
     """Raises ValueError unless `folder` is one and every file of it that a conversion reads is a regular file inside.
 
-    Subfolders are never read.
+    Whatever is read may be written into OUT and published. Subfolders are never read.
     """
     if not folder.is_dir():
         raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .boundaries import check_replaceable, copy_file, holds_only_files, refuse_planted, write_marker
+from .boundaries import check_out, copy_file, holds_only_files, refuse_planted, write_marker
 from .checkpoint import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
@@ -59,7 +59,7 @@ class Target:
         self.shard_bytes, self.force, self.replace_any_folder = shard_bytes, force, replace_any_folder
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         self.lock = self.out.with_name(f".{self.out.name}.lock")
-        check_replaceable(self.out, force=force, replace_any_folder=replace_any_folder)
+        check_out(self.out, force=force, replace_any_folder=replace_any_folder)
         refuse_planted(self.partial, stat.S_ISDIR)
         refuse_planted(self.lock, stat.S_ISREG)
 
@@ -106,7 +106,7 @@ class Target:
                 check(self.partial)
                 write_marker(self.partial, [*shards, *texts, *(path.name for path in copies), INDEX_FILE])
                 # somebody may have made a folder of that name since this conversion began
-                check_replaceable(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
+                check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
                 self._publish()
             except (ValueError, OSError):
                 # another run would fail in the same way; only an interrupted one can be resumed

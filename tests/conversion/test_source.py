@@ -178,6 +178,15 @@ def test_a_file_that_is_not_a_regular_one_inside_the_source_is_refused(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"source", "secret"}
 
 
+def test_links_that_the_user_made_are_read_by_verify_which_copies_nothing(tmp_path):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    (tmp_path / "links").mkdir()
+    for path in out.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert main(["verify", str(tmp_path / "links")]) == 0
+
+
 def test_a_cache_whose_blobs_are_elsewhere_is_refused(tmp_path, capsys):
     snapshot = as_in_the_hubs_cache(tmp_path)
     (tmp_path / "models--me--llama" / "blobs").rename(tmp_path / "private")
