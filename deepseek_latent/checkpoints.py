@@ -16,7 +16,7 @@ from .experts.router import DeepseekV2MoEGate
 
 
 class CheckpointMixin(LoadingHooks):
-    """Refuses to load incomplete backbones, and to save experts that files cannot hold; precedes PreTrainedModel."""
+    """Refuses to load incomplete models, and to save experts that files cannot hold; precedes PreTrainedModel."""
 
     # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both compute them in float32
     keep_dtype_of_files = ("gate.weight",)
@@ -50,7 +50,11 @@ class CheckpointMixin(LoadingHooks):
             return super().load_adapter(*args, **kwargs)
 
     def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
-        """Refuses a checkpoint that lacks a part of the backbone; transformers would initialize that part at random."""
+        """Refuses a checkpoint that lacks a part of the backbone, or the head of a language model.
+
+        transformers would initialize that part at random. The heads of other classes are new in most checkpoints, so
+        these may be missing.
+        """
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [
@@ -60,3 +64,12 @@ class CheckpointMixin(LoadingHooks):
         ]
         if problems:
             raise incomplete_backbone(problems)
+        head = self.get_output_embeddings()
+        # a head that is tied to the embeddings is not among the missing names
+        problems = [f"{name} is missing" for name in missing if self.get_submodule(name.rpartition(".")[0]) is head]
+        if problems:
+            raise ValueError(
+                f"the checkpoint does not hold this language model's head: {'; '.join(problems)}. Complete the "
+                "checkpoint, set tie_word_embeddings in its config.json if the embeddings are the head, or load the "
+                "backbone alone with AutoModel; nothing was initialized in its place."
+            )

@@ -30,7 +30,10 @@ def add_command(commands) -> None:
             "--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="default: 1500MB"
         )
         kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is complete")
-        kind.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
+        kind.add_argument("--force", action="store_true", help="replace OUT if a conversion wrote it")
+        kind.add_argument(
+            "--replace-any-folder", action="store_true", help="with --force: replace OUT whatever it holds"
+        )
         kind.add_argument("--dry-run", action="store_true", help="only report what would be written")
         kind.add_argument("--json", action="store_true", help="print the report as JSON")
         kind.set_defaults(action=_convert)
@@ -170,6 +173,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.out,
         shard_bytes=arguments.max_shard_size,
         force=arguments.force,
+        replace_any_folder=arguments.replace_any_folder,
         push_to_hub=push_to_hub,
     )
     files, conversion, measured = arguments.build(folder, arguments)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import AutoModelForCausalLM
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
+from ..conversion.loading import load_model
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
@@ -57,7 +57,7 @@ def _experts(arguments: argparse.Namespace) -> int:
         if not file.parent.is_dir():
             raise ValueError(f"expected a folder to write into, got {file.parent}, which does not exist.")
     pyplot = _import_pyplot() if arguments.plot else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder, dtype="auto")
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
     first, *others = [activity_of(model, tokenize(folder, read_text(file))) for file in texts]
     size = routed_size(config, checkpoint_tensors(config))

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.loading import load_model
 from ..conversion.size import expanded_width
 from .terminal import DTYPES, number_between, quiet_transformers
 
@@ -58,12 +58,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         tokenizer = _load_tokenizer(arguments.model)
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(local_or_hub(arguments.model), config=config, **placement)
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected readable weights in {arguments.model}, got: {error}; deepseek-latent inspect names the file."
-            ) from error
+        model = load_model(local_or_hub(arguments.model), config=config, **placement)
         if arguments.seed is not None:
             torch.manual_seed(arguments.seed)
         # top_k 0, because transformers samples from 50 tokens by default
@@ -119,7 +114,7 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     place = local_or_hub(model)
     if isinstance(place, Path) and not any(place.glob("tokenizer*")):
         raise ValueError(f"expected tokenizer.json in {model}, got none; copy the tokenizer's files from its source.")
-    return AutoTokenizer.from_pretrained(place)
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from ..cache.format import CACHE_DTYPES, latent_format
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import architecture_of, check_checkpoint, checkpoint_tensors, has_weights, read_config
+from ..conversion.escaping import printable
 from ..conversion.size import cached_elements_per_token, idle_parameters, parameters_by_part
 from .terminal import quiet_transformers
 
@@ -41,7 +42,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"The files fit config.json: {report.num_tensors:,} tensors, {report.num_files:,} file(s).")
         return 0
     shown = report.problems if arguments.all else report.problems[:MAX_PROBLEMS_SHOWN]
-    print(*shown, sep="\n")
+    print(*map(printable, shown), sep="\n")
     if len(shown) < len(report.problems):
         print(f"... and {len(report.problems) - len(shown):,} more; --all lists them.")
     print(f"The files do not fit config.json: {len(report.problems):,} problems.")

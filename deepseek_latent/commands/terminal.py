@@ -10,9 +10,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
+from ..conversion.escaping import printable, shortened
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_ERROR_LENGTH = 1000
 BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -28,7 +32,9 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     try:
         return arguments, arguments.action(arguments)
     except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"{parser.prog} {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        # it may quote a name from a file of a stranger
+        reason = shortened(printable(" ".join(str(error).split())), MAX_ERROR_LENGTH)
+        print(f"{parser.prog} {arguments.command}: {reason}", file=sys.stderr)
         return arguments, 2
 
 
@@ -53,16 +59,17 @@ def print_report(report: dict, *, as_json: bool) -> None:
         return
     table = Table("", "", show_header=False)
     for name, value in report.items():
-        table.add_row(name.replace("_", " "), _format(value))
+        # not a str, in which rich would look for markup
+        table.add_row(Text(name.replace("_", " ")), Text(_format(value)))
     Console().print(table)
 
 
 def _format(value: list | float | int | str) -> str:
     if isinstance(value, list):
-        return "\n".join(map(str, value)) or "none"
+        return "\n".join(printable(str(x)) for x in value) or "none"
     if isinstance(value, float):
         return f"{value:.4g}" if 0.01 < abs(value) < 1e6 else f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,}" if isinstance(value, int) else printable(value)
 
 
 def number_between(kind: type, low: float, high: float) -> Callable[[str], float]:

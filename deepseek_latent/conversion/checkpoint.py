@@ -29,6 +29,8 @@ MODEL_CLASSES = (
 # DeepseekForCausalLM is the name in the first upload of the release
 _ARCHITECTURES = {model.__name__: model for model in MODEL_CLASSES} | {"DeepseekForCausalLM": DeepseekV2ForCausalLM}
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# how the names of routers end, here and in DeepSeek's inference code
+ROUTERS = (".mlp.gate.weight", ".ffn.gate.weight")
 # file name: its tensors by name, or None if it is unreadable
 Headers = dict[str, "dict[str, StoredTensor] | None"]
 
@@ -151,7 +153,7 @@ def check_checkpoint(folder: Path, config: DeepseekV2Config) -> CheckpointReport
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}, in {tensor.file}")
         allowed = [SAFETENSORS_DTYPES[config.dtype]] if config.dtype in SAFETENSORS_DTYPES else floats
         # transformers 5.24 saves routers in float32, whatever the dtype of the model
-        allowed = [*allowed, "F32"] if name.endswith("mlp.gate.weight") else allowed
+        allowed = [*allowed, "F32"] if name.endswith(ROUTERS) else allowed
         if tensor.dtype not in allowed:
             problems.append(f"{name} has dtype {tensor.dtype}, expected {' or '.join(allowed)}, in {tensor.file}")
     return CheckpointReport(len(stored), len(headers), problems)
@@ -200,6 +202,23 @@ def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]
                 problems.append(f"{name} is in two files, {stored[name].file} and {tensor.file}")
             stored[name] = tensor
     return stored, problems
+
+
+def common_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
+    """The dtype of all tensors, given its name in safetensors for each; routers may be in float32 instead.
+
+    Raises ValueError if there are several, because config.json has room for one.
+    """
+    in_float32 = {name for name, dtype in dtypes.items() if dtype == "F32"}
+    only_routers = all(name.endswith(ROUTERS) for name in in_float32)
+    # a tensor of each dtype
+    example = {dtype: name for name, dtype in dtypes.items() if not (only_routers and name in in_float32)}
+    if len(example) > 1:
+        found = " and ".join(f"{dtype} ({name})" for dtype, name in example.items())
+        raise ValueError(
+            f"expected one dtype in the files of {folder}, got {found}; load the model in one dtype and save it again."
+        )
+    return next(dtype for dtype, stored in SAFETENSORS_DTYPES.items() if stored in example)
 
 
 def _read_files(folder: Path, files: list[str]) -> tuple[Headers, list[str]]:

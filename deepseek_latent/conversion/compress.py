@@ -240,7 +240,7 @@ class CompressedMla(GqaToMla):
         expand = torch.cat((keys.transpose(0, 1), compressed.values[of_head]), dim=1)  # [h n+v c]
         expand[..., -1] /= constant_after_norm(self.c)
         # c is not a square here, so the dtype rounds the norm's weight; this weight compensates for the rounding
-        rounded = self._kv_norm_weight(layer).to(self.source.dtype())[0].double()
+        rounded = self._kv_norm_weight(layer).to(self.source.dtype)[0].double()
         expand[..., :-1] *= math.sqrt(constant**2 / self.c + LATENT_EPS) / rounded
         return expand.flatten(0, 1).float()
 
@@ -252,7 +252,7 @@ class CompressedMla(GqaToMla):
     def _kv_constant(self, layer: int) -> float:
         weight, bias = self.compress_layer(layer).latent.split((self.d, 1), dim=1)
         largest = (weight * self.source.input_norm(layer)).norm().item() * math.sqrt(self.d) + bias.norm().item()
-        return torch.tensor(self._choose_constant(self.c, largest)).to(self.source.dtype()).item()
+        return torch.tensor(self._choose_constant(self.c, largest)).to(self.source.dtype).item()
 
 
 def check_widths(source: LlamaSource, r: int, c: int | None) -> int:

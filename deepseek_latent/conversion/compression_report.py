@@ -3,13 +3,14 @@
 import hashlib
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
 from .calibration import collect_statistics, perplexity
 from .cast import Cast
 from .compress import CompressedMla, check_widths
 from .gqa_to_mla import GqaToMla
+from .loading import load_model
 from .source import Source
 from .text import WINDOW_LENGTH, split_into_windows
 from .upcycle import Upcycle
@@ -25,7 +26,7 @@ def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[
     check_widths(exact.source, r, c)
     exact.check_dtype()
     calibration, held_out = split_into_windows(files.folder, text)
-    model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="auto", attn_implementation="eager").eval()
+    model = load_model(files.folder, dtype="auto", attn_implementation="eager")
     statistics, before = collect_statistics(model, calibration), perplexity(model, held_out)
     # only one model at a time is in memory
     del model

@@ -1,29 +1,46 @@
 """Runs one conversion from its source to its folder, with a model card, and uploads the result if asked to."""
 
 import glob
+import json
+import re
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .checkpoint import check_checkpoint, read_config
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
-from .source import Source
+from .escaping import code_block, code_span
+from .source import Source, check_files
 from .target import Target
 
 CARD_TEMPLATE = "converted.md.template"
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
-def prepare_target(source: Path, out: str, *, shard_bytes: int, force: bool, push_to_hub: str | None) -> Target:
+def prepare_target(
+    source: Path, out: str, *, shard_bytes: int, force: bool, replace_any_folder: bool, push_to_hub: str | None
+) -> Target:
     """The folder to write to, and the hub repository if one is named. Raises ValueError if OUT cannot be written."""
-    target = Target(out, shard_bytes=shard_bytes, force=force)
-    source = source.resolve()
-    if target.out == source or source in target.out.parents or target.out in source.parents:
+    target = Target(out, shard_bytes=shard_bytes, force=force, replace_any_folder=replace_any_folder)
+    check_files(source)
+    # the files of a folder in the hub's cache are in another one
+    read = {source.resolve()} | {path.resolve().parent for path in source.iterdir() if path.is_file()}
+    # the hidden folder is removed or renamed like OUT
+    places = (target.out, target.partial)
+    if any(_contains(source.resolve(), place) or _contains(place, x) for x in read for place in places):
         raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
     if push_to_hub:
         # created now, so that a refusal comes before hours of conversion
         HfApi().create_repo(push_to_hub, exist_ok=True)
     return target
+
+
+def _contains(folder: Path, place: Path) -> bool:
+    """True if `place` is in `folder` or is that folder, by whatever names."""
+    same = (folder == x or (folder.exists() and x.exists() and folder.samefile(x)) for x in (place, *place.parents))
+    return any(same)
 
 
 def convert(
@@ -60,8 +77,9 @@ def convert(
             "config.json": config.to_json_string(),
             "README.md": model_card(files, command, report, push_to_hub or target.out.name),
         }
-    copies = [*files.companion_files(), *filter(Path.is_file, [files.folder / "generation_config.json"])]
-    written = target.write(shards, texts, copies, origin=f"{files.fingerprint()} {command} {measured}")
+    check = _assert_importable if is_export else _assert_complete
+    origin = f"{files.fingerprint()} {command} {measured}"
+    written = target.write(shards, texts, files.companion_files(), origin=origin, check=check)
     if push_to_hub:
         # by name, so that nothing is published that another program put there in the meantime
         names = [glob.escape(name) for name in written]
@@ -70,14 +88,43 @@ def convert(
     return report
 
 
+def _assert_complete(folder: Path) -> None:
+    problems = check_checkpoint(folder, read_config(str(folder))).problems
+    assert not problems, f"the conversion made files that do not fit their config.json: {problems[0]}"
+
+
+def _assert_importable(folder: Path) -> None:
+    try:
+        ImportDeepseek(folder, folder / "config.json").pieces()
+    except ValueError as error:
+        raise AssertionError(f"the conversion made files that could not be imported again: {error}") from error
+
+
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
     """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
     source_card = files.folder / "README.md"
     source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
-    data = ModelCardData(library_name="transformers", license=source_data.license, language=source_data.language)
+    data = ModelCardData(
+        library_name="transformers",
+        license=_identifiers(source_data.license),
+        language=_identifiers(source_data.language),
+    )
     template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))
-    return template.substitute(metadata=data.to_yaml(), name=files.name, command=command, report=rows, place=place)
+    return template.substitute(
+        metadata=data.to_yaml(),
+        name=code_span(str(files.name)),
+        command=code_block(command, "bash"),
+        report=rows,
+        place=json.dumps(place, ensure_ascii=not place.isprintable()),
+    )
+
+
+def _identifiers(value: object) -> str | list[str] | None:
+    """A license or language of the source's card, or a list of them; None for anything that is no identifier."""
+    if isinstance(value, list):
+        return [x for x in value if _identifiers(x) and isinstance(x, str)] or None
+    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
 
 
 def _format(value: float | int | str) -> str:

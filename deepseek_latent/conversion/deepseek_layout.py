@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .cast import Cast
-from .checkpoint import checkpoint_tensors, read_json
+from .checkpoint import checkpoint_tensors, common_dtype, read_json
 from .source import TORCH_DTYPES, Source, companion_files, fingerprint
 from .target import Piece
 
@@ -205,6 +205,15 @@ class ImportDeepseek:
                 f"a file in {folder} is cut off or not a safetensors file ({error}); copy it again."
             ) from error
         self.names = [set(rank.keys()) for rank in self.ranks]
+        # DeepSeek's config says bf16 whatever the files hold; tensors with scales are refused by `pieces`
+        stored = {
+            name: rank.get_slice(name).get_dtype()
+            for rank, names in zip(self.ranks, self.names)
+            for name in names
+            if not name.endswith(".scale")
+        }
+        if {*stored.values()} <= TORCH_DTYPES.keys():
+            self.config.dtype = common_dtype(stored, folder)
 
     def pieces(self) -> list[Piece]:
         expected = checkpoint_tensors(self.config)
@@ -276,6 +285,5 @@ def _config_from_deepseek(stored: dict, file: Path) -> DeepseekV2Config:
         rope_parameters=rope,
         max_position_embeddings=length,
         architectures=["DeepseekV2ForCausalLM"],
-        dtype=torch.bfloat16,
         tie_word_embeddings=False,
     )

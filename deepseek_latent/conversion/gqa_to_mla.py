@@ -32,7 +32,7 @@ LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
 _COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings")
 # token ids are copied even if they are None, because DeepSeek's defaults are other tokens
-_COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
+_COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class GqaToMla:
@@ -62,6 +62,7 @@ class GqaToMla:
         copied = {name: getattr(origin, name) for name in _COPIED_FIELDS}
         return DeepseekV2Config(
             **copied,
+            dtype=self.source.dtype,
             architectures=["DeepseekV2ForCausalLM"],
             num_key_value_heads=self.h,
             q_lora_rank=self.a,
@@ -118,7 +119,7 @@ class GqaToMla:
         if not self.bias_free:
             made["kv_a_proj_with_mqa.bias"] = ((c + r,), self._kv_a_bias)
             made["o_proj.bias"] = ((d,), lambda layer: self.source.bias(layer, "o_proj"))
-        prefix, dtype = f"model.layers.{layer}.", self.source.dtype()
+        prefix, dtype = f"model.layers.{layer}.", self.source.dtype
 
         def piece(name: str, shape: tuple[int, ...], make) -> Piece:
             return Piece(prefix + name, shape, dtype, lambda: make(layer).to(dtype))
@@ -197,9 +198,9 @@ class GqaToMla:
     def _choose_constant(self, width: int, largest: float) -> float:
         """At least CONSTANT_OVER_LATENT times the largest norm, and exact in any dtype, as is the norm's weight."""
         constant = math.sqrt(width) * 2.0 ** math.ceil(math.log2(max(CONSTANT_OVER_LATENT * largest, 1e-3)))
-        if constant > torch.finfo(self.source.dtype()).max:
+        if constant > torch.finfo(self.source.dtype).max:
             raise ValueError(
-                f"an exact conversion needs a constant of {constant:.3g}, which {self.source.dtype()} does not hold; "
+                f"an exact conversion needs a constant of {constant:.3g}, which {self.source.dtype} does not hold; "
                 "load the source in bfloat16 with transformers and save it, or leave the constant out with --bias-free."
             )
         return constant

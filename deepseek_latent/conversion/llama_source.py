@@ -8,9 +8,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from .checkpoint import common_dtype
 from .source import Source
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_COMPUTED = "rotary_emb.inv_freq"  # old files hold these frequencies, which every loader computes
 
 
 class LlamaSource:
@@ -30,6 +32,9 @@ class LlamaSource:
         attention_bias = tuple(self._shapes()) if getattr(config, "attention_bias", False) else ()
         self.projections_with_bias = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
         self._check_tensors()
+        stored = {name: tensor.dtype for name, tensor in files.tensors.items() if not name.endswith(_COMPUTED)}
+        # config.json may say another
+        self.dtype = common_dtype(stored, files.folder)
 
     @property
     def cached_elements(self) -> int:
@@ -47,9 +52,6 @@ class LlamaSource:
 
     def input_norm(self, layer: int) -> Tensor:
         return self.files[f"model.layers.{layer}.input_layernorm.weight"].float()
-
-    def dtype(self) -> torch.dtype:
-        return self.files.dtype("model.layers.0.self_attn.q_proj.weight")
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         heads, keys = self.h * self.w, self.g * self.w
@@ -78,8 +80,7 @@ class LlamaSource:
             if name not in self.files:
                 raise ValueError(f"expected {name} {list(shape)} in {self.files.folder}, found none; complete it.")
         for name, stored in self.files.tensors.items():
-            # old files hold frequencies, which every loader computes
-            if name.endswith("rotary_emb.inv_freq"):
+            if name.endswith(_COMPUTED):
                 continue
             shape = expected.get(name, optional.get(name))
             if shape != stored.shape:

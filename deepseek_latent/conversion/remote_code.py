@@ -71,6 +71,8 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # a config that the exported code would refuse is refused now
     DeepseekV2Config.from_dict(config)
+    if subfolder and (folder / subfolder).is_symlink():
+        raise ValueError(f"{folder / subfolder} is a link, and the code would be written elsewhere; remove the link.")
     with disk_errors(folder / subfolder):
         (folder / subfolder).mkdir(exist_ok=True)
     files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .boundaries import file_inside
 from .checkpoint import (
     SAFETENSORS_DTYPES,
     StoredTensor,
@@ -25,9 +26,11 @@ from .checkpoint import (
 from .target import Piece
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-# tokenizer and license files, which are copied unchanged
+# files which are copied unchanged, as data: code among them is not run
 COMPANION_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
-COMPANION_PATTERNS += ("LICENSE*",)
+COMPANION_PATTERNS += ("LICENSE*", "generation_config.json")
+MAX_COMPANION_BYTES = 10**9
+READ_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *COMPANION_PATTERNS)
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
@@ -115,9 +118,27 @@ def fingerprint(config: dict, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def check_files(folder: Path) -> None:
+    """Raises ValueError unless `folder` is one and every file of it that a conversion reads is a regular file inside.
+
+    Whatever is read may be written into OUT and published. Subfolders are never read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
+    for path in _matching(folder, READ_PATTERNS):
+        file_inside(folder, path.name)
+    for path in companion_files(folder):
+        if (size := path.stat().st_size) > MAX_COMPANION_BYTES:
+            raise ValueError(f"{path.name!r} in {folder} would be copied and has {size:,} bytes; remove or restore it.")
+
+
 def companion_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that are copied unchanged."""
-    return sorted({path for pattern in COMPANION_PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    return _matching(folder, COMPANION_PATTERNS)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
 
 
 def fetch_source(given: str) -> Path:
@@ -125,15 +146,7 @@ def fetch_source(given: str) -> Path:
     place = local_or_hub(given)
     if isinstance(place, Path):
         return place
-    patterns = [
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        "README.md",
-        *COMPANION_PATTERNS,
-    ]
     try:
-        return Path(snapshot_download(given, allow_patterns=patterns))
+        return Path(snapshot_download(given, allow_patterns=[*READ_PATTERNS]))
     except (OSError, HFValidationError) as error:
         raise not_found_error(given, error) from error

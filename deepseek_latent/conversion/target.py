@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from ..whole_files import (
     save_text,
     whole_file,
 )
+from .boundaries import MARKER, check_out, copy_file, refuse_planted, write_marker
 from .checkpoint import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
@@ -50,21 +53,27 @@ class Target:
     dies leaves all or nothing under the name `out`, and a second run of the same conversion resumes the first one.
     """
 
-    def __init__(self, out: str | Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, force: bool = False):
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        force: bool = False,
+        replace_any_folder: bool = False,
+    ):
+        if shard_bytes < 1:
+            raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
         # links and .. are resolved, because the folder they lead to would be replaced
-        self.out = Path(out).expanduser().resolve()
+        self.out = Path(os.path.realpath(Path(out).expanduser()))
+        self.shard_bytes, self.force, self.replace_any_folder = shard_bytes, force, replace_any_folder
+        self.partial = self.out.with_name(f".{self.out.name}.partial")
+        self.lock = self.out.with_name(f".{self.out.name}.lock")
         if self.out.parent.is_dir():
             remove_leftovers(self.out)
         check_replaceable(self.out)
-        if shard_bytes < 1:
-            raise ValueError(f"a shard must have room for at least one byte, got {shard_bytes}.")
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            if not (self.out / "config.json").is_file():
-                raise ValueError(f"{out} exists and is not a checkpoint that could be replaced; choose another folder.")
-            if not force:
-                raise ValueError(f"{out} exists; choose another folder, or --force to replace it.")
-        self.shard_bytes = shard_bytes
-        self.partial = self.out.with_name(f".{self.out.name}.partial")
+        check_out(self.out, force=force, replace_any_folder=replace_any_folder)
+        refuse_planted(self.partial, stat.S_ISDIR)
+        refuse_planted(self.lock, stat.S_ISREG)
 
     def plan(self, pieces: list[Piece]) -> dict[str, list[Piece]]:
         """Assigns pieces to files of at most `shard_bytes`. A larger tensor has a file of its own."""
@@ -79,32 +88,41 @@ class Target:
         return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
     def write(
-        self, shards: dict[str, list[Piece]], texts: dict[str, str], copies: list[Path], origin: str
+        self,
+        shards: dict[str, list[Piece]],
+        texts: dict[str, str],
+        copies: list[Path],
+        origin: str,
+        check: Callable[[Path], None] = lambda folder: None,
     ) -> list[str]:
         """Writes shards as planned, texts by file name, and copies of files. Returns the names of all files.
 
-        `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed.
+        `origin` identifies what the pieces are made from. A partial folder of another origin is not resumed. `check`
+        is called with the folder when it is complete but for its name, and raises if it must not get that name.
 
         Raises OSError if the disk is full or fails, and then keeps finished shards for the next run. Raises ValueError
         if another process writes to the folder. Errors of pieces pass through.
         """
         texts = texts | _index(shards)
         files = [*shards, *texts, *(path.name for path in copies)]
-        lock = self.out.with_name(f".{self.out.name}.lock")
         with disk_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            locked = _exclusive_lock(lock)
+            locked = _exclusive_lock(self.lock)
         with locked:
+            refuse_planted(self.partial, stat.S_ISDIR)
             try:
                 self._prepare_partial(shards, texts, origin)
                 self._write_shards(shards)
                 for path in copies:
                     with disk_errors(self.partial / path.name, path.stat().st_size):
-                        # files in the hub's cache are links
-                        shutil.copyfile(path.resolve(), self.partial / path.name)
+                        copy_file(path, self.partial / path.name)
                 for name, text in texts.items():
                     save_text(self.partial / name, text)
-                self._publish(files)
+                check(self.partial)
+                write_marker(self.partial, files)
+                # somebody may have made a folder of that name since this conversion began
+                check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
+                self._publish([*files, MARKER])
             except ValueError:
                 # another run would fail in the same way; one that was interrupted or found the disk full can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -113,7 +131,7 @@ class Target:
                 self._keep_finished(shards)
                 raise
             finally:
-                lock.unlink()
+                self.lock.unlink(missing_ok=True)
         return files
 
     def _write_shards(self, shards: dict[str, list[Piece]]) -> None:
@@ -135,7 +153,7 @@ class Target:
         if self.partial.exists() and _read_if_present(self.partial / _PLAN_FILE) != plan:
             shutil.rmtree(self.partial)
         if self.partial.exists():
-            # such as the temporary files of safetensors
+            # such as what a killed run was writing
             self._remove_all_but([*shards, _PLAN_FILE])
         else:
             with disk_errors(self.partial):
@@ -151,10 +169,12 @@ class Target:
 
     def _remove_all_but(self, files: list[str]) -> None:
         for path in [*self.partial.iterdir()]:
-            is_link = path.is_symlink()
-            if path.is_dir() and not is_link:
+            status = path.lstat()
+            # what is written to a file with another name, by whoever put it here, would be written there as well
+            is_own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if stat.S_ISDIR(status.st_mode):
                 shutil.rmtree(path)
-            elif is_link or path.name not in files:
+            elif path.name not in files or not is_own:
                 path.unlink()
 
     def _keep_finished(self, shards: dict[str, list[Piece]]) -> None:
@@ -203,6 +223,8 @@ def _read_if_present(path: Path) -> str | None:
 
 def _exclusive_lock(path: Path):
     """A lock for one writing process. The system releases it when the process ends."""
+    # older releases of filelock empty a file that a link leads to
+    refuse_planted(path, stat.S_ISREG)
     try:
         return FileLock(path).acquire(blocking=False)
     except Timeout as error:

@@ -25,7 +25,9 @@ def tokenize(folder: Path, text: str) -> Tensor:
     """Token ids [1 s] of a text by the tokenizer in `folder`. Raises ValueError if there is none."""
     if not any(folder.glob("tokenizer*")):
         raise ValueError(f"reading a text needs a tokenizer, and {folder} has none; copy its files there.")
-    return AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"]
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text, return_tensors="pt", verbose=False)[
+        "input_ids"
+    ]
 
 
 def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
 from .checkpoint import check_checkpoint, read_config
 from .compatibility import find_incompatibilities
+from .loading import load_model
 from .source import Source
 from .text import tokenize
 
@@ -38,8 +39,9 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
         source[name]  # raises ValueError if it holds NaN or infinity
     report["incompatible_with_other_programs"] = find_incompatibilities(config, source.config, source.tensors)
     ids = _token_ids(folder, text, config.vocab_size)
+    dtype = dtype or "auto"
     # only one model at a time is in memory
-    logits, continuation = _logits_and_continuation(_load(AutoModelForCausalLM, folder, dtype), ids)
+    logits, continuation = _logits_and_continuation(load_model(folder, dtype=dtype), ids)
     max_error = MAX_LOGITS_ERROR.get(logits.dtype, MAX_LOGITS_ERROR_IN_HALF)
     report["tokens"] = ids.shape[1]
     if config.n_shared_experts is None:
@@ -47,12 +49,12 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     elif config.norm_topk_prob:
         report["logits_error_in_transformers"] = "not compared, its class does not normalize gate weights"
     else:
-        stock = _logits(_load(NativeForCausalLM, folder, dtype), ids)
+        stock = _logits(load_model(folder, NativeForCausalLM, dtype=dtype), ids)
         report["logits_error_in_transformers"] = _relative_error(stock, logits)
         if report["logits_error_in_transformers"] > max_error:
             report["problems"].append(f"logits in transformers differ by more than {max_error}")
     if against is not None:
-        expected, expected_continuation = _logits_and_continuation(_load(AutoModelForCausalLM, against, dtype), ids)
+        expected, expected_continuation = _logits_and_continuation(load_model(against, dtype=dtype), ids)
         if logits.shape != expected.shape:
             raise ValueError(f"expected {against} to have the vocabulary of {folder}, got {expected.shape[1]} tokens.")
         report["logits_error_against_source"] = _relative_error(logits, expected)
@@ -61,10 +63,6 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
         num_equal = (continuation == expected_continuation).long().cumprod(dim=0).sum()
         report["equal_greedy_tokens"] = f"{num_equal} of {len(expected_continuation)}"
     return report
-
-
-def _load(model_class, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    return model_class.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).eval()
 
 
 @torch.no_grad()

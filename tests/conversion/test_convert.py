@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from transformers import (
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import verify as verification
+from deepseek_latent.conversion.cast import Cast
 from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import tiny_model
 
@@ -128,3 +130,50 @@ def test_the_repository_is_created_before_the_conversion_and_filled_after_it(tmp
     assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
     assert "no token" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def says_bfloat16(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+
+UPCYCLE = ("upcycle", "--scheme", "M2", "--routed-experts", "2", "--top-k", "1", "--dense-layers", "1")
+
+
+@pytest.mark.parametrize("kind", [("gqa-to-mla",), ("gqa-to-mla", "--bias-free"), UPCYCLE], ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_is_written_has_the_dtype_of_the_files_and_passes_inspect(tmp_path, capsys, kind, dtype):
+    """A source whose config.json says another dtype than its files hold."""
+    save_source(tmp_path / "source", LlamaConfig, dtype)
+    says_bfloat16(tmp_path / "source")
+    options = ["--bias-free"] if kind == ("gqa-to-mla",) and dtype == torch.float16 else []
+    if kind == UPCYCLE:
+        convert_to_mla(tmp_path / "source", tmp_path / "dense", "--bias-free")
+        source = tmp_path / "dense"
+    else:
+        source = tmp_path / "source"
+    assert main(["convert", kind[0], str(source), str(tmp_path / "out"), *kind[1:], *options]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0, capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_a_source_in_two_dtypes_is_refused_before_any_work(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert "BF16 (model.norm.weight)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", ["cast", "export-deepseek"])
+def test_files_that_would_not_pass_our_own_checks_are_not_published(tmp_path, kind, monkeypatch):
+    tiny_model(num_attention_heads=4, max_position_embeddings=300).save_pretrained(tmp_path / "source")
+    pieces = Cast.pieces
+    # a mistake in a conversion
+    monkeypatch.setattr(Cast, "pieces", lambda self: pieces(self)[:-1])
+    with pytest.raises(AssertionError, match=r"is missing|expected .* in the files"):
+        main(["convert", kind, str(tmp_path / "source"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

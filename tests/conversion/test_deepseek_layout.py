@@ -241,3 +241,28 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, capsys, spoil, word
     assert main(["convert", "import-deepseek", str(out), str(tmp_path / "back")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("router", [None, torch.float32], ids=["router too", "router in float32"])
+def test_imported_files_keep_their_dtype_and_pass_inspect(tmp_path, dtype, router, capsys):
+    """DeepSeek's config says bf16, whatever the files hold."""
+    model = tiny_model(dtype, **DIVISIBLE)
+    for name, weight in model.named_parameters():
+        if router is not None and name.endswith("mlp.gate.weight"):
+            weight.data = weight.data.to(router)
+    model.save_pretrained(tmp_path / "source")
+    out = export(tmp_path / "source", tmp_path / "theirs")
+    assert main(["convert", "import-deepseek", str(out), str(tmp_path / "back")]) == 0
+    assert main(["inspect", str(tmp_path / "back")]) == 0, capsys.readouterr().out
+    assert DeepseekV2Config.from_pretrained(tmp_path / "back").dtype == dtype
+
+
+def test_imported_files_in_two_dtypes_are_refused(tmp_path, capsys):
+    save_model(tmp_path / "source")
+    out = export(tmp_path / "source", tmp_path / "theirs")
+    tensors = load_file(out / "model0-mp1.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].float()
+    save_file(tensors, out / "model0-mp1.safetensors")
+    assert main(["convert", "import-deepseek", str(out), str(tmp_path / "back")]) == 2
+    assert "F32 (norm.weight)" in capsys.readouterr().err

@@ -283,3 +283,12 @@ def test_export_refuses_in_one_sentence(tmp_path, capsys):
         config.write_text(content)
         assert_refused(capsys, "export-code", tmp_path, saying=saying)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_code_is_not_written_through_a_link_in_the_folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint" / "code").symlink_to("../elsewhere")
+    with pytest.raises(ValueError, match="code is a link"):
+        export_code(tmp_path / "checkpoint", "code")
+    assert not [*(tmp_path / "elsewhere").iterdir()]

@@ -19,6 +19,7 @@ from transformers import (
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.source import Source
+from deepseek_latent.conversion.target import Target
 from tests.conversion.sources import convert_to_mla, save_source
 
 
@@ -117,12 +118,110 @@ def test_a_broken_source_is_refused_by_name_and_nothing_is_written(tmp_path, cap
 
 
 def test_a_source_of_links_as_in_the_hubs_cache_is_read(tmp_path):
-    save_source(tmp_path / "blobs", LlamaConfig)
-    (tmp_path / "snapshot").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    out = convert_to_mla(tmp_path / "snapshot", tmp_path / "out")
-    assert not [path for path in out.iterdir() if path.is_symlink()]
+    snapshot = as_in_the_hubs_cache(tmp_path)
+    (tmp_path / "link").symlink_to(snapshot)
+    for source, name in ((snapshot, "out"), (tmp_path / "link", "other")):
+        out = convert_to_mla(source, tmp_path / name)
+        assert not [path for path in out.iterdir() if path.is_symlink()]
+        assert (out / "tokenizer.json").read_text() == "{}"
+
+
+def as_in_the_hubs_cache(place: Path) -> Path:
+    blobs, snapshot = place / "models--me--llama" / "blobs", place / "models--me--llama" / "snapshots" / "0123abc"
+    save_source(blobs, LlamaConfig)
+    (blobs / "tokenizer.json").write_text("{}")
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate([*blobs.iterdir()]):
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        path.rename(blobs / str(number))
+    return snapshot
+
+
+# what lies in the source beside a good checkpoint, and the words with which it is refused
+HOSTILE = {
+    "a license that is a link to a secret": (lambda path, secret: path.symlink_to(secret), "LICENSE", "is a link to"),
+    "a tokenizer that is a link upwards": (
+        lambda path, secret: path.symlink_to(f"../{secret.name}"),
+        "tokenizer.json",
+        "outside of the folder",
+    ),
+    "a config that is a link": (
+        lambda path, secret: (path.unlink(), path.symlink_to(secret)),
+        "generation_config.json",
+        "outside of the folder",
+    ),
+    "a card that is a link": (lambda path, secret: path.symlink_to(secret), "README.md", "outside of the folder"),
+    "a link to nothing": (lambda path, secret: path.symlink_to("nothing"), "LICENSE", "No such file"),
+    "a link to itself": (lambda path, secret: path.symlink_to(path.name), "LICENSE", "cannot be read"),
+    "a pipe": (lambda path, secret: os.mkfifo(path), "tokenizer.json", "not a regular file"),
+    "a pipe among the weights": (lambda path, secret: os.mkfifo(path), "more.safetensors", "not a regular file"),
+    "a device": (lambda path, secret: path.symlink_to("/dev/zero"), "vocab.txt", "not a regular file"),
+    "a terabyte without content": (
+        lambda path, secret: (path.touch(), os.truncate(path, 10**12)),
+        "tokenizer.json",
+        "1,000,000,000,000 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_file_that_is_not_a_regular_one_inside_the_source_is_refused(tmp_path, capsys, kind):
+    save_source(tmp_path / "source", LlamaConfig)
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret")
+    plant, name, words = HOSTILE[kind]
+    plant(tmp_path / "source" / name, secret)
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error, error
+    assert words in error, error
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "secret"}
+
+
+def test_links_that_the_user_made_are_read_by_verify_which_copies_nothing(tmp_path):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    (tmp_path / "links").mkdir()
+    for path in out.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert main(["verify", str(tmp_path / "links")]) == 0
+
+
+def test_a_cache_whose_blobs_are_elsewhere_is_refused(tmp_path, capsys):
+    snapshot = as_in_the_hubs_cache(tmp_path)
+    (tmp_path / "models--me--llama" / "blobs").rename(tmp_path / "private")
+    (tmp_path / "models--me--llama" / "blobs").symlink_to("../private")
+    assert main(["convert", "gqa-to-mla", str(snapshot), str(tmp_path / "out")]) == 2
+    assert "outside of the folder" in capsys.readouterr().err
+
+
+def test_a_link_that_replaces_a_file_while_the_source_is_converted_is_not_followed(tmp_path, monkeypatch, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    license, secret = tmp_path / "source" / "LICENSE", tmp_path / "secret"
+    license.write_text("free")
+    secret.write_text("s3cret")
+    write_shards = Target._write_shards
+
+    def exchanged(self, shards):
+        license.unlink(missing_ok=True)
+        license.symlink_to(secret)
+        write_shards(self, shards)
+
+    monkeypatch.setattr(Target, "_write_shards", exchanged)
+    assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert "outside of the folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_are_new_files_with_the_usual_permissions(tmp_path):
+    save_source(tmp_path / "source", LlamaConfig)
+    original = tmp_path / "source" / "tokenizer.json"
+    original.write_text("{}")
+    original.chmod(0o4777)
+    (tmp_path / "usual").touch()
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    assert (out / "tokenizer.json").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert not (out / "tokenizer.json").samefile(original)
 
 
 @pytest.fixture(scope="module")

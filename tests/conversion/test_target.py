@@ -104,14 +104,14 @@ def test_only_what_was_planned_is_published(tmp_path, monkeypatch):
     licence.touch()
     files = write(Target(tmp_path / "out"), pieces_of(2), {"config.json": "{}"}, [licence], "one")
     assert sorted(files) == ["LICENSE", "config.json", "model.safetensors"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(files)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*files, "conversion.json"])
     assert sorted(tmp_path.iterdir()) == [licence, tmp_path / "out"]
 
 
 def test_the_index_is_among_the_files_that_were_written(tmp_path):
     files = write(Target(tmp_path / "out", shard_bytes=40), pieces_of(2), {"config.json": "{}"}, [], "one")
     assert "model.safetensors.index.json" in files
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(files)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*files, "conversion.json"])
 
 
 def fail_to_save(error: BaseException, at: str, monkeypatch) -> None:

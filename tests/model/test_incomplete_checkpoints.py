@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from deepseek_latent import DeepseekV2ForCausalLM
+from deepseek_latent.experts.names import register_expert_files
 from tests.model.official_checkpoints import CLASSES, every_class
 from tests.support import V2
 
@@ -145,12 +147,35 @@ def load_report(caplog, monkeypatch):
     return lambda: caplog.text
 
 
-def test_missing_head_is_initialized_and_reported(checkpoint, load_report):
-    model, info = AutoModelForCausalLM.from_pretrained(checkpoint("lm_head"), output_loading_info=True)
-    assert info["missing_keys"] == {"lm_head.weight"}
-    assert model.lm_head.weight.std().item() == pytest.approx(V2["initializer_range"], rel=0.05)
-    assert "lm_head.weight" in load_report()
+def test_missing_head_of_a_language_model_is_an_error_that_names_it(checkpoint):
+    with pytest.raises(ValueError, match=r"language model's head: lm_head\.weight is missing\. Complete"):
+        AutoModelForCausalLM.from_pretrained(checkpoint("lm_head"))
+
+
+def test_missing_head_for_classification_is_initialized_and_reported(checkpoint, load_report):
+    folder = checkpoint()
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=64, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    assert model.score.weight.std().item() == pytest.approx(V2["initializer_range"], rel=0.05)
+    assert "score.weight" in load_report()
     assert "MISSING" in load_report()
+
+
+def test_missing_head_is_the_embedding_where_the_config_ties_them(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("lm_head"), tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_with_further_heads_of_its_own_loads_any_language_model(checkpoint):
+    class WithValue(DeepseekV2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.value = torch.nn.Linear(config.hidden_size, 1)
+            self.post_init()
+
+    register_expert_files(WithValue)
+    _, info = WithValue.from_pretrained(checkpoint(), output_loading_info=True)
+    assert info["missing_keys"] == {"value.weight", "value.bias"}
 
 
 def test_complete_checkpoint_reports_nothing(checkpoint, load_report):

@@ -1,0 +1,36 @@
+"""Loads a language model for a command, which runs only if the files hold exactly that model."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **options) -> PreTrainedModel:
+    """The model in a folder or of a hub id, in eval mode. No code of the checkpoint is run.
+
+    Raises ValueError if weights are unreadable, missing, unexpected or of another shape. transformers initializes
+    missing weights at random, drops unexpected ones, and reports both only in its log.
+    """
+    try:
+        # sizes are judged below, where the message is one sentence
+        model, found = model_class.from_pretrained(
+            place, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected readable weights in {place}, got: {error}; deepseek-latent inspect names the file."
+        ) from error
+    problems = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    problems += [f"{name} is unexpected" for name in sorted(found["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {list(in_file)}, expected {list(in_model)}"
+        for name, in_file, in_model in sorted(found["mismatched_keys"])
+    ]
+    if problems:
+        more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        raise ValueError(
+            f"the files of {place} do not fit its config.json: {problems[0]}{more}; correct the config or complete the "
+            "files (deepseek-latent inspect lists all)."
+        )
+    return model.eval()
