@@ -122,7 +122,7 @@ class LatentGenerationMixin(GenerationHooks):
         check_prompts(inputs)
         outputs = super().generate_batch(inputs, generation_config, *args, **kwargs)
         settings = self.generation_config if generation_config is None else generation_config
-        check_outputs(outputs, len(inputs) * (settings.num_return_sequences or 1))
+        check_outputs(outputs, len(inputs), settings.num_return_sequences or 1)
         errors = [output.error for output in outputs.values() if output.error is not None]
         if errors and kwargs.get("cache_implementation") == "paged":
             # generate() called this, and returns one tensor, which has no place for errors

@@ -89,12 +89,15 @@ def check_prompts(inputs: Any) -> None:
         raise TypeError(f"inputs must be a list of prompts, each of which is a list of token ids, got {what}.")
 
 
-def check_outputs(outputs: dict[str, Any], num_wanted: int) -> None:
-    """Raises an error if results are missing: transformers logs why, and the others would go to wrong prompts."""
-    if len(outputs) != num_wanted:
+def check_outputs(outputs: dict[str, Any], num_prompts: int, num_sequences: int) -> None:
+    """Raises an error if results are missing: transformers logs why, and the others would go to wrong prompts.
+
+    transformers 5.17 returns one of several sequences that are sampled from a prompt.
+    """
+    if len(outputs) not in (num_prompts, num_prompts * num_sequences):
         raise RuntimeError(
-            f"continuous batching ended before all requests had a result, {len(outputs)} of {num_wanted}; the log says "
-            "why."
+            f"continuous batching ended with {len(outputs)} results for {num_prompts} prompts with {num_sequences} "
+            "sequences each; the log says why."
         )
 
 

@@ -65,3 +65,19 @@ def result_of(manager, request) -> list[int]:
     output = manager.get_result(request, timeout=20)
     assert output.error is None
     return output.generated_tokens
+
+
+def stepping(model, config=None, **options):
+    """A manager without a thread, and a function that does one step and returns False if there was nothing to do."""
+    manager = model.init_continuous_batching(config or generation(), batching(**options))
+    manager.batch_processor = processor = manager._create_batch_processor()
+
+    def step() -> bool:
+        with torch.no_grad():
+            if not processor.prepare_next_batch():
+                return False
+            manager.batch_processor._generation_step(model)
+            processor.update_batch()
+            return True
+
+    return manager, step
