@@ -23,7 +23,7 @@ from .campaign import Campaign
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # rounds of all calls before memory is looked at, and how many are needed for a judgment
-WARM_UP, FEWEST_ROUNDS = 5, 17
+WARM_UP, FEWEST_ROUNDS = 10, 30
 # a slope in bytes per call that is a finding if it is also far from its standard error; runs without a leak stay below
 # 1,000, and 100 kB per call of one kind are 8,000
 MOST_PER_CALL = 4_000
@@ -68,7 +68,8 @@ class Calls:
         self.model.save_pretrained(self.folder / "saved")
 
     def call_convert(self):
-        main(["convert", "gqa-to-mla", str(self.folder / "llama"), str(self.folder / "mla"), "--force"])
+        status = main(["convert", "gqa-to-mla", str(self.folder / "llama"), str(self.folder / "mla"), "--force"])
+        assert status == 0
 
     def call_save_and_load_a_cache(self):
         cache, ids = LatentCache(self.model.config), self.ids()
@@ -103,6 +104,9 @@ def run(campaign: Campaign) -> None:
     samples = []
     with tempfile.TemporaryDirectory() as folder:
         calls = Calls(Path(folder))
+        # collections are many, and go through what was imported otherwise
+        gc.collect()
+        gc.freeze()
         for random in campaign.cases():
             for name in random.sample(calls.names, len(calls.names)):
                 getattr(calls, name)()
