@@ -154,7 +154,14 @@ class CheckedManager(ContinuousBatchingManager):
         """
         if not self.is_tp_driver:
             return None
-        tokens = self._judge(input_ids, max_new_tokens, eos_token_id, options)
+        if request_id is not None and not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, got {request_id!r}.")
+        try:
+            tokens = self._judge(input_ids, max_new_tokens, eos_token_id, options)
+        except (TypeError, ValueError):
+            # `transformers serve` registers who waits for the result before it adds the request
+            self.output_router.result_handlers.pop(request_id, None)
+            raise
         request_id, added = self._take_id(request_id), None
         try:
             added = super().add_request(
@@ -201,8 +208,6 @@ class CheckedManager(ContinuousBatchingManager):
 
     def _take_id(self, wanted: str | None) -> str:
         """Reserves an id, or makes a new one if none is wanted; requests with the same id would share their pages."""
-        if wanted is not None and not isinstance(wanted, str):
-            raise TypeError(f"request_id must be a string, got {wanted!r}.")
         with self._request_lock:
             if wanted is None:
                 while (wanted := f"req_{self._request_counter}") in self.ids_in_use:

@@ -5,12 +5,15 @@ import logging
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
+from random import Random
 
 import torch
 
 from deepseek_latent import LatentCache, PromptCache, optimize_for_inference
 from deepseek_latent.cache.format import CACHE_DTYPES
+from tests.cache.batching import batching, generation
 from tests.support import needs_compiler, random_ids, tiny_model
 
 from .campaign import Campaign
@@ -31,6 +34,11 @@ class Jobs:
                 optimize_for_inference(model, weights=weights)
                 self.models[f"kernels, {weights}"] = model
         self.folder, self.prompts = folder, PromptCache(folder / "prompts", max_bytes=1 << 18)
+        # one manager that all threads add requests to
+        self.manager = tiny_model(num_hidden_layers=2).init_continuous_batching(
+            generation(max_new_tokens=8, eos_token_id=-1), batching(num_blocks=12)
+        )
+        self.manager.start()
         self.names = [name for name in dir(self) if name.startswith("job_")]
         # computed without other threads
         self.alone = functools.cache(self.run)
@@ -79,24 +87,44 @@ class Jobs:
         self.prompts.store(cache, output, model)
         return output
 
+    def job_batched(self, model, ids):
+        prompt = ids[0].tolist()
+        canceled, wanted = (self.manager.add_request(prompt) for _ in range(2))
+        self.manager.cancel_request(canceled)
+        while (output := self.manager.get_result(wanted, timeout=1)) is None and self.manager.is_running():
+            # the first result may be that of another thread
+            time.sleep(1e-3)
+        # it may have ended before it was canceled
+        while self.manager.get_result(canceled, timeout=0) is None and canceled in self.manager.ids_in_use:
+            time.sleep(1e-3)
+        return torch.tensor([prompt + output.generated_tokens])
+
 
 def run(campaign: Campaign) -> None:
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # threads change places more often than in use
     sys.setswitchinterval(1e-4)
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(Path(folder))
-        for random in campaign.cases():
-            tasks = [
-                [
-                    (random.choice(jobs.names), random.choice([*jobs.models]), random.randrange(len(PROMPTS)))
-                    for _ in range(random.randint(1, 3))
-                ]
-                for _ in range(random.randint(2, 6))
-            ]
-            for task in {task for of_thread in tasks for task in of_thread}:
-                jobs.alone(*task)
-            _run_at_once(campaign, jobs, tasks)
+        try:
+            for random in campaign.cases():
+                tasks = [_draw_tasks(jobs, random) for _ in range(random.randint(2, 6))]
+                for task in {task for of_thread in tasks for task in of_thread}:
+                    jobs.alone(*task)
+                _run_at_once(campaign, jobs, tasks)
+        finally:
+            jobs.manager.stop(block=True, timeout=SECONDS_TO_JOIN)
+        if jobs.manager.is_running():
+            campaign.finding("hang", "continuous batching did not stop")
+
+
+def _draw_tasks(jobs: Jobs, random: Random) -> list[tuple[str, str, int]]:
+    """What one thread does: some jobs, each with a model and the number of a prompt."""
+    return [
+        (random.choice(jobs.names), random.choice([*jobs.models]), random.randrange(len(PROMPTS)))
+        for _ in range(random.randint(1, 3))
+    ]
 
 
 def _run_at_once(campaign: Campaign, jobs: Jobs, tasks: list[list[tuple]]) -> None:
