@@ -1,5 +1,6 @@
 """How `generate()` handles latents: the cache that it makes, what it refuses, and inputs that it would misread."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -115,6 +116,16 @@ class LatentGenerationMixin(GenerationHooks):
         check_batching_config(continuous_batching_config)
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         return with_latent_pages(manager)
+
+    @contextlib.contextmanager
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """As in transformers, but an interrupt does not wait for the requests that are left."""
+        with super().continuous_batching_context_manager(*args, **kwargs) as manager:
+            try:
+                yield manager
+            except KeyboardInterrupt:
+                manager.stop(hard_stop=True)
+                raise
 
     @functools.wraps(GenerationHooks.generate_batch)
     def generate_batch(self, inputs, generation_config=None, *args, **kwargs):

@@ -1,13 +1,15 @@
 """What a request of continuous batching must be, and the manager that refuses others before they join."""
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..compat.continuous_batching import CheckedManager, config_for_pages
+from ..compat.continuous_batching import CheckedManager
+from ..compat.pages import config_for_pages
 from .paged import page_row_width
 
 # logits are divided by it in float32; below, a quotient may be infinite, and sampling would fail for all requests
@@ -65,7 +67,7 @@ def as_token_ids(prompt: Any) -> list[int]:
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_sampling(temperature: float = 1.0, top_k: int = 1, top_p: float = 1.0, **others: Any) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..compat.continuous_batching import PagedAttentionCache, update_pages
+from ..compat.pages import PagedAttentionCache, update_pages
 from ..compat.transformers import attention_name, is_paged
 from .format import LatentFormat
 from .segments import Latents, Segment

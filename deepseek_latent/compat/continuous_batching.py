@@ -1,10 +1,8 @@
-"""What this package uses of transformers' continuous batching beyond its documented interface (5.17 to 5.24).
+"""What this package changes in the manager of transformers' continuous batching (5.17 to 5.24).
 
-tests/compat/test_continuous_batching.py has a test for each entry, as tests/compat/test_transformers.py for the rest.
+tests/compat/test_continuous_batching.py has a test for each entry.
 """
 
-import functools
-import inspect
 import math
 import threading
 import time
@@ -12,64 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache, RequestState
+from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .pages import Overlay, tokens_in_all_pages
+
 # how long `get_result` waits at most until it sees that no result can come
 SECONDS_BETWEEN_LOOKS = 0.2
-
-# ---- Pages -----------------------------------------------------------------------------------------------------------
-
-
-def update_pages(pages: PagedAttentionCache, rows: tuple[Tensor, Tensor], layer_idx: int, arguments: dict[str, Any]):
-    """Writes two rows per new token and returns those of all visible tokens; `arguments` are the forward pass's own.
-
-    5.17 and 5.18 take two of the arguments, later versions a dict of all, which they modify.
-    TODO: drop the first form when transformers >= 5.19 is required.
-    """
-    if _pages_take_all_arguments():
-        given = {"kwargs": dict(arguments)}
-    else:
-        given = {name: arguments[name] for name in ("read_index", "write_index")}
-    return pages.update(key_states=rows[0], value_states=rows[1], layer_idx=layer_idx, **given)
-
-
-@functools.cache
-def _pages_take_all_arguments() -> bool:
-    return "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
-
-
-def tokens_in_all_pages(pages: PagedAttentionCache) -> int:
-    """How many tokens of one request the pages can hold; 5.17 and 5.18 call it `num_pages`."""
-    return pages.max_tokens_read if hasattr(pages, "max_tokens_read") else pages.num_pages
-
-
-class _Overlay:
-    """Has the attributes of `original`, except for those that are replaced."""
-
-    def __init__(self, original: Any, **replaced: Any):
-        self._original = original
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def config_for_pages(config: PreTrainedConfig, heads: int, width: int) -> Any:
-    """The config from which transformers lays out pages of two rows per token, each with `heads` heads of `width`.
-
-    It names flash attention because that needs the same memory as our attention: no mask over all requests is built or
-    reserved, and nothing is repeated per head when pages are read.
-    """
-    overlay = _Overlay(config, num_key_value_heads=heads, head_dim=width, _attn_implementation="flash_attention_2")
-    overlay.get_text_config = lambda *args, **kwargs: overlay
-    return overlay
-
-
-# ---- Requests --------------------------------------------------------------------------------------------------------
 
 
 class CheckedManager(ContinuousBatchingManager):
@@ -127,7 +76,7 @@ class CheckedManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> Any:
         model, kept = self.model, self.batch_processor
-        self.model = _Overlay(model, config=self.config_of_pages(model.config))
+        self.model = Overlay(model, config=self.config_of_pages(model.config))
         try:
             processor = super()._create_batch_processor()
         finally:

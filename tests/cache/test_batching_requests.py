@@ -1,6 +1,8 @@
 """A request of continuous batching is judged before it joins, and one that fails ends alone."""
 
+import _thread
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -160,10 +162,10 @@ def test_canceling_the_request_for_which_others_were_evicted_lets_them_continue(
 
 
 def test_an_id_can_be_used_again_when_its_request_has_ended(manager):
-    manager.add_request([5, 6], request_id="mine", max_new_tokens=200, eos_token_id=-1)
+    manager.add_request([5, 6], request_id="mine", max_new_tokens=60, eos_token_id=-1)
     with pytest.raises(ValueError, match="request_id 'mine' belongs to a request that has not ended yet"):
         manager.add_request([7], request_id="mine")
-    assert len(result_of(manager, "mine")) == 200
+    assert len(result_of(manager, "mine")) == 60
     manager.add_request([5, 6], request_id="mine", max_new_tokens=2, eos_token_id=-1)
     assert len(result_of(manager, "mine")) == 2
 
@@ -239,6 +241,20 @@ def test_outputs_of_a_batch_whose_forward_pass_fails_say_so_or_are_right():
     prompts = [[5, 6], [8, 9], [7]]
     outputs = failing_model().generate_batch(prompts, generation(), batching())
     assert [output.error for output in outputs.values()] == ["nine"] * 3
+
+
+def test_an_interrupt_ends_a_batch_and_its_thread():
+    model, steps = tiny_model(), itertools.count()
+
+    def interrupt(module, args):
+        if next(steps) == 3:
+            _thread.interrupt_main()
+
+    model.model.embed_tokens.register_forward_pre_hook(interrupt)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_batch([[5, 6]] * 3, generation(max_new_tokens=10**6, eos_token_id=-1), batching(4000))
+    assert threading.active_count() == before
 
 
 def test_pages_that_cannot_be_made_are_an_error_where_the_manager_is_started():

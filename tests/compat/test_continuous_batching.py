@@ -1,4 +1,4 @@
-"""Canaries: what compat/continuous_batching.py uses of transformers is still as it expects.
+"""Canaries: what compat/continuous_batching.py and compat/pages.py use of transformers is still as it expects.
 
 A test here fails with what changed and which code uses it. It passes on all versions that pyproject.toml admits.
 """
@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
-from deepseek_latent.compat import continuous_batching as compat
+from deepseek_latent.compat import pages as compat
 from tests.compat.helpers import takes
 from tests.support import tiny_model
 
