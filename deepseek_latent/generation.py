@@ -1,5 +1,6 @@
 """How `generate()` handles latents: the cache that it makes, what it refuses, and inputs that it would misread."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
+from .cache.batching import check_batching_config, check_outputs, check_prompts, with_latent_pages
 from .cache.checks import check_capacity
 from .cache.format import NUMBERS_OF_BITS, check_cache_dtype
 from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
-from .cache.paged import check_batching_config, with_latent_pages
 from .compat.cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
 from .compat.transformers import GenerationHooks
 
@@ -115,6 +116,29 @@ class LatentGenerationMixin(GenerationHooks):
         check_batching_config(continuous_batching_config)
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         return with_latent_pages(manager)
+
+    @contextlib.contextmanager
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """As in transformers, but an interrupt does not wait for the requests that are left."""
+        with super().continuous_batching_context_manager(*args, **kwargs) as manager:
+            try:
+                yield manager
+            except KeyboardInterrupt:
+                manager.stop(hard_stop=True)
+                raise
+
+    @functools.wraps(GenerationHooks.generate_batch)
+    def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
+        # a prompt that is refused or fails has the reason as the `error` of its output; the others are not concerned
+        check_prompts(inputs)
+        outputs = super().generate_batch(inputs, generation_config, *args, **kwargs)
+        settings = self.generation_config if generation_config is None else generation_config
+        check_outputs(outputs, len(inputs), settings.num_return_sequences or 1)
+        errors = [output.error for output in outputs.values() if output.error is not None]
+        if errors and kwargs.get("cache_implementation") == "paged":
+            # generate() called this, and returns one tensor, which has no place for errors
+            raise ValueError(errors[0])
+        return outputs
 
 
 def _call_with_fixed_shapes(step: Callable[..., ModelOutput], **inputs) -> ModelOutput:

@@ -29,7 +29,7 @@ from .compat.cache_name import (
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
-from .compat.transformers import PagedAttentionCache
+from .compat.pages import PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .experts.balance import balance_losses_of_layers, fraction_of_batch
 from .experts.dropping import TokenDropping, token_dropping

@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..compat.transformers import (
-    PagedAttentionCache,
-    attention_name,
-    config_for_pages,
-    is_paged,
-    update_pages,
-    with_pages_for,
-)
+from ..compat.pages import PagedAttentionCache, update_pages
+from ..compat.transformers import attention_name, is_paged
 from .format import LatentFormat
 from .segments import Latents, Segment
 
@@ -168,22 +162,3 @@ def locate_groups(ends_q: list[int], ends_k: list[int], device: torch.device) ->
 def select_tokens(packed: Tensor, indices: slice | Tensor) -> Tensor:
     """Takes the tokens of a group, [b s ...], from a packed row [s' ...]; a slice is one request."""
     return packed[indices][None] if isinstance(indices, slice) else packed[indices]
-
-
-def check_batching_config(given: Any) -> None:
-    """Refuses settings that latents do not support; `given` is a ContinuousBatchingConfig or None."""
-    if given is not None and (any(given.cuda_graph_booleans) or given.max_blocks_per_request):
-        raise ValueError(
-            "continuous batching of latents groups requests by their lengths at every step, so it has no CUDA graphs "
-            "and no block tables; leave use_cuda_graph and max_blocks_per_request unset."
-        )
-
-
-def with_latent_pages(manager: Any) -> Any:
-    """Makes `manager`, a ContinuousBatchingManager, create its pages for latents, and returns it.
-
-    One head of width p has 2 p = c + r elements per token and layer.
-    """
-    manager.continuous_batching_config.use_cuda_graph = (False, False)
-    manager.continuous_batching_config.max_blocks_per_request = 0
-    return with_pages_for(manager, lambda config: config_for_pages(config, 1, page_row_width(config.cached_width)))

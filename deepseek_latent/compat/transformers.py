@@ -6,11 +6,8 @@ which code uses it here.
 """
 
 import functools
-import inspect
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +16,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
-from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.moe import _grouped_linear
 
 from .bound_functions import is_equivalent_forward
@@ -84,72 +80,6 @@ def length_of_dropped_mask(settings: GenerationConfig) -> int:
     `_mask_length` is set since 5.19. With it, a prompt is checked against the cache that it continues.
     """
     return getattr(settings, "_mask_length", -1)
-
-
-# ---- Continuous batching ---------------------------------------------------------------------------------------------
-
-
-def update_pages(pages: PagedAttentionCache, rows: tuple[Tensor, Tensor], layer_idx: int, arguments: dict[str, Any]):
-    """Writes two rows per new token and returns those of all visible tokens; `arguments` are the forward pass's own.
-
-    5.17 and 5.18 take two of the arguments, later versions a dict of all, which they modify.
-    TODO: drop the first form when transformers >= 5.19 is required.
-    """
-    if _pages_take_all_arguments():
-        given = {"kwargs": dict(arguments)}
-    else:
-        given = {name: arguments[name] for name in ("read_index", "write_index")}
-    return pages.update(key_states=rows[0], value_states=rows[1], layer_idx=layer_idx, **given)
-
-
-@functools.cache
-def _pages_take_all_arguments() -> bool:
-    return "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
-
-
-class _Overlay:
-    """Has the attributes of `original`, except for those that are replaced."""
-
-    def __init__(self, original: Any, **replaced: Any):
-        self._original = original
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def config_for_pages(config: PreTrainedConfig, heads: int, width: int) -> Any:
-    """The config from which transformers lays out pages of two rows per token, each with `heads` heads of `width`.
-
-    It names flash attention because that needs the same memory as our attention: no mask over all requests is built or
-    reserved, and nothing is repeated per head when pages are read.
-    """
-    overlay = _Overlay(config, num_key_value_heads=heads, head_dim=width, _attn_implementation="flash_attention_2")
-    overlay.get_text_config = lambda *args, **kwargs: overlay
-    return overlay
-
-
-def with_pages_for(manager: Any, config_of_pages: Callable[[PreTrainedConfig], Any]) -> Any:
-    """Makes `manager`, a ContinuousBatchingManager, lay out its pages from `config_of_pages(config)`, and returns it.
-
-    A manager has no argument for that (5.17 to 5.24) and reads its model's config.
-    TODO: drop it when a manager takes the layout of its pages as an argument.
-    """
-    # a manager that is reused for another session was changed before
-    if "_create_batch_processor" in vars(manager):
-        return manager
-    create = manager._create_batch_processor
-
-    def create_with_other_pages() -> Any:
-        model = manager.model
-        manager.model = _Overlay(model, config=config_of_pages(model.config))
-        try:
-            return create()
-        finally:
-            manager.model = model
-
-    manager._create_batch_processor = create_with_other_pages
-    return manager
 
 
 # ---- Names of implementations ----------------------------------------------------------------------------------------

@@ -1,28 +1,31 @@
 """Continuous batching: many requests in one row and in pages get the tokens that each request gets alone."""
 
-import contextlib
-import functools
 import gc
-import inspect
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 
-from tests.support import LITE, V2, random_ids, tiny_model
+from tests.cache.batching import (
+    NEW_TOKENS,
+    VARIANTS,
+    alone,
+    batched,
+    batching,
+    generation,
+    prompts_of,
+    result_of,
+    running,
+    tokens_alone,
+)
+from tests.support import random_ids, tiny_model
 
 PYDOC = Path(__file__).parents[2] / "examples" / "pydoc-tiny"
-VARIANTS = {"V2": V2, "Lite": LITE, "odd": V2 | {"kv_lora_rank": 41}}
-NEW_TOKENS = 12
 IMPLEMENTATIONS = ["sdpa", "eager", "paged|eager"]
-LENGTHS = (3, 17, 1, 40, 9, 64, 33)
-# transformers 5.17 calls a page a block
-PAGE_SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,56 +34,6 @@ def _garbage_of_this_file_only():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def prompts_of(lengths=LENGTHS) -> list[list[int]]:
-    return [random_ids(1, length, seed=length)[0].tolist() for length in lengths]
-
-
-def generation(**options) -> GenerationConfig:
-    return GenerationConfig(**{"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": 1} | options)
-
-
-def batching(num_blocks=40, max_batch_tokens=48, page_size=8, **options) -> ContinuousBatchingConfig:
-    options[PAGE_SIZE] = page_size
-    return ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, **options)
-
-
-def batched(model, prompts, config=None, **options) -> list[list[int]]:
-    """New tokens of each prompt, generated together."""
-    outputs = model.generate_batch(prompts, generation_config=config or generation(), **options)
-    assert [output.error for output in outputs.values()] == [None] * len(prompts)
-    return [output.generated_tokens for output in outputs.values()]
-
-
-def alone(model, prompts, config=None) -> list[list[int]]:
-    """New tokens of each prompt, generated alone and without a cache."""
-    config = config or generation()
-    config.use_cache = False
-    rows = [model.generate(torch.tensor([prompt]), generation_config=config)[0] for prompt in prompts]
-    return [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts)]
-
-
-@functools.cache
-def tokens_alone(variant="V2") -> list[list[int]]:
-    """The tokens that the tiny model of this variant generates after `prompts_of()`."""
-    return alone(tiny_model(**VARIANTS[variant]), prompts_of())
-
-
-@contextlib.contextmanager
-def running(model, config=None, **options):
-    manager = model.init_continuous_batching(config or generation(), batching(**options))
-    manager.start()
-    try:
-        yield manager
-    finally:
-        manager.stop(block=True, timeout=10)
-
-
-def result_of(manager, request) -> list[int]:
-    output = manager.get_result(request, timeout=20)
-    assert output.error is None
-    return output.generated_tokens
 
 
 def rows_through(model) -> list[int]:

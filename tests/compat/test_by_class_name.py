@@ -21,11 +21,11 @@ PYDOC = ROOT / "examples" / "pydoc-tiny"
 NAMES = [name for name in deepseek_latent.__all__ if name.startswith("Deepseek")]
 # runs in a process of its own, which serves a model and sends requests to it over HTTP
 SERVED = """
-import json, sys, time, urllib.request
+import json, sys, time, urllib.error, urllib.request
 import deepseek_latent
 from transformers.cli.serve import Serve
-folder, port = sys.argv[1], int(sys.argv[2])
-server = Serve(force_model=folder, device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+folder, port, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+server = Serve(force_model=folder, device="cpu", host="127.0.0.1", port=port, non_blocking=True, **options)
 
 def response(path, body=None):
     data = None if body is None else json.dumps(body).encode()
@@ -42,9 +42,17 @@ try:
     message = [{"role": "user", "content": "The import statement"}]
     settings = json.dumps({"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0})
     body = {"model": folder, "messages": message, "generation_config": settings, "stream": False}
+    status = None
+    if options:
+        too_long = [{"role": "user", "content": "The import statement " * 200}]
+        for stream in (False, True):
+            try:
+                response("/v1/chat/completions", body | {"messages": too_long, "stream": stream})
+            except urllib.error.HTTPError as error:
+                status = error.code
     text = response("/v1/chat/completions", body)["choices"][0]["message"]["content"]
     kinds = [type(kept.model).__module__ for kept in server._model_manager.loaded_models.values()]
-    print("FOUND " + json.dumps({"text": text, "kinds": kinds}))
+    print("FOUND " + json.dumps({"text": text, "kinds": kinds, "status": status}))
 finally:
     server.kill_server()
 """
@@ -115,12 +123,16 @@ def test_trl_compares_this_model_with_itself(adapters, folder, tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_transformers_serve_answers_with_this_model(folder):
+@pytest.mark.parametrize(
+    "options", [{}, {"continuous_batching": True, "cb_num_blocks": 8, "cb_block_size": 16}], ids=["plain", "in pages"]
+)
+def test_transformers_serve_answers_with_this_model(folder, options):
+    """In pages, also after requests that are too long for all of them."""
     pytest.importorskip("fastapi", reason="fastapi is not installed; make test-tools installs it")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVED, str(folder), str(port)]
+    command = [sys.executable, "-c", SERVED, str(folder), str(port), json.dumps(options)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -128,6 +140,7 @@ def test_transformers_serve_answers_with_this_model(folder):
         next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND ")
     )
     assert found["kinds"] == ["deepseek_latent.modeling_deepseek_v2"]
+    assert found["status"] == (500 if options else None)
     model, tokenizer = (
         deepseek_latent.DeepseekV2ForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),

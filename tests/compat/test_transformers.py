@@ -13,8 +13,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.distributed import tensor_parallel
 from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.integrations import moe
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -67,30 +65,6 @@ def test_the_length_of_a_dropped_mask_is_kept():
     mask, settings = seen[0]
     length = mask.shape[1] if mask is not None else compat.length_of_dropped_mask(settings)
     assert length == 7, "generate() no longer keeps the length of the mask; used by check_cache_for_generation"
-
-
-def test_pages_are_made_and_written_as_paged_latents_expect():
-    assert takes(PagedAttentionCache.update, "key_states", "value_states", "layer_idx"), "used by update_pages"
-    rest = ("kwargs",) if compat._pages_take_all_arguments() else ("read_index", "write_index")
-    assert takes(PagedAttentionCache.update, *rest), "used by update_pages"
-    source = inspect.getsource(ContinuousBatchingManager)
-    assert "self._create_batch_processor()" in source, "managers make pages elsewhere; used by with_pages_for"
-    assert "self.model.config" in inspect.getsource(ContinuousBatchingManager._create_batch_processor), (
-        "managers no longer read their model's config; used by with_pages_for"
-    )
-
-
-def test_continuous_batching_passes_its_pages_as_the_cache():
-    given = {}
-    model = tiny_model()
-    forward = model.model.forward
-    model.model.forward = lambda *args, **kwargs: given.update(kwargs) or forward(*args, **kwargs)
-    settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=1)
-    few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=8)
-    model.generate_batch([[5, 6, 7]], generation_config=settings, continuous_batching_config=few)
-    assert isinstance(given["cache"], PagedAttentionCache), "pages have another name or type; used by DeepseekV2Model"
-    wanted = {"block_table", "cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index"}
-    assert wanted <= set(given), f"pages are passed without {wanted - set(given)}; used by PagedLatents"
 
 
 def test_our_caches_have_the_attributes_of_the_classes_whose_constructors_they_skip():

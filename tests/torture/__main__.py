@@ -20,7 +20,14 @@ from rich.table import Table
 from .campaign import KINDS, Campaign, run_watched
 
 # the parts by name, and their shares of the time
-PARTS: dict[str, int] = {"kill_points": 8, "bad_disks": 2, "hostile_folders": 10}
+PARTS: dict[str, int] = {
+    "kill_points": 8,
+    "bad_disks": 2,
+    "hostile_folders": 10,
+    "batching": 2,
+    "threads": 1,
+    "soak": 2,
+}
 SILENCE = 120  # seconds
 
 

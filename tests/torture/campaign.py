@@ -20,7 +20,7 @@ from typing import TextIO
 
 PACKAGE = Path(__file__).parents[2] / "deepseek_latent"
 # what must not happen, in the order of the table
-KINDS = ("hang", "crash", "raw exception", "wrong answer", "half output")
+KINDS = ("hang", "crash", "raw exception", "wrong answer", "half output", "leak")
 SECONDS_PER_CASE = 2.0
 
 
