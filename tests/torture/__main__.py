@@ -20,7 +20,10 @@ from rich.table import Table
 from .campaign import KINDS, Campaign, run_watched
 
 # the parts by name, and their shares of the time
-PARTS: dict[str, int] = {"kill_points": 8, "bad_disks": 2}
+PARTS: dict[str, int] = {
+    "kill_points": 10,
+    "bad_disks": 4,
+}
 SILENCE = 120  # seconds
 
 
