@@ -72,6 +72,8 @@ def points_of(writer: Writer, work: Path, campaign: Campaign) -> list[Point]:
     if status or len(visible(after)) == 0:
         campaign.finding("wrong answer", f"{writer.name}: an undisturbed run ended with {status}: {printed[-300:]}")
         return []
+    if left := sorted(after.keys() - visible(after).keys() - {"prompts/.lock"}):
+        campaign.finding("half output", f"{writer.name}: an undisturbed run leaves {', '.join(left)}")
     points = [Point(writer, template, before, after, i) for i in range(int(printed.split()[-1]))]
     random.Random(campaign.seed).shuffle(points)
     return points
