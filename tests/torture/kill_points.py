@@ -60,11 +60,12 @@ def run(campaign: Campaign) -> None:
 def points_of(writer: Writer, work: Path, campaign: Campaign) -> list[Point]:
     """Runs a writer undisturbed, and returns one point per file operation, in a random order."""
     template, box = work / "templates" / writer.name, work / "box"
-    template.mkdir(parents=True)
+    box.mkdir()
     if writer.before:
-        run_forked(partial(writer.before, template))
-    before = snapshot(template)
-    shutil.copytree(template, box, symlinks=True)
+        # at the same place, because the same conversion to another place is not resumed
+        run_forked(partial(writer.before, box))
+    before = snapshot(box)
+    shutil.copytree(box, template, symlinks=True)
     operations = Operations(NEVER, random.Random(0), writer)
     status, printed = run_forked(partial(operations.count_in, box, told=True))
     after = snapshot(box)
