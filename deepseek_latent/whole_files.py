@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SUFFIX = ".unfinished"
+# a regular expression for what follows ".name." in the hidden folder of a file or folder called "name"
+END_OF_HIDDEN_NAME = rf"\w{{8}}{re.escape(_SUFFIX)}"
 # a writer keeps this file of its hidden folder locked, so that others see that it is alive
 _LOCK = "lock"
 # how systems and disks say that they cannot exchange two names
@@ -162,7 +164,7 @@ def flush_folder(folder: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Removes what killed writers of `path` left beside it, and puts back the folder that one was about to replace."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
+    name = re.compile(rf"\.{re.escape(path.name)}\.{END_OF_HIDDEN_NAME}")
     for folder in [Path(entry) for entry in os.scandir(path.parent) if name.fullmatch(entry.name)]:
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)

@@ -21,8 +21,8 @@ from .campaign import KINDS, Campaign, run_watched
 
 # the parts by name, and their shares of the time
 PARTS: dict[str, int] = {
-    "kill_points": 8,
-    "bad_disks": 2,
+    "kill_points": 10,
+    "bad_disks": 4,
     "hostile_folders": 10,
     "batching": 2,
     "threads": 1,

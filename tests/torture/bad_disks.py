@@ -73,7 +73,7 @@ def try_disk(kind: Callable, writer: Writer, disk: Path, campaign: Campaign, cha
     found = snapshot(box)
     if status == 0:
         campaign.count("accepted")
-    elif status == REFUSED and re.search(r"could not be written|bytes are to be written to", printed):
+    elif status == REFUSED and re.search(r"could not be written|writ(e|ten) to", printed):
         campaign.count(f"refused, {disk_of_kind}")
         kept = [name for name in found if re.search(r"\.partial/.*tensors$", name)]
         campaign.count("finished shards kept", len(kept))

@@ -60,18 +60,21 @@ def run(campaign: Campaign) -> None:
 def points_of(writer: Writer, work: Path, campaign: Campaign) -> list[Point]:
     """Runs a writer undisturbed, and returns one point per file operation, in a random order."""
     template, box = work / "templates" / writer.name, work / "box"
-    template.mkdir(parents=True)
+    box.mkdir()
     if writer.before:
-        run_forked(partial(writer.before, template))
-    before = snapshot(template)
-    shutil.copytree(template, box, symlinks=True)
+        # at the same place, because the same conversion to another place is not resumed
+        run_forked(partial(writer.before, box))
+    before = snapshot(box)
+    shutil.copytree(box, template, symlinks=True)
     operations = Operations(NEVER, random.Random(0), writer)
-    status, printed = run_forked(lambda: print("\n", operations.count_in(box)))
+    status, printed = run_forked(partial(operations.count_in, box, told=True))
     after = snapshot(box)
     shutil.rmtree(box)
     if status or len(visible(after)) == 0:
         campaign.finding("wrong answer", f"{writer.name}: an undisturbed run ended with {status}: {printed[-300:]}")
         return []
+    if left := sorted(after.keys() - visible(after).keys() - {"prompts/.lock"}):
+        campaign.finding("half output", f"{writer.name}: an undisturbed run leaves {', '.join(left)}")
     points = [Point(writer, template, before, after, i) for i in range(int(printed.split()[-1]))]
     random.Random(campaign.seed).shuffle(points)
     return points
@@ -82,7 +85,7 @@ def try_point(point: Point, work: Path, campaign: Campaign, chance: random.Rando
     what = f"{writer.name}, killed at operation {point.operation}"
     shutil.copytree(point.template, box, symlinks=True)
     operations = Operations(point.operation, chance, writer)
-    status, printed = run_forked(lambda: operations.count_in(box))
+    status, printed = run_forked(partial(operations.count_in, box))
     found, before, after = visible(snapshot(box)), visible(point.before), visible(point.after)
     campaign.count(f"of {writer.name.partition(',')[0].partition(' over')[0]}")
     if status != -signal.SIGKILL:
@@ -105,7 +108,7 @@ def try_point(point: Point, work: Path, campaign: Campaign, chance: random.Rando
 
 def check_again(point: Point, box: Path, what: str, campaign: Campaign) -> None:
     operations = Operations(NEVER, random.Random(0), point.writer)
-    status, printed = run_forked(lambda: operations.count_in(box))
+    status, printed = run_forked(partial(operations.count_in, box))
     found, before, after = snapshot(box), visible(point.before), visible(point.after)
     if status:
         campaign.finding("raw exception", f"{what}: the next run fails: {printed[-300:]}")
@@ -127,8 +130,8 @@ class Operations:
     def __init__(self, last: int, chance: random.Random, writer: Writer):
         self.last, self.fraction, self.writer, self.count = last, chance.random(), writer, 0
 
-    def count_in(self, box: Path) -> int:
-        """Runs the writer in `box`, and returns the number of operations."""
+    def count_in(self, box: Path, *, told: bool = False) -> None:
+        """Runs the writer in `box`, and prints the number of operations if it is to be told."""
         self.box = str(box)
         sys.addaudithook(self._heard)
         os.fsync = self._counted(os.fsync)
@@ -141,7 +144,8 @@ class Operations:
         self.writer.write(box)
         # the last point is after the last operation
         self._step()
-        return self.count
+        if told:
+            print("\n", self.count)
 
     def _step(self, half: Callable[[], None] | None = None) -> None:
         if self.count == self.last:
