@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SUFFIX = ".unfinished"
+# a regular expression for what follows ".name." in the hidden folder of a file or folder called "name"
+END_OF_HIDDEN_NAME = rf"\w*-\d+-\w+{re.escape(_SUFFIX)}"
 # processes of other machines may write to a shared disk, and their numbers mean nothing here
 _MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
 # the hidden folders that this process is writing
