@@ -66,7 +66,11 @@ def read_tensors(path: str | os.PathLike, verify: bool = True) -> tuple[dict[str
     with _opened(path) as file:
         record = _record(path, file.metadata())
         names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+        try:
+            tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            # there are dtypes that torch does not have
+            raise _unreadable(path, error) from error
     if verify and hash_tensors(tensors) != record["contents"]:
         raise _altered(path, "its tensors differ")
     return tensors, record["metadata"]
@@ -87,8 +91,7 @@ def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
             opened = safe_open(path, framework="pt")
         except (SafetensorError, RuntimeError) as error:
             if _identity(path) == before:
-                reason = f"{path} is cut off, altered or not a safetensors file ({error}); write it again."
-                raise ValueError(reason) from error
+                raise _unreadable(path, error) from error
             continue
         with opened as file:
             # another process may have replaced the file in between
@@ -131,6 +134,11 @@ def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str
     if not is_whole or not {"metadata", "contents"} <= record.keys():
         raise _altered(path, "its header differs")
     return record
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
+    # the error may repeat what stands in the file
+    return ValueError(f"{path} is cut off, altered or not a safetensors file ({str(error)[:200]}); write it again.")
 
 
 def _altered(path: str | os.PathLike, what_differs: str) -> ValueError:

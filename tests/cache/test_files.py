@@ -177,6 +177,17 @@ def test_another_format_is_refused_with_what_to_do(tmp_path, monkeypatch, step, 
         read_metadata(tmp_path / "a")
 
 
+def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
+    write_tensors(tmp_path / "a", {"x": torch.zeros(6, dtype=torch.uint8)}, {})
+    data = (tmp_path / "a").read_bytes()
+    entry, other = b'"dtype":"U8","shape":[6]', b'"dtype":"F6_E2M3","shape":[8]'
+    assert entry in data
+    size = int.from_bytes(data[:8], "little") + len(other) - len(entry)
+    (tmp_path / "a").write_bytes(size.to_bytes(8, "little") + data[8:].replace(entry, other))
+    with pytest.raises(ValueError, match=r"a is cut off, altered or not a safetensors file \(.*F6_E2M3\); write it"):
+        read_tensors(tmp_path / "a")
+
+
 def test_a_header_that_python_cannot_read_or_that_lacks_an_entry_is_refused(tmp_path):
     write_tensors(tmp_path / "a", some_tensors(), METADATA)
     bare = {"format": cache_files.FORMAT_VERSION, "metadata": {}}

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_latent import LatentCache, whole_files
+from deepseek_latent import LatentCache
 from deepseek_latent.cache.files import FORMAT_VERSION
 from deepseek_latent.cache.prompt_cache import PromptCache
-from tests.cache.prompts import ROOM, last_logits, num_tokens_found, store_prompt, with_prefix
+from tests.cache.prompts import ROOM, kill_at, last_logits, num_tokens_found, store_prompt, with_prefix
 from tests.support import random_ids, tiny_model
 
 
@@ -137,28 +136,6 @@ def kill_stores(folder: Path) -> int:
         assert [path.name for path in folder.iterdir() if path.name[0] == "."] == [".lock"]
         if status == 0:
             return point
-
-
-def kill_at(point: int, folder: str) -> None:
-    """Makes this process end at a change of a file in `folder`; point -1 is where half of the new file is written."""
-
-    def write_half(tensors, path, metadata):
-        save_file(tensors, path, metadata)
-        os.truncate(path, path.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    changes, change = itertools.count(), {"mkdir", "rename", "remove", "rmdir", "chmod", "utime"}
-
-    def watch(event, arguments):
-        opens_to_write = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        is_change = (opens_to_write or event.removeprefix("os.") in change) and folder in str(arguments)
-        if is_change and next(changes) == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if point < 0:
-        save_file, whole_files.save_file = whole_files.save_file, write_half
-    else:
-        sys.addaudithook(watch)
 
 
 def all_bytes(folder: Path) -> int:
