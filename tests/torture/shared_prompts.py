@@ -92,8 +92,8 @@ def judge_what_is_left(campaign: Campaign, model, wanted: list[tuple[Tensor, Ten
 
 
 def start(model, wanted: list[tuple[Tensor, Tensor]], folder: Path, random: Random, tell: int) -> int:
-    """A process that uses the folder until it is killed, at a random time or at a change of a file there."""
-    seed, change = random.random(), random.choice([None, random.randrange(-1, 60)])
+    """A process that uses the folder until it is killed: at a random time, in a write, or at a change of a file."""
+    seed, change = random.random(), random.choice([None, -1, random.randrange(60), random.randrange(60)])
     if worker := os.fork():
         return worker
     try:
