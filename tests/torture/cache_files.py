@@ -68,6 +68,8 @@ def run(campaign: Campaign) -> None:
                     campaign.finding("wrong answer", "a file of another model was loaded")
                 elif kind == "damaged" and not is_right:
                     campaign.finding("wrong answer", f"{read.__name__} took a damaged file for what it is not")
+                elif kind == "damaged" and read is load_cache and data != whole.data:
+                    campaign.count("changes that mean nothing, loaded as written")
 
 
 @torch.no_grad()
