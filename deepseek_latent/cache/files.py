@@ -38,7 +38,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
 
 def file_nbytes(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
     """The size of the file that `write_tensors` would make of these; no element is read."""
-    # a file of empty tensors has the same header but for shapes and offsets
+    # a file of empty tensors has a header of the same length but for shapes and offsets; all hashes are equally long
     empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
     header = json.loads(save(empty, _header_entries(metadata, hash_tensors({})))[8:])
     end = 0

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -58,3 +60,19 @@ def kill_at(point: int, folder: str) -> None:
         save_file, whole_files.save_file = whole_files.save_file, write_half
     else:
         sys.addaudithook(watch)
+
+
+def damage(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def start(function: str, *arguments) -> subprocess.Popen:
+    """Calls "tests.module:function" in another process; the first argument is a path, the others are numbers."""
+    module, name = function.split(":")
+    program = f"import sys, pathlib, {module} as there; path, *numbers = sys.argv[1:]"
+    program += f"; print(there.{name}(pathlib.Path(path), *map(int, numbers)))"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"cwd": Path(__file__).parents[2], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], **options)
