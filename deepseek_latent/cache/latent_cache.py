@@ -12,12 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .files import write_tensors
 from .format import check_cache_dtype, refuse_unknown_options
 from .layer import LatentCacheLayer
 from .records import layer_to_records, rows_from_records
 from .segments import Latents
 from .static_layer import StaticLatentCacheLayer, TokenCount
-from .storage import read_layers, write_layers
+from .storage import contents_of_file, read_layers
 
 
 def check_offloading() -> None:
@@ -148,17 +149,24 @@ class LatentCache(DynamicCache):
         """Writes one safetensors file with rows, token ids and the model's fingerprint, or nothing if it fails.
 
         `tokens` [b t] or [t] are the ids that the cache was computed from. Further ids may follow them, as in what
-        `generate` returns.
+        `generate` returns. A file at `path` is replaced and not changed, so caches that were loaded from it stay
+        valid. If the process is killed, its unfinished file is removed when `path` is saved again.
         """
         self._check_not_empty("save")
-        write_layers(path, self.layers, tokens=tokens, model=model)
+        write_tensors(path, *contents_of_file(self.layers, tokens=tokens, model=model))
 
     @classmethod
     def load(cls, path: str | PathLike, *, model: PreTrainedModel) -> "LatentCache":
         """Reads what `save` wrote; `stored_tokens` then holds its ids [b t].
 
-        If the model is on the CPU, rows are memory-mapped and read when they are used. Raises ValueError if the file
-        is cut off or altered, or belongs to another model.
+        If the model is on the CPU, rows are memory-mapped and read when they are used. Until the cache is gone, the
+        file must then not be changed in place: if it is cut off, the process ends with SIGBUS, and changed bytes are
+        read unnoticed. To remove the file, or to replace it as `save` does, is safe. `copy.deepcopy(cache)` holds its
+        rows in memory and needs no file.
+
+        Raises:
+            ValueError: if the file is cut off or altered, or belongs to another model.
+            OSError: if there is no such file, or it may not be read.
         """
         stored = read_layers(path, model)
         cache = cls(model.config, cache_dtype=stored.format.cache_dtype)

@@ -1,79 +1,48 @@
 """A folder of prompts that were computed once: the prefix that a new prompt shares with one of them is loaded."""
 
-import hashlib
 import os
-import re
-import shutil
-import time
-import warnings
 from array import array
-from collections.abc import Iterator
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from filelock import FileLock
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from ..compat.torch import version_of
 from .checks import check_ids
-from .files import FORMAT_VERSION, read_metadata
+from .files import file_nbytes, write_tensors
 from .fingerprint import fingerprint, settings_of
 from .format import check_cache_dtype, refuse_unknown_options
 from .latent_cache import LatentCache
-
-TOKENS_PER_BLOCK = 64
-_STORED_NAME = re.compile(rf"[0-9a-f]{{64}}\.v{FORMAT_VERSION}\.safetensors")
-
-
-class _Prompt(NamedTuple):
-    """The tokens of one sequence in a file; `key` is the fingerprint of the model and the cache_dtype."""
-
-    key: str
-    tokens: array
-
-    @property
-    def file_name(self) -> str:
-        return f"{hashlib.sha256(self.key.encode() + self.tokens.tobytes()).hexdigest()}.v{FORMAT_VERSION}.safetensors"
-
-    def block_hashes(self) -> list[bytes]:
-        """One hash per whole block, over the block and the hash before it: it is that of all tokens up to there."""
-        data, width = self.tokens.tobytes(), TOKENS_PER_BLOCK * self.tokens.itemsize
-        hashes, previous = [], self.key.encode()
-        for end in range(width, len(data) + 1, width):
-            previous = hashlib.blake2b(previous + data[end - width : end], digest_size=16).digest()
-            hashes.append(previous)
-        return hashes
-
-    def starts_with(self, other: "_Prompt") -> bool:
-        return self.key == other.key and self.tokens[: len(other.tokens)] == other.tokens
+from .prompt_folder import TOKENS_PER_BLOCK, Prompt, PromptFolder
+from .storage import contents_of_file
 
 
 class PromptCache:
     """A folder of LatentCache files, one per prompt, that several processes may use at the same time.
 
-    It holds at most `max_bytes`; the least recently used prompts are removed first. A file serves every prompt that
-    shares its first block of 64 tokens or more, up to the first token that differs. Only caches that the same weights,
-    settings and adapters computed are loaded. A damaged file is removed with a warning, and files with other names in
-    the folder are never touched.
+    Its files never take more than `max_bytes`, not even while one is written: the least recently used prompts are
+    removed first. A file serves every prompt that shares its first block of 64 tokens or more, up to the first token
+    that differs. Only caches that the same weights, settings and adapters computed are loaded. A damaged file is
+    removed with a warning, and files with other names in the folder are never touched. To load, no permission to write
+    is needed.
 
     Args:
         folder: created if it does not exist.
+        max_bytes: all processes that share a folder should give the same; whoever stores keeps to their own.
         cache_dtype: as in LatentCache; prompts stored with another one are ignored.
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_bytes: int, cache_dtype: str | None = None, **unknown):
         refuse_unknown_options("PromptCache", unknown)
         check_cache_dtype(cache_dtype)
-        if max_bytes <= 0:
+        if not isinstance(max_bytes, (int, float)):
+            raise TypeError(f"expected max_bytes as a number, got {max_bytes!r}.")
+        if not max_bytes > 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}.")
         self.folder, self.max_bytes, self.cache_dtype = Path(folder), max_bytes, cache_dtype
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock")
-        self._prompts: dict[tuple[str, int], tuple[_Prompt, list[bytes]]] = {}
+        self._stored = PromptFolder(folder)
         self._fingerprints: WeakKeyDictionary[PreTrainedModel, tuple[list, str]] = WeakKeyDictionary()
 
     def load(self, input_ids: Tensor, model: PreTrainedModel) -> LatentCache:
@@ -83,20 +52,21 @@ class PromptCache:
         """
         key = self._key(model)
         # the last token is left to compute, since its logits are needed
-        wanted = _Prompt(key, _one_sequence(input_ids)[:-1])
+        wanted = Prompt(key, _one_sequence(input_ids)[:-1])
         for num_tokens, path in self._matches(wanted):
             try:
                 cache = LatentCache.load(path, model=model)
-            except FileNotFoundError:  # another process has removed it since it was listed
+            except (FileNotFoundError, PermissionError):
+                # another process has removed it since it was listed, or it is the file of another user
                 continue
             except ValueError as error:
                 self._fingerprints.pop(model, None)
                 if self._key(model) != key:
                     # the weights changed in a way that torch's version counter misses, so search for others
                     return self.load(input_ids, model)
-                _discard(path, error)
+                self._stored.discard(path, error)
                 continue
-            _touch(path)
+            self._stored.touch(path)
             cache.crop(num_tokens - cache.get_seq_length())
             return cache
         return LatentCache(model.config, cache_dtype=self.cache_dtype)
@@ -105,10 +75,12 @@ class PromptCache:
         """Stores `cache`, which holds the first of these ids [t] or [1 t], unless it is shorter than a block.
 
         It replaces stored prompts that are a prefix of it. If a stored prompt has it as a prefix, that one counts as
-        used, and nothing is written.
+        used, and nothing is written. Room is made before the file is written; a process that is killed in between
+        loses the removed prompts, which have to be computed again.
 
         Raises:
             ValueError: for several sequences, another cache_dtype, too few ids, or more bytes than `max_bytes`.
+            OSError: if this process may not write to the folder, or the disk is full.
         """
         if not isinstance(cache, LatentCache):
             raise TypeError(
@@ -130,25 +102,23 @@ class PromptCache:
                 f"{len(ids)} ids; store each sequence by itself, with the ids that its cache was computed from."
             )
         self._refuse_if_too_large(cache.nbytes)
-        new = _Prompt(self._key(model), ids[:length])
+        new = Prompt(self._key(model), ids[:length])
         path = self.folder / new.file_name
-        with self._lock:
-            self._remove_leftovers()
-            stored = {self.folder / name: prompt for (name, _), (prompt, _) in self._read_folder().items()}
+        with self._stored.locked():
+            stored = {path: prompt for path, (prompt, _) in self._stored.prompts().items()}
             covering = [path for path, prompt in stored.items() if prompt.starts_with(new)]
             if covering:
-                _touch(covering[0])
+                self._stored.touch(covering[0])
                 return
-            cache.save(path, tokens=tokens, model=model)
-            _touch(path)
-            size = path.stat().st_size
-            if size > self.max_bytes:
-                path.unlink()
-            self._refuse_if_too_large(size)
-            for prefix, prompt in stored.items():
-                if new.starts_with(prompt):
-                    prefix.unlink(missing_ok=True)
-            self._evict(kept=path)
+            contents = contents_of_file(cache.layers, tokens=tokens, model=model)
+            nbytes = file_nbytes(*contents)
+            self._refuse_if_too_large(nbytes)
+            replaced = {path for path, prompt in stored.items() if new.starts_with(prompt)}
+            self._stored.make_room(nbytes, self.max_bytes, replaced)
+            write_tensors(path, *contents)
+            self._stored.touch(path)
+            for prefix in replaced:
+                prefix.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         return (
@@ -159,15 +129,15 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all stored prompts, those of other models and cache_dtypes included."""
-        return sum(status.st_size for _, status in self._files())
+        return sum(status.st_size for _, status in self._stored.files())
 
     def __len__(self) -> int:
-        return len(list(self._files()))
+        return len(list(self._stored.files()))
 
     def clear(self) -> None:
-        """Removes every stored prompt."""
-        with self._lock:
-            for path, _ in self._files():
+        """Removes every stored prompt; raises OSError if this process may not write to the folder."""
+        with self._stored.locked():
+            for path, _ in self._stored.files():
                 path.unlink(missing_ok=True)
 
     def _key(self, model: PreTrainedModel) -> str:
@@ -186,37 +156,17 @@ class PromptCache:
             self._fingerprints[model] = state, known
         return f"{known} {self.cache_dtype}"
 
-    def _matches(self, wanted: _Prompt) -> list[tuple[int, Path]]:
+    def _matches(self, wanted: Prompt) -> list[tuple[int, Path]]:
         """The number of tokens that each file shares with `wanted`, if it is a block or more; the largest first."""
         ends = {block: TOKENS_PER_BLOCK * (i + 1) for i, block in enumerate(wanted.block_hashes())}
         found = []
-        for (name, _), (prompt, hashes) in self._read_folder().items():
+        for path, (prompt, hashes) in self._stored.prompts().items():
             num_tokens = next((ends[block] for block in reversed(hashes) if block in ends), 0)
             if num_tokens:
                 rest = zip(wanted.tokens[num_tokens:], prompt.tokens[num_tokens:])
                 num_tokens += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], rest))
-                found.append((num_tokens, self.folder / name))
+                found.append((num_tokens, path))
         return sorted(found, reverse=True)
-
-    def _read_folder(self) -> dict[tuple[str, int], tuple[_Prompt, list[bytes]]]:
-        """The prompts of all files and their block hashes; a file with a known name and inode is not read again."""
-        prompts = {}
-        for path, status in self._files():
-            file = path.name, status.st_ino
-            try:
-                prompts[file] = self._prompts[file] if file in self._prompts else _read_prompt(path)
-            except FileNotFoundError:  # another process has removed it since it was listed
-                continue
-            except ValueError as error:
-                _discard(path, error)
-        self._prompts = prompts
-        return prompts
-
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for file in os.scandir(self.folder):
-            if _STORED_NAME.fullmatch(file.name):
-                with suppress(FileNotFoundError):  # another process has removed it since it was listed
-                    yield Path(file.path), file.stat()
 
     def _refuse_if_too_large(self, nbytes: int) -> None:
         if nbytes > self.max_bytes:
@@ -225,40 +175,9 @@ class PromptCache:
                 "max_bytes, quantize the cache by cache_dtype, or store fewer tokens."
             )
 
-    def _evict(self, kept: Path) -> None:
-        """Removes the least recently used prompts, but never `kept`, until the folder is small enough."""
-        total = self.nbytes
-        for path, status in sorted(self._files(), key=lambda file: file[1].st_mtime_ns):
-            if total > self.max_bytes and path != kept:
-                path.unlink(missing_ok=True)
-                total -= status.st_size
-
-    def _remove_leftovers(self) -> None:
-        # a writer holds the lock, so these are from writers that were killed
-        for path in self.folder.glob(f".*.v{FORMAT_VERSION}.safetensors.*"):
-            shutil.rmtree(path)
-
 
 def _one_sequence(ids: Tensor) -> array:
     check_ids(ids)
     if ids.shape[:-1].numel() != 1:
         raise ValueError(f"expected the ids of one sequence, [t] or [1 t], got shape {list(ids.shape)}; take one.")
     return array("q", ids.flatten().tolist())
-
-
-def _read_prompt(path: Path) -> tuple[_Prompt, list[bytes]]:
-    stored = read_metadata(path)
-    prompt = _Prompt(f"{stored['fingerprint']} {stored['cache_dtype']}", array("q", stored["tokens"][0]))
-    return prompt, prompt.block_hashes()
-
-
-def _touch(path: Path) -> None:
-    # by our own clock: a file system's clock ticks in milliseconds, which would lose the order
-    now = time.time_ns()
-    with suppress(FileNotFoundError):
-        os.utime(path, ns=(now, now))
-
-
-def _discard(path: Path, error: ValueError) -> None:
-    path.unlink(missing_ok=True)
-    warnings.warn(f"a stored prompt was removed: {error}", stacklevel=3)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_latent.cache import files as cache_files
-from deepseek_latent.cache.files import read_metadata, read_tensors, write_tensors
+from deepseek_latent.cache.files import file_nbytes, read_metadata, read_tensors, write_tensors
 from tests.support import seeded
 
 METADATA = {"tokens": [[3, 1, 2]], "text": "naïve", "scale": 0.1, "nested": {"none": None}}
@@ -61,6 +61,12 @@ def test_tensors_and_metadata_come_back_as_they_were(tmp_path):
 def test_a_file_may_hold_no_tensor(tmp_path):
     write_tensors(tmp_path / "a", {}, {})
     assert read_tensors(str(tmp_path / "a")) == ({}, {})
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path):
+    for tensors, metadata in [({}, {}), (some_tensors(), METADATA), ({"é\n": torch.zeros(1 << 16)}, {"x": '"\\ü'})]:
+        write_tensors(tmp_path / "a", tensors, metadata)
+        assert file_nbytes(tensors, metadata) == os.path.getsize(tmp_path / "a")
 
 
 def test_tensors_that_are_not_contiguous_or_need_gradients_are_written_too(tmp_path):
@@ -171,6 +177,30 @@ def test_another_format_is_refused_with_what_to_do(tmp_path, monkeypatch, step, 
         read_metadata(tmp_path / "a")
 
 
+def test_a_dtype_that_torch_does_not_have_is_refused(tmp_path):
+    write_tensors(tmp_path / "a", {"x": torch.zeros(6, dtype=torch.uint8)}, {})
+    data = (tmp_path / "a").read_bytes()
+    entry, other = b'"dtype":"U8","shape":[6]', b'"dtype":"F6_E2M3","shape":[8]'
+    assert entry in data
+    size = int.from_bytes(data[:8], "little") + len(other) - len(entry)
+    (tmp_path / "a").write_bytes(size.to_bytes(8, "little") + data[8:].replace(entry, other))
+    with pytest.raises(ValueError, match=r"a is cut off, altered or not a safetensors file \(.*F6_E2M3\); write it"):
+        read_tensors(tmp_path / "a")
+
+
+def test_a_header_that_python_cannot_read_or_that_lacks_an_entry_is_refused(tmp_path):
+    write_tensors(tmp_path / "a", some_tensors(), METADATA)
+    bare = {"format": cache_files.FORMAT_VERSION, "metadata": {}}
+    bare |= {"seal": cache_files.hash_json(bare)}
+    for text in ("[" * 10**5, "[]", "7", json.dumps(bare)):
+        save_file(load_file(tmp_path / "a"), tmp_path / "b", {cache_files.HEADER_KEY: text})
+        with pytest.raises(ValueError, match="b was altered: its header differs from what was written; remove it"):
+            read_tensors(tmp_path / "b")
+    rewritten(tmp_path / "a", format=10**3000)
+    with pytest.raises(ValueError, match=r"expected format .*, got 1000+\.\.\.0+ in .*a; update deepseek-latent"):
+        read_metadata(tmp_path / "a")
+
+
 def test_files_of_other_programs_are_refused(tmp_path):
     save_file(some_tensors(), tmp_path / "plain")
     save_file(some_tensors(), tmp_path / "labelled", {"format": "pt"})
@@ -211,7 +241,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(step, error, 
         raise error
 
     with monkeypatch.context() as now:
-        now.setattr(f"deepseek_latent.cache.files.{step}", interrupted)
+        now.setattr(f"deepseek_latent.whole_files.{step}", interrupted)
         with pytest.raises(error):
             write_tensors(tmp_path / "a", {"x": torch.zeros(9)}, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]

@@ -118,7 +118,7 @@ def test_known_files_are_not_read_again_to_look_up_another_prompt(model, folder,
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 150)
     store_prompt(prompts, model, ids)
     num_tokens_found(prompts, model, ids)
-    monkeypatch.setattr("deepseek_latent.cache.prompt_cache.read_metadata", None)
+    monkeypatch.setattr("deepseek_latent.cache.prompt_folder.read_description", None)
     assert num_tokens_found(prompts, model, ids) == 149
 
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_was_just_stored_stays_even_if_other_files_are_dated_later
 
 
 def test_rows_too_large_for_the_folder_are_not_even_written(model, folder, monkeypatch):
-    monkeypatch.setattr(LatentCache, "save", None)
+    monkeypatch.setattr("deepseek_latent.cache.prompt_cache.write_tensors", None)
     with pytest.raises(ValueError, match="at most max_bytes=100 bytes"):
         store_prompt(PromptCache(folder, max_bytes=100), model, random_ids(1, 100))
 

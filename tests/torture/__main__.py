@@ -27,6 +27,8 @@ PARTS: dict[str, int] = {
     "batching": 2,
     "threads": 1,
     "soak": 2,
+    "cache_files": 10,
+    "shared_prompts": 10,
 }
 SILENCE = 120  # seconds
 
