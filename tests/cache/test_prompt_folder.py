@@ -36,7 +36,7 @@ def test_what_only_resembles_our_files_is_never_touched(kind, model, folder):
     names = [f".{stored_name}.backup", f".{stored_name}.a1b2c3", f".notes.v{FORMAT_VERSION}.safetensors.d", ".hidden"]
     # a file of this name would be a damaged prompt, and a folder of the other one a leftover
     names += [stored_name] if kind != "file" else []
-    names += [f".{stored_name}.machine-1-abcdefgh.unfinished"] if kind != "folder" else []
+    names += [f".{stored_name}.abcdefgh.unfinished"] if kind != "folder" else []
     for name in names:
         make_entry(folder / name, kind)
     store_prompt(prompts, model, ids)
@@ -63,8 +63,9 @@ def make_entry(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("action", ["store", "clear"])
 def test_leftovers_of_killed_writers_are_removed(action, model, folder):
     prompts = PromptCache(folder, max_bytes=ROOM)
-    left = folder / f".{'a1' * 32}.v{FORMAT_VERSION}.safetensors.another_machine-{os.getpid()}-ab12cd_3.unfinished"
+    left = folder / f".{'a1' * 32}.v{FORMAT_VERSION}.safetensors.ab12cd_3.unfinished"
     left.mkdir()
+    (left / "lock").touch()
     (left / "half").write_text("half a file")
     prompts.clear() if action == "clear" else store_prompt(prompts, model, random_ids(1, 100))
     assert not left.exists()

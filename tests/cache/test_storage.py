@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_latent import LatentCache, whole_files
+from deepseek_latent import LatentCache
 from deepseek_latent.cache.files import file_nbytes, read_tensors, write_tensors
 from deepseek_latent.cache.storage import contents_of_file, read_description
 from tests.support import random_ids, tiny_model
@@ -163,8 +163,9 @@ def test_a_deep_copy_of_a_loaded_cache_does_not_need_the_file(model, tmp_path):
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(model, tmp_path):
-    left = tmp_path / f".a.{whole_files._MACHINE}-999999999-abcdefgh.unfinished"
+    left = tmp_path / ".a.abcdefgh.unfinished"
     left.mkdir()
+    (left / "lock").touch()
     (left / "a").write_text("half a file")
     saved(model, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

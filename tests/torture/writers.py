@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from transformers import LlamaConfig
 
 from deepseek_latent import ExpertSelection, LatentCache, PromptCache, save_experts, whole_files
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion.boundaries import MARKER
 from deepseek_latent.conversion.remote_code import auto_map, exported_files
 from tests.conversion.sources import save_source
 from tests.support import random_ids, tiny_model
@@ -164,7 +166,12 @@ def run_forked(action: Callable[[], int | None], *, seconds: float = 60) -> tupl
 
 
 def snapshot(box: Path) -> Snapshot:
-    return {str(path.relative_to(box)): None if path.is_dir() else path.read_bytes() for path in box.rglob("*")}
+    return {str(path.relative_to(box)): None if path.is_dir() else _content(path) for path in box.rglob("*")}
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, without the dates of other files."""
+    return re.sub(rb"\d+\s*\]", b"]", path.read_bytes()) if path.name == MARKER else path.read_bytes()
 
 
 def visible(content: Snapshot) -> Snapshot:
