@@ -17,7 +17,7 @@ from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from .masks import check_dense_mask, dense_mask, held_tokens_mask
+from .masks import dense_mask, held_tokens_mask
 from .ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
 from .read_linear import read_linear
 from .rotary import rotate, softmax_scale
@@ -125,7 +125,6 @@ class DeepseekV2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] if they are wanted
         """Computes the context of every head by the cheapest path that is exact here (see the class)."""
         num_tokens = q_content.shape[1]
-        check_dense_mask(attention_mask, latents.num_tokens)
         if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
             attention_mask = held_tokens_mask(attention_mask, num_tokens, latents)
 
