@@ -17,7 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention.attention import DeepseekV2Attention
-from .attention.masks import check_mask
+from .attention.masks import checked_mask
 from .attention.rotary import DeepseekV2RotaryEmbedding
 from .cache.checks import check_cache, check_labels, check_new_tokens, check_positions, look_up_ids
 from .cache.latent_cache import LatentCache
@@ -158,7 +158,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             layers_cache = cache
             check_unpaged(self.config)
             if attention_mask is not None:
-                check_mask(attention_mask, inputs_embeds, self.config.num_attention_heads, cache, num_held)
+                attention_mask = checked_mask(attention_mask, inputs_embeds, self.config, cache, num_held)
             # in a recorded step over a static cache, attention makes its own mask, from the number of tokens held
             if attention_mask is not None or not is_latent_cache or not cache.is_recorded:
                 attention_mask = create_causal_mask(

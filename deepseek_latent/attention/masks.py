@@ -12,18 +12,27 @@ from transformers.cache_utils import Cache
 
 from ..cache.segments import Latents
 from ..compat.torch import device_of
+from ..compat.transformers import attention_name
+from ..configuration_deepseek_v2 import DeepseekV2Config
 
 
-def check_mask(
-    mask: Tensor | BlockMask, inputs_embeds: Tensor, num_heads: int, cache: Cache | None, num_held: int | None
-) -> None:
-    """Refuses a mask that does not fit the new tokens [b s d] and those in the cache, before anything is computed.
+def checked_mask(
+    mask: Tensor | BlockMask,
+    inputs_embeds: Tensor,  # [b s d]
+    config: DeepseekV2Config,
+    cache: Cache | None,
+    num_held: int | None,
+) -> Tensor | BlockMask:
+    """Refuses a mask that does not fit the new tokens and those in the cache, before anything is computed.
 
     `num_held` is the number of tokens in the cache, or None if only the device knows it. A 4-D mask covers all rows of
     a static cache, and a 2-D mask may do so; a 2-D mask over a cache that is not empty may also cover tokens to come.
     """
     b, s = inputs_embeds.shape[:2]
     t = s if cache is None else cache.get_mask_sizes(s, 0)[0]
+    reaches_flex = attention_name(config) == "flex_attention" and not flex_cannot_read(mask)
+    # flex_attention would read the mask of the first head for all of them
+    num_heads = 1 if reaches_flex else config.num_attention_heads
     if isinstance(mask, BlockMask):
         # dynamo does not trace the shape of a BlockMask
         if not torch.compiler.is_compiling():
@@ -48,10 +57,26 @@ def check_mask(
         _check_dense_shape(tuple(mask.shape), b, num_heads, s, t)
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
+        if reaches_flex:
+            # it adds an element of the mask to each score, and does not broadcast
+            return additive_mask(mask, inputs_embeds.dtype).expand(b, 1, s, t).contiguous()
     else:
         raise ValueError(
             f"attention_mask must be [b t] = [{b} {t}] or [b 1 s t] = [{b} 1 {s} {t}], got shape {list(mask.shape)}."
         )
+    return mask
+
+
+def flex_cannot_read(mask: Tensor | BlockMask | None) -> bool:
+    """True for a dense mask on a CPU, where flex_attention corrupts memory if it is given one (torch 2.10 to 2.13)."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.device.type == "cpu"
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one to add to scores; an additive one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _check_dense_shape(shape: tuple[int, ...], b: int, num_heads: int, s: int, t: int) -> None:
@@ -59,7 +84,7 @@ def _check_dense_shape(shape: tuple[int, ...], b: int, num_heads: int, s: int, t
         raise ValueError(f"a 4-D attention_mask must cover all {t} visible tokens, cached or new, got {shape[3]}.")
     if shape[0] not in (1, b) or shape[1] not in (1, num_heads) or shape[2] not in (1, s):
         raise ValueError(
-            f"a 4-D attention_mask must be [b 1 s t] = [{b} 1 {s} {t}] or have {num_heads} heads in place of 1, "
+            f"a 4-D attention_mask must be [b h s t] = [{b} {num_heads} {s} {t}], or 1 in place of b, h or s, "
             f"got {list(shape)}."
         )
 

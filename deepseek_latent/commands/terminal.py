@@ -27,6 +27,9 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     arguments.argv = argv
     try:
         return arguments, arguments.action(arguments)
+    except BrokenPipeError:
+        # of the output, not of the input
+        raise
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"{parser.prog} {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return arguments, 2
@@ -54,7 +57,15 @@ def print_report(report: dict, *, as_json: bool) -> None:
     table = Table("", "", show_header=False)
     for name, value in report.items():
         table.add_row(name.replace("_", " "), _format(value))
-    Console().print(table)
+    print_tables(table)
+
+
+def print_tables(*tables: Table) -> None:
+    """Prints tables as `Console.print` does, except that rich would exit with code 1 if the output was closed."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(*tables, sep="\n\n")
+    print(captured.get(), end="")
 
 
 def _format(value: list | float | int | str) -> str:
