@@ -173,6 +173,10 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         self._num_buffered = end
         return self._buffer, start
 
+    def _move(self, device: torch.device) -> None:
+        # with the rows that are not written yet
+        self._buffer = self._buffer.to(device)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times, side by side, in a new buffer."""
         if self.is_initialized:

@@ -11,7 +11,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -102,7 +102,7 @@ class Case:
                 row[: self.draw.randrange(s)] = False
         return ids, is_token
 
-    def masks(self, is_token: Tensor) -> dict[str, Tensor]:
+    def masks(self, is_token: Tensor, is_recorded: bool) -> dict[str, Tensor]:
         """A mask of one of the kinds that mean the same: none, 2-D, or 4-D; rows of padding see themselves."""
         before = torch.tensor(self.lists.seen, dtype=torch.bool).view(len(is_token), -1)
         seen = torch.cat((before, is_token), dim=1)
@@ -111,10 +111,10 @@ class Case:
             return {}
         if kind == "2-D":
             return {"attention_mask": seen.long()}
-        b, t = seen.shape
+        t = seen.shape[1]
         causal = torch.ones(t, t, dtype=torch.bool).tril()[-is_token.shape[1] :]
         mask = (seen[:, None] & causal)[:, None]
-        if self.kind == "stock static":
+        if self.kind == "stock static" or is_recorded:
             mask = torch.nn.functional.pad(mask, (0, ROOM - t))
         if kind == "additive":
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
@@ -122,21 +122,31 @@ class Case:
 
     def step(self, fails: bool = False) -> None:
         if self.lists.length >= ROOM:
-            return self.reset()
+            self.reset()
         ids, is_token = self.new_tokens()
         positions = torch.arange(self.lists.length, self.lists.length + ids.shape[1])[None]
-        inputs = {"input_ids": ids, "position_ids": positions, "cache": self.cache, **self.masks(is_token)}
+        is_recorded = self.kind == "static" and self.lists.length > 0 and self.draw.random() < 0.3
+        masks = self.masks(is_token, is_recorded)
+        inputs = {"input_ids": ids, "position_ids": positions, "cache": self.cache, **masks}
+        recorded = self.cache.count.recorded() if is_recorded else nullcontext()
         if fails:
             with self.draw.choice([self.stopped_by_a_hook, self.stopped_at_a_line])():
                 self.campaign.count("steps that failed", 1)
-                model()(**inputs)
+                try:
+                    with recorded:
+                        model()(**inputs)
+                except BaseException:
+                    if is_recorded:
+                        # as generate() does
+                        self.cache.count.undo()
+                    raise
                 self.campaign.count("steps that failed", -1)
                 self.accept(ids, is_token, None)
-            self.check()
-            return None
-        self.accept(ids, is_token, model()(**inputs).logits)
-        self.campaign.count("steps")
-        return None
+            return
+        with recorded:
+            logits = model()(**inputs).logits
+        self.accept(ids, is_token, logits)
+        self.campaign.count("recorded steps" if is_recorded else "steps")
 
     def accept(self, ids: Tensor, is_token: Tensor, logits: Tensor | None) -> None:
         if not self.lists.ids:
