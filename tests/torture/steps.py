@@ -59,19 +59,12 @@ class Sequences:
         self.ids, self.seen = function(self.ids), function(self.seen)
 
     def logits(self, new: int, cache_dtype: str | None) -> Tensor:
-        """The logits of the last `new` tokens, computed in one step, one sequence after another.
-
-        Without a `cache_dtype`, no cache is used.
-        """
-        rows = []
-        for ids, seen in zip(self.ids, self.seen):
-            t = len(ids)
-            may_see = torch.tensor(seen)[None] & torch.ones(t, t, dtype=torch.bool).tril()
-            options = {"attention_mask": may_see[None, None], "use_cache": False}
-            if cache_dtype is not None:
-                options |= {"use_cache": True, "cache": LatentCache(model().config, cache_dtype=cache_dtype)}
-            rows.append(model()(torch.tensor([ids]), **options).logits[0, -new:])
-        return torch.stack(rows)
+        """The logits of the last `new` tokens, computed in one step; without a `cache_dtype`, no cache is used."""
+        t = self.length
+        may_see = torch.tensor(self.seen)[:, None] & torch.ones(t, t, dtype=torch.bool).tril()
+        cache = None if cache_dtype is None else LatentCache(model().config, cache_dtype=cache_dtype)
+        options = {"attention_mask": may_see[:, None], "cache": cache, "use_cache": cache is not None}
+        return model()(torch.tensor(self.ids), **options, logits_to_keep=new).logits
 
 
 class Case:
