@@ -29,42 +29,50 @@ def checked_mask(
     a static cache, and a 2-D mask may do so; a 2-D mask over a cache that is not empty may also cover tokens to come.
     """
     b, s = inputs_embeds.shape[:2]
-    t = s if cache is None else cache.get_mask_sizes(s, 0)[0]
-    reaches_flex = attention_name(config) == "flex_attention" and not flex_cannot_read(mask)
-    # flex_attention would read the mask of the first head for all of them
-    num_heads = 1 if reaches_flex else config.num_attention_heads
-    if isinstance(mask, BlockMask):
-        # dynamo does not trace the shape of a BlockMask
-        if not torch.compiler.is_compiling():
-            _check_dense_shape(tuple(mask.shape), b, num_heads, s, t)
-    elif not isinstance(mask, Tensor):
+    if not isinstance(mask, (Tensor, BlockMask)):
         raise TypeError(
             f"attention_mask must be a tensor [b t] or [b 1 s t], a BlockMask or None, got {type(mask).__name__}; "
             "pass the mask of full attention itself."
         )
-    elif mask.is_meta and not inputs_embeds.is_meta:
-        raise ValueError(f"expected attention_mask on {inputs_embeds.device}, got one on meta; make it there.")
-    elif mask.dim() == 2:
-        visible = t if num_held is None else num_held + s
-        may_be_longer = num_held != 0 or (cache is not None and cache.is_compileable)
-        is_short = num_held is not None and mask.shape[1] < visible
-        if mask.shape[0] != b or is_short or (mask.shape[1] > visible and not may_be_longer):
-            raise ValueError(
-                f"a 2-D attention_mask must be [batch, visible tokens] = [{b}, {visible}], cached tokens included, "
-                f"got {list(mask.shape)}."
-            )
-    elif mask.dim() == 4:
-        _check_dense_shape(tuple(mask.shape), b, num_heads, s, t)
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
-        if reaches_flex:
-            # it adds an element of the mask to each score, and does not broadcast
-            return additive_mask(mask, inputs_embeds.dtype).expand(b, 1, s, t).contiguous()
-    else:
+    if isinstance(mask, Tensor):
+        if mask.is_meta and not inputs_embeds.is_meta:
+            raise ValueError(f"expected attention_mask on {inputs_embeds.device}, got one on meta; make it there.")
+        if mask.dim() == 2:
+            _check_padding_mask(mask, b, s, cache, num_held)
+            return mask
+    t = s if cache is None else cache.get_mask_sizes(s, 0)[0]
+    if isinstance(mask, BlockMask):
+        # dynamo does not trace the shape of a BlockMask
+        if not torch.compiler.is_compiling():
+            _check_dense_shape(tuple(mask.shape), b, config.num_attention_heads, s, t)
+        return mask
+    if mask.dim() != 4:
         raise ValueError(
             f"attention_mask must be [b t] = [{b} {t}] or [b 1 s t] = [{b} 1 {s} {t}], got shape {list(mask.shape)}."
         )
-    return mask
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
+    if attention_name(config) != "flex_attention" or flex_cannot_read(mask):
+        _check_dense_shape(tuple(mask.shape), b, config.num_attention_heads, s, t)
+        return mask
+    # flex_attention adds an element to each score, does not broadcast, and reads the first head's mask for all heads
+    _check_dense_shape(tuple(mask.shape), b, 1, s, t)
+    return additive_mask(mask, inputs_embeds.dtype).expand(b, 1, s, t).contiguous()
+
+
+def _check_padding_mask(mask: Tensor, b: int, s: int, cache: Cache | None, num_held: int | None) -> None:
+    if num_held is None:
+        is_right = mask.shape[0] == b
+        visible = cache.get_mask_sizes(s, 0)[0]
+    else:
+        visible, covered = num_held + s, mask.shape[1]
+        may_be_longer = num_held or (cache is not None and cache.is_compileable)
+        is_right = mask.shape[0] == b and (covered == visible or (covered > visible and may_be_longer))
+    if not is_right:
+        raise ValueError(
+            f"a 2-D attention_mask must be [batch, visible tokens] = [{b}, {visible}], cached tokens included, "
+            f"got {list(mask.shape)}."
+        )
 
 
 def flex_cannot_read(mask: Tensor | BlockMask | None) -> bool:

@@ -209,7 +209,8 @@ def test_a_cache_that_cannot_forget_is_refused_until_it_is_reset():
 @pytest.mark.parametrize("make", [CACHES["LatentCache None"], CACHES["static LatentCache"], CACHES["DynamicCache"]])
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}], ids=str)
 def test_a_generation_that_is_stopped_leaves_the_tokens_of_its_finished_steps(make, options):
-    seen, options = [], {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    seen = []
 
     def stop(ids, scores):
         seen.append(ids)
@@ -219,12 +220,11 @@ def test_a_generation_that_is_stopped_leaves_the_tokens_of_its_finished_steps(ma
 
     cache, ids = make(), IDS[:1]
     with pytest.raises(KeyboardInterrupt):
-        MODEL.generate(ids, cache=cache, logits_processor=[stop], **options)
+        MODEL.generate(ids, cache=cache, logits_processor=[stop], **greedy, **options)
     (held,) = set(lengths(cache))
     assert held >= 12
     cache.crop(10 - held)
-    answer = MODEL.generate(ids, cache=cache, **options)
-    assert torch.equal(answer, MODEL.generate(ids, **options))
+    assert torch.equal(MODEL.generate(ids, cache=cache, **greedy), MODEL.generate(ids, **greedy))
 
 
 @pytest.mark.parametrize("place", ["model.layers.1", "model.norm"])
