@@ -12,7 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .cache.batching import check_batching_config, check_outputs, check_prompts, with_latent_pages
-from .cache.checks import check_capacity
+from .cache.checks import check_batch_of_ids, check_capacity
 from .cache.format import NUMBERS_OF_BITS, check_cache_dtype
 from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
 from .cache.latent_cache import LatentCache, check_offloading
@@ -25,6 +25,14 @@ class LatentGenerationMixin(GenerationHooks):
 
     # the class that captures and replays decoding steps; set by `optimize_for_inference(model, graphs=True)`
     replayed_steps: type | None = None
+
+    @functools.wraps(GenerationHooks.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        ids = kwargs.get("input_ids", inputs)
+        # with embeddings, ids may be empty
+        if ids is not None and kwargs.get("inputs_embeds") is None:
+            check_batch_of_ids(ids)
+        return super().generate(inputs, *args, **kwargs)
 
     @takes_either_cache_name
     def prepare_inputs_for_generation(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -16,11 +17,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention.attention import DeepseekV2Attention
-from .attention.masks import check_padding_mask
+from .attention.masks import checked_mask
 from .attention.rotary import DeepseekV2RotaryEmbedding
-from .cache.checks import check_cache
+from .cache.checks import check_cache, check_labels, check_new_tokens, check_positions, look_up_ids
 from .cache.latent_cache import LatentCache
 from .cache.paged import PagedLatents, check_unpaged
+from .cache.steps import all_or_nothing, begin_step
 from .checkpoints import CheckpointMixin
 from .compat.cache_name import (
     CACHE,
@@ -99,6 +101,9 @@ class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
         config.validate_architecture()
         super().__init__(config)
 
+    # with hooks; `forward` of a head is called without it by peft
+    __call__ = all_or_nothing(PreTrainedModel.__call__)
+
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
     """DeepSeek-V2 without a head: token ids [b s] to hidden states [b s d]."""
@@ -125,25 +130,25 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds.")
+        check_new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         # continuous batching packs all requests into one row and passes their positions
         pages = cache if isinstance(cache, PagedAttentionCache) else None
         cache = None if pages is not None else cache
         if use_cache and cache is None and pages is None:
             cache = LatentCache(self.config)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = look_up_ids(self.embed_tokens, input_ids, self.config.vocab_size)
         # pipeline parallelism replaces the layers of other stages by placeholders
         is_here = [isinstance(layer, DeepseekV2DecoderLayer) for layer in self.layers]
         is_latent_cache = isinstance(cache, LatentCache)
         if is_latent_cache:
-            cache.begin_step(inputs_embeds.device)
-        check_cache(cache, self.config, inputs_embeds, is_here)
+            cache.update_count(inputs_embeds.device)
+        num_held = check_cache(cache, self.config, inputs_embeds, is_here)
         cached = cache.get_seq_length() if cache is not None else 0
-        check_padding_mask(attention_mask, inputs_embeds, cached)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
+        else:
+            check_positions(position_ids, *inputs_embeds.shape[:2])
         # generating in training mode is not training
         is_training = self.training and torch.is_grad_enabled()
         dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
@@ -152,6 +157,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         else:
             layers_cache = cache
             check_unpaged(self.config)
+            if attention_mask is not None:
+                attention_mask = checked_mask(attention_mask, inputs_embeds, self.config, cache, num_held)
             # in a recorded step over a static cache, attention makes its own mask, from the number of tokens held
             if attention_mask is not None or not is_latent_cache or not cache.is_recorded:
                 attention_mask = create_causal_mask(
@@ -164,6 +171,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 )
         if is_latent_cache:
             cache.advance(inputs_embeds.shape[1])
+        if cache is not None:
+            begin_step(cache, is_here, num_held)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -177,7 +186,10 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                 **{CACHE: layers_cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        hidden_states = self.norm(hidden_states)
+        if is_latent_cache:
+            cache.end_step()
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
 
 class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
@@ -195,6 +207,7 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @all_or_nothing
     @can_return_tuple
     @takes_either_cache_name
     def forward(
@@ -229,7 +242,13 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            # another loss function may take other labels
+            if self.loss_function is ForCausalLMLoss:
+                check_labels(labels, logits)
+            options = {"logits": logits, "vocab_size": self.config.vocab_size, **kwargs}
+            loss = look_up_ids(
+                lambda ids: self.loss_function(labels=ids, **options), labels, self.config.vocab_size, ignored=-100
+            )
         aux_loss = None
         if outputs.router_logits:
             gates = [moe.gate for moe in moe_layers(self).values()]
@@ -253,7 +272,7 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
 class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, DeepseekV2PreTrainedModel):
     """DeepSeek-V2 with one label per sequence, computed at its last token that is not padding."""
 
-    forward = takes_either_cache_name(GenericForSequenceClassification.forward)
+    forward = all_or_nothing(takes_either_cache_name(GenericForSequenceClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
         # the generic __init__ asks AutoModel for the backbone: in a checkpoint's own code, it would get transformers'
@@ -267,7 +286,7 @@ class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, Deep
 class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2PreTrainedModel):
     """DeepSeek-V2 with one label per token."""
 
-    forward = takes_either_cache_name(GenericForTokenClassification.forward)
+    forward = all_or_nothing(takes_either_cache_name(GenericForTokenClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
         DeepseekV2PreTrainedModel.__init__(self, config)

@@ -17,7 +17,7 @@ from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from .masks import check_dense_mask, dense_mask, held_tokens_mask
+from .masks import dense_mask, flex_cannot_read, held_tokens_mask
 from .ops import UpProjection, absorbed_attention, absorbing_is_cheaper, expanded_attention
 from .read_linear import read_linear
 from .rotary import rotate, softmax_scale
@@ -125,7 +125,6 @@ class DeepseekV2Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # [b s h v], weights [b h s t] if they are wanted
         """Computes the context of every head by the cheapest path that is exact here (see the class)."""
         num_tokens = q_content.shape[1]
-        check_dense_mask(attention_mask, latents.num_tokens)
         if latents.num_held is not None and (attention_mask is None or len(attention_mask.shape) == 2):
             attention_mask = held_tokens_mask(attention_mask, num_tokens, latents)
 
@@ -152,7 +151,7 @@ class DeepseekV2Attention(nn.Module):
             latent = latent.contiguous()
         keys, values = self.expand_kv(latent, k_rotary)
         queries = torch.cat((q_content, q_rotary), dim=-1).transpose(1, 2)
-        return self.attention_function(wants_weights)(
+        return self.attention_function(wants_weights, attention_mask)(
             self,
             queries,
             keys,
@@ -236,7 +235,8 @@ class DeepseekV2Attention(nn.Module):
             return absorbed_attention
         return expanded_attention if implementation == "sdpa" else None
 
-    def attention_function(self, wants_weights: bool):
-        if wants_weights:
+    def attention_function(self, wants_weights: bool, mask: Tensor | BlockMask | None):
+        name = attention_name(self.config)
+        if wants_weights or (name == "flex_attention" and flex_cannot_read(mask)):
             return explicit_attention_forward
-        return ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), explicit_attention_forward)
+        return ATTENTION_FUNCTIONS.get_interface(name, explicit_attention_forward)

@@ -8,34 +8,93 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers.cache_utils import Cache
 
 from ..cache.segments import Latents
 from ..compat.torch import device_of
+from ..compat.transformers import attention_name
+from ..configuration_deepseek_v2 import DeepseekV2Config
 
 
-def check_padding_mask(mask: Tensor | None, inputs_embeds: Tensor, cached: int | Tensor) -> None:
-    """Refuses a 2-D mask that is too small, which transformers would extend with padding."""
-    # a static cache counts in a tensor, and reading it here would break the graph
-    if mask is None or mask.dim() != 2 or isinstance(cached, Tensor):
-        return
-    batch, visible = inputs_embeds.shape[0], cached + inputs_embeds.shape[1]
-    if mask.shape[0] != batch or mask.shape[1] < visible:
+def checked_mask(
+    mask: Tensor | BlockMask,
+    inputs_embeds: Tensor,  # [b s d]
+    config: DeepseekV2Config,
+    cache: Cache | None,
+    num_held: int | None,
+) -> Tensor | BlockMask:
+    """Refuses a mask that does not fit the new tokens and those in the cache, before anything is computed.
+
+    `num_held` is the number of tokens in the cache, or None if only the device knows it. A 4-D mask covers all rows of
+    a static cache, and a 2-D mask may do so; a 2-D mask over a cache that is not empty may also cover tokens to come.
+    """
+    b, s = inputs_embeds.shape[:2]
+    if not isinstance(mask, (Tensor, BlockMask)):
+        raise TypeError(
+            f"attention_mask must be a tensor [b t] or [b 1 s t], a BlockMask or None, got {type(mask).__name__}; "
+            "pass the mask of full attention itself."
+        )
+    if isinstance(mask, Tensor):
+        if mask.is_meta and not inputs_embeds.is_meta:
+            raise ValueError(f"expected attention_mask on {inputs_embeds.device}, got one on meta; make it there.")
+        if mask.dim() == 2:
+            _check_padding_mask(mask, b, s, cache, num_held)
+            return mask
+    t = s if cache is None else cache.get_mask_sizes(s, 0)[0]
+    if isinstance(mask, BlockMask):
+        # dynamo does not trace the shape of a BlockMask
+        if not torch.compiler.is_compiling():
+            _check_dense_shape(tuple(mask.shape), b, config.num_attention_heads, s, t)
+        return mask
+    if mask.dim() != 4:
         raise ValueError(
-            f"a 2-D attention_mask must be [batch, visible tokens] = [{batch}, {visible}], cached tokens included, "
+            f"attention_mask must be [b t] = [{b} {t}] or [b 1 s t] = [{b} 1 {s} {t}], got shape {list(mask.shape)}."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
+    if attention_name(config) != "flex_attention" or flex_cannot_read(mask):
+        _check_dense_shape(tuple(mask.shape), b, config.num_attention_heads, s, t)
+        return mask
+    # flex_attention adds an element to each score, does not broadcast, and reads the first head's mask for all heads
+    _check_dense_shape(tuple(mask.shape), b, 1, s, t)
+    return additive_mask(mask, inputs_embeds.dtype).expand(b, 1, s, t).contiguous()
+
+
+def _check_padding_mask(mask: Tensor, b: int, s: int, cache: Cache | None, num_held: int | None) -> None:
+    if num_held is None:
+        is_right = mask.shape[0] == b
+        visible = cache.get_mask_sizes(s, 0)[0]
+    else:
+        visible, covered = num_held + s, mask.shape[1]
+        may_be_longer = num_held or (cache is not None and cache.is_compileable)
+        is_right = mask.shape[0] == b and (covered == visible or (covered > visible and may_be_longer))
+    if not is_right:
+        raise ValueError(
+            f"a 2-D attention_mask must be [batch, visible tokens] = [{b}, {visible}], cached tokens included, "
             f"got {list(mask.shape)}."
         )
 
 
-def check_dense_mask(mask: object, t: int) -> None:
-    """Refuses a 4-D mask [b 1 s t] of the wrong length or dtype; other kinds of mask are not checked."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return
-    if mask.shape[-1] != t:
+def flex_cannot_read(mask: Tensor | BlockMask | None) -> bool:
+    """True for a dense mask on a CPU, where flex_attention corrupts memory if it is given one (torch 2.10 to 2.13)."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.device.type == "cpu"
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one to add to scores; an additive one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _check_dense_shape(shape: tuple[int, ...], b: int, num_heads: int, s: int, t: int) -> None:
+    if shape[3] != t:
+        raise ValueError(f"a 4-D attention_mask must cover all {t} visible tokens, cached or new, got {shape[3]}.")
+    if shape[0] not in (1, b) or shape[1] not in (1, num_heads) or shape[2] not in (1, s):
         raise ValueError(
-            f"a 4-D attention_mask must cover all {t} visible tokens, cached or new, got {mask.shape[-1]}."
+            f"a 4-D attention_mask must be [b h s t] = [{b} {num_heads} {s} {t}], or 1 in place of b, h or s, "
+            f"got {list(shape)}."
         )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"a 4-D attention_mask must be boolean or additive in floating point, got {mask.dtype}.")
 
 
 def dense_mask(mask: Tensor | BlockMask | None, s: int, t: int) -> Tensor | None:

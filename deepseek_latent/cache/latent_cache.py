@@ -98,7 +98,7 @@ class LatentCache(DynamicCache):
     def max_cache_len(self) -> int | None:
         return self.layers[0].max_cache_len if self.is_static else None
 
-    def begin_step(self, device: torch.device) -> None:
+    def update_count(self, device: torch.device) -> None:
         """Brings up to date the count that the next step on `device` uses; see `TokenCount`."""
         if self.is_static:
             if self.is_recorded:
@@ -107,9 +107,14 @@ class LatentCache(DynamicCache):
                 self.count.to_host()
 
     def advance(self, num_tokens: int) -> None:
-        """Counts the tokens of a recorded step before its first layer writes them."""
+        """Makes room for the tokens of a recorded step before its first layer writes them."""
         if self.is_recorded:
             self.count.advance(num_tokens)
+
+    def end_step(self) -> None:
+        """Counts the tokens of a recorded step after its last layer."""
+        if self.is_recorded:
+            self.count.end_step()
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.is_static:

@@ -123,7 +123,7 @@ class LatentCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif wanted.dtype != self.dtype:
-            self._widen(wanted.dtype)
+            self._change_dtype(wanted.dtype)
 
     def _claim(self, new: Tensor) -> tuple[Tensor, int]:
         start, end = self._num_buffered, self._num_buffered + new.shape[2]
@@ -152,7 +152,7 @@ class LatentCacheLayer(DynamicLayer):
         check_continues(held, new, may_widen=self.may_widen)
         return self._format if dtype == self.dtype else replace(self._format, dtype=dtype)
 
-    def _widen(self, dtype: torch.dtype) -> None:
+    def _change_dtype(self, dtype: torch.dtype) -> None:
         self.dtype, self._format = dtype, replace(self._format, dtype=dtype)
         self._buffer = self._buffer.to(self._format.storage_dtype)
         self._prefix = None if self._prefix is None else self._prefix.to(self._format.storage_dtype)
@@ -175,6 +175,27 @@ class LatentCacheLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self._num_prefix + self._num_buffered
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the rows held belong to a graph of autograd."""
+        return self._buffer.requires_grad
+
+    def take_back(self, num_tokens: int, dtype: torch.dtype | None, has_graph: bool) -> None:
+        """Returns to what was held before a step that failed; `dtype` is None if nothing was held yet."""
+        if not self.is_initialized:
+            return
+        if dtype is None:
+            self._num_buffered = 0
+            LatentCacheLayer.reset(self)
+            return
+        if self.get_seq_length() > num_tokens:
+            self._num_buffered = num_tokens - self._num_prefix
+        if self.dtype != dtype:
+            # exact, since the tokens held were only widened
+            self._change_dtype(dtype)
+        if self.has_graph and not has_graph:
+            self._buffer = self._buffer.detach()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens; 0 forgets none. The buffer keeps its capacity."""

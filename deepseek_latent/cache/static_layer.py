@@ -19,13 +19,13 @@ class TokenCount:
     On the host, each layer has its count and slices its buffer to the tokens held. A step that is recorded, to be
     replayed at other lengths, can count only on the device, once for all layers, and reads whole buffers and that
     count. Either count may be out of date. It is brought up to date when it is needed; the host then waits for the
-    device.
+    device. A recorded step is counted when it ends, so one that fails in the middle is not.
     """
 
     def __init__(self):
         self.layers: list[StaticLatentCacheLayer] = []
-        self.on_device: Tensor | None = None  # [] int64
-        self.before_step: Tensor | None = None  # [] int64, the row of a recorded step's first token
+        self.on_device: Tensor | None = None  # [] int64, with the step being computed
+        self.before_step: Tensor | None = None  # [] int64, without the step being computed
         self.is_host_current, self.is_device_current = True, False
         self._is_recorded = False
 
@@ -57,21 +57,24 @@ class TokenCount:
                 torch._dynamo.mark_static_address(self.before_step)
             self.is_device_current = False
         if not self.is_device_current:
-            self.on_device.fill_(self.layers[0].num_held)
+            self.before_step.fill_(self.layers[0].num_held)
             self.is_device_current = True
 
     def to_host(self) -> None:
         """Brings the counts on the host up to date, which waits for the device if they are not."""
         if not self.is_host_current:
-            num_tokens = int(self.on_device)
+            num_tokens = int(self.before_step)
             check_capacity(self.layers[0].max_cache_len, num_tokens)
             self._set_host(num_tokens)
 
     def advance(self, num_tokens: int) -> None:
-        """Counts the tokens of a recorded step before its first layer writes them."""
-        self.before_step.copy_(self.on_device)
-        self.on_device.add_(num_tokens)
+        """Makes room for the tokens of a recorded step before its first layer writes them."""
+        torch.add(self.before_step, num_tokens, out=self.on_device)
         self.is_host_current = False
+
+    def end_step(self) -> None:
+        """Counts the tokens of a recorded step after its last layer."""
+        self.before_step.copy_(self.on_device)
 
     def advance_on_host(self, num_tokens: int) -> None:
         """Counts on the host the tokens of a recorded step, which has counted them on the device."""
@@ -124,8 +127,8 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         return self.max_cache_len
 
     def get_seq_length(self) -> int | Tensor:
-        """The number of tokens held; in a recorded step it is a tensor [] on the device."""
-        return self.count.on_device if self.count.is_recorded else self._num_buffered
+        """The number of tokens held; in a recorded step it is a tensor [] on the device, without the step's tokens."""
+        return self.count.before_step if self.count.is_recorded else self._num_buffered
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of tokens that attention reads, and the index of the first."""
@@ -169,6 +172,10 @@ class StaticLatentCacheLayer(LatentCacheLayer):
         check_capacity(self.max_cache_len, end)
         self._num_buffered = end
         return self._buffer, start
+
+    def _move(self, device: torch.device) -> None:
+        # with the rows that are not written yet
+        self._buffer = self._buffer.to(device)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times, side by side, in a new buffer."""

@@ -1,6 +1,7 @@
 """`deepseek-latent`: generates text, inspects and converts checkpoints, and runs other tools with the plugin."""
 
 import argparse
+import os
 import sys
 
 from .. import __version__
@@ -19,13 +20,24 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
     0: done. 1: the checkpoint does not pass its check. 2: the input is unusable, for a reason printed in one sentence.
-    130: the conversion was interrupted.
+    130: it was interrupted. 141: what reads the output, such as `head`, has closed it.
     """
-    arguments, status = run_command(_parser(), argv)
-    # outside run_command, so that the tool's own exceptions and exit code pass through
-    if arguments.command == "run" and status == 0:
-        run_tool(arguments.module, arguments.script)
-    return status
+    try:
+        try:
+            arguments, status = run_command(_parser(), argv)
+            # outside run_command, so that the tool's own exceptions and exit code pass through
+            if arguments.command == "run" and status == 0:
+                run_tool(arguments.module, arguments.script)
+            return status
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("deepseek-latent: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # python flushes the output once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

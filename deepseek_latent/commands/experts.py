@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
@@ -19,7 +18,7 @@ from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import Activity, activity_of
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 from ..whole_files import whole_file
-from .terminal import quiet_transformers
+from .terminal import print_tables, quiet_transformers
 
 
 def add_command(commands) -> None:
@@ -73,7 +72,7 @@ def _experts(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_report(first, others, size), indent=2))
     else:
-        Console().print(_table(first, others), _size_table(size), sep="\n\n")
+        print_tables(_table(first, others), _size_table(size))
     return 0
 
 

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 
 from ..cache.format import CACHE_DTYPES, latent_format
@@ -12,7 +11,7 @@ from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..conversion.checkpoint import architecture_of, check_checkpoint, checkpoint_tensors, has_weights, read_config
 from ..conversion.escaping import printable
 from ..conversion.size import cached_elements_per_token, idle_parameters, parameters_by_part
-from .terminal import quiet_transformers
+from .terminal import print_tables, quiet_transformers
 
 MAX_PROBLEMS_SHOWN = 40
 
@@ -32,7 +31,7 @@ def add_command(commands) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
         config = read_config(arguments.model)
-    Console().print(_parameter_table(config), _cache_table(config), sep="\n\n")
+    print_tables(_parameter_table(config), _cache_table(config))
     folder = Path(arguments.model).expanduser()
     if not folder.is_dir() or not has_weights(folder):
         print("No files were checked, because MODEL_OR_CONFIG is not a folder with safetensors weights.")

@@ -31,6 +31,9 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     arguments.argv = argv
     try:
         return arguments, arguments.action(arguments)
+    except BrokenPipeError:
+        # of the output, not of the input
+        raise
     except (ValueError, OSError, StrictDataclassError) as error:
         # it may quote a name from a file of a stranger
         reason = shortened(printable(" ".join(str(error).split())), MAX_ERROR_LENGTH)
@@ -61,7 +64,15 @@ def print_report(report: dict, *, as_json: bool) -> None:
     for name, value in report.items():
         # not a str, in which rich would look for markup
         table.add_row(Text(name.replace("_", " ")), Text(_format(value)))
-    Console().print(table)
+    print_tables(table)
+
+
+def print_tables(*tables: Table) -> None:
+    """Prints tables as `Console.print` does, except that rich would exit with code 1 if the output was closed."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(*tables, sep="\n\n")
+    print(captured.get(), end="")
 
 
 def _format(value: list | float | int | str) -> str:

@@ -54,6 +54,9 @@ OPERATIONS = {
     "reorder": lambda cache, new: cache.reorder_cache(torch.tensor([1, 1])),
     "repeat": lambda cache, new: cache.batch_repeat_interleave(2),
     "select": lambda cache, new: cache.batch_select_indices(torch.tensor([1])),
+    "offload, then update": lambda cache, new: [
+        (layer.offload(), layer.prefetch(), layer.update(*new)) for layer in cache.layers
+    ],
 }
 
 

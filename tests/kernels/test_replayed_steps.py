@@ -31,14 +31,14 @@ class Graph:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nwith details")
         self.count = self.cache.count
-        self.held = self.count.on_device.clone()
+        self.held = self.count.before_step.clone()
         self.inside = contextlib.ExitStack()
         self.inside.enter_context(self.count.recorded())
 
     def capture_end(self) -> None:
         if not self.fails:
             self.inside.close()
-            self.count.on_device.copy_(self.held)
+            self.count.before_step.copy_(self.held)
 
     def replay(self) -> None:
         with self.count.recorded():

@@ -23,12 +23,13 @@ from .campaign import KINDS, Campaign, run_watched
 PARTS: dict[str, int] = {
     "kill_points": 10,
     "bad_disks": 4,
-    "hostile_folders": 10,
-    "batching": 2,
-    "threads": 1,
-    "soak": 2,
-    "cache_files": 10,
-    "shared_prompts": 10,
+    "hostile_folders": 6,
+    "cache_files": 6,
+    "shared_prompts": 4,
+    "steps": 6,
+    "batching": 4,
+    "threads": 2,
+    "soak": 4,
 }
 SILENCE = 120  # seconds
 
