@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -115,14 +114,20 @@ void add_experts(
   const float* share_of = shares_in_order.const_data_ptr<float>();
   std::vector<int64_t> place(num_experts, -1);
   for (int64_t i = 0; i < chosen.numel(); i++) {
-    const int64_t expert = expert_of[i], row = expert * 2 * f;
+    const int64_t expert = expert_of[i], row = expert * 2 * f, token = i / chosen.size(1);
+    TORCH_CHECK_VALUE(expert >= 0, "expected chosen experts of at least 0, got ", expert, " for token ", token, ".");
     // expert parallelism marks the choices of other ranks by an index past the last expert
     if (expert >= num_experts) continue;
+    // a token that chooses an expert twice is multiplied once: a work has no more tokens than x
+    if (place[expert] >= 0 && works[place[expert]].tokens.back() == token) {
+      works[place[expert]].shares.back() += share_of[i];
+      continue;
+    }
     if (place[expert] < 0 || works[place[expert]].tokens.size() == MAX_TOKENS) {
       place[expert] = works.size();
       works.push_back({f, gate_up.from(row), gate_up.from(row + f), down.from(expert * d)});
     }
-    works[place[expert]].tokens.push_back(i / chosen.size(1));
+    works[place[expert]].tokens.push_back(token);
     works[place[expert]].shares.push_back(share_of[i]);
   }
 }
@@ -137,30 +142,29 @@ void add_mlp(std::vector<Work<R>>& works, int64_t m, const R& gate, const R& up,
   }
 }
 
-// weights with their scales; `scales` is empty or has as many elements
-std::vector<Weight> weights_of(at::TensorList weights, at::TensorList scales) {
+// the scales of weight i; `scales` is empty or has one tensor for each of `count` weights
+const at::Tensor* scales_of(at::TensorList scales, size_t i, size_t count) {
   TORCH_CHECK_VALUE(
-      scales.empty() || scales.size() == weights.size(), "expected scales for each of ", weights.size(), " weights, got ",
-      scales.size(), ".");
-  std::vector<Weight> all;
-  for (size_t i = 0; i < weights.size(); i++) all.push_back({weights[i], scales.empty() ? nullptr : &scales[i]});
-  return all;
+      scales.empty() || scales.size() == count, "expected scales for each of ", count, " weights, got ", scales.size(), ".");
+  return scales.empty() ? nullptr : &scales[i];
 }
 
-void check_mlp(const at::Tensor& x, at::TensorList weights) {
+// gate, up and down of a SwiGLU of width d with their scales
+std::vector<Weight> weights_of_mlp(int64_t d, at::TensorList weights, at::TensorList scales) {
   TORCH_CHECK_VALUE(weights.size() == 3, "expected gate, up and down, got ", weights.size(), " weights.");
-  const at::Tensor &gate = weights[0], &up = weights[1], &down = weights[2];
-  check_tokens(x, gate.size(1));
-  TORCH_CHECK_VALUE(
-      up.sizes() == gate.sizes() && gate.size(0) == down.size(1) && down.size(0) == gate.size(1),
-      "expected gate and up [f d] and down [d f], got ", gate.sizes(), ", ", up.sizes(), " and ", down.sizes(), ".");
+  const Weight gate = weight_of(weights[0], scales_of(scales, 0, 3), "gate [f d]", {ANY, d});
+  const int64_t f = weights[0].size(0);
+  return {
+      gate, weight_of(weights[1], scales_of(scales, 1, 3), "up [f d]", {f, d}),
+      weight_of(weights[2], scales_of(scales, 2, 3), "down [d f]", {d, f})};
 }
 
 // SwiGLU of a layer: x [m d], weights gate [f d], up [f d] and down [d f], for int8 codes with scales as for `linear`: [m d]
 // in the dtype of x
 at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scales) {
-  check_mlp(x, weights);
-  const std::vector<Weight> all = weights_of(weights, scales);
+  check_tokens(x, ANY);
+  const std::vector<Weight> all = weights_of_mlp(x.size(1), weights, scales);
+  if (x.numel() == 0) return at::empty(x.sizes(), x.options());
   at::Tensor y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
@@ -176,15 +180,16 @@ at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scale
 at::Tensor experts(
     const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& chosen,
     const at::Tensor& shares, at::TensorList scales, at::TensorList shared, at::TensorList shared_scales) {
-  check_tokens(x, gate_up.size(2));
-  TORCH_CHECK_VALUE(
-      gate_up.size(1) == 2 * down.size(2) && gate_up.size(2) == down.size(1) && gate_up.size(0) == down.size(0) &&
-          chosen.sizes() == shares.sizes() && chosen.size(0) == x.size(0),
-      "expected gate_up [e 2f d] and down [e d f], and chosen experts with their shares for every token.");
-  if (!shared.empty()) check_mlp(x, shared);
-  const std::array<at::Tensor, 2> stacked{gate_up, down};
-  std::vector<Weight> all = weights_of(stacked, scales);
-  for (const Weight& weight : weights_of(shared, shared_scales)) all.push_back(weight);
+  check_tokens(x, ANY);
+  const int64_t m = x.size(0), d = x.size(1);
+  const Weight down_weight = weight_of(down, scales_of(scales, 1, 2), "down [e d f]", {ANY, d, ANY});
+  const int64_t e = down.size(0), f = down.size(2);
+  std::vector<Weight> all{weight_of(gate_up, scales_of(scales, 0, 2), "gate_up [e 2f d]", {e, 2 * f, d}), down_weight};
+  if (!shared.empty() || !shared_scales.empty())
+    for (const Weight& weight : weights_of_mlp(d, shared, shared_scales)) all.push_back(weight);
+  check(chosen, "chosen [m k]", {m, ANY}, {at::kLong});
+  check(shares, "shares [m k]", chosen.sizes(), {at::kFloat});
+  if (x.numel() == 0) return at::empty(x.sizes(), x.options());
   at::Tensor y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
