@@ -28,9 +28,9 @@ inline int64_t work_of(int64_t block, const std::vector<int64_t>& first) {
   return std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
 }
 
-// x [m d] in bfloat16 or float32: the sum over all works [m d] in the same dtype
+// x [m d] in bfloat16 or float32; y [m d] in the same dtype becomes the sum over all works
 template <class R>
-at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
+void sum_of(std::vector<Work<R>> works, const at::Tensor& x, const at::Tensor& y) {
   const int64_t m = x.size(0), d = x.size(1);
   share(works.size(), 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -74,7 +74,6 @@ at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
     }
   });
 
-  at::Tensor y = at::empty({m, d}, x.options());
   share(ceil_div(d, ROW_BLOCK), 2 * least, 2 * most, [&](int64_t begin, int64_t end) {
     const int64_t first_column = begin * ROW_BLOCK, columns = std::min(end * ROW_BLOCK, d) - first_column;
     alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
@@ -100,7 +99,6 @@ at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
           to[i * d + first_column + c] = static_cast<Result>(total[i * columns + c]);
     });
   });
-  return y;
 }
 
 // adds the chosen experts: rows of gate_up [e 2f d] and down [e d f], chosen [m k] int64, shares [m k] float32
@@ -164,12 +162,12 @@ std::vector<Weight> weights_of_mlp(int64_t d, at::TensorList weights, at::Tensor
 at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scales) {
   check_tokens(x, ANY);
   const std::vector<Weight> all = weights_of_mlp(x.size(1), weights, scales);
-  if (x.numel() == 0) return at::empty(x.sizes(), x.options());
-  at::Tensor y;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
     add_mlp(works, x.size(0), rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), weights[2].size(1));
-    y = sum_of(std::move(works), x);
+    sum_of(std::move(works), x, y);
   });
   return y;
 }
@@ -189,15 +187,15 @@ at::Tensor experts(
     for (const Weight& weight : weights_of_mlp(d, shared, shared_scales)) all.push_back(weight);
   check(chosen, "chosen [m k]", {m, ANY}, {at::kLong});
   check(shares, "shares [m k]", chosen.sizes(), {at::kFloat});
-  if (x.numel() == 0) return at::empty(x.sizes(), x.options());
-  at::Tensor y;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
     // the widest first, so that short ranges are left for the end
     if (!shared.empty())
       add_mlp(works, x.size(0), rows_of(all[2]), rows_of(all[3]), rows_of(all[4]), shared[2].size(1));
     add_experts(works, rows_of(all[0]), rows_of(all[1]), down.sizes(), chosen, shares);
-    y = sum_of(std::move(works), x);
+    sum_of(std::move(works), x, y);
   });
   return y;
 }

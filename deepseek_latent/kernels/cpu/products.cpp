@@ -62,7 +62,6 @@ at::Tensor grouped(
   check(ends, "ends [e]", {weight.size(0)}, {at::kInt});
   check_contiguous(ends, "ends [e]");
   at::Tensor y = at::empty({m, n}, x.options());
-  if (y.numel() == 0) return y;
   std::vector<Inputs> inputs;
   std::vector<std::pair<int64_t, int64_t>> expert_and_row;  // of the first token of each element of inputs
   int64_t row = 0;
@@ -77,6 +76,7 @@ at::Tensor grouped(
       row += inputs.back().m;
     }
   }
+  if (y.numel() == 0) return y;
   y.slice(0, row).zero_();
   with_floats(x, [&](auto* data) {
     share(inputs.size(), 1, 1, [&](int64_t begin, int64_t end) {

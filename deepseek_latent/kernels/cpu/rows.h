@@ -137,7 +137,8 @@ void with_rows(const std::vector<Weight>& weights, Body body) {
   const Weight& first = weights[0];
   bool is_grouped = false;
   for (const Weight& weight : weights) {
-    TORCH_CHECK_VALUE(weight.elements.scalar_type() == first.elements.scalar_type(), "expected weights of one dtype.");
+    const at::ScalarType dtype = first.elements.scalar_type(), got = weight.elements.scalar_type();
+    TORCH_CHECK_VALUE(got == dtype, "expected weights of one dtype, got ", dtype, " and ", got, ".");
     is_grouped |= weight.num_groups() > 1;
   }
   if (is_grouped) return body([](const Weight& weight) { return GroupedRows(weight); });
