@@ -50,8 +50,14 @@ def run(campaign: Campaign) -> None:
 
 def _start_again(campaign: Campaign) -> None:
     """Starts this process again with AddressSanitizer loaded before everything else, as it has to be."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # AddressSanitizer looks for the function that throws exceptions when it starts, and python has none
+    libraries = [_path_of(name) for name in ("libasan.so", "libstdc++.so")]
     # `run_watched` has pointed stdout to stderr
     os.dup2(campaign.watcher.fileno(), 1)
-    own = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    own = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1"}
     os.execve(sys.executable, sys.orig_argv, os.environ | own)
+
+
+def _path_of(library: str) -> str:
+    command = ["g++", f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
