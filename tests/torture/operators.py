@@ -5,12 +5,9 @@ sanitizers, so that a read or write out of bounds ends the process with a report
 """
 
 import os
+import random
 import subprocess
 import sys
-
-from deepseek_latent.kernels.cpu import build, library
-from tests.kernels.operator_calls import CHANGES, changed, draw, judge, places_of, with_other_options
-from tests.kernels.operator_references import REFERENCES
 
 from .campaign import Campaign
 
@@ -20,25 +17,21 @@ OPTIONS = "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=409
 
 
 def run(campaign: Campaign) -> None:
-    build.FLAGS = (*FLAGS, *SANITIZERS)
     if "LD_PRELOAD" not in os.environ:
         _start_again(campaign)
     # not for the compiler
     del os.environ["LD_PRELOAD"]
     with campaign.preparing():
+        # torch is imported late, since nothing of it is left when the process starts again
+        from deepseek_latent.kernels.cpu import build, library
+        from tests.kernels.operator_calls import judge
+        from tests.kernels.operator_references import REFERENCES
+
+        build.FLAGS = (*FLAGS, *SANITIZERS)
         library.load_operators()
     for source in campaign.cases():
         operator = source.choice([*REFERENCES])
-        arguments, changes = draw(operator, source), []
-        for _ in range(source.choice([0, 1, 1, 2])):
-            if source.random() < 0.2:
-                arguments = with_other_options(arguments, source)
-                changes.append("options")
-            elif places := places_of(arguments):
-                place, change = source.choice(places), source.choice(CHANGES)
-                other = changed(arguments, place, change, source)
-                arguments = other or arguments
-                changes += [f"{change.__name__} {place}"] if other else []
+        arguments, changes = _arguments(operator, source)
         verdict = judge(operator, arguments)
         campaign.count(f"{operator} calls")
         if verdict in ("right", "refused"):
@@ -46,6 +39,23 @@ def run(campaign: Campaign) -> None:
         else:
             kind, reason = verdict.split(": ", 1)
             campaign.finding(kind, f"{operator} with {' and '.join(changes) or 'right arguments'}: {reason}")
+
+
+def _arguments(operator: str, source: random.Random) -> tuple[dict, list[str]]:
+    """Arguments that were right before up to two changes, and what these were."""
+    from tests.kernels.operator_calls import CHANGES, changed, draw, places_of, with_other_options
+
+    arguments, changes = draw(operator, source), []
+    for _ in range(source.choice([0, 1, 1, 2])):
+        if source.random() < 0.2:
+            arguments = with_other_options(arguments, source)
+            changes.append("options")
+        elif places := places_of(arguments):
+            place, change = source.choice(places), source.choice(CHANGES)
+            other = changed(arguments, place, change, source)
+            arguments = other or arguments
+            changes += [f"{change.__name__} {place}"] if other else []
+    return arguments, changes
 
 
 def _start_again(campaign: Campaign) -> None:
