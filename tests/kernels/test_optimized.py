@@ -1,8 +1,6 @@
 """A model that computes with the operators in C++ gives the results of the model as it was."""
 
 import copy
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,19 +231,3 @@ def test_a_model_on_another_device_or_in_another_dtype_is_refused():
 def test_anything_but_a_model_is_refused_by_its_class(thing):
     with pytest.raises(TypeError, match=f"expected a model of transformers or peft, got {type(thing).__name__}"):
         optimize_for_inference(thing)
-
-
-def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"found neither g\+\+ nor clang\+\+; install one"):
-        library._build_library()
-
-
-def test_a_failed_build_gives_its_reason_and_leaves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "constants", SimpleNamespace(HF_HOME=tmp_path))
-    monkeypatch.setattr(library, "HERE", tmp_path)
-    for name in library.SOURCES:
-        (tmp_path / name).write_text("#error no luck today\n")
-    with pytest.raises(RuntimeError, match=r"could not build the kernels: .*no luck today"):
-        library._build_library()
-    assert not list((tmp_path / "deepseek_latent").iterdir())

@@ -30,6 +30,7 @@ PARTS: dict[str, int] = {
     "batching": 4,
     "threads": 2,
     "soak": 4,
+    "operators": 6,
 }
 SILENCE = 120  # seconds
 

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -50,6 +51,23 @@ class Campaign:
             self.counts["inputs"] += 1
             yield random.Random(f"{self.seed}/{self.case}")
             done += 1
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """For a block that may be silent for longer than the one that watches would wait."""
+        done = threading.Event()
+
+        def tell():
+            while not done.wait(20):
+                self._report({"case": self.first})
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+            teller.join()
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] += number

@@ -76,16 +76,31 @@ Aligned side_by_side(const Problem& p, const at::Tensor& absorbed, const at::Ten
   return queries;
 }
 
+// the bytes of a stored latent
+int64_t bytes_of(int64_t c, at::ScalarType kind, c10::string_view bits) {
+  if (bits.empty()) return c * (kind == at::kBFloat16 ? sizeof(c10::BFloat16) : sizeof(float));
+  return bits == "fp8" ? Float8{c}.bytes() : Integers(c, bits[0] - '0').bytes();
+}
+
 // sets the tokens of a problem from the arguments of `attend`
-void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys, bool in_codes) {
-  TORCH_CHECK_VALUE(latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as keys.");
-  const at::ScalarType kind = latents[0].scalar_type();
+void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys, c10::string_view bits) {
+  TORCH_CHECK_VALUE(
+      bits.empty() || bits == "8" || bits == "6" || bits == "5" || bits == "4" || bits == "fp8",
+      "expected bits among '', '8', '6', '5', '4' and 'fp8', got '", bits, "'.");
+  TORCH_CHECK_VALUE(
+      latents.size() > 0 && latents.size() == rotary_keys.size(), "expected as many latents as rotary keys, and at least one, ",
+      "got ", latents.size(), " and ", rotary_keys.size(), ".");
+  const at::ScalarType first = latents[0].scalar_type();
+  const at::ScalarType kind = bits.empty() && first == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const at::ScalarType stored = bits.empty() ? kind : at::kByte, key = bits.empty() ? kind : at::kBFloat16;
+  const int64_t width = bytes_of(p.c, kind, bits) / static_cast<int64_t>(c10::elementSize(stored));
   for (size_t i = 0; i < latents.size(); i++) {
     const at::Tensor &latent = latents[i], &rotary = rotary_keys[i];
-    TORCH_CHECK_VALUE(
-        latent.stride(2) == 1 && rotary.stride(2) == 1 && rotary.size(2) == p.r && latent.scalar_type() == kind &&
-            rotary.scalar_type() == (in_codes ? at::kBFloat16 : kind),
-        "expected latents and rotary keys of one dtype, whose elements follow each other.");
+    const bool is_shared = latent.dim() > 0 && latent.size(0) == 1, is_key_shared = rotary.dim() > 0 && rotary.size(0) == 1;
+    check(latent, "latents [b or 1, t, width]", {is_shared ? 1 : p.batch, ANY, width}, {stored});
+    check(rotary, "rotary keys [b or 1, t, r]", {is_key_shared ? 1 : p.batch, latent.size(1), p.r}, {key});
+    check_rows(latent, "latents [b or 1, t, width]");
+    check_rows(rotary, "rotary keys [b or 1, t, r]");
     const int64_t a = latent.element_size(), b = rotary.element_size();
     p.segments.push_back(
         {static_cast<const char*>(latent.const_data_ptr()), static_cast<const char*>(rotary.const_data_ptr()),
@@ -102,6 +117,7 @@ void read_mask(Problem& p, const at::Tensor& mask) {
     TORCH_CHECK_VALUE(
         mask.dim() == 4 && (mask.size(i) == sizes[i] || (i < 2 && mask.size(i) == 1)), "expected a mask of [b or 1, 1 ",
         "or h, s, t] = ", at::IntArrayRef(sizes), ", got ", mask.sizes(), ".");
+  check(mask, "a mask", mask.sizes(), {at::kFloat});
   p.mask = mask.const_data_ptr<float>();
   for (int i = 0; i < 4; i++) p.mask_steps[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
 }
@@ -113,17 +129,18 @@ void read_mask(Problem& p, const at::Tensor& mask) {
 at::Tensor attend(
     const at::Tensor& absorbed, const at::Tensor& q_rotary, at::TensorList latents, at::TensorList rotary_keys,
     double scale, const std::optional<at::Tensor>& mask, c10::string_view bits) {
-  TORCH_CHECK_VALUE(absorbed.is_contiguous() && absorbed.scalar_type() == at::kFloat, "expected queries in float32.");
+  check(absorbed, "absorbed [b s h c]", {ANY, ANY, ANY, ANY}, {at::kFloat});
+  check_contiguous(absorbed, "absorbed [b s h c]");
+  check(q_rotary, "q_rotary [b s h r]", {absorbed.size(0), absorbed.size(1), absorbed.size(2), ANY}, FLOATS);
   Problem p{};
   p.batch = absorbed.size(0), p.queries = absorbed.size(1), p.heads = absorbed.size(2), p.c = absorbed.size(3);
   p.rows = p.queries * p.heads, p.padded_rows = ceil_div(p.rows, LANES) * LANES, p.r = q_rotary.size(3);
-  read_tokens(p, latents, rotary_keys, !bits.empty());
+  read_tokens(p, latents, rotary_keys, bits);
   if (mask) read_mask(p, *mask);
-  const Aligned queries = side_by_side(p, absorbed, q_rotary, scale);
   at::Tensor context = at::empty_like(absorbed);
+  if (context.numel() == 0) return context;
+  const Aligned queries = side_by_side(p, absorbed, q_rotary, scale);
   const auto attend_to = [&](const auto& rows) {
-    const int64_t width = rows.bytes() / latents[0].element_size();
-    TORCH_CHECK_VALUE(latents[0].size(2) == width, "expected latents of width ", width, ", got ", latents[0].sizes());
     attend_to_all(p, rows, queries, context.mutable_data_ptr<float>());
   };
   if (bits == "fp8") {
@@ -133,7 +150,6 @@ at::Tensor attend(
   } else if (latents[0].scalar_type() == at::kBFloat16) {
     attend_to(Plain<c10::BFloat16>{p.c});
   } else {
-    TORCH_CHECK_VALUE(latents[0].scalar_type() == at::kFloat, "expected latents of bfloat16 or float32.");
     attend_to(Plain<float>{p.c});
   }
   return context;
@@ -145,6 +161,7 @@ at::Tensor attention(
     const at::Tensor& q_content, const at::Tensor& q_rotary, const at::Tensor& w_uk, const at::Tensor& w_uv,
     at::TensorList latents, at::TensorList rotary_keys, double scale, const std::optional<at::Tensor>& mask,
     c10::string_view bits) {
+  check(q_content, "q_content [b s h n]", {ANY, ANY, ANY, ANY}, FLOATS);
   const at::Tensor absorbed = absorb(q_content.flatten(0, 1), w_uk).unflatten(0, q_content.sizes().slice(0, 2));
   const at::Tensor context = attend(absorbed, q_rotary, latents, rotary_keys, scale, mask, bits);
   return expand(context.flatten(0, 1), w_uv).unflatten(0, q_content.sizes().slice(0, 2));

@@ -40,7 +40,12 @@ struct Integers {
 
   void read(const char* row, float* to) const {
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(row);
-    const auto* scales = reinterpret_cast<const c10::BFloat16*>(row + first_scale());
+    // a row may begin at any byte
+    const auto scale_of = [&](int64_t i) {
+      c10::BFloat16 scale;
+      std::memcpy(&scale, row + first_scale() + i / PLANE * sizeof scale, sizeof scale);
+      return static_cast<float>(scale);
+    };
     const float middle = 0.5f - (1 << (bits - 1));
     for (int64_t p = 0; p * code_plane < c; p++) {
       const int64_t start = p * code_plane, count = std::min(code_plane, c - start);
@@ -49,11 +54,11 @@ struct Integers {
       for (int64_t i = 0; i < whole; i += LANES) {
         const auto byte = [&](int64_t k) { return widen_words(load<UnsignedBytes>(codes + k * code_plane + i)); };
         const Floats x = __builtin_convertvector(code<Ints>(p, byte), Floats);
-        store(to + start + i, (x + middle) * static_cast<float>(scales[(start + i) / PLANE]));
+        store(to + start + i, (x + middle) * scale_of(start + i));
       }
       for (int64_t i = whole; i < count; i++) {
         const auto byte = [&](int64_t k) { return int(codes[k * code_plane + i]); };
-        to[start + i] = (code<int>(p, byte) + middle) * static_cast<float>(scales[(start + i) / PLANE]);
+        to[start + i] = (code<int>(p, byte) + middle) * scale_of(start + i);
       }
     }
   }

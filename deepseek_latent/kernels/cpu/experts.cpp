@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -29,9 +28,9 @@ inline int64_t work_of(int64_t block, const std::vector<int64_t>& first) {
   return std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
 }
 
-// x [m d] in bfloat16 or float32: the sum over all works [m d] in the same dtype
+// x [m d] in bfloat16 or float32; y [m d] in the same dtype becomes the sum over all works
 template <class R>
-at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
+void sum_of(std::vector<Work<R>> works, const at::Tensor& x, const at::Tensor& y) {
   const int64_t m = x.size(0), d = x.size(1);
   share(works.size(), 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -75,7 +74,6 @@ at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
     }
   });
 
-  at::Tensor y = at::empty({m, d}, x.options());
   share(ceil_div(d, ROW_BLOCK), 2 * least, 2 * most, [&](int64_t begin, int64_t end) {
     const int64_t first_column = begin * ROW_BLOCK, columns = std::min(end * ROW_BLOCK, d) - first_column;
     alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
@@ -101,7 +99,6 @@ at::Tensor sum_of(std::vector<Work<R>> works, const at::Tensor& x) {
           to[i * d + first_column + c] = static_cast<Result>(total[i * columns + c]);
     });
   });
-  return y;
 }
 
 // adds the chosen experts: rows of gate_up [e 2f d] and down [e d f], chosen [m k] int64, shares [m k] float32
@@ -115,14 +112,20 @@ void add_experts(
   const float* share_of = shares_in_order.const_data_ptr<float>();
   std::vector<int64_t> place(num_experts, -1);
   for (int64_t i = 0; i < chosen.numel(); i++) {
-    const int64_t expert = expert_of[i], row = expert * 2 * f;
+    const int64_t expert = expert_of[i], row = expert * 2 * f, token = i / chosen.size(1);
+    TORCH_CHECK_VALUE(expert >= 0, "expected chosen experts of at least 0, got ", expert, " for token ", token, ".");
     // expert parallelism marks the choices of other ranks by an index past the last expert
     if (expert >= num_experts) continue;
+    // a token that chooses an expert twice is multiplied once: a work has no more tokens than x
+    if (place[expert] >= 0 && works[place[expert]].tokens.back() == token) {
+      works[place[expert]].shares.back() += share_of[i];
+      continue;
+    }
     if (place[expert] < 0 || works[place[expert]].tokens.size() == MAX_TOKENS) {
       place[expert] = works.size();
       works.push_back({f, gate_up.from(row), gate_up.from(row + f), down.from(expert * d)});
     }
-    works[place[expert]].tokens.push_back(i / chosen.size(1));
+    works[place[expert]].tokens.push_back(token);
     works[place[expert]].shares.push_back(share_of[i]);
   }
 }
@@ -137,35 +140,34 @@ void add_mlp(std::vector<Work<R>>& works, int64_t m, const R& gate, const R& up,
   }
 }
 
-// weights with their scales; `scales` is empty or has as many elements
-std::vector<Weight> weights_of(at::TensorList weights, at::TensorList scales) {
+// the scales of weight i; `scales` is empty or has one tensor for each of `count` weights
+const at::Tensor* scales_of(at::TensorList scales, size_t i, size_t count) {
   TORCH_CHECK_VALUE(
-      scales.empty() || scales.size() == weights.size(), "expected scales for each of ", weights.size(), " weights, got ",
-      scales.size(), ".");
-  std::vector<Weight> all;
-  for (size_t i = 0; i < weights.size(); i++) all.push_back({weights[i], scales.empty() ? nullptr : &scales[i]});
-  return all;
+      scales.empty() || scales.size() == count, "expected scales for each of ", count, " weights, got ", scales.size(), ".");
+  return scales.empty() ? nullptr : &scales[i];
 }
 
-void check_mlp(const at::Tensor& x, at::TensorList weights) {
+// gate, up and down of a SwiGLU of width d with their scales
+std::vector<Weight> weights_of_mlp(int64_t d, at::TensorList weights, at::TensorList scales) {
   TORCH_CHECK_VALUE(weights.size() == 3, "expected gate, up and down, got ", weights.size(), " weights.");
-  const at::Tensor &gate = weights[0], &up = weights[1], &down = weights[2];
-  check_tokens(x, gate.size(1));
-  TORCH_CHECK_VALUE(
-      up.sizes() == gate.sizes() && gate.size(0) == down.size(1) && down.size(0) == gate.size(1),
-      "expected gate and up [f d] and down [d f], got ", gate.sizes(), ", ", up.sizes(), " and ", down.sizes(), ".");
+  const Weight gate = weight_of(weights[0], scales_of(scales, 0, 3), "gate [f d]", {ANY, d});
+  const int64_t f = weights[0].size(0);
+  return {
+      gate, weight_of(weights[1], scales_of(scales, 1, 3), "up [f d]", {f, d}),
+      weight_of(weights[2], scales_of(scales, 2, 3), "down [d f]", {d, f})};
 }
 
 // SwiGLU of a layer: x [m d], weights gate [f d], up [f d] and down [d f], for int8 codes with scales as for `linear`: [m d]
 // in the dtype of x
 at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scales) {
-  check_mlp(x, weights);
-  const std::vector<Weight> all = weights_of(weights, scales);
-  at::Tensor y;
+  check_tokens(x, ANY);
+  const std::vector<Weight> all = weights_of_mlp(x.size(1), weights, scales);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
     add_mlp(works, x.size(0), rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), weights[2].size(1));
-    y = sum_of(std::move(works), x);
+    sum_of(std::move(works), x, y);
   });
   return y;
 }
@@ -176,23 +178,24 @@ at::Tensor mlp(const at::Tensor& x, at::TensorList weights, at::TensorList scale
 at::Tensor experts(
     const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& chosen,
     const at::Tensor& shares, at::TensorList scales, at::TensorList shared, at::TensorList shared_scales) {
-  check_tokens(x, gate_up.size(2));
-  TORCH_CHECK_VALUE(
-      gate_up.size(1) == 2 * down.size(2) && gate_up.size(2) == down.size(1) && gate_up.size(0) == down.size(0) &&
-          chosen.sizes() == shares.sizes() && chosen.size(0) == x.size(0),
-      "expected gate_up [e 2f d] and down [e d f], and chosen experts with their shares for every token.");
-  if (!shared.empty()) check_mlp(x, shared);
-  const std::array<at::Tensor, 2> stacked{gate_up, down};
-  std::vector<Weight> all = weights_of(stacked, scales);
-  for (const Weight& weight : weights_of(shared, shared_scales)) all.push_back(weight);
-  at::Tensor y;
+  check_tokens(x, ANY);
+  const int64_t m = x.size(0), d = x.size(1);
+  const Weight down_weight = weight_of(down, scales_of(scales, 1, 2), "down [e d f]", {ANY, d, ANY});
+  const int64_t e = down.size(0), f = down.size(2);
+  std::vector<Weight> all{weight_of(gate_up, scales_of(scales, 0, 2), "gate_up [e 2f d]", {e, 2 * f, d}), down_weight};
+  if (!shared.empty() || !shared_scales.empty())
+    for (const Weight& weight : weights_of_mlp(d, shared, shared_scales)) all.push_back(weight);
+  check(chosen, "chosen [m k]", {m, ANY}, {at::kLong});
+  check(shares, "shares [m k]", chosen.sizes(), {at::kFloat});
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_rows(all, [&](auto rows_of) {
     std::vector<Work<decltype(rows_of(all[0]))>> works;
     // the widest first, so that short ranges are left for the end
     if (!shared.empty())
       add_mlp(works, x.size(0), rows_of(all[2]), rows_of(all[3]), rows_of(all[4]), shared[2].size(1));
     add_experts(works, rows_of(all[0]), rows_of(all[1]), down.sizes(), chosen, shares);
-    y = sum_of(std::move(works), x);
+    sum_of(std::move(works), x, y);
   });
   return y;
 }

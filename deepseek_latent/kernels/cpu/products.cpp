@@ -3,6 +3,7 @@
 // Letters: m tokens, e experts, n rows of a weight, k their width.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zero.h>
 #include <torch/library.h>
 
 #include "projections.h"
@@ -25,13 +26,14 @@ std::vector<Inputs> inputs_of(const at::Tensor& x, at::ScalarType weight_dtype) 
 
 // x [m k] times weight [n k], for int8 codes with scales [n] or [n groups]: [m n] in the dtype of x
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales) {
+  const Weight checked = weight_of(weight, scales, "weight [n k]", {ANY, ANY});
   const int64_t n = weight.size(0);
   check_tokens(x, weight.size(1));
-  const std::vector<Inputs> inputs = inputs_of(x, weight.scalar_type());
   at::Tensor y = at::empty({x.size(0), n}, x.options());
-  if (inputs.empty()) return y;
-  with_rows({weight_of(weight, scales)}, [&](auto rows_of) {
-    const auto rows = rows_of(weight_of(weight, scales));
+  if (y.numel() == 0) return y;
+  const std::vector<Inputs> inputs = inputs_of(x, weight.scalar_type());
+  with_rows({checked}, [&](auto rows_of) {
+    const auto rows = rows_of(checked);
     with_floats(y, [&](auto* to) {
       using Result = std::remove_pointer_t<decltype(to)>;
       if (x.size(0) <= MAX_DOT_TOKENS)
@@ -50,31 +52,40 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 }
 
 // Rows x [m k] in the order of experts, where each expert's rows end before ends [e] int32, times their weights [e n k], for
-// int8 codes with scales [e n] or [e n groups]: [m n] in the dtype of x
+// int8 codes with scales [e n] or [e n groups]: [m n] in the dtype of x; rows after the last end are of no expert and give
+// zeros
 at::Tensor grouped(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& ends, const std::optional<at::Tensor>& scales) {
-  const int64_t n = weight.size(1), k = weight.size(2);
-  check_tokens(x, k);
-  TORCH_CHECK_VALUE(
-      ends.scalar_type() == at::kInt && ends.is_contiguous() && ends.numel() == weight.size(0),
-      "expected int32 ends of all experts.");
+  const Weight checked = weight_of(weight, scales, "weight [e n k]", {ANY, ANY, ANY});
+  check_tokens(x, weight.size(2));
+  const int64_t m = x.size(0), n = weight.size(1), k = weight.size(2);
+  check(ends, "ends [e]", {weight.size(0)}, {at::kInt});
+  check_contiguous(ends, "ends [e]");
+  at::Tensor y = at::empty({m, n}, x.options());
   std::vector<Inputs> inputs;
   std::vector<std::pair<int64_t, int64_t>> expert_and_row;  // of the first token of each element of inputs
-  for (int64_t expert = 0, row = 0; expert < ends.numel(); expert++)
-    for (const int64_t end = std::min<int64_t>(ends.const_data_ptr<int32_t>()[expert], x.size(0)); row < end;) {
+  int64_t row = 0;
+  for (int64_t expert = 0; expert < ends.numel(); expert++) {
+    const int64_t end = ends.const_data_ptr<int32_t>()[expert];
+    TORCH_CHECK_VALUE(
+        row <= end && end <= m, "expected ends that do not decrease, up to ", m, " rows, got ", end, " after ", row,
+        " for expert ", expert, ".");
+    while (row < end) {
       expert_and_row.emplace_back(expert, row);
       inputs.emplace_back(std::min(MAX_TOKENS, end - row), k, weight.scalar_type() == at::kBFloat16);
       row += inputs.back().m;
     }
-  at::Tensor y = at::empty({x.size(0), n}, x.options());
+  }
+  if (y.numel() == 0) return y;
+  y.slice(0, row).zero_();
   with_floats(x, [&](auto* data) {
     share(inputs.size(), 1, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         inputs[i].put([&](int64_t row) { return data + (expert_and_row[i].second + row) * x.stride(0); });
     });
   });
-  with_rows({weight_of(weight, scales)}, [&](auto rows_of) {
-    const auto rows = rows_of(weight_of(weight, scales));
+  with_rows({checked}, [&](auto rows_of) {
+    const auto rows = rows_of(checked);
     with_floats(y, [&](auto* to) {
       using Result = std::remove_pointer_t<decltype(to)>;
       std::vector<Product<std::remove_const_t<decltype(rows)>, Result>> products;

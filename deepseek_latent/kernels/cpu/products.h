@@ -241,10 +241,4 @@ void multiply_all(const std::vector<Product<R, Y>>& products) {
   });
 }
 
-// throws unless x holds tokens [m k]
-inline void check_tokens(const at::Tensor& x, int64_t k) {
-  TORCH_CHECK_VALUE(
-      x.dim() == 2 && x.stride(1) == 1 && x.size(1) == k, "expected tokens [m ", k, "], got ", x.sizes(), ".");
-}
-
 }  // namespace latent

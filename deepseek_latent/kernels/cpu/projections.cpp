@@ -29,9 +29,14 @@ void add_rows(const T* rows, int64_t step, int64_t i, int64_t n, int64_t c, cons
 
 // x [m h n] times w [h n c] per head: [m h c] in float32
 at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
-  const int64_t m = x.size(0), h = w.size(0), n = w.size(1), c = w.size(2);
-  TORCH_CHECK_VALUE(w.stride(2) == 1 && x.stride(2) == 1 && x.size(1) == h && x.size(2) == n, "expected x [m h n]");
+  check(w, "w [h n c]", {ANY, ANY, ANY}, FLOATS);
+  const int64_t h = w.size(0), n = w.size(1), c = w.size(2);
+  check(x, "x [m h n]", {ANY, h, n}, FLOATS);
+  check_rows(w, "w [h n c]");
+  check_rows(x, "x [m h n]");
+  const int64_t m = x.size(0);
   at::Tensor y = at::empty({m, h, c}, x.options().dtype(at::kFloat));
+  if (y.numel() == 0) return y;
   float* to = y.mutable_data_ptr<float>();
   with_floats(x, [&](auto* from) {
     with_floats(w, [&](auto* weight) {
@@ -53,9 +58,14 @@ at::Tensor absorb(const at::Tensor& x, const at::Tensor& w) {
 
 // x [m h c] in float32 times w [h v c] per head: [m h v] in the dtype of w
 at::Tensor expand(const at::Tensor& x, const at::Tensor& w) {
-  const int64_t m = x.size(0), h = w.size(0), v = w.size(1), c = w.size(2);
-  TORCH_CHECK_VALUE(w.stride(2) == 1 && x.is_contiguous() && x.size(1) == h && x.size(2) == c, "expected x [m h c]");
+  check(w, "w [h v c]", {ANY, ANY, ANY}, FLOATS);
+  const int64_t h = w.size(0), v = w.size(1), c = w.size(2);
+  check(x, "x [m h c]", {ANY, h, c}, {at::kFloat});
+  check_rows(w, "w [h v c]");
+  check_contiguous(x, "x [m h c]");
+  const int64_t m = x.size(0);
   at::Tensor y = at::empty({m, h, v}, w.options());
+  if (y.numel() == 0) return y;
   const float* from = x.const_data_ptr<float>();
   with_floats(w, [&](auto* weight) {
     auto* to = static_cast<std::remove_pointer_t<decltype(weight)>*>(y.mutable_data_ptr());
@@ -91,10 +101,14 @@ void norm_row(const T* x, const T* weight, int64_t d, float eps, T* y) {
 
 // RMSNorm of x [.. d] with weight [d], in float32, rounded once
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  const int64_t d = x.size(-1);
-  TORCH_CHECK_VALUE(
-      x.is_contiguous() && weight.numel() == d && weight.scalar_type() == x.scalar_type(), "expected rows of ", d);
+  check(weight, "weight [d]", {ANY}, FLOATS);
+  const int64_t d = weight.size(0);
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == d, "expected x [.. d] with rows of ", d, ", got ", x.sizes(), ".");
+  check(x, "x [.. d]", x.sizes(), {weight.scalar_type()});
+  check_contiguous(weight, "weight [d]");
+  check_contiguous(x, "x [.. d]");
   at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_floats(x, [&](auto* from) {
     using T = std::remove_pointer_t<decltype(from)>;
     const T* factors = static_cast<const T*>(weight.const_data_ptr());
@@ -116,15 +130,25 @@ void rotate_row(const T* x, const float* cos, const float* sin, int64_t r, T* y)
   }
 }
 
+// throws unless the angles of b sequences of s tokens have their cos and sin [b or 1, s, r / 2] in float32
+void check_angles(const at::Tensor& cos, const at::Tensor& sin, int64_t b, int64_t s) {
+  check(cos, "cos [b or 1, s, r / 2]", {cos.dim() > 0 && cos.size(0) == 1 ? 1 : b, s, ANY}, {at::kFloat});
+  check(sin, "sin, like cos,", cos.sizes(), {at::kFloat});
+}
+
 // rotates the pairs (2i, 2i + 1) of x [b s r] or [b s h r] by the angles whose cos and sin are [b or 1, s, r / 2] in float32
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, "expected x [b s r] or [b s h r], got ", x.sizes(), ".");
+  check_angles(cos, sin, x.size(0), x.size(1));
+  TORCH_CHECK_VALUE(
+      x.size(-1) == 2 * cos.size(2), "expected x [.. r] with r = ", 2 * cos.size(2), ", twice the number of angles, got ",
+      x.sizes(), ".");
+  check(x, "x [.. r]", x.sizes(), FLOATS);
+  check_rows(x, "x [.. r]");
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const int64_t s = x.size(1), h = x.dim() == 4 ? x.size(2) : 1, r = x.size(-1), step = x.dim() == 4 ? x.stride(2) : 0;
-  TORCH_CHECK_VALUE(
-      x.stride(-1) == 1 && cos.sizes() == sin.sizes() && (cos.size(0) == x.size(0) || cos.size(0) == 1) &&
-          cos.size(1) == s && 2 * cos.size(2) == r,
-      "expected x [b s (h) r] and angles [b or 1, s, r / 2], got ", x.sizes(), " and ", cos.sizes(), ".");
   at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
   with_floats(x, [&](auto* from) {
     using T = std::remove_pointer_t<decltype(from)>;
     T* to = static_cast<T*>(y.mutable_data_ptr());
@@ -149,22 +173,25 @@ std::tuple<at::Tensor, at::Tensor> project(
     const at::Tensor& q_x, const at::Tensor& q, const std::optional<at::Tensor>& q_scales, const at::Tensor& x,
     const at::Tensor& kv_a, const std::optional<at::Tensor>& kv_a_scales, const at::Tensor& norm, double eps,
     const at::Tensor& cos, const at::Tensor& sin, int64_t head_width) {
-  const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+  check(x, "x [b s d]", {ANY, ANY, ANY}, FLOATS);
+  check(q_x, "q_x [b s a]", {x.size(0), x.size(1), ANY}, {x.scalar_type()});
+  check(norm, "norm [c]", {ANY}, {x.scalar_type()});
+  check_contiguous(norm, "norm [c]");
+  check_angles(cos, sin, x.size(0), x.size(1));
   const int64_t s = x.size(1), m = x.size(0) * s, c = norm.size(0), r = 2 * cos.size(2);
-  const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
-  check_tokens(flat_q_x, q.size(1));
-  check_tokens(flat_x, kv_a.size(1));
+  TORCH_CHECK_VALUE(m <= MAX_DOT_TOKENS, "expected at most ", MAX_DOT_TOKENS, " tokens, got ", m, "; use `linear`.");
+  const Weight q_weight = weight_of(q, q_scales, "q [h(n+r) a]", {ANY, q_x.size(2)});
+  const Weight kv_weight = weight_of(kv_a, kv_a_scales, "kv_a [c+r d]", {c + r, x.size(2)});
   TORCH_CHECK_VALUE(
-      m <= MAX_DOT_TOKENS && kv_a.size(0) == c + r && q.size(0) % head_width == 0 && head_width >= r &&
-          norm.scalar_type() == x.scalar_type() &&
-          q_x.scalar_type() == x.scalar_type() && cos.size(1) == s && cos.sizes() == sin.sizes() &&
-          (cos.size(0) == x.size(0) || cos.size(0) == 1),
-      "expected at most ", MAX_DOT_TOKENS, " tokens, norm and tokens of one dtype, and a row of ", c, " + ", r, ".");
+      head_width > 0 && head_width >= r && q.size(0) % head_width == 0, "expected head_width, at least r = ", r, ", to divide ",
+      "the ", q.size(0), " rows of q, got ", head_width, ".");
+  const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+  const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
   at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
   at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
+  if (m == 0) return {queries, rows};
   const std::vector<Inputs> for_q = inputs_of(flat_q_x, q.scalar_type());
   const std::vector<Inputs> for_kv = inputs_of(flat_x, kv_a.scalar_type());
-  const Weight q_weight = weight_of(q, q_scales), kv_weight = weight_of(kv_a, kv_a_scales);
   with_rows({q_weight, kv_weight}, [&](auto rows_of) {
     using R = decltype(rows_of(q_weight));
     with_floats(queries, [&](auto* query) {

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "vectors.h"
 
 namespace latent {
@@ -40,23 +41,31 @@ struct Weight {
     if (!scales) return {};
     return {scales->const_data_ptr(), scales->scalar_type() == at::kBFloat16};
   }
-  // throws unless the elements and scales can be read row by row
-  void check() const {
-    TORCH_CHECK_VALUE(
-        elements.is_contiguous(), "expected a weight whose rows follow each other, got strides ", elements.strides(), ".");
-    TORCH_CHECK_VALUE(is_int8() == (scales != nullptr), "expected scales for an int8 weight, and for no other.");
-    if (!scales) return;
-    const int64_t groups = num_groups();
-    TORCH_CHECK_VALUE(
-        scales->is_contiguous() && (scales->scalar_type() == at::kFloat || scales->scalar_type() == at::kBFloat16) &&
-            groups > 0 && width() % groups == 0 && scales->numel() * width() == elements.numel() * groups,
-        "expected scales of ", elements.sizes(), " in float32 or bfloat16, one per row or [.. rows, groups] with groups ",
-        "that divide a row, got ", scales->scalar_type(), " ", scales->sizes(), ".");
-  }
 };
 
-inline Weight weight_of(const at::Tensor& elements, const std::optional<at::Tensor>& scales) {
-  return {elements, scales ? &*scales : nullptr};
+// A weight with its scales. Throws unless it has these sizes, and both can be read row by row.
+inline Weight weight_of(const at::Tensor& elements, const at::Tensor* scales, const char* name, Sizes sizes) {
+  const Weight weight{elements, scales};
+  check(elements, name, sizes, {at::kBFloat16, at::kFloat, at::kChar});
+  check_contiguous(elements, name);
+  TORCH_CHECK_VALUE(
+      weight.is_int8() == (scales != nullptr), "expected scales for an int8 weight, and for no other, got ", name, " in ",
+      elements.scalar_type(), scales ? " with" : " without", " scales.");
+  if (!scales) return weight;
+  const at::IntArrayRef rows = elements.sizes().slice(0, elements.dim() - 1), given = scales->sizes();
+  const bool is_grouped = scales->dim() == elements.dim();
+  TORCH_CHECK_VALUE(
+      scales->is_contiguous() && (is_grouped ? given.slice(0, rows.size()) : given) == rows &&
+          (!is_grouped || (given.back() > 0 && weight.width() % given.back() == 0)),
+      "expected scales of ", name, " = ", elements.sizes(), " in one piece, one per row or [.. rows, groups] with groups that ",
+      "divide a row, got ", given, " with strides ", scales->strides(), ".");
+  check(*scales, "scales of int8 rows", given, FLOATS);
+  return weight;
+}
+
+inline Weight weight_of(
+    const at::Tensor& elements, const std::optional<at::Tensor>& scales, const char* name, Sizes sizes) {
+  return weight_of(elements, scales ? &*scales : nullptr, name, sizes);
 }
 
 // Rows `step` elements apart. The scale of an int8 row is applied to its sums.
@@ -128,17 +137,14 @@ void with_rows(const std::vector<Weight>& weights, Body body) {
   const Weight& first = weights[0];
   bool is_grouped = false;
   for (const Weight& weight : weights) {
-    weight.check();
-    TORCH_CHECK_VALUE(weight.elements.scalar_type() == first.elements.scalar_type(), "expected weights of one dtype.");
+    const at::ScalarType dtype = first.elements.scalar_type(), got = weight.elements.scalar_type();
+    TORCH_CHECK_VALUE(got == dtype, "expected weights of one dtype, got ", dtype, " and ", got, ".");
     is_grouped |= weight.num_groups() > 1;
   }
   if (is_grouped) return body([](const Weight& weight) { return GroupedRows(weight); });
   if (first.is_int8()) return body([](const Weight& weight) { return Rows<int8_t>(weight); });
   if (first.elements.scalar_type() == at::kBFloat16)
     return body([](const Weight& weight) { return Rows<c10::BFloat16>(weight); });
-  TORCH_CHECK_VALUE(
-      first.elements.scalar_type() == at::kFloat, "expected a weight in bfloat16, float32 or int8, got ",
-      first.elements.scalar_type(), ".");
   body([](const Weight& weight) { return Rows<float>(weight); });
 }
 

@@ -95,6 +95,12 @@ def attend_in_splits(
     b, s, h, c = q_absorbed.shape
     pairs = [pair for pair in zip(latents, k_rotary) if pair[0].shape[1] > 0]
     assert len(pairs) <= 2
+    assert q_rotary.shape[:3] == (b, s, h)
+    for latent, rotary in pairs:
+        assert latent.shape[1] == rotary.shape[1]
+        assert {latent.shape[0], rotary.shape[0]} <= {1, b}
+        assert rotary.shape[2] == q_rotary.shape[3]
+        assert bits or latent.shape[2] == c
     assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
     assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
     # `length` belongs to the last segment, so it means nothing if that segment is empty and was dropped above
@@ -167,6 +173,9 @@ def combine(
 ) -> Tensor:  # [b s h c]
     """Combines the partial sums of `attend_in_splits` into the weighted sums over all tokens."""
     b, splits, s, h, c = parts.shape
+    assert sizes.shape == (b, splits, s, h)
+    assert parts.is_contiguous()
+    assert sizes.is_contiguous()
     out = parts.new_empty(b, s, h, c, dtype=dtype)
     # 32 numbers per thread, so that up to 64 splits of a row are loaded before any is used
     at_once = min(triton.next_power_of_2(splits), 64)

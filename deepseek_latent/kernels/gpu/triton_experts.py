@@ -113,7 +113,10 @@ def _swiglu(
     ]
     given = [(weight, scale) for weight, scale in weights_and_scales if weight is not None]
     check(x, *map(list, zip(*given)), norm)
-    assert residual is None or residual.stride(1) == 1
+    assert routed is None or down.shape[1] == d
+    assert shared is None or gate.shape == up.shape == (shared_down.shape[1], shared_down.shape[0])
+    assert shared is None or shared_down.shape[0] == d
+    assert residual is None or (residual.shape == (m, d) and residual.stride(1) == 1)
     e, f = (len(down), down.shape[2]) if routed else (0, 0)
     g = shared_down.shape[1] if shared else 0
     k = chosen.shape[1] if routed else 0

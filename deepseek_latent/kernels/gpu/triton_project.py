@@ -33,6 +33,7 @@ def project(
     tiles = tiles or tiles_for(x.shape[1])
     check(x, weights, [None] * len(weights), norm)
     assert len(x) == 1
+    assert all(weight.shape == (len(weight), x.shape[1]) for weight in weights)
     assert residual is None or (residual.shape == (1, len(first)) and residual.stride(1) == 1 and len(weights) == 1)
     outs = [x.new_empty(1, len(weight), dtype=dtype) for weight in weights]
     scale, eps = norm or (None, 0.0)

@@ -72,6 +72,7 @@ def check(x: Tensor, weights: list[Tensor], scales: list[Tensor | None], norm: N
         assert weight.is_contiguous()
         assert weight.dtype == (x.dtype if scale is None else torch.int8)
         assert scale is None or (scale.dtype == torch.float32 and scale.is_contiguous())
+        assert scale is None or scale.numel() * weight.shape[-1] == weight.numel()
     if norm is not None:
         assert norm.weight.shape == x.shape[1:]
         assert norm.weight.is_contiguous()
