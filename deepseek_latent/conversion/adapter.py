@@ -25,6 +25,7 @@ from .adapter_tensors import (
     write_separate,
     write_stacked,
 )
+from .checkpoint import read_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -60,6 +61,7 @@ def convert_adapter(source: Path, out: Path) -> dict:
     read = read_separate if is_separate else read_stacked
     layers = read(of_experts, found, settings)
     e = len(next(iter(layers[names[0]].values())).a)
+    _check_number_of_experts(config, e)
     convert, write = (stack_layers, write_stacked) if is_separate else (separate_layers, write_separate)
     made = convert(layers)
     changes = changed_fields(config, settings, ranks_of(made), others, old, Form(not is_separate, e))
@@ -76,3 +78,16 @@ def convert_adapter(source: Path, out: Path) -> dict:
         save_tensors(folder / WEIGHTS_FILE, contiguous, {"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(config.fields | changes, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _check_number_of_experts(config: AdapterConfig, e: int) -> None:
+    """Refuses another number of experts than that of the model, if its folder is here.
+
+    Stacked tensors have experts times rank rows, so a wrong rank would pass for another number of experts.
+    """
+    base = config.fields.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or not (Path(base) / "config.json").is_file():
+        return
+    expected = read_json(Path(base) / "config.json").get("n_routed_experts")
+    if e != expected:
+        raise ValueError(f"expected {expected} experts, as {base} has, got {e} by the ranks that the config names.")
