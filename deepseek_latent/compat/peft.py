@@ -220,6 +220,12 @@ def check_no_expert_dropped(dropped: Iterable[str]) -> None:
         )
 
 
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Takes an adapter that transformers loaded off the layers of `model`, which peft's wrappers still surround."""
+    import_module("peft.functional").delete_adapter(model, adapter_name=name, prefix="lora_")
+    del model.peft_config[name]
+
+
 def remove_refused_adapters(model_class: type) -> None:
     """Has peft take an adapter off these models again if its weights cannot be loaded.
 

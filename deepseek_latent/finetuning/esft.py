@@ -109,6 +109,13 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
         if isinstance(moe.experts.weights, TrainedWeights):
             raise not_stacked(moe.experts.weights)
     own = _selected(model, selection)
+    # a weight that was rounded to int8 is a single number, expanded to its shape
+    absent = next((name for name, weight in own.items() if weight.is_meta or 0 in weight.stride()), None)
+    if absent is not None:
+        raise ValueError(
+            f"expected weights in memory that can be written, and {absent} is on disk, offloaded or rounded; load the "
+            "model without that."
+        )
     loaded, problems = _read_files(folder, own)
     problems += [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
     problems += [f"{name} is unexpected" for name in sorted(loaded.keys() - own.keys())]

@@ -83,6 +83,8 @@ def test_loading_separate_experts_names_the_command_that_converts_them(tmp_path)
     separate_adapter(tmp_path / "old")
     with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
         PeftModel.from_pretrained(tiny_model(), tmp_path / "old")
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        tiny_model().load_adapter(str(tmp_path / "old"))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
@@ -247,9 +249,10 @@ def test_an_adapter_of_separate_experts_is_the_same_after_there_and_back(tmp_pat
     stacked = PeftModel.from_pretrained(small_model(), tmp_path / "stacked")
     assert get_peft_model_state_dict(stacked).keys() == saved(tmp_path / "stacked")[0].keys()
     again = PeftModel.from_pretrained(SeparateExperts(small_model()), tmp_path / "again")
+    expected = deltas(model)
     for found in (deltas(stacked), deltas(again)):
-        assert found.keys() == deltas(model).keys()
-        assert all(relative_error(found[place], delta) < 1e-13 for place, delta in deltas(model).items())
+        assert found.keys() == expected.keys()
+        assert all(relative_error(found[place], delta) < 1e-13 for place, delta in expected.items())
 
 
 def test_the_dropout_that_stacked_experts_cannot_have_is_reported_and_gone(tmp_path, capsys):
@@ -323,6 +326,10 @@ def test_a_model_is_as_before_after_it_refused_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
         PeftModel.from_pretrained(model, tmp_path / "old")
     assert torch.equal(model.eval()(ids).logits, expected)
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        model.load_adapter(str(tmp_path / "old"))
+    assert torch.equal(model.eval()(ids).logits, expected)
+    model = tiny_model()
     get_peft_model(tiny_model(), lora_config(model, routed_experts=True)).save_pretrained(tmp_path / "stacked")
     adapted = PeftModel.from_pretrained(model, tmp_path / "stacked").eval()
     expected = adapted(ids).logits
