@@ -50,7 +50,8 @@ def convert_adapter(source: Path, out: Path) -> dict:
     found, is_separate = find_experts([*tensors])
     of_experts = {name: tensors.pop(name) for name in found}
     modules = {module.partition(".lora_")[0] for name in tensors if (module := name.removeprefix(PREFIX)) != name}
-    others = sorted(module.replace(".base_layer", "") for module in modules)
+    others = sorted({module.replace(".base_layer", "") for module in modules})
+    others += [weight for module in others if config.targets_parameter(weight := f"{module}.weight")]
 
     names = [*dict.fromkeys(parts[0] for parts in found.values())]
     e = 1 + max(int(parts[1]) for parts in found.values()) if is_separate else 0

@@ -77,7 +77,7 @@ def changed_fields(
 ) -> dict[str, Any]:
     """The fields of a config that says for the form `new`, with `ranks`, what `config` says for the form `old`.
 
-    `others` are the modules with adapters that are no routed experts; what the config says of these stays the same.
+    `others` are modules and parameters with adapters that are no routed experts; what it says of these stays the same.
     """
     exponent = 0.5 if config.use_rslora else 1
     alphas = {
@@ -173,7 +173,13 @@ def _targets(config: AdapterConfig, settings: Settings, others: list[str], old: 
                     return False
         return True
 
-    return next(x for x in (common | candidate for candidate in candidates) if fits(config.with_fields(**x)))
+    for candidate in candidates:
+        if fits(config.with_fields(**common | candidate)):
+            return common | candidate
+    raise ValueError(
+        "expected routed experts that a config can name in the other form, and modules_to_save takes them out: "
+        f"{config.fields.get('modules_to_save')!r:.200}."
+    )
 
 
 def _is_stacked_target(target: str) -> bool:
