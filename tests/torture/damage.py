@@ -47,9 +47,9 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random, file: Path, times
                 [("1", "2"), ("1", "7"), ("0", "00"), (".mlp", ""), ("A", "B"), ("model.", ""), ("gate", "up")]
             )
             tensors.setdefault(name.replace(old, new, 1), x)
-        if kind == "shape":
+        if kind == "shape" and x.dim() and x.shape[0]:
             x = random.choice(
-                [x.T.contiguous(), x[:-1], x[:, :-1].contiguous(), x[0], x[None], x[:0], torch.cat([x, x])]
+                [x.T.contiguous(), x[:-1], x[..., :-1].contiguous(), x[0], x[None], x[:0], torch.cat([x, x])]
             )
         if kind == "dtype":
             x = x.to(
@@ -57,8 +57,8 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random, file: Path, times
                     [torch.int64, torch.uint8, torch.bool, torch.float64, torch.bfloat16, torch.float8_e4m3fn]
                 )
             )
-        if kind == "values":
-            x = x.clone()
+        if kind == "values" and x.numel():
+            x = x.contiguous().clone()
             x.view(-1)[random.randrange(x.numel())] = random.choice([float("nan"), float("inf"), -0.0, 1e38])
         if kind not in ("drop", "rename"):
             tensors[name] = x.clone()
