@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..compat.peft import is_target_module, is_target_parameter, lora_config_of, value_for
+from ..compat.peft_config import is_target_module, is_target_parameter, lora_config_of, value_for
 from .checkpoint import read_json
 
 CONFIG_FILE = "adapter_config.json"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ..compat.peft import value_for
+from ..compat.peft_config import value_for
 from ..experts.names import PROJECTIONS, STACKED
 from .adapter_config import AdapterConfig
 

@@ -3,7 +3,7 @@
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from ..compat.peft import value_for
+from ..compat.peft_config import value_for
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..experts.names import ROUTED_EXPERTS
 

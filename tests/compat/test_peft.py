@@ -14,6 +14,7 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 
 from deepseek_latent.compat import peft as compat
+from deepseek_latent.compat import peft_config
 from tests.compat.helpers import linear, takes
 
 
@@ -103,9 +104,11 @@ def test_activated_adapters_have_a_variant_of_their_own():
 
 def test_configs_are_read_as_peft_does():
     fields = {"r": 3, "target_modules": ["a.up"], "exclude_modules": ["1.a.up"], "an_option_of_later": 1}
-    config = compat.lora_config_of(fields)
-    assert [compat.is_target_module(config, f"{i}.a.up") for i in range(3)] == [True, False, True], "conversion/adapter"
-    assert not compat.is_target_module(config, "0.aa.up")
+    config = peft_config.lora_config_of(fields)
+    assert [peft_config.is_target_module(config, f"{i}.a.up") for i in range(3)] == [True, False, True], (
+        "conversion/adapter"
+    )
+    assert not peft_config.is_target_module(config, "0.aa.up")
     model = nn.Sequential(nn.Sequential(linear()), linear())
     config = LoraConfig(target_modules=[], target_parameters=["0.0.weight"], r=8, rank_pattern={"0.weight": 2})
     found = {
@@ -114,13 +117,13 @@ def test_configs_are_read_as_peft_does():
         if isinstance(layer, peft_lora.ParamWrapper)
     }
     assert found == {"base_model.model.0.0"}
-    assert [compat.is_target_parameter(config, name) for name in ("0.0.weight", "1.weight", "10.0.weight")] == [
+    assert [peft_config.is_target_parameter(config, name) for name in ("0.0.weight", "1.weight", "10.0.weight")] == [
         True,
         False,
         False,
     ], "used by conversion/adapter"
-    assert compat.value_for("0.0.weight", {"1.weight": 5, "0.weight": 2, ".*": 3}, 8) == 2
-    assert compat.value_for("0.0.bias", {"1.weight": 5}, 8) == 8
+    assert peft_config.value_for("0.0.weight", {"1.weight": 5, "0.weight": 2, ".*": 3}, 8) == 2
+    assert peft_config.value_for("0.0.bias", {"1.weight": 5}, 8) == 8
 
 
 def test_an_adapter_that_is_refused_can_be_taken_off():
