@@ -20,7 +20,7 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
-from .compat.peft import prevent_target_renaming, support_offloading
+from .compat.peft import prevent_target_renaming, remove_refused_adapters, support_offloading
 from .compat.transformers import put_into_transformers
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.routed import DeepseekV2Experts
@@ -115,6 +115,7 @@ put_into_transformers(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
-# both import peft, which is a twentieth of our import time and has no hook that would let us defer this
+# these import peft, which is a twentieth of our import time and has no hook that would let us defer this
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)
+remove_refused_adapters(DeepseekV2PreTrainedModel)

@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention.rotary import DeepseekV2RotaryEmbedding
 from .compat.accelerate import device_map_without_offloading
+from .compat.peft import check_no_expert_dropped, remove_adapter
 from .compat.transformers import LoadingHooks
 from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files
 from .experts.routed import DeepseekV2Experts
@@ -44,10 +45,16 @@ class CheckpointMixin(LoadingHooks):
         super().save_pretrained(*args, **kwargs)
 
     @functools.wraps(PreTrainedModel.load_adapter)
-    def load_adapter(self, *args, **kwargs):
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         # an adapter stays on the device that computes its layer
         with device_map_without_offloading(self):
-            return super().load_adapter(*args, **kwargs)
+            loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        try:
+            check_no_expert_dropped(loaded.unexpected_keys)
+        except ValueError:
+            remove_adapter(self, adapter_name or "default")
+            raise
+        return loaded
 
     def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """Refuses a checkpoint that lacks a part of the backbone, or the head of a language model.

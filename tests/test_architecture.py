@@ -29,7 +29,7 @@ ROOMS = {
     | {"checkpoints"},
     "finetuning": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "kernels": {"whole_files", "compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
-    "conversion": {"whole_files", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "conversion": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
     | {"modeling_deepseek_v2"},
     "commands": {

@@ -5,7 +5,7 @@ tests/compat/test_peft.py has a test for each thing that is used here, which fai
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -182,6 +182,52 @@ def _keeping_hooks(load: Callable, model_class: type) -> Callable:
             return load(*args, **kwargs)
 
     return load_and_keep_hooks
+
+
+def check_no_expert_dropped(dropped: Iterable[str]) -> None:
+    """Raises ValueError if one of these tensors of an adapter, which no layer takes, is of routed experts."""
+    name = next((name for name in dropped if ".mlp.experts." in name and ".lora_" in name), None)
+    if name is not None:
+        raise ValueError(
+            f"this adapter has weights for routed experts ({name}) that its config does not name, so peft would drop "
+            "them silently; if it has one matrix per expert, make a copy with stacked ones by deepseek-latent convert "
+            "adapter SRC OUT."
+        )
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Takes an adapter that transformers loaded off the layers of `model`, which peft's wrappers still surround."""
+    import_module("peft.functional").delete_adapter(model, adapter_name=name, prefix="lora_")
+    del model.peft_config[name]
+
+
+def remove_refused_adapters(model_class: type) -> None:
+    """Has peft take an adapter off these models again if its weights cannot be loaded.
+
+    peft adds the layers of an adapter before it reads the weights, so a refused one would stay on the model and act.
+    """
+    peft, tuner = import_module("peft"), import_module("peft.tuners.tuners_utils").BaseTuner
+    load = peft.PeftModel.load_adapter
+    if hasattr(load, "removes_refused"):
+        return
+
+    @functools.wraps(load)
+    def load_or_remove(self, model_id, adapter_name, *args, **kwargs):
+        is_ours = isinstance(self.base_model, tuner) and isinstance(self.get_base_model(), model_class)
+        try:
+            result = load(self, model_id, adapter_name, *args, **kwargs)
+            if is_ours:
+                check_no_expert_dropped(result.unexpected_keys)
+            return result
+        except (ValueError, RuntimeError):
+            if is_ours and self.peft_config.keys() == {adapter_name}:
+                self.base_model.unload()
+            elif is_ours and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    load_or_remove.removes_refused = True
+    peft.PeftModel.load_adapter = load_or_remove
 
 
 def _check_needs_no_weights(config: Any, model: nn.Module) -> None:

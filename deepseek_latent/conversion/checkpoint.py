@@ -76,7 +76,7 @@ def read_json(file: Path) -> dict:
         raise ValueError(f"expected a folder with {file.name}, got {file.parent}; save the model or adapter there.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")

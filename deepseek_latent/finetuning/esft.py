@@ -3,9 +3,11 @@
 Source: "Let the Expert Stick to His Last" (arXiv:2407.01906); files as in github.com/deepseek-ai/ESFT.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -96,8 +98,8 @@ def save_experts(model: PreTrainedModel, selection: ExpertSelection, folder: str
 def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
     """Puts what `save_experts` or DeepSeek's code wrote in the place of the model's own weights.
 
-    Raises ValueError, before anything is changed, where the files hold less or more than expert_cfg.json says, or
-    other shapes than the model has.
+    Raises ValueError, before anything is changed, where the files hold less or more than expert_cfg.json says, other
+    shapes than the model has, or something else than finite floats, and where the model's weights cannot be written.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -109,26 +111,54 @@ def load_experts(model: PreTrainedModel, folder: str | Path) -> ExpertSelection:
         if isinstance(moe.experts.weights, TrainedWeights):
             raise not_stacked(moe.experts.weights)
     own = _selected(model, selection)
-    loaded = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is cut off or not a safetensors file ({error}); copy it again.") from error
-        # DeepSeek's code names tensors from the model with its head, or from the backbone
-        loaded |= {name if name in own else f"model.{name}": tensor for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
+    # a weight that was rounded to int8 is a single number, expanded to its shape
+    absent = next((name for name, weight in own.items() if weight.is_meta or 0 in weight.stride()), None)
+    if absent is not None:
+        raise ValueError(
+            f"expected weights in memory that can be written, and {absent} is on disk, offloaded or rounded; load the "
+            "model without that."
+        )
+    loaded, problems = _read_files(folder, own)
+    problems += [f"{name} is missing" for name in sorted(own.keys() - loaded.keys())]
     problems += [f"{name} is unexpected" for name in sorted(loaded.keys() - own.keys())]
     problems += [
-        f"{name} has shape {list(loaded[name].shape)}, expected {list(weight.shape)}"
+        f"{name} {problem}"
         for name, weight in own.items()
-        if name in loaded and loaded[name].shape != weight.shape
+        if name in loaded and (problem := _problem_of(loaded[name], weight))
     ]
     if problems:
-        raise ValueError(f"{folder} does not hold what its {CONFIG_FILE} selects: {'; '.join(problems[:8])}.")
+        shown = "; ".join(f"{problem:.200}" for problem in problems[:4])
+        raise ValueError(f"{folder} does not hold what its {CONFIG_FILE} selects: {shown}.")
     for name, weight in own.items():
         weight.copy_(loaded[name])
     return selection
+
+
+def _read_files(folder: Path, own: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a folder by the names of the model, and the names that are there twice."""
+    loaded, problems = {}, []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is cut off or not a safetensors file ({error}); copy it again.") from error
+        for name, tensor in tensors.items():
+            # DeepSeek's code names tensors from the model with its head, or from the backbone
+            name = name if name in own else f"model.{name}"
+            problems += [f"{name} is there twice"] if name in loaded else []
+            loaded[name] = tensor
+    return loaded, problems
+
+
+def _problem_of(tensor: Tensor, weight: Tensor) -> str | None:
+    """Why `weight` cannot become `tensor`."""
+    if tensor.shape != weight.shape:
+        return f"has shape {list(tensor.shape)}, expected {list(weight.shape)}"
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"has dtype {tensor.dtype}, expected floats of 16 bits or more"
+    if not tensor.to(weight.dtype).isfinite().all():
+        return f"has numbers that are infinite or none in {weight.dtype}"
+    return None
 
 
 def _selected(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Tensor]:
@@ -188,10 +218,10 @@ def _check_selection(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE
         )
     for layer, chosen in selection.experts.items():
         if layer not in layers:
-            raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer}.")
+            raise ValueError(f"expected layers with experts ({min(layers)} to {max(layers)}), got layer {layer!s:.80}.")
         last = len(layers[layer].gate.weight) - 1
         if len({*chosen}) < len(chosen) or not all(0 <= expert <= last for expert in chosen):
-            raise ValueError(f"expected distinct experts from 0 to {last} in layer {layer}, got {[*chosen]}.")
+            raise ValueError(f"expected distinct experts from 0 to {last} in layer {layer}, got {[*chosen]!s:.200}.")
 
 
 def _check_is_in_training(selection: ExpertSelection, layers: dict[int, DeepseekV2MoE], model: PreTrainedModel) -> None:

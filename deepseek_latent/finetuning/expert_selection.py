@@ -29,11 +29,16 @@ class ExpertSelection:
     non_expert_modules: bool = False
 
     def __post_init__(self):
-        # JSON gives layers as text; torch and numpy give numbers of their own types
         try:
-            experts = {int(layer): [index(expert) for expert in chosen] for layer, chosen in self.experts.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"expected experts by layer, {{layer: [numbers]}}, got {self.experts!r}.") from error
+            experts = {_layer(layer): [*map(_number, chosen)] for layer, chosen in self.experts.items()}
+            is_valid = len(experts) == len(self.experts)
+        except (AttributeError, TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise ValueError(f"expected experts by layer, {{layer: [numbers]}}, got {self.experts!r:.200}.")
+        for name in ("shared_experts", "non_expert_modules"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"expected true or false as {name}, got {getattr(self, name)!r:.80}.")
         object.__setattr__(self, "experts", experts)
 
     @classmethod
@@ -48,12 +53,12 @@ class ExpertSelection:
             )
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
-            flags = (bool(given.get(name, False)) for name in ("shared_experts", "non_expert_modules"))
+            flags = (given.get(name, False) for name in ("shared_experts", "non_expert_modules"))
             return cls(given["experts"], *flags)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
-                f"got something else ({type(error).__name__}: {error})."
+                f"got something else ({type(error).__name__}: {error!s:.400})."
             ) from error
 
     def save(self, path: str | Path) -> None:
@@ -64,6 +69,18 @@ class ExpertSelection:
         given |= {"shared_experts": self.shared_experts, "non_expert_modules": self.non_expert_modules}
         with whole_file(path) as place:
             save_text(place, json.dumps(given) + "\n")
+
+
+def _layer(layer: object) -> int:
+    # JSON has layers as text
+    return int(layer) if isinstance(layer, str) and str(int(layer)) == layer else _number(layer)
+
+
+def _number(value: object) -> int:
+    """A whole number, also one of torch's or numpy's own types."""
+    if isinstance(value, bool):
+        raise TypeError("expected a number, got true or false")
+    return index(value)
 
 
 def expert_scores(activity: Activity, by: str = "token") -> dict[int, list[float]]:

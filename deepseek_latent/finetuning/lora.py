@@ -3,6 +3,7 @@
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from ..compat.peft_config import value_for
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..experts.names import ROUTED_EXPERTS
 
@@ -44,11 +45,23 @@ def lora_config(
         # all modules have one scaling, which is lora_alpha / sqrt(r) with use_rslora
         ratio = (rank / r) ** 0.5 if options.get("use_rslora") else rank / r
         for name, value in (("rank_pattern", rank), ("alpha_pattern", alpha * ratio)):
-            # peft takes the first pattern that matches, so the user's come first
-            given[name] = {**(options.pop(name, None) or {})}
-            for parameter in ROUTED_EXPERTS:
-                given[name].setdefault(parameter, value)
+            patterns = options.pop(name, None) or {}
+            given[name] = {**patterns} | _patterns_beside(patterns, config, value)
     return LoraConfig(**given | options)
+
+
+def _patterns_beside(patterns: dict, config: DeepseekV2Config, value: float) -> dict[str, float]:
+    """Patterns of `value` for the routed experts that none of the user's `patterns` names.
+
+    No weight is named by both, because peft takes the first pattern that matches, but sorts them when it saves them.
+    """
+    layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    made = {}
+    for parameter in ROUTED_EXPERTS:
+        places = [f"model.layers.{i}.mlp.{parameter}" for i in layers]
+        left = [place for place in places if value_for(place, patterns, None) is None]
+        made |= dict.fromkeys([parameter] if left == places else left, value)
+    return made
 
 
 def _check_options_for_experts(config: DeepseekV2Config, options: dict) -> None:

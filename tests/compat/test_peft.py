@@ -14,6 +14,7 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 
 from deepseek_latent.compat import peft as compat
+from deepseek_latent.compat import peft_config
 from tests.compat.helpers import linear, takes
 
 
@@ -99,3 +100,34 @@ def test_activated_adapters_have_a_variant_of_their_own():
     layer = adapted(alora_invocation_tokens=[1])
     assert compat.acts_on_some_tokens(layer), "aLoRA is stored otherwise; used by DeepseekV2Attention"
     assert not compat.acts_on_some_tokens(adapted())
+
+
+def test_configs_are_read_as_peft_does():
+    fields = {"r": 3, "target_modules": ["a.up"], "exclude_modules": ["1.a.up"], "an_option_of_later": 1}
+    config = peft_config.lora_config_of(fields)
+    assert [peft_config.is_target_module(config, f"{i}.a.up") for i in range(3)] == [True, False, True], (
+        "conversion/adapter"
+    )
+    assert not peft_config.is_target_module(config, "0.aa.up")
+    model = nn.Sequential(nn.Sequential(linear()), linear())
+    config = LoraConfig(target_modules=[], target_parameters=["0.0.weight"], r=8, rank_pattern={"0.weight": 2})
+    found = {
+        name
+        for name, layer in get_peft_model(model, config).named_modules()
+        if isinstance(layer, peft_lora.ParamWrapper)
+    }
+    assert found == {"base_model.model.0.0"}
+    assert [peft_config.is_target_parameter(config, name) for name in ("0.0.weight", "1.weight", "10.0.weight")] == [
+        True,
+        False,
+        False,
+    ], "used by conversion/adapter"
+    assert peft_config.value_for("0.0.weight", {"1.weight": 5, "0.weight": 2, ".*": 3}, 8) == 2
+    assert peft_config.value_for("0.0.bias", {"1.weight": 5}, 8) == 8
+
+
+def test_an_adapter_that_is_refused_can_be_taken_off():
+    assert hasattr(PeftModel.load_adapter, "removes_refused"), "an import of this package no longer replaces it"
+    tuner = get_peft_model(nn.Sequential(linear()), LoraConfig(target_modules=["0"])).base_model
+    assert isinstance(tuner, BaseTuner), "used by remove_refused_adapters"
+    assert isinstance(tuner.unload()[0], nn.Linear), "used by remove_refused_adapters"

@@ -1,13 +1,14 @@
 """Trained experts are saved without the rest of the model, and load into it again or change nothing."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_latent import whole_files
+from deepseek_latent import optimize_for_inference, whole_files
 from deepseek_latent.finetuning.esft import load_experts, save_experts
 from deepseek_latent.finetuning.expert_selection import ExpertSelection
 from deepseek_latent.finetuning.packing import pack_experts
@@ -167,3 +168,95 @@ def test_saving_experts_that_are_not_an_expert_selection_is_refused(tmp_path):
 def test_loading_a_folder_without_a_selection_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expert_cfg.json, as save_experts .* it is not there; checkpoints load with"):
         load_experts(tiny_model(), tmp_path)
+
+
+def whole_folder(folder) -> tuple[torch.nn.Module, dict]:
+    """A model, and the files of some of its experts, in which all weights are larger by 1."""
+    model = tiny_model()
+    save_experts(model, ExpertSelection(CHOSEN, shared_experts=True), folder)
+    tensors = {name: x + 1 for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    return model, tensors
+
+
+NAME = "model.layers.2.mlp.experts.0.up_proj.weight"
+WRONG = {
+    "NaN": (lambda x: x.fill_(torch.nan), "has numbers that are infinite or none"),
+    "one infinity": (lambda x: x.view(-1)[5:6].fill_(torch.inf), "has numbers that are infinite or none"),
+    "integers": (lambda x: x.to(torch.int64), r"has dtype torch.int64, expected floats"),
+    "8 bits": (lambda x: x.to(torch.float8_e4m3fn), "has dtype torch.float8_e4m3fn, expected floats"),
+    "too large for the model": (lambda x: x.double().fill_(1e300), "infinite or none in torch.float32"),
+    "transposed": (lambda x: x.T.contiguous(), r"has shape \[72, 32\], expected \[32, 72\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+@torch.no_grad()
+def test_tensors_that_the_model_cannot_hold_change_nothing(tmp_path, change, message):
+    model, tensors = whole_folder(tmp_path)
+    changed = change(tensors[NAME])
+    save_file(tensors if changed.shape == (1,) else tensors | {NAME: changed}, tmp_path / "model.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_experts(model, tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path):
+    model, tensors = whole_folder(tmp_path)
+    save_file({NAME: tensors[NAME]}, tmp_path / "older.safetensors")
+    with pytest.raises(ValueError, match=f"{NAME} is there twice"):
+        load_experts(model, tmp_path)
+    (tmp_path / "older.safetensors").unlink()
+    save_file(tensors | {NAME.removeprefix("model."): tensors[NAME].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{NAME} is there twice"):
+        load_experts(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shared_experts": "false"},
+        {"non_expert_modules": 0},
+        {"experts": {"1": [True]}},
+        {"experts": {"1": [0], "01": [2]}},
+        {"experts": {"1.0": [0]}},
+        {"experts": {" 1": [0]}},
+        {"experts": {"1": "0"}},
+        {"experts": {"1": [0.0]}},
+        {"experts": [[0]]},
+        {"experts": "x" * 100_000},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_selection_that_says_something_else_is_refused_in_one_sentence(tmp_path, change):
+    whole = {"experts": {"1": [0]}, "shared_experts": False, "non_expert_modules": False}
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(whole | change))
+    with pytest.raises(ValueError, match="got something else") as error:
+        ExpertSelection.load(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "", "\x00", "[1]", "{}", '{"experts": null}'], ids=lambda x: repr(x[:9])
+)
+def test_a_selection_that_is_no_selection_is_refused(tmp_path, text):
+    (tmp_path / "expert_cfg.json").write_text(text)
+    with pytest.raises(ValueError, match="got something else"):
+        ExpertSelection.load(tmp_path)
+
+
+def test_loading_into_weights_that_are_not_in_memory_or_rounded_is_refused_and_changes_nothing(tmp_path):
+    model = tiny_model()
+    save_experts(model, ExpertSelection({}, shared_experts=True, non_expert_modules=True), tmp_path / "experts")
+    model.save_pretrained(tmp_path / "model")
+    in_memory = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(in_memory, "cpu") | {"model.layers.2": "disk"}
+    offloaded = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"expected weights in memory .* model\.layers\.2\."):
+        load_experts(offloaded, tmp_path / "experts")
+    optimize_for_inference(model, weights="int8")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="expected plain routed experts"):
+        load_experts(model, tmp_path / "experts")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
 
@@ -124,6 +124,18 @@ def test_patterns_of_the_user_win_over_those_of_experts():
     down = model.base_model.model.model.layers[1].mlp.experts
     assert (down.parameter_name, down.r, down.scaling) == ("down_proj", {"default": 5}, {"default": 3.0})
     assert lora_config(tiny_model(), r=2, routed_experts=True).rank_pattern == dict.fromkeys(ROUTED_EXPERTS, 1)
+
+
+def test_patterns_of_the_user_win_also_after_peft_saved_and_sorted_them(tmp_path):
+    first = {"mlp.experts.gate_up_proj": 4, r"model\.layers\.2\.mlp\.experts\.down_proj": 2}
+    config = lora_config(tiny_model(), r=3, routed_experts=True, rank_pattern=first, init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    for i, ranks in ((1, {"gate_up_proj": 4, "down_proj": 1}), (2, {"gate_up_proj": 4, "down_proj": 2})):
+        down = again.get_base_model().model.layers[i].mlp.experts
+        found = {layer.parameter_name: layer.r["default"] for layer in (down, down.base_layer)}
+        assert found == ranks
 
 
 def test_models_ranks_and_options_that_do_not_fit_are_refused():

@@ -24,6 +24,7 @@ PARTS: dict[str, int] = {
     "kill_points": 10,
     "bad_disks": 4,
     "hostile_folders": 6,
+    "adapters": 6,
     "cache_files": 6,
     "shared_prompts": 4,
     "steps": 6,
