@@ -94,7 +94,7 @@ def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Pa
         _plant_entry(chance, source / "code", sandbox)
         command = ["export-code", str(source), *chance.choice([[], ["--subfolder", "code"]])]
     else:
-        place = _choose_out(chance, source, sandbox, originals)
+        place, needed = _choose_out(chance, source, sandbox, originals)
         out = Path(os.path.realpath(place))
         command += [str(place), *options, *chance.choice([[], ["--force"], ["--force", "--replace-any-folder"]])]
         for suffix in chance.sample(HIDDEN, chance.choice([0, 0, 0, 1, 2])):
@@ -123,6 +123,8 @@ def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Pa
         if leaked and kind != "export-code":
             campaign.finding("wrong answer", f"{what}: {leaked[0]} in {folder} holds the secret")
     if status == 0 and kind != "export-code":
+        if needed is None or not {*needed} <= {*command}:
+            campaign.finding("wrong answer", f"{what}: OUT was replaced without {needed}")
         try:
             _check_accepted(campaign, out, kind)
         except (ValueError, OSError, AssertionError) as error:
@@ -215,7 +217,13 @@ def _as_given(chance: random.Random, source: Path) -> Path:
 
 def _plant_entry(chance: random.Random, path: Path, sandbox: Path) -> None:
     """Puts a link, a pipe, a folder or a file there, if the system allows the name."""
-    outside = [sandbox / "secret", sandbox / "precious", sandbox / "precious" / "README.md", "nothing", path.name]
+    outside = [
+        *[sandbox / "secret"] * 4,
+        sandbox / "precious",
+        sandbox / "precious" / "README.md",
+        "nothing",
+        path.name,
+    ]
     outside += ["/dev/zero", "/proc/self/environ", "../secret", sandbox / "precious" / "plan.json"]
     entries = {
         "link": lambda: path.symlink_to(chance.choice(outside)),
@@ -289,20 +297,29 @@ def _change_tensors(chance: random.Random, source: Path, sandbox: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _choose_out(chance: random.Random, source: Path, sandbox: Path, originals: dict[str, Path]) -> Path:
+def _choose_out(
+    chance: random.Random, source: Path, sandbox: Path, originals: dict[str, Path]
+) -> tuple[Path, list[str] | None]:
+    """OUT, and the words without which it must not be replaced; None if it must never be."""
     name = chance.choice(["out", "out", *MARKUP]).replace("/", "").replace("\0", "0").replace("\ud800", "")[:250]
     out = sandbox / f"o{name}"
-    choice = chance.choice(
-        ["new", "new", "new", "converted", "converted", "changed", "source", "inside", "above", "others"]
-    )
+    choice = chance.choice(["new", "new", "converted", "converted", "changed", "source", "inside", "above", "others"])
     if choice in ("converted", "changed"):
         _quietly(["convert", "cast", str(originals["deepseek"]), str(out)])
-        if choice == "changed" and out.is_dir():
+        if not out.is_dir():
+            return out, []
+        if choice == "changed":
             (out / chance.choice(["notes.txt", "README.md", "model.safetensors"])).write_text("mine")
-        return out
-    if choice == "above":
-        return source.parent
+        return out, ["--force"] if choice == "converted" else ["--force", "--replace-any-folder"]
     if choice == "others":
-        out.symlink_to(chance.choice([sandbox / "precious", sandbox / "secret", source, sandbox / "new", out.name]))
-        return chance.choice([out, out / "inner", sandbox / "precious"])
-    return {"new": out, "source": source, "inside": source / "out"}[choice]
+        leads_to = chance.choice([sandbox / "precious", sandbox / "secret", source, sandbox / "new", out.name])
+        out.symlink_to(leads_to)
+        place = chance.choice([out, out, out / "inner", sandbox / "precious"])
+        words = {source: None, sandbox / "precious": ["--force", "--replace-any-folder"]}
+        return place, words.get(leads_to if place == out else place, None if leads_to == source else [])
+    return {
+        "new": (out, []),
+        "source": (source, None),
+        "inside": (source / "out", None),
+        "above": (source.parent, None),
+    }[choice]
