@@ -53,7 +53,7 @@ def check_out(out: Path, *, force: bool, replace_any_folder: bool) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"{out} exists and is not a folder; choose another name.")
-    if not any(os.scandir(out)):
+    if not os.listdir(out):
         return
     if not force:
         raise ValueError(f"{out} exists; choose another folder, or --force to replace it if a conversion wrote it.")
@@ -116,7 +116,7 @@ def refuse_planted(path: Path, is_kind: Callable[[int], bool]) -> None:
 
 def holds_only_files(folder: Path) -> bool:
     """True if everything in a folder is a regular file with no other name."""
-    return all(_is_plain(Path(entry)) and Path(entry).lstat().st_nlink == 1 for entry in os.scandir(folder))
+    return all(_is_plain(path) and path.lstat().st_nlink == 1 for path in folder.iterdir())
 
 
 def _is_plain(path: Path) -> bool:

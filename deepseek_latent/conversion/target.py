@@ -108,7 +108,7 @@ class Target:
                 # somebody may have made a folder of that name since this conversion began
                 check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
                 self._publish()
-            except (ValueError, OSError):
+            except (ValueError, OSError, AssertionError):
                 # another run would fail in the same way; only an interrupted one can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise

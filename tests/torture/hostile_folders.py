@@ -239,7 +239,7 @@ def _plant_entry(chance: random.Random, path: Path, sandbox: Path) -> None:
         "huge": lambda: (path.touch(), os.truncate(path, 10**12)),
         "none": lambda: None,
     }
-    kind = chance.choice([*entries, "link", "link", "folder of links"])
+    kind = chance.choice([*entries, "link", "link", "folder of links", "file"])
     if path.parent.is_dir() and not os.path.lexists(path) and len(os.fsencode(path.name)) < 256:
         entries[kind]()
 
