@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deepseek_latent.commands.__main__ import main
@@ -91,7 +92,11 @@ def plant_file(chance: random.Random, source: Path, sandbox: Path) -> None:
 def edit_config(source: Path, **changes) -> None:
     file = source / "config.json"
     if file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6:
-        config = json.loads(file.read_text())
+        try:
+            config = json.loads(file.read_text())
+        except ValueError:
+            # something was planted there
+            return
         file.write_text(json.dumps({name: x for name, x in (config | changes).items() if x is not ...}))
 
 
@@ -120,7 +125,10 @@ def change_tensors(chance: random.Random, source: Path, sandbox: Path) -> None:
     for file in source.glob("*.safetensors"):
         if not file.is_file() or file.is_symlink() or file.stat().st_size > 10**8:
             continue
-        tensors = load_file(file)
+        try:
+            tensors = load_file(file)
+        except SafetensorError:
+            continue
         names = chance.choice([[*tensors], [chance.choice([*tensors])], [x for x in tensors if "gate.weight" in x]])
         dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16])
         tensors |= {name: tensors[name].to(dtype) for name in names}

@@ -69,6 +69,7 @@ def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Pa
     source = as_given(chance, shutil.copytree(originals[original], sandbox / "source"))
     for _ in range(chance.choice([0, 1, 1, 2])):
         chance.choice(DAMAGE)(chance, source, sandbox)
+    command = ["convert", kind.split()[0], str(source)]
     if kind == "export-code":
         out = source.resolve()
         plant_entry(chance, source / "code", sandbox)
