@@ -50,7 +50,7 @@ def check_out(out: Path, *, force: bool, replace_any_folder: bool) -> None:
     `force` replaces what a conversion wrote, and with `replace_any_folder` any folder but one that holds the user's
     home.
     """
-    if not os.path.lexists(out) or not any(os.scandir(out)):
+    if not os.path.lexists(out) or not os.listdir(out):
         return
     if not force:
         raise ValueError(f"{out} exists; choose another folder, or --force to replace it if a conversion wrote it.")

@@ -29,7 +29,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 # files which are copied unchanged, as data: code among them is not run
 COMPANION_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
 COMPANION_PATTERNS += ("LICENSE*", "generation_config.json")
-MAX_COMPANION_BYTES = 10**9
+MAX_FILE_BYTES = 2 * 10**8  # of any file but weights
 READ_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *COMPANION_PATTERNS)
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
@@ -126,10 +126,14 @@ def check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
     for path in _matching(folder, READ_PATTERNS):
-        file_inside(folder, path.name)
-    for path in companion_files(folder):
-        if (size := path.stat().st_size) > MAX_COMPANION_BYTES:
-            raise ValueError(f"{path.name!r} in {folder} would be copied and has {size:,} bytes; remove or restore it.")
+        size = file_inside(folder, path.name).stat().st_size
+        if size > MAX_FILE_BYTES and path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path.name!r} in {folder} has {size:,} bytes, expected {MAX_FILE_BYTES:,} at most; restore it."
+            )
+    if (folder / "generation_config.json").exists():
+        # copied, and read when the result is used
+        read_json(folder / "generation_config.json")
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -123,7 +123,7 @@ class Target:
                 # somebody may have made a folder of that name since this conversion began
                 check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
                 self._publish([*files, MARKER])
-            except ValueError:
+            except (ValueError, AssertionError):
                 # another run would fail in the same way; one that was interrupted or found the disk full can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise

@@ -61,11 +61,12 @@ def test_verify_refuses_a_source_whose_files_hold_another_model(tmp_path, capsys
     assert_refused(capsys, "verify", tmp_path / "out", "--against", other, saying="lm_head.weight is missing")
 
 
-def test_a_tokenizer_that_needs_code_of_the_checkpoint_is_refused_without_a_question(folder, tmp_path, capsys):
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    """Older releases of transformers load such a tokenizer without its code, later ones refuse it."""
     other = changed(folder, tmp_path)
     content = json.loads((other / "tokenizer_config.json").read_text())
     content |= {"auto_map": {"AutoTokenizer": [None, "tokens.Tokens"]}, "tokenizer_class": "Tokens"}
     (other / "tokenizer_config.json").write_text(json.dumps(content))
     (other / "tokens.py").write_text("raise SystemExit('code of the checkpoint was run')")
-    capsys.readouterr()
-    assert_refused(capsys, "generate", other, "latent", saying="trust_remote_code")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the command asks a question"))
+    assert main(["generate", str(other), "latent", "--max-new-tokens", "2", "--device", "cpu"]) in (0, 2)

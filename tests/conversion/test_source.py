@@ -161,6 +161,16 @@ HOSTILE = {
         "tokenizer.json",
         "1,000,000,000,000 bytes",
     ),
+    "a config that does not end": (
+        lambda path, secret: (path.touch(), os.truncate(path, 10**12)),
+        "config.json",
+        "1,000,000,000,000 bytes",
+    ),
+    "no JSON where a loader expects it": (
+        lambda path, secret: path.write_text("<b>"),
+        "generation_config.json",
+        "expected JSON",
+    ),
 }
 
 

@@ -5,31 +5,25 @@ random, and runs a command in this process. No byte of the secret may be copied,
 beside it may change, and an accepted OUT must pass our own checks.
 """
 
-import io
-import json
 import os
 import random
 import shutil
 import stat
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
 import yaml
 from markdown_it import MarkdownIt
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.checkpoint import check_checkpoint, read_config
 from deepseek_latent.conversion.deepseek_layout import ImportDeepseek
 from deepseek_latent.conversion.loading import load_model
-from deepseek_latent.conversion.source import READ_PATTERNS
 from tests.conversion.sources import save_source
 from tests.support import tiny_model
 
 from .campaign import Campaign, Hang, time_limit
+from .hostile_entries import DAMAGE, as_given, choose_out, plant_entry, quietly
 
 SECRET = "s3cret of somebody else"
 LIMIT = 20  # seconds for a command; the machine may be busy
@@ -45,12 +39,6 @@ KINDS = {
     "import-deepseek": ("exported", []),
     "export-code": ("deepseek", []),
 }
-FILES = ["LICENSE", "README.md", "tokenizer.json", "vocab.txt", "a.model", "generation_config.json", "config.json"]
-FILES += ["model.safetensors", "more.safetensors", "model.safetensors.index.json", "chat_template.jinja", "notes.txt"]
-# what may stand in a name
-MARKUP = ["<img src=x onerror=alert(1)>", "\x1b]0;owned\x07\x1b[2J", "x\n---\nlicense: mit\n---\n# Buy", "`", "```\n"]
-MARKUP += ["[a](javascript:b)", "\u202egnp.exe", "$command ${name}", "|a|\n|-|", "\ud800", "n" * 9999, "[/bold]:bomb:"]
-MARKUP += ["https://phish.example", "<!--", "a & b", "\x00", "ü", "meta-llama/Llama-3", "'\"); import os; os.system('"]
 HIDDEN = (".partial", ".lock")
 
 
@@ -67,14 +55,8 @@ def _make_originals(base: Path) -> dict[str, Path]:
     tiny_model(**SMALL_DEEPSEEK).save_pretrained(base / "deepseek")
     for name in ("llama", "deepseek"):
         (base / name / "tokenizer.json").write_text("{}")
-    _quietly(["convert", "export-deepseek", str(base / "deepseek"), str(base / "exported")])
+    quietly(["convert", "export-deepseek", str(base / "deepseek"), str(base / "exported")])
     return {name: base / name for name in ("llama", "deepseek", "exported")}
-
-
-def _quietly(arguments: list[str]) -> tuple[int, str]:
-    printed = io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        return main(arguments), printed.getvalue()
 
 
 def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Path], sandbox: Path) -> None:
@@ -84,26 +66,25 @@ def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Pa
         (sandbox / "precious" / name).write_text(f"precious {name}")
     kind = chance.choice([*KINDS])
     original, options = KINDS[kind]
-    source = _as_given(chance, shutil.copytree(originals[original], sandbox / "source"))
-    damage = [chance.choice([_plant_file, _plant_file, _rename_itself, _write_card, _lie_about_dtype, _change_tensors])]
-    for change in damage * chance.choice([0, 1, 1, 2]):
-        change(chance, source, sandbox)
+    source = as_given(chance, shutil.copytree(originals[original], sandbox / "source"))
+    for _ in range(chance.choice([0, 1, 1, 2])):
+        chance.choice(DAMAGE)(chance, source, sandbox)
     command = ["convert", kind.split()[0], str(source)]
     if kind == "export-code":
         out = source.resolve()
-        _plant_entry(chance, source / "code", sandbox)
+        plant_entry(chance, source / "code", sandbox)
         command = ["export-code", str(source), *chance.choice([[], ["--subfolder", "code"]])]
     else:
-        place = _choose_out(chance, source, sandbox, originals)
+        place, needed = choose_out(chance, source, sandbox, originals)
         out = Path(os.path.realpath(place))
         command += [str(place), *options, *chance.choice([[], ["--force"], ["--force", "--replace-any-folder"]])]
         for suffix in chance.sample(HIDDEN, chance.choice([0, 0, 0, 1, 2])):
-            _plant_entry(chance, out.with_name(f".{out.name}{suffix}"), sandbox)
+            plant_entry(chance, out.with_name(f".{out.name}{suffix}"), sandbox)
     what = f"{command}, {sorted(os.listdir(source))}"
     before, before_out = _content(sandbox, out), _content(out, None)
     try:
         with time_limit(LIMIT):
-            status, printed = _quietly(command)
+            status, printed = quietly(command)
     except Hang:
         return campaign.finding("hang", what)
     except Exception as error:
@@ -123,6 +104,8 @@ def _run_case(campaign: Campaign, chance: random.Random, originals: dict[str, Pa
         if leaked and kind != "export-code":
             campaign.finding("wrong answer", f"{what}: {leaked[0]} in {folder} holds the secret")
     if status == 0 and kind != "export-code":
+        if needed is None or not {*needed} <= {*command}:
+            campaign.finding("wrong answer", f"{what}: OUT was replaced without {needed}")
         try:
             _check_accepted(campaign, out, kind)
         except (ValueError, OSError, AssertionError) as error:
@@ -161,7 +144,7 @@ def _umask() -> int:
     return mask
 
 
-def _content(folder: Path, left_out: Path | None) -> dict[str, tuple[str, int, bytes]]:
+def _content(folder: Path, left_out: Path | None) -> dict[str, tuple[str, bytes]]:
     """Type, mode and content of everything under a folder, without following links.
 
     OUT, its hidden neighbors and the folders that it is in are left out.
@@ -181,128 +164,9 @@ def _content(folder: Path, left_out: Path | None) -> dict[str, tuple[str, int, b
                 held = os.fsencode(os.readlink(path))
             elif stat.S_ISREG(status.st_mode) and status.st_size < 10**8:
                 held = path.read_bytes()
-            content[str(path.relative_to(folder))] = (stat.filemode(status.st_mode), status.st_nlink, held)
+            content[str(path.relative_to(folder))] = (stat.filemode(status.st_mode), held)
     return content
 
 
 def _difference(before: dict, after: dict) -> str:
     return ", ".join(repr(name) for name in sorted({*before, *after}) if before.get(name) != after.get(name))[:300]
-
-
-# what a stranger prepared
-
-
-def _as_given(chance: random.Random, source: Path) -> Path:
-    """The source as a folder, or as the hub's cache keeps it, or such a cache whose files are elsewhere."""
-    layout = chance.choice(["folder", "folder", "cache", "cache elsewhere", "link"])
-    if layout == "folder":
-        return source
-    if layout == "link":
-        source.with_name("link").symlink_to(source.name)
-        return source.with_name("link")
-    cache = source.with_name("models--me--it")
-    (cache / "snapshots" / "0123").mkdir(parents=True)
-    blobs = cache / "blobs" if layout == "cache" else cache.with_name("private")
-    blobs.mkdir()
-    if layout != "cache":
-        (cache / "blobs").symlink_to("../private")
-    for number, path in enumerate(sorted(source.iterdir())):
-        path.rename(blobs / str(number))
-        (cache / "snapshots" / "0123" / path.name).symlink_to(f"../../blobs/{number}")
-    source.rmdir()
-    return cache / "snapshots" / "0123"
-
-
-def _plant_entry(chance: random.Random, path: Path, sandbox: Path) -> None:
-    """Puts a link, a pipe, a folder or a file there, if the system allows the name."""
-    outside = [sandbox / "secret", sandbox / "precious", sandbox / "precious" / "README.md", "nothing", path.name]
-    outside += ["/dev/zero", "/proc/self/environ", "../secret", sandbox / "precious" / "plan.json"]
-    entries = {
-        "link": lambda: path.symlink_to(chance.choice(outside)),
-        "pipe": lambda: os.mkfifo(path),
-        "socket": lambda: os.mknod(path, stat.S_IFSOCK | 0o600),
-        "folder": path.mkdir,
-        "folder of links": lambda: (
-            path.mkdir(),
-            [(path / name).symlink_to(sandbox / "precious" / name) for name in ("README.md", "config.json")],
-        ),
-        "file": lambda: path.write_text("<b>planted</b>"),
-        "other name": lambda: path.hardlink_to(sandbox / "precious" / "plan.json"),
-        "huge": lambda: (path.touch(), os.truncate(path, 10**12)),
-        "none": lambda: None,
-    }
-    kind = chance.choice([*entries, "link", "link", "folder of links"])
-    if path.parent.is_dir() and not os.path.lexists(path) and len(os.fsencode(path.name)) < 256:
-        entries[kind]()
-
-
-def _plant_file(chance: random.Random, source: Path, sandbox: Path) -> None:
-    name = chance.choice(FILES)
-    if chance.random() < 0.4:
-        inserted = chance.choice(MARKUP).replace("/", "").replace("\0", "").replace("\ud800", "")[:99]
-        name = chance.choice(READ_PATTERNS).replace("*", inserted) or "LICENSE"
-    elif chance.random() < 0.7 and not (source / name).is_dir():
-        (source / name).unlink(missing_ok=True)
-    _plant_entry(chance, source / name, sandbox)
-
-
-def _edit_config(source: Path, **changes) -> None:
-    file = source / "config.json"
-    if file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6:
-        config = json.loads(file.read_text())
-        file.write_text(json.dumps({name: x for name, x in (config | changes).items() if x is not ...}))
-
-
-def _rename_itself(chance: random.Random, source: Path, sandbox: Path) -> None:
-    _edit_config(
-        source, _name_or_path=chance.choice(MARKUP) + chance.choice(["", *MARKUP]), author=chance.choice(MARKUP)
-    )
-
-
-def _write_card(chance: random.Random, source: Path, sandbox: Path) -> None:
-    fields = {
-        name: chance.choice([*MARKUP, "mit", ["en", "<b>"], {"a": "b"}, 3, None]) for name in ("license", "language")
-    }
-    card = json.dumps(
-        {"license": fields["license"], "language": fields["language"], "base_model": chance.choice(MARKUP)}
-    )
-    if not os.path.lexists(source / "README.md"):
-        (source / "README.md").write_text(f"---\n{card}\n---\n{chance.choice(MARKUP)}", errors="replace")
-
-
-def _lie_about_dtype(chance: random.Random, source: Path, sandbox: Path) -> None:
-    _edit_config(source, dtype=chance.choice(["float32", "bfloat16", "float16", ...]), torch_dtype=...)
-
-
-def _change_tensors(chance: random.Random, source: Path, sandbox: Path) -> None:
-    for file in source.glob("*.safetensors"):
-        if not file.is_file() or file.is_symlink() or file.stat().st_size > 10**8:
-            continue
-        tensors = load_file(file)
-        names = chance.choice([[*tensors], [chance.choice([*tensors])], [x for x in tensors if "gate.weight" in x]])
-        dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16])
-        tensors |= {name: tensors[name].to(dtype) for name in names}
-        if chance.random() < 0.2:
-            del tensors[chance.choice([*tensors])]
-        if chance.random() < 0.2:
-            tensors[chance.choice(MARKUP).replace("\ud800", "")] = torch.zeros(2)
-        save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _choose_out(chance: random.Random, source: Path, sandbox: Path, originals: dict[str, Path]) -> Path:
-    name = chance.choice(["out", "out", *MARKUP]).replace("/", "").replace("\0", "0").replace("\ud800", "")[:250]
-    out = sandbox / f"o{name}"
-    choice = chance.choice(
-        ["new", "new", "new", "converted", "converted", "changed", "source", "inside", "above", "others"]
-    )
-    if choice in ("converted", "changed"):
-        _quietly(["convert", "cast", str(originals["deepseek"]), str(out)])
-        if choice == "changed" and out.is_dir():
-            (out / chance.choice(["notes.txt", "README.md", "model.safetensors"])).write_text("mine")
-        return out
-    if choice == "above":
-        return source.parent
-    if choice == "others":
-        out.symlink_to(chance.choice([sandbox / "precious", sandbox / "secret", source, sandbox / "new", out.name]))
-        return chance.choice([out, out / "inner", sandbox / "precious"])
-    return {"new": out, "source": source, "inside": source / "out"}[choice]
