@@ -4,12 +4,13 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
 from .compat.cache_name import CACHE_NAMES
 from .compat.transformers import carries_its_code
-from .configuration.checks import check_fields, refuse_other_architectures
+from .configuration.checks import check_fields, check_general_fields, refuse_other_architectures
 from .configuration.rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
 
@@ -102,6 +103,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         refuse_other_architectures(kwargs)
+        check_general_fields(kwargs | {name: getattr(self, name) for name in ("dtype", "architectures", "id2label")})
         kwargs.pop("model_type", None)
         self.rope_parameters = merge_rope(
             self.rope_parameters, kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
@@ -116,6 +118,12 @@ class DeepseekV2Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         for derived in ("qk_head_dim", "head_dim"):
             kwargs.pop(derived, None)
+        for name in kwargs:
+            known = getattr(type(self), name, None)
+            if callable(known) or (isinstance(known, property) and known.fset is None):
+                raise ValueError(
+                    f"{name} is no field of a config.json, but a name in the class of the config; remove it."
+                )
         super().__post_init__(**kwargs)
         # `strict` calls it as well, but wraps its ValueError in another error
         self.validate_architecture()
@@ -132,7 +140,11 @@ class DeepseekV2Config(PreTrainedConfig):
         names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES}
         names.remove("dtype")  # transformers itself converts it
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
+        try:
+            return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
+        except StrictDataclassError as error:
+            # a field of the wrong type
+            raise ValueError(" ".join(str(error).split())) from error
 
     @property
     def rope_scaling(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCardData
 
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
 from .source import Source
@@ -69,9 +69,7 @@ def convert(
 
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
     """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
-    source_card = files.folder / "README.md"
-    source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
-    data = ModelCardData(library_name="transformers", license=source_data.license, language=source_data.language)
+    data = ModelCardData(library_name="transformers", license=files.card.license, language=files.card.language)
     template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))
     return template.substitute(metadata=data.to_yaml(), name=files.name, command=command, report=rows, place=place)

@@ -11,13 +11,14 @@ import shutil
 from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..json_files import read_json
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
-from .checkpoint import read_json
+from .checkpoint import config_from_json
 
 PACKAGE = Path(__file__).parents[1]
 _AUTO_CLASSES = {
@@ -68,7 +69,11 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     if config.get("model_type") != DeepseekV2Config.model_type:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # a config that the exported code would refuse is refused now
-    DeepseekV2Config.from_dict(config)
+    config_from_json(config, config_file)
+    if not isinstance(config.get("auto_map") or {}, dict):
+        raise ValueError(
+            f"auto_map must be an object, or null, got {config['auto_map']!r} in {config_file}; remove it."
+        )
     (folder / subfolder).mkdir(exist_ok=True)
     files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
     for name, text in files.items():

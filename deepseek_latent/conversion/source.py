@@ -12,16 +12,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
-from .checkpoint import (
-    SAFETENSORS_DTYPES,
-    StoredTensor,
-    local_or_hub,
-    merge_headers,
-    not_found_error,
-    read_headers,
-    read_json,
-)
+from ..json_files import read_json
+from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, local_or_hub, merge_headers, not_found_error, read_headers
+from .source_card import read_card
 from .target import Piece
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -44,6 +39,9 @@ class Source:
         if not self.folder.is_dir():
             raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
         self.config = read_json(self.folder / "config.json")
+        # what is copied or kept at the end is read now, before hours of work
+        self.card = read_card(self.folder)
+        read_generation_config(self.folder)
         if self.config.get("quantization_config"):
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
         self.tensors = self._headers()
@@ -61,7 +59,7 @@ class Source:
             raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
         headers, problems = read_headers(self.folder)
         tensors, duplicates = merge_headers(headers)
-        problems += duplicates
+        problems = duplicates + problems
         for name, tensor in tensors.items():
             if tensor.dtype not in TORCH_DTYPES:
                 problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
@@ -113,6 +111,21 @@ def fingerprint(config: dict, files: Iterable[Path]) -> str:
         state = file.stat()
         digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def read_generation_config(folder: Path) -> dict:
+    """The generation_config.json of a checkpoint, or {}. Raises ValueError if transformers could not read it."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    try:
+        GenerationConfig.from_dict(dict(content))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected the settings of generate() in {file}, got: {error}; correct or remove it."
+        ) from error
+    return content
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ..json_files import read_json
+
 WINDOW_LENGTH = 256  # tokens
 MAX_CALIBRATION_WINDOWS, MAX_EVALUATION_WINDOWS = 128, 32
 
@@ -25,7 +27,14 @@ def tokenize(folder: Path, text: str) -> Tensor:
     """Token ids [1 s] of a text by the tokenizer in `folder`. Raises ValueError if there is none."""
     if not any(folder.glob("tokenizer*")):
         raise ValueError(f"reading a text needs a tokenizer, and {folder} has none; copy its files there.")
-    return AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"]
+    for file in sorted(folder.glob("*token*.json")):
+        read_json(file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    # the library tokenizers raises Exception itself, and transformers whatever a wrong value leads to
+    except Exception as error:
+        raise ValueError(f"expected the files of a tokenizer in {folder}, got: {error}; restore them.") from error
 
 
 def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:

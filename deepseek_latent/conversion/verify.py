@@ -7,8 +7,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
+from .cast import Cast
 from .checkpoint import check_checkpoint, read_config
 from .compatibility import find_incompatibilities
+from .llama_source import SUPPORTED_MODEL_TYPES, LlamaSource
 from .source import Source
 from .text import tokenize
 
@@ -33,6 +35,8 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}
     if report["problems"]:
         return report
+    if against is not None:
+        _check_source(against)
     source = Source(folder)
     for name in source.tensors:
         source[name]  # raises ValueError if it holds NaN or infinity
@@ -61,6 +65,15 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
         num_equal = (continuation == expected_continuation).long().cumprod(dim=0).sum()
         report["equal_greedy_tokens"] = f"{num_equal} of {len(expected_continuation)}"
     return report
+
+
+def _check_source(folder: Path) -> None:
+    """Raises ValueError if the files of the source do not fit its config."""
+    source = Source(folder)
+    if source.config.get("model_type") in SUPPORTED_MODEL_TYPES:
+        LlamaSource(source)
+    else:
+        Cast(source, None)
 
 
 def _load(model_class, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -13,31 +13,39 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from random import Random
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.utils import logging
 
 from deepseek_latent.commands.__main__ import main
 from tests.conversion.sources import LLAMA3, save_source
-from tests.support import V2, tiny_model
+from tests.support import tiny_model
 
 from .campaign import PACKAGE, SECONDS_PER_CASE, Campaign, Hang, time_limit
 from .damage import damage
 
 MEMORY = 12 * 2**30  # bytes of address space: an allocation by the numbers of a config fails instead of the machine
 SECONDS_TO_CHECK = 20  # for a command on a checkpoint that it accepts
+SMALLER = ("--kv-lora-rank", "48", "--qk-rope-head-dim", "16", "--calibrate", "TEXT")
 EXPERTS = ("--scheme", "M3", "--routed-experts", "4", "--groups", "2", "--top-k", "2")
 # by kind of checkpoint: commands, with the places of the checkpoint and of what is written
 COMMANDS = {
     "deepseek": (
         ("inspect", "SRC"),
         ("verify", "SRC"),
+        ("verify", "GOOD", "--against", "SRC"),
         ("convert", "cast", "SRC", "OUT", "--dtype", "float32"),
         ("convert", "cast", "SRC", "OUT", "--max-shard-size", "100KB"),
         ("convert", "cast", "SRC", "OUT", "--dry-run"),
@@ -49,7 +57,7 @@ COMMANDS = {
     "llama": (
         ("convert", "gqa-to-mla", "SRC", "OUT"),
         ("convert", "gqa-to-mla", "SRC", "OUT", "--bias-free"),
-        ("convert", "gqa-to-mla", "SRC", "OUT", "--kv-lora-rank", "48", "--qk-rope-head-dim", "16", "--calibrate", "TEXT"),
+        ("convert", "gqa-to-mla", "SRC", "OUT", *SMALLER),
         ("convert", "upcycle", "SRC", "OUT", *EXPERTS),
         ("convert", "upcycle", "SRC", "OUT", *EXPERTS, "--dry-run"),
     ),
@@ -76,7 +84,12 @@ def run(campaign: Campaign) -> None:
             shutil.copytree(source, folder / "source")
             done = f"{source.name}: {damage(folder / 'source', random)}"
             words = random.choice(COMMANDS[kind])
-            places = {"SRC": str(folder / "source"), "OUT": str(folder / "out"), "TEXT": str(source.parent / "text")}
+            places = {
+                "SRC": str(folder / "source"),
+                "OUT": str(folder / "out"),
+                "GOOD": str(source),
+                "TEXT": str(source.parent / "text"),
+            }
             if words == ("from_pretrained",):
                 _load(campaign, folder / "source", done)
             else:
@@ -132,7 +145,7 @@ def _command(campaign: Campaign, words: list[str], done: str) -> None:
     what = f"{' '.join(words[: 1 + (words[0] == 'convert')])} {' '.join(words[4:])} on {done}"
     is_long = "verify" in words or "--calibrate" in words
     try:
-        code, out, err = _run(words, SECONDS_TO_CHECK if is_long else SECONDS_PER_CASE)
+        code, _, err = _run(words, SECONDS_TO_CHECK if is_long else SECONDS_PER_CASE)
     except Hang:
         return campaign.finding("hang", f"{what}: more than {SECONDS_PER_CASE} s")
     except BaseException as error:
@@ -146,7 +159,9 @@ def _command(campaign: Campaign, words: list[str], done: str) -> None:
         campaign.finding("raw exception", f"{what}: exit code {code}")
     out_folder = Path(words[3]) if words[0] == "convert" and "--dry-run" not in words else None
     if out_folder is not None and out_folder.exists() != (code == 0):
-        campaign.finding("half output", f"{what}: exit code {code}, OUT {'exists' if out_folder.exists() else 'is missing'}")
+        campaign.finding(
+            "half output", f"{what}: exit code {code}, OUT {'exists' if out_folder.exists() else 'is missing'}"
+        )
     if code == 0 and out_folder is not None and "export-deepseek" not in words:
         _check_result(campaign, Path(words[2]), out_folder, what, is_exact="--calibrate" not in words)
 
@@ -202,6 +217,8 @@ def _passes_through_us(error: BaseException) -> bool:
 
 def _described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if PACKAGE in Path(frame.filename).parents]
+    places = [
+        f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if PACKAGE in Path(frame.filename).parents
+    ]
     last = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
     return f"{type(error).__name__}: {str(error)[:300]} ({' '.join(places[-2:])} {last})"

@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint's folder, drawn at random: its config, its weights and their index, and its other files."""
+"""Ways to damage a checkpoint's folder, drawn at random: its config, weights, index of weights and other files."""
 
 import json
 import struct
@@ -9,9 +9,41 @@ from random import Random
 INDEX = "model.safetensors.index.json"
 NUMBERS = (0, -1, 1, 2, 3, 7, 64, 10**3, 10**6, 10**9, 2**31, 2**63, 10**30, 1e-300, 1e30, 0.5, -0.5)
 # what JSON of Python also reads, and values of every other type
-VALUES = (*NUMBERS, float("nan"), float("inf"), None, True, False, "", "16", "bfloat16", "x" * 100_000, [], [5], {}, {"a": 1})
+VALUES = (
+    *NUMBERS,
+    float("nan"),
+    float("inf"),
+    None,
+    True,
+    False,
+    "",
+    "16",
+    "bfloat16",
+    "x" * 100_000,
+    [],
+    [5],
+    {},
+    {"a": 1},
+)
 VALUES += ("ünï\ud83d", [None], ["DeepseekV2Model"], {"rope_type": "yarn"}, {"type": "linear", "factor": -1})
-TEXTS = (b"", b"[]", b"null", b"{", b"\xff\xfe", b"\xef\xbb\xbf{}", b"5", b'{"a": 1}', b"[" * 100_000, b'{"a":' * 50_000, b"\0" * 500)
+TEXTS = (
+    b"",
+    b"[]",
+    b"null",
+    b"{",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf{}",
+    b"5",
+    b'{"a": 1}',
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"\0" * 500,
+)
+# fields that a config may have besides those of the checkpoints that are damaged
+FIELDS = ("num_labels", "id2label", "layer_types", "attn_implementation", "experts_implementation", "output_attentions")
+FIELDS += ("quantization_config", "auto_map", "to_dict", "cached_width", "torch_dtype", "problem_type", "use_mla")
+FIELDS += ("mlp_bias", "sliding_window", "head_dim", "per_layer_config", "is_encoder_decoder", "device_capacity_factor")
+FIELDS += ("rope_scaling", "rope_parameters", "partial_rotary_factor", "label2id", "_name_or_path", "name_or_path")
 CARDS = (
     b"---\nlicense: [\n---\n",
     "---\nlicense: müt\n---\n".encode("latin-1"),
@@ -49,12 +81,12 @@ def _generation_field(folder: Path, random: Random) -> str:
 
 
 def _change_entry(file: Path, whole: dict, part: dict, random: Random) -> str:
-    name = random.choice(sorted(part))
-    value = part[name]
+    name = random.choice(FIELDS if part is whole and random.random() < 0.1 else sorted(part))
+    value = part.get(name)
     if isinstance(value, dict) and value and random.random() < 0.7:
         return f"{name}." + _change_entry(file, whole, value, random)
     if random.random() < 0.15:
-        del part[name]
+        part.pop(name, None)
         described = f"{name} removed"
     else:
         part[name] = random.choice(VALUES)
@@ -67,7 +99,9 @@ def _change_entry(file: Path, whole: dict, part: dict, random: Random) -> str:
 
 def _deep(folder: Path, random: Random) -> str:
     """A field that holds very deeply nested JSON."""
-    file = random.choice(sorted(folder.glob("*.json")))
+    file = random.choice([*sorted(path for path in folder.glob("*.json") if path.is_file()), folder / "config.json"])
+    if not file.is_file():
+        return "no file"
     depth = random.choice((100, 900, 5_000, 200_000))
     text = file.read_text(errors="replace").rstrip()
     file.write_text(text.removesuffix("}") + f', "deep": {"[" * depth}{"]" * depth}}}')
@@ -87,6 +121,8 @@ def _header(folder: Path, random: Random) -> str:
     except (ValueError, IndexError, TypeError, RecursionError):
         return "no header"
     entry = header[name]
+    if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
+        return "no entry"
     kind = random.choice(("length", "name", "missing", "dtype", "shape", "offsets", "metadata", "raw"))
     if kind == "length":
         length = random.choice((0, 1, length - 1, length + 1, 10**8, 2**63, 2**64 - 1))
@@ -103,7 +139,9 @@ def _header(folder: Path, random: Random) -> str:
         shape = entry["shape"]
         entry["shape"] = random.choice((shape[::-1], [*shape, 1], [-1], [2**62, 2**62], [], "x", [0], [1.5]))
     elif kind == "offsets":
-        entry["data_offsets"] = random.choice(([0, 0], [-1, 4], [0, 2**62], [4, 0], [0], None, entry["data_offsets"][::-1]))
+        entry["data_offsets"] = random.choice(
+            ([0, 0], [-1, 4], [0, 2**62], [4, 0], [0], None, entry["data_offsets"][::-1])
+        )
     elif kind == "metadata":
         header["__metadata__"] = random.choice(({}, {"format": "tf"}, {"format": "x"}, {"format": 5}, 7, None))
     text = json.dumps(header).encode()
