@@ -121,9 +121,7 @@ class DeepseekV2Config(PreTrainedConfig):
         for name in kwargs:
             known = getattr(type(self), name, None)
             if callable(known) or (isinstance(known, property) and known.fset is None):
-                raise ValueError(
-                    f"{name} is no field of a config.json, but a name in the class of the config; remove it."
-                )
+                raise ValueError(f"{name} is a name in the config's class, and no field of config.json; remove it.")
         super().__post_init__(**kwargs)
         # `strict` calls it as well, but wraps its ValueError in another error
         self.validate_architecture()

@@ -13,6 +13,7 @@ from ..conversion.convert import convert, prepare_target
 from ..conversion.deepseek_layout import ExportDeepseek, ImportDeepseek
 from ..conversion.gqa_to_mla import GqaToMla
 from ..conversion.source import Source, fetch_source
+from ..conversion.source_card import read_card
 from ..conversion.target import DEFAULT_SHARD_BYTES
 from ..conversion.text import read_text
 from ..conversion.upcycle import SCHEMES, Upcycle
@@ -171,7 +172,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         shard_bytes=arguments.max_shard_size,
         force=arguments.force,
         push_to_hub=push_to_hub,
+        dry_run=arguments.dry_run,
     )
+    # a card that cannot be read is said before the work, and does not end it
+    for warning in read_card(folder).warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     files, conversion, measured = arguments.build(folder, arguments)
     command = f"deepseek-latent {shlex.join(arguments.argv)}"
     try:

@@ -1,5 +1,7 @@
 """Runs one conversion from its source to its folder, with a model card, and uploads the result if asked to."""
 
+import os
+import shutil
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
@@ -13,15 +15,28 @@ from .target import Target
 CARD_TEMPLATE = "converted.md.template"
 
 
-def prepare_target(source: Path, out: str, *, shard_bytes: int, force: bool, push_to_hub: str | None) -> Target:
+def prepare_target(
+    source: Path, out: str, *, shard_bytes: int, force: bool, push_to_hub: str | None, dry_run: bool
+) -> Target:
     """The folder to write to, and the hub repository if one is named. Raises ValueError if OUT cannot be written."""
     target = Target(out, shard_bytes=shard_bytes, force=force)
+    place = next(parent for parent in target.out.parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder that can be written to, got {place} for {out}; choose another folder.")
     source = source.resolve()
     if target.out == source or source in target.out.parents or target.out in source.parents:
         raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
-    if push_to_hub:
+    # no kind of conversion writes less than a quarter of its source; the exact number is checked before writing
+    least, free = sum(file.stat().st_size for file in source.glob("*.safetensors")) // 4, shutil.disk_usage(place).free
+    if not dry_run and free < least and not target.partial.exists():
+        raise ValueError(f"at least {least:,} bytes are to be written to {place}, which has {free:,} left; make room.")
+    if push_to_hub and not dry_run:
         # created now, so that a refusal comes before hours of conversion
-        HfApi().create_repo(push_to_hub, exist_ok=True)
+        try:
+            HfApi().create_repo(push_to_hub, exist_ok=True)
+        # if the hub is not reached, it is an error of the HTTP library, which one depends on huggingface_hub's version
+        except Exception as error:
+            raise ValueError(f"expected a repository on the hub to upload to, got: {error} ({push_to_hub}).") from error
     return target
 
 

@@ -24,17 +24,27 @@ def read_text(file: Path) -> str:
 
 
 def tokenize(folder: Path, text: str) -> Tensor:
-    """Token ids [1 s] of a text by the tokenizer in `folder`. Raises ValueError if there is none."""
+    """Token ids [1 s] of a text by the tokenizer in `folder`.
+
+    Raises ValueError if there is none, and if it is that of another model, with tokens beyond this one's vocabulary.
+    """
     if not any(folder.glob("tokenizer*")):
         raise ValueError(f"reading a text needs a tokenizer, and {folder} has none; copy its files there.")
     for file in sorted(folder.glob("*token*.json")):
         read_json(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     # the library tokenizers raises Exception itself, and transformers whatever a wrong value leads to
     except Exception as error:
         raise ValueError(f"expected the files of a tokenizer in {folder}, got: {error}; restore them.") from error
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    if ids.numel() and vocab_size is not None and ids.max() >= vocab_size:
+        raise ValueError(
+            f"expected a tokenizer of at most {vocab_size:,} tokens, as the model in {folder} has, got token "
+            f"{ids.max():,}; copy the model's own files there."
+        )
+    return ids
 
 
 def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:
