@@ -141,8 +141,10 @@ class DeepseekV2Config(PreTrainedConfig):
         try:
             return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
         except StrictDataclassError as error:
-            # a field of the wrong type
-            raise ValueError(" ".join(str(error).split())) from error
+            # a value of the wrong type, which may be very long
+            message = " ".join(str(error).split())
+            message = message if len(message) < 500 else f"{message[:500]}..."
+            raise ValueError(f"{message} Correct the type of this field.") from error
 
     @property
     def rope_scaling(self) -> dict[str, Any]:

@@ -61,6 +61,15 @@ def check_general_fields(given: Mapping[str, Any]) -> None:
             f"architectures must be a list of class names, or null, got {reprlib.repr(architectures)}; "
             "correct it or leave it out."
         )
+    if given.get("per_layer_config") is not None:
+        raise ValueError(
+            f"per_layer_config must be left out, got {reprlib.repr(given['per_layer_config'])}: all layers of this "
+            "architecture are alike; remove it."
+        )
+    quantization = given.get("quantization_config")
+    # transformers itself puts its own object there
+    if not (quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
+        raise ValueError(f"quantization_config must be an object, got {reprlib.repr(quantization)}; remove it.")
     if given.get("num_labels") is not None:
         check_size("num_labels", given["num_labels"], MAX_LABELS)
     labels = given.get("id2label")
