@@ -175,7 +175,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         dry_run=arguments.dry_run,
     )
     # a card that cannot be read is said before the work, and does not end it
-    for warning in read_card(folder).warnings:
+    if warning := read_card(folder).warning:
         print(f"warning: {warning}", file=sys.stderr)
     files, conversion, measured = arguments.build(folder, arguments)
     command = f"deepseek-latent {shlex.join(arguments.argv)}"

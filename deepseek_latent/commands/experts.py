@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM
 
-from ..conversion.checkpoint import checkpoint_tensors, read_config
+from ..conversion.checkpoint import check_readable, checkpoint_tensors, has_weights, read_config
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
@@ -60,6 +60,8 @@ def _experts(arguments: argparse.Namespace) -> int:
     pyplot = _import_pyplot() if arguments.plot else None
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
     ids = [tokenize(folder, read_text(file)) for file in texts]
+    if has_weights(folder):
+        check_readable(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     first, *others = [activity_of(model, ids_of_text) for ids_of_text in ids]
     size = routed_size(config, checkpoint_tensors(config))

@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 # the largest numbers that are accepted, far above those of any model: with them, the sizes of a model can still be
 # counted, and compared with what files hold, in a second
 MAX_LAYERS, MAX_EXPERTS_IN_ALL_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_LENGTH = 1_000, 10**5, 10**6, 10**8, 10**9
-MAX_LABELS = 10**6
+MAX_LABELS = MAX_FACTOR = 10**6
 WIDTHS = (
     "hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
     "moe_intermediate_size"
@@ -120,9 +120,13 @@ def check_fields(config: PreTrainedConfig) -> None:
     for name in ("initializer_range", "aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be a number of 0 or more, got {getattr(config, name)}.")
+        if getattr(config, name) > MAX_FACTOR:
+            raise ValueError(f"{name} must be at most {MAX_FACTOR:,}, got {reprlib.repr(getattr(config, name))}.")
     for name in ("rms_norm_eps", "routed_scaling_factor"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be a positive number, got {getattr(config, name)}.")
+        if getattr(config, name) > MAX_FACTOR:
+            raise ValueError(f"{name} must be at most {MAX_FACTOR:,}, got {reprlib.repr(getattr(config, name))}.")
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         raise ValueError(f"pad_token_id must be below vocab_size ({config.vocab_size}), got {config.pad_token_id}.")
     if config.pad_token_id is not None and config.pad_token_id < -1:

@@ -190,6 +190,14 @@ def read_headers(folder: Path) -> tuple[Headers, list[str]]:
     return headers, problems
 
 
+def check_readable(folder: Path) -> None:
+    """Raises ValueError if a loader could not open the files of a folder, from their headers and their index."""
+    _, problems = read_headers(folder)
+    if problems:
+        more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        raise ValueError(f"the files of {folder} cannot be loaded: {problems[0]}{more} (inspect lists all).")
+
+
 def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of all files by name, and a problem for each one that is in two files."""
     stored, problems = {}, []

@@ -13,11 +13,11 @@ MAX_FIELD = 4_000  # characters
 
 
 class SourceCard(NamedTuple):
-    """License and languages of a README.md, and a warning for each one that cannot be read."""
+    """License and languages of a README.md, and a warning if one of them cannot be read."""
 
     license: str | None = None
     language: str | list[str] | None = None
-    warnings: tuple[str, ...] = ()
+    warning: str | None = None
 
 
 def read_card(folder: Path) -> SourceCard:
@@ -31,15 +31,13 @@ def read_card(folder: Path) -> SourceCard:
     metadata = _METADATA.match(file.read_bytes().decode("utf-8", errors="replace"))
     if metadata is None:
         return SourceCard()
-    values, warnings = {}, []
+    values = {}
     for name in ("license", "language"):
-        field = re.search(_FIELD.format(name=name), metadata[1], re.MULTILINE)
-        if field is None:
-            continue
-        values[name] = _parse(field[0], name)
-        if values[name] is None:
-            warnings.append(f"the {name} in {file} cannot be read, so the new model card has none; add it there.")
-    return SourceCard(**values, warnings=tuple(warnings))
+        if field := re.search(_FIELD.format(name=name), metadata[1], re.MULTILINE):
+            values[name] = _parse(field[0], name)
+    unread = " and ".join(name for name, value in values.items() if value is None)
+    warning = f"the {unread} in {file} cannot be read, so the new model card has none; add it there."
+    return SourceCard(**values, warning=warning if unread else None)
 
 
 def _parse(text: str, name: str) -> Any:

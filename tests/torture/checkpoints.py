@@ -157,8 +157,8 @@ def _command(campaign: Campaign, words: list[str], done: str) -> None:
     # time of this process, because others may use the machine
     if code == 2 and (spent := time.process_time() - before) > SECONDS_PER_CASE:
         campaign.finding("hang", f"{what}: refused after {spent:.1f} s")
-    # a progress bar is rewritten in its line
-    said = [line for line in err.splitlines() if "\r" not in line and "%|" not in line and "B/s" not in line]
+    # a progress bar is rewritten in its line, and a model card that cannot be read is warned of
+    said = [line for line in err.splitlines() if line and "%|" not in line and not line.startswith("warning: the ")]
     campaign.count(f"{words[0]} {'accepted' if code == 0 else 'refused'}")
     if code == 2 and (len(said) != 1 or not 20 < len(said[0]) < 1000):
         campaign.finding("raw exception", f"{what}: expected one sentence, got {said[-3:]!r}"[:1500])
@@ -199,15 +199,18 @@ def _check_result(campaign: Campaign, source: Path, out: Path, what: str, *, is_
 
 
 def _load(campaign: Campaign, folder: Path, done: str) -> None:
-    what = f"from_pretrained on {done}"
+    what, before = f"from_pretrained on {done}", time.process_time()
     try:
-        with time_limit(SECONDS_PER_CASE):
+        with time_limit(SECONDS_TO_CHECK):
             AutoConfig.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder)
-            model(torch.tensor([[0]]))
+            logits = model(torch.tensor([[0]])).logits
         campaign.count("from_pretrained accepted")
+        # bytes of a weight may have become any number
+        if not logits.isfinite().all() and all(weight.abs().max() < 1e3 for weight in model.parameters()):
+            campaign.finding("wrong answer", f"{what}: logits are not finite, though the weights are small")
     except Hang:
-        campaign.finding("hang", f"{what}: more than {SECONDS_PER_CASE} s")
+        campaign.finding("hang", f"{what}: more than {SECONDS_TO_CHECK} s")
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         campaign.count("from_pretrained refused")
         if _passes_through_us(error) and not 20 < len(str(error)) < 3000:
@@ -216,6 +219,8 @@ def _load(campaign: Campaign, folder: Path, done: str) -> None:
         if _passes_through_us(error) or isinstance(error, MemoryError):
             campaign.finding("raw exception", f"{what}: {_described(error)}")
         campaign.count("raised by transformers alone")
+    if (spent := time.process_time() - before) > SECONDS_PER_CASE:
+        campaign.finding("hang", f"{what}: {spent:.1f} s")
 
 
 def _passes_through_us(error: BaseException) -> bool:
