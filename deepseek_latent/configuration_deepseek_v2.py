@@ -130,6 +130,7 @@ class DeepseekV2Config(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, but overrides in `kwargs` pass the same checks as values from a file."""
         refuse_other_architectures(config_dict)
+        check_general_fields(config_dict)
         if config_dict.get("model_type") == "deepseek" and config_dict.get("kv_lora_rank") is None:
             raise ValueError(
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "

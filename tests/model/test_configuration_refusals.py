@@ -103,8 +103,6 @@ REFUSED |= {
     "dtype 16": ({"dtype": 16}, r"dtype must be a floating-point type of torch, such as 'bfloat16', got 16"),
     "dtype of a layer": ({"dtype": "nn"}, r"dtype must be a floating-point type of torch, .* got 'nn'"),
     "torch_dtype": ({"torch_dtype": "int64"}, r"torch_dtype must be a floating-point type of torch, .* got 'int64'"),
-    "architectures 7": ({"architectures": 7}, r"architectures must be a list of class names, or null, got 7"),
-    "architectures [5]": ({"architectures": [5]}, r"architectures must be a list of class names, or null, got \[5\]"),
     "10^9 labels": ({"num_labels": 10**9}, r"num_labels must be at most 1,000,000, got 1000000000"),
     "labels": ({"id2label": {"first": "a"}}, r"id2label must give a label for each number, got {'first': 'a'}"),
     "a method": ({"to_dict": 5}, r"to_dict is a name in the config's class, and no field of config.json; remove it"),
@@ -179,6 +177,22 @@ def test_a_refusal_names_what_was_expected_and_what_came(wrong, message, write_c
         AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+WRONG_TYPES = {
+    "architectures 7": ({"architectures": 7}, r"architectures must be a list of class names, or null, got 7"),
+    "architectures [5]": ({"architectures": [5]}, r"architectures must be a list of class names, or null, got \[5\]"),
+    "a wide model": ({"hidden_size": "wide"}, "'hidden_size' expected int, got str .* Correct the type of this field"),
+    "100,000 letters": ({"topk_group": "x" * 10**5}, "'topk_group' with value 'x{400,500}[.]{3} Correct the type"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
+def test_a_wrong_type_in_a_file_is_refused_like_a_wrong_value(wrong, message, write_config):
+    folder = write_config(DEEPSEEK_V2 | wrong)
+    for auto_class in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=message):
+            auto_class.from_pretrained(folder)
 
 
 def test_greedy_routing_accepts_any_groups():
