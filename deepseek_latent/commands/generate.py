@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.checkpoint import check_readable, has_weights, local_or_hub, read_config
 from ..conversion.size import expanded_width
+from ..conversion.text import check_vocabulary, load_tokenizer
 from .terminal import DTYPES, number_between, quiet_transformers
 
 
@@ -57,9 +58,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         config = read_config(arguments.model)
         tokenizer = _load_tokenizer(arguments.model)
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+        check_vocabulary(inputs["input_ids"], config.vocab_size)
+        place = local_or_hub(arguments.model)
+        if isinstance(place, Path) and has_weights(place):
+            check_readable(place)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         try:
-            model = AutoModelForCausalLM.from_pretrained(local_or_hub(arguments.model), config=config, **placement)
+            model = AutoModelForCausalLM.from_pretrained(place, config=config, **placement)
         except SafetensorError as error:
             raise ValueError(
                 f"expected readable weights in {arguments.model}, got: {error}; deepseek-latent inspect names the file."
@@ -119,7 +124,7 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     place = local_or_hub(model)
     if isinstance(place, Path) and not any(place.glob("tokenizer*")):
         raise ValueError(f"expected tokenizer.json in {model}, got none; copy the tokenizer's files from its source.")
-    return AutoTokenizer.from_pretrained(place)
+    return load_tokenizer(place)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:

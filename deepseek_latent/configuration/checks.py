@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 # the largest numbers that are accepted, far above those of any model: with them, the sizes of a model can still be
 # counted, and compared with what files hold, in a second
-MAX_LAYERS, MAX_EXPERTS_IN_ALL_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_LENGTH = 1_000, 10**5, 10**6, 10**8, 10**9
+MAX_LAYERS, MAX_EXPERTS_IN_ALL_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_LENGTH = 500, 10**5, 10**6, 10**8, 10**9
 MAX_LABELS = MAX_FACTOR = 10**6
 WIDTHS = (
     "hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
@@ -53,6 +53,13 @@ def check_general_fields(given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} must be a floating-point type of torch, such as 'bfloat16', got {reprlib.repr(given[name])}."
             )
+    for name in ("attn_implementation", "experts_implementation"):
+        chosen = given.get(name)
+        # a dict has one for each part of a composite model
+        if not all(
+            isinstance(each, str | None) for each in (chosen.values() if isinstance(chosen, dict) else [chosen])
+        ):
+            raise ValueError(f"{name} must be a name, or null, got {reprlib.repr(chosen)}; correct it or leave it out.")
     architectures = given.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)

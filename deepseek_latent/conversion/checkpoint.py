@@ -195,7 +195,9 @@ def check_readable(folder: Path) -> None:
     _, problems = read_headers(folder)
     if problems:
         more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
-        raise ValueError(f"the files of {folder} cannot be loaded: {problems[0]}{more} (inspect lists all).")
+        raise ValueError(
+            f"expected readable weights in {folder}, got: {problems[0]}{more} (deepseek-latent inspect lists all)."
+        )
 
 
 def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:

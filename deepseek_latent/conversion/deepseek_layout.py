@@ -267,13 +267,12 @@ def _config_from_deepseek(stored: dict, file: Path, generation_config: dict | No
 
 def _official_fields(given: dict) -> dict:
     """The fields of the official config.json, from all fields of DeepSeek's own."""
-    for name in ("max_seq_len", "original_seq_len"):
+    for name in ("max_seq_len", "original_seq_len", "n_expert_groups"):
         check_size(name, given[name], MAX_LENGTH)
     for name in ("rope_factor", "mscale", "beta_fast", "beta_slow"):
         if not isinstance(given[name], (int, float)) or not 0 <= given[name] <= MAX_LENGTH:
             raise ValueError(f"{name} must be a number of 0 or more, got {reprlib.repr(given[name])}.")
     fields = {name: given[stored_name] for stored_name, name in CONFIG_FIELDS.items()}
-    check_size("n_expert_groups", fields["n_group"], MAX_LENGTH)
     rope, length = {"rope_type": "default", "rope_theta": given["rope_theta"]}, given["max_seq_len"]
     if length > given["original_seq_len"]:
         rope |= {"rope_type": "yarn", "factor": given["rope_factor"]}
@@ -297,5 +296,5 @@ def _official_fields(given: dict) -> dict:
 def _token_ids(given: dict, generation_config: dict) -> dict:
     """DeepSeek's config has no token ids, and the defaults here are those of the published models."""
     defaults = DeepseekV2Config if given["vocab_size"] == DeepseekV2Config.vocab_size else None
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
     return {name: generation_config.get(name, getattr(defaults, name, None)) for name in names}

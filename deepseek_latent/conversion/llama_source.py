@@ -113,10 +113,10 @@ def _supported_config(files: Source) -> PreTrainedConfig:
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type")
     has_sliding_window = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
-    layer_types = getattr(config, "layer_types", None) or []
+    layer_types = getattr(config, "layer_types", None)
     refused = {
         "sliding_window": getattr(config, "sliding_window", None) if has_sliding_window else None,
-        "layer_types": None if all(x == "full_attention" for x in layer_types) else layer_types,
+        "layer_types": None if layer_types == ["full_attention"] * config.num_hidden_layers else layer_types,
         "mlp_bias": getattr(config, "mlp_bias", None),
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
-from ..json_files import read_json
 from .activity import Activity
 
 CONFIG_FILE = "expert_cfg.json"
@@ -47,7 +46,7 @@ class ExpertSelection:
                 "load with from_pretrained, adapters of peft with PeftModel.from_pretrained."
             )
         try:
-            given = read_json(path)
+            given = json.loads(path.read_text(encoding="utf-8"))
             flags = (bool(given.get(name, False)) for name in ("shared_experts", "non_expert_modules"))
             return cls(given["experts"], *flags)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -117,7 +117,7 @@ IMPOSSIBLE_IN_LAYOUT = {
     "no mscale": ({"mscale": None}, "mscale must be a number of 0 or more, got None"),
     "theta": ({"rope_theta": 1e-300}, "rope_theta in rope_scaling must be above 1"),
     "a width of 10^30": ({"qk_rope_head_dim": 10**30}, "qk_rope_head_dim must be at most 1,000,000"),
-    "10^9 layers": ({"n_layers": 10**9}, "num_hidden_layers must be at most 1,000"),
+    "10^9 layers": ({"n_layers": 10**9}, "num_hidden_layers must be at most 500"),
     "a layer too many": ({"n_layers": 4}, "expected layers.3."),
 }
 

@@ -89,11 +89,11 @@ REFUSED = {
 }
 # what transformers' own classes would take, and fail or hang with later
 REFUSED |= {
-    "10^9 layers": ({"num_hidden_layers": 10**9}, r"num_hidden_layers must be at most 1,000, got 1000000000; correct"),
+    "10^9 layers": ({"num_hidden_layers": 10**9}, r"num_hidden_layers must be at most 500, got 1000000000; correct"),
     "10^9 experts": ({"n_routed_experts": 10**9}, r"n_routed_experts must be at most 100,000, or null .* 1000000000"),
     "too many experts in all": (
-        {"n_routed_experts": 10**4, "num_hidden_layers": 600},
-        r"num_hidden_layers times n_routed_experts must be at most 100,000, got 6,000,000; correct one",
+        {"n_routed_experts": 10**4, "num_hidden_layers": 400},
+        r"num_hidden_layers times n_routed_experts must be at most 100,000, got 4,000,000; correct one",
     ),
     "a width of 2^63": ({"kv_lora_rank": 2**63}, r"kv_lora_rank must be at most 1,000,000, got 9223372036854775808"),
     "a vocabulary of 10^30": (
@@ -103,6 +103,8 @@ REFUSED |= {
     "dtype 16": ({"dtype": 16}, r"dtype must be a floating-point type of torch, such as 'bfloat16', got 16"),
     "dtype of a layer": ({"dtype": "nn"}, r"dtype must be a floating-point type of torch, .* got 'nn'"),
     "torch_dtype": ({"torch_dtype": "int64"}, r"torch_dtype must be a floating-point type of torch, .* got 'int64'"),
+    "attention": ({"attn_implementation": False}, r"attn_implementation must be a name, or null, got False; corr"),
+    "experts": ({"experts_implementation": {"": 5}}, r"experts_implementation must be a name, or null, got {'': 5}"),
     "10^9 labels": ({"num_labels": 10**9}, r"num_labels must be at most 1,000,000, got 1000000000"),
     "labels": ({"id2label": {"first": "a"}}, r"id2label must give a label for each number, got {'first': 'a'}"),
     "a method": ({"to_dict": 5}, r"to_dict is a name in the config's class, and no field of config.json; remove it"),

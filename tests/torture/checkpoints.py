@@ -35,7 +35,7 @@ from tests.conversion.sources import LLAMA3, save_source
 from tests.support import tiny_model
 
 from .campaign import PACKAGE, SECONDS_PER_CASE, Campaign, Hang, time_limit
-from .damage import damage
+from .damaged_folders import damage
 
 MEMORY = 12 * 2**30  # bytes of address space: an allocation by the numbers of a config fails instead of the machine
 SECONDS_TO_CHECK = 20  # for a command on a checkpoint that it accepts
@@ -49,6 +49,7 @@ COMMANDS = {
         ("verify", "GOOD", "--against", "SRC"),
         ("verify", "SRC", "--text", "TEXT"),
         ("experts", "SRC", "--text", "TEXT", "--esft", "OUT.json"),
+        ("generate", "SRC", "w1 w2", "--max-new-tokens", "2"),
         ("convert", "cast", "SRC", "OUT", "--dtype", "float32"),
         ("convert", "cast", "SRC", "OUT", "--max-shard-size", "100KB"),
         ("convert", "cast", "SRC", "OUT", "--dry-run"),
