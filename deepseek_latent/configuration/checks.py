@@ -73,6 +73,8 @@ def check_general_fields(given: Mapping[str, Any]) -> None:
             f"per_layer_config must be left out, got {reprlib.repr(given['per_layer_config'])}: all layers of this "
             "architecture are alike; remove it."
         )
+    if not isinstance(given.get("auto_map"), dict | None):
+        raise ValueError(f"auto_map must be an object, got {reprlib.repr(given['auto_map'])}; correct it or remove it.")
     quantization = given.get("quantization_config")
     # transformers itself puts its own object there
     if not (quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict")):

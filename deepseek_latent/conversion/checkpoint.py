@@ -192,6 +192,7 @@ def read_headers(folder: Path) -> tuple[Headers, list[str]]:
 
 def check_readable(folder: Path) -> None:
     """Raises ValueError if a loader could not open the files of a folder, from their headers and their index."""
+    read_generation_config(folder)
     _, problems = read_headers(folder)
     if problems:
         more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""

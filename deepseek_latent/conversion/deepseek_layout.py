@@ -17,8 +17,8 @@ from ..configuration.checks import MAX_LENGTH, check_size
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..json_files import read_json
 from .cast import Cast
-from .checkpoint import checkpoint_tensors
-from .source import TORCH_DTYPES, Source, companion_files, fingerprint, read_generation_config
+from .checkpoint import checkpoint_tensors, read_generation_config
+from .source import TORCH_DTYPES, Source, companion_files, fingerprint
 from .source_card import read_card
 from .target import Piece
 

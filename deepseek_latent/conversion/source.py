@@ -12,10 +12,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig
 
 from ..json_files import read_json
-from .checkpoint import SAFETENSORS_DTYPES, StoredTensor, local_or_hub, merge_headers, not_found_error, read_headers
+from .checkpoint import (
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    local_or_hub,
+    merge_headers,
+    not_found_error,
+    read_generation_config,
+    read_headers,
+)
 from .source_card import read_card
 from .target import Piece
 
@@ -94,6 +101,26 @@ class Source:
         return Piece(name, self.shape(name), self.dtype(name), functools.partial(self.__getitem__, name))
 
     def companion_files(self) -> list[Path]:
+        return companion_files(self.folder)
+
+    @property
+    def name(self) -> str:
+        return self.config.get("_name_or_path") or self.folder.resolve().name
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
+
+
+def fingerprint(config: dict, files: Iterable[Path]) -> str:
+    """A hash that changes with the config and with the size or date of any weight file."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(files):
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def companion_files(self) -> list[Path]:
         return companion_files(self.folder)
 
     @property
