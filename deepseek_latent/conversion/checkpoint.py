@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
 from ..configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from ..experts.names import shapes_in_files
@@ -188,6 +189,21 @@ def read_headers(folder: Path) -> tuple[Headers, list[str]]:
     if not isinstance(index.get("metadata"), dict):
         problems.append(f"{INDEX_FILE} has no metadata, without which transformers cannot read it; add an empty object")
     return headers, problems
+
+
+def read_generation_config(folder: Path) -> dict:
+    """The generation_config.json of a checkpoint, or {}. Raises ValueError if transformers could not read it."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    try:
+        GenerationConfig.from_dict(dict(content))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected the settings of generate() in {file}, got: {error}; correct or remove it."
+        ) from error
+    return content
 
 
 def check_readable(folder: Path) -> None:

@@ -70,10 +70,6 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # a config that the exported code would refuse is refused now
     config_from_json(config, config_file)
-    if not isinstance(config.get("auto_map") or {}, dict):
-        raise ValueError(
-            f"auto_map must be an object, or null, got {config['auto_map']!r} in {config_file}; remove it."
-        )
     (folder / subfolder).mkdir(exist_ok=True)
     files = {str(Path(subfolder, name)): text for name, text in exported_files().items()}
     for name, text in files.items():

@@ -120,41 +120,6 @@ def fingerprint(config: dict, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def companion_files(self) -> list[Path]:
-        return companion_files(self.folder)
-
-    @property
-    def name(self) -> str:
-        return self.config.get("_name_or_path") or self.folder.resolve().name
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
-
-
-def fingerprint(config: dict, files: Iterable[Path]) -> str:
-    """A hash that changes with the config and with the size or date of any weight file."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(files):
-        state = file.stat()
-        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def read_generation_config(folder: Path) -> dict:
-    """The generation_config.json of a checkpoint, or {}. Raises ValueError if transformers could not read it."""
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return {}
-    content = read_json(file)
-    try:
-        GenerationConfig.from_dict(dict(content))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected the settings of generate() in {file}, got: {error}; correct or remove it."
-        ) from error
-    return content
-
-
 def companion_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that are copied unchanged."""
     return sorted({path for pattern in COMPANION_PATTERNS for path in folder.glob(pattern) if path.is_file()})

@@ -76,6 +76,7 @@ IMPOSSIBLE_IN_OURS = {
     "10^9 experts": ({"n_routed_experts": 10**9}, "n_routed_experts must be at most 100,000"),
     "dtype 16": ({"dtype": 16}, "dtype must be a floating-point type of torch"),
     "architectures": ({"architectures": [5]}, "architectures must be a list of class names, or null, got [5]"),
+    "auto_map": ({"auto_map": False}, "auto_map must be an object, got False"),
     "widths of text": ({"hidden_size": "x" * 10**5}, "Field 'hidden_size' expected int, got str"),
     "deep": ({"extra": json.loads("[" * 100 + "]" * 100)}, "nested more than 64 deep"),
 }

@@ -103,7 +103,6 @@ REFUSED |= {
     "dtype 16": ({"dtype": 16}, r"dtype must be a floating-point type of torch, such as 'bfloat16', got 16"),
     "dtype of a layer": ({"dtype": "nn"}, r"dtype must be a floating-point type of torch, .* got 'nn'"),
     "torch_dtype": ({"torch_dtype": "int64"}, r"torch_dtype must be a floating-point type of torch, .* got 'int64'"),
-    "auto_map": ({"auto_map": False}, r"auto_map must be an object, got False; correct it or remove it"),
     "attention": ({"attn_implementation": False}, r"attn_implementation must be a name, or null, got False; corr"),
     "experts": ({"experts_implementation": {"": 5}}, r"experts_implementation must be a name, or null, got {'': 5}"),
     "10^9 labels": ({"num_labels": 10**9}, r"num_labels must be at most 1,000,000, got 1000000000"),
