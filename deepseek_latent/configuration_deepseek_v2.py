@@ -4,12 +4,13 @@ from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
 from .compat.cache_name import CACHE_NAMES
 from .compat.transformers import carries_its_code
-from .configuration.checks import check_fields, refuse_other_architectures
+from .configuration.checks import check_fields, check_general_fields, refuse_other_architectures
 from .configuration.rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
 
@@ -102,6 +103,7 @@ class DeepseekV2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         refuse_other_architectures(kwargs)
+        check_general_fields(kwargs | {name: getattr(self, name) for name in ("dtype", "architectures", "id2label")})
         kwargs.pop("model_type", None)
         self.rope_parameters = merge_rope(
             self.rope_parameters, kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
@@ -116,6 +118,10 @@ class DeepseekV2Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         for derived in ("qk_head_dim", "head_dim"):
             kwargs.pop(derived, None)
+        for name in kwargs:
+            known = getattr(type(self), name, None)
+            if callable(known) or (isinstance(known, property) and known.fset is None):
+                raise ValueError(f"{name} is a name in the config's class, and no field of config.json; remove it.")
         super().__post_init__(**kwargs)
         # `strict` calls it as well, but wraps its ValueError in another error
         self.validate_architecture()
@@ -124,6 +130,7 @@ class DeepseekV2Config(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, but overrides in `kwargs` pass the same checks as values from a file."""
         refuse_other_architectures(config_dict)
+        check_general_fields(config_dict)
         if config_dict.get("model_type") == "deepseek" and config_dict.get("kv_lora_rank") is None:
             raise ValueError(
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
@@ -132,7 +139,13 @@ class DeepseekV2Config(PreTrainedConfig):
         names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES}
         names.remove("dtype")  # transformers itself converts it
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
+        try:
+            return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
+        except StrictDataclassError as error:
+            # a value of the wrong type, which may be very long
+            message = " ".join(str(error).split())
+            message = message if len(message) < 500 else f"{message[:500]}..."
+            raise ValueError(f"{message} Correct the type of this field.") from error
 
     @property
     def rope_scaling(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -165,7 +166,7 @@ def flush_folder(folder: Path) -> None:
 def remove_leftovers(path: Path) -> None:
     """Removes what killed writers of `path` left beside it, and puts back the folder that one was about to replace."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{END_OF_HIDDEN_NAME}")
-    for folder in [Path(entry) for entry in os.scandir(path.parent) if name.fullmatch(entry.name)]:
+    for folder in [x for x in path.parent.iterdir() if name.fullmatch(x.name) and _is_own_folder(x)]:
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
@@ -183,6 +184,14 @@ def remove_leftovers(path: Path) -> None:
             pass
         finally:
             os.close(lock)
+
+
+def _is_own_folder(path: Path) -> bool:
+    """False for what somebody else put there, such as a link to a folder that is to be emptied."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return False
 
 
 @contextmanager

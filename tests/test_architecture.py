@@ -17,6 +17,7 @@ CONTRIBUTING = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # A file of the top folder is a room of its own.
 ROOMS = {
     "whole_files": set(),
+    "json_files": set(),
     "compat": set(),
     "configuration": set(),
     "configuration_deepseek_v2": {"compat", "configuration"},
@@ -29,7 +30,8 @@ ROOMS = {
     | {"checkpoints"},
     "finetuning": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
     "kernels": {"whole_files", "compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
-    "conversion": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "conversion": {"whole_files", "json_files", "compat", "configuration", "configuration_deepseek_v2", "experts"}
+    | {"modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
     | {"modeling_deepseek_v2"},
     "commands": {

@@ -13,6 +13,7 @@ from ..conversion.convert import convert, prepare_target
 from ..conversion.deepseek_layout import ExportDeepseek, ImportDeepseek
 from ..conversion.gqa_to_mla import GqaToMla
 from ..conversion.source import Source, fetch_source
+from ..conversion.source_card import read_card
 from ..conversion.target import DEFAULT_SHARD_BYTES
 from ..conversion.text import read_text
 from ..conversion.upcycle import SCHEMES, Upcycle
@@ -175,7 +176,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         replace_any_folder=arguments.replace_any_folder,
         push_to_hub=push_to_hub,
+        dry_run=arguments.dry_run,
     )
+    # a card that cannot be read is said before the work, and does not end it
+    if warning := read_card(folder).warning:
+        print(f"warning: {warning}", file=sys.stderr)
     files, conversion, measured = arguments.build(folder, arguments)
     command = f"deepseek-latent {shlex.join(arguments.argv)}"
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from ..conversion.checkpoint import checkpoint_tensors, read_config
+from ..conversion.checkpoint import check_readable, checkpoint_tensors, has_weights, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
@@ -55,10 +55,15 @@ def _experts(arguments: argparse.Namespace) -> int:
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
             raise ValueError(f"expected a folder to write into, got {file.parent}, which does not exist.")
+    if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
+        raise ValueError(f"--threshold must be above 0 and at most 1, got {arguments.threshold}.")
     pyplot = _import_pyplot() if arguments.plot else None
-    model = load_model(folder, dtype="auto")
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
-    first, *others = [activity_of(model, tokenize(folder, read_text(file))) for file in texts]
+    ids = [tokenize(folder, read_text(file)) for file in texts]
+    if has_weights(folder):
+        check_readable(folder)
+    model = load_model(folder, dtype="auto")
+    first, *others = [activity_of(model, ids_of_text) for ids_of_text in ids]
     size = routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"

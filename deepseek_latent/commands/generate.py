@@ -8,14 +8,15 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.checkpoint import check_readable, has_weights, local_or_hub, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import expanded_width
+from ..conversion.text import check_vocabulary, load_tokenizer
 from .terminal import DTYPES, number_between, quiet_transformers
 
 
@@ -57,8 +58,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         config = read_config(arguments.model)
         tokenizer = _load_tokenizer(arguments.model)
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+        check_vocabulary(inputs["input_ids"], config.vocab_size)
+        place = local_or_hub(arguments.model)
+        if isinstance(place, Path) and has_weights(place):
+            check_readable(place)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
-        model = load_model(local_or_hub(arguments.model), config=config, **placement)
+        model = load_model(place, config=config, **placement)
         if arguments.seed is not None:
             torch.manual_seed(arguments.seed)
         # top_k 0, because transformers samples from 50 tokens by default
@@ -114,7 +119,7 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     place = local_or_hub(model)
     if isinstance(place, Path) and not any(place.glob("tokenizer*")):
         raise ValueError(f"expected tokenizer.json in {model}, got none; copy the tokenizer's files from its source.")
-    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    return load_tokenizer(place)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:

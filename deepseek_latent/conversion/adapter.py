@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..json_files import read_json
 from ..whole_files import save_tensors, whole_folder
 from .adapter_config import CONFIG_FILE, AdapterConfig
 from .adapter_targets import Form, changed_fields, settings_of
@@ -25,7 +26,6 @@ from .adapter_tensors import (
     write_separate,
     write_stacked,
 )
-from .checkpoint import read_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compat.peft_config import is_target_module, is_target_parameter, lora_config_of, value_for
-from .checkpoint import read_json
+from ..json_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 # options that routed experts may have in both forms, or that do not concern them

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ..json_files import read_json
 from ..whole_files import save_text
-from .checkpoint import read_json
 
 MARKER = "conversion.json"
 _ABOUT = "written by deepseek-latent convert; --force replaces this folder while it holds these files [bytes, seconds]"

@@ -1,11 +1,9 @@
 """Changes the dtype of a checkpoint."""
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from ..configuration_deepseek_v2 import DeepseekV2Config
-from .checkpoint import architecture_of, check_checkpoint
+from .checkpoint import architecture_of, check_checkpoint, config_from_json
 from .source import Source
 from .target import Piece
 
@@ -18,10 +16,7 @@ class Cast:
 
     def __init__(self, source: Source, dtype: torch.dtype | None):
         self.source, self.dtype = source, dtype
-        try:
-            self.config = DeepseekV2Config.from_dict(source.config)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise ValueError(f"{source.folder / 'config.json'} is not the config of a DeepSeek-V2: {error}") from error
+        self.config = config_from_json(source.config, source.folder)
         problems = check_checkpoint(source.folder, self.config).problems
         if problems:
             raise ValueError(f"{source.folder} does not fit its config.json: {problems[0]} (inspect lists all).")

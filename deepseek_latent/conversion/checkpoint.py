@@ -1,17 +1,18 @@
 """Compares the files of a checkpoint with its config.json, reading only the headers of the files."""
 
 import copy
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import GenerationConfig
 
-from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from ..experts.names import shapes_in_files
+from ..json_files import read_json
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -54,33 +55,28 @@ class CheckpointReport(NamedTuple):
 def read_config(source: str) -> DeepseekV2Config:
     """The config of a folder, a config.json or a hub id. Raises ValueError if it is not that of a DeepSeek-V2."""
     place = local_or_hub(source)
-    if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
-        raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"expected a config.json of DeepSeek-V2 in {source}, got: {error}") from error
-    except OSError as error:
-        if isinstance(place, Path):
-            raise
-        raise not_found_error(source, error) from error
-    if not isinstance(config, DeepseekV2Config):
-        raise ValueError(
-            f"model_type must be 'deepseek_v2', got {config.model_type!r} in {source}; name a DeepSeek-V2."
-        )
-    return config
-
-
-def read_json(file: Path) -> dict:
+    if isinstance(place, Path):
+        file = place / "config.json" if place.is_dir() else place
+    else:
+        try:
+            file = Path(hf_hub_download(place, "config.json"))
+        except (OSError, HFValidationError) as error:
+            raise not_found_error(source, error) from error
     if not file.is_file():
-        raise ValueError(f"expected a folder with {file.name}, got {file.parent}; save the model or adapter there.")
+        raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
+    return config_from_json(read_json(file), source)
+
+
+def config_from_json(given: dict, place: str | Path) -> DeepseekV2Config:
+    """The config of a DeepSeek-V2 from the content of its config.json. Raises ValueError that names `place`."""
+    if given.get("model_type") not in (DeepseekV2Config.model_type, DeepseekFirstUploadConfig.model_type):
+        raise ValueError(
+            f"model_type must be 'deepseek_v2', got {given.get('model_type')!r} in {place}; name a DeepSeek-V2."
+        )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
-    return content
+        return DeepseekV2Config.from_dict(given)
+    except ValueError as error:
+        raise ValueError(f"expected a config.json of DeepSeek-V2 in {place}, got: {error}") from error
 
 
 def local_or_hub(source: str) -> Path | str:
@@ -171,10 +167,12 @@ def read_headers(folder: Path) -> tuple[Headers, list[str]]:
             return {}, [f"{INDEX_FILE} is absent, and a loader needs it to find the shards; download it again"]
         return _read_files(folder, [WEIGHTS_FILE])
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        placed = {name: str(file) for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}, [f"{INDEX_FILE} is not JSON with a weight_map from tensor to file"]
+        index = read_json(folder / INDEX_FILE)
+    except ValueError as error:
+        return {}, [f"{INDEX_FILE} is not JSON with a weight_map from tensor to file: {error}"]
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        return {}, [f"{INDEX_FILE} is not JSON with a weight_map from tensor to file; download it again"]
     outside = [file for file in placed.values() if Path(file).name != file]
     if outside:
         return {}, [f"{INDEX_FILE} names {outside[0]!r}, expected files in the same folder"]
@@ -190,7 +188,35 @@ def read_headers(folder: Path) -> tuple[Headers, list[str]]:
         problems += [
             f"{name} is in {file}, but {INDEX_FILE} does not name it" for name in header or () if name not in placed
         ]
+    if not isinstance(index.get("metadata"), dict):
+        problems.append(f"{INDEX_FILE} has no metadata, without which transformers cannot read it; add an empty object")
     return headers, problems
+
+
+def read_generation_config(folder: Path) -> dict:
+    """The generation_config.json of a checkpoint, or {}. Raises ValueError if transformers could not read it."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    try:
+        GenerationConfig.from_dict(dict(content))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected the settings of generate() in {file}, got: {error}; correct or remove it."
+        ) from error
+    return content
+
+
+def check_readable(folder: Path) -> None:
+    """Raises ValueError if a loader could not open the files of a folder, from their headers and their index."""
+    read_generation_config(folder)
+    _, problems = read_headers(folder)
+    if problems:
+        more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        raise ValueError(
+            f"expected readable weights in {folder}, got: {problems[0]}{more} (deepseek-latent inspect lists all)."
+        )
 
 
 def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -2,12 +2,14 @@
 
 import glob
 import json
+import os
 import re
+import shutil
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCardData
 
 from .checkpoint import check_checkpoint, read_config
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
@@ -20,20 +22,38 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 def prepare_target(
-    source: Path, out: str, *, shard_bytes: int, force: bool, replace_any_folder: bool, push_to_hub: str | None
+    source: Path,
+    out: str,
+    *,
+    shard_bytes: int,
+    force: bool,
+    replace_any_folder: bool,
+    push_to_hub: str | None,
+    dry_run: bool,
 ) -> Target:
     """The folder to write to, and the hub repository if one is named. Raises ValueError if OUT cannot be written."""
     target = Target(out, shard_bytes=shard_bytes, force=force, replace_any_folder=replace_any_folder)
     check_files(source)
+    parent = next(parent for parent in target.out.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder that can be written to, got {parent} for {out}; choose another folder.")
     # the files of a folder in the hub's cache are in another one
     read = {source.resolve()} | {path.resolve().parent for path in source.iterdir() if path.is_file()}
     # the hidden folder is removed or renamed like OUT
     places = (target.out, target.partial)
     if any(_contains(source.resolve(), place) or _contains(place, x) for x in read for place in places):
         raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
-    if push_to_hub:
+    # no kind of conversion writes less than a quarter of its source; the exact number is checked before writing
+    least, free = sum(file.stat().st_size for file in source.glob("*.safetensors")) // 4, shutil.disk_usage(parent).free
+    if not dry_run and free < least and not target.partial.exists():
+        raise ValueError(f"at least {least:,} bytes are to be written to {parent}, which has {free:,} left; make room.")
+    if push_to_hub and not dry_run:
         # created now, so that a refusal comes before hours of conversion
-        HfApi().create_repo(push_to_hub, exist_ok=True)
+        try:
+            HfApi().create_repo(push_to_hub, exist_ok=True)
+        # if the hub is not reached, it is an error of the HTTP library, which one depends on huggingface_hub's version
+        except Exception as error:
+            raise ValueError(f"expected a repository on the hub to upload to, got: {error} ({push_to_hub}).") from error
     return target
 
 
@@ -102,12 +122,10 @@ def _assert_importable(folder: Path) -> None:
 
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
     """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
-    source_card = files.folder / "README.md"
-    source_data = ModelCard.load(source_card).data if source_card.is_file() else ModelCardData()
     data = ModelCardData(
         library_name="transformers",
-        license=_identifiers(source_data.license),
-        language=_identifiers(source_data.language),
+        license=_identifiers(files.card.license),
+        language=_identifiers(files.card.language),
     )
     template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))

@@ -6,16 +6,20 @@ Source: github.com/deepseek-ai/DeepSeek-V3, inference/convert.py and model.py, w
 import functools
 import json
 import re
+import reprlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..configuration.checks import MAX_LENGTH, check_size
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..json_files import read_json
 from .cast import Cast
-from .checkpoint import checkpoint_tensors, common_dtype, read_json
+from .checkpoint import checkpoint_tensors, common_dtype, read_generation_config
 from .source import TORCH_DTYPES, Source, companion_files, fingerprint
+from .source_card import read_card
 from .target import Piece
 
 # module name here: module name in DeepSeek's code, and the axis that is split over ranks
@@ -183,16 +187,12 @@ class ImportDeepseek:
         self.folder = folder
         if not config.is_file():
             raise ValueError(f"expected the config of DeepSeek's inference code in {config}; name it with --config.")
-        self.config = _config_from_deepseek(read_json(config), config)
-        generation_config = folder / "generation_config.json"
-        # DeepSeek's config has no token ids, and the defaults here are those of the published models
-        ids = read_json(generation_config) if generation_config.is_file() else {}
-        is_published = self.config.vocab_size == DeepseekV2Config.vocab_size
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(self.config, name, ids.get(name, getattr(self.config, name) if is_published else None))
+        self.card = read_card(folder)
+        self.config = _config_from_deepseek(read_json(config), config, read_generation_config(folder))
         found = {path: match for path in folder.glob("*.safetensors") if (match := _RANK.fullmatch(path.name))}
         counts = {int(match[2]) for match in found.values()}
-        if len(counts) != 1 or {int(match[1]) for match in found.values()} != set(range(max(counts))):
+        ranks = sorted(int(match[1]) for match in found.values())
+        if counts != {len(found)} or ranks != [*range(len(found))]:
             names = ", ".join(sorted(path.name for path in found)) or "none"
             raise ValueError(
                 f"expected one file model<rank>-mp<ranks>.safetensors for each rank in {folder}, got {names}."
@@ -261,13 +261,26 @@ def _join(slices: list, axis: int | None, name: str) -> Tensor:
     return tensor
 
 
-def _config_from_deepseek(stored: dict, file: Path) -> DeepseekV2Config:
+def _config_from_deepseek(stored: dict, file: Path, generation_config: dict | None = None) -> DeepseekV2Config:
     missing = [name for name in CONFIG_FIELDS if name not in stored and name not in CONFIG_DEFAULTS]
     if missing:
         raise ValueError(f"expected {missing[0]} in {file}, as DeepSeek's inference code has it; name its config.")
     if stored.get("dtype", "bf16") != "bf16" or stored.get("score_func", "softmax") != "softmax":
         raise ValueError(f"expected dtype bf16 and score_func softmax in {file}, got another; it cannot be imported.")
     given = CONFIG_DEFAULTS | stored
+    try:
+        return DeepseekV2Config.from_dict(_official_fields(given) | _token_ids(given, generation_config or {}))
+    except ValueError as error:
+        raise ValueError(f"expected the config of DeepSeek's inference code in {file}, got: {error}") from error
+
+
+def _official_fields(given: dict) -> dict:
+    """The fields of the official config.json, from all fields of DeepSeek's own."""
+    for name in ("max_seq_len", "original_seq_len", "n_expert_groups"):
+        check_size(name, given[name], MAX_LENGTH)
+    for name in ("rope_factor", "mscale", "beta_fast", "beta_slow"):
+        if not isinstance(given[name], (int, float)) or not 0 <= given[name] <= MAX_LENGTH:
+            raise ValueError(f"{name} must be a number of 0 or more, got {reprlib.repr(given[name])}.")
     fields = {name: given[stored_name] for stored_name, name in CONFIG_FIELDS.items()}
     rope, length = {"rope_type": "default", "rope_theta": given["rope_theta"]}, given["max_seq_len"]
     if length > given["original_seq_len"]:
@@ -277,13 +290,19 @@ def _config_from_deepseek(stored: dict, file: Path) -> DeepseekV2Config:
         rope |= {"mscale": given["mscale"], "mscale_all_dim": given["mscale"]}
         # DeepSeek's code limits the length to max_seq_len; the model with YaRN supports the extended length
         length = max(length, int(given["rope_factor"] * given["original_seq_len"]))
-    return DeepseekV2Config(
-        **fields,
-        num_key_value_heads=fields["num_attention_heads"],
-        q_lora_rank=given["q_lora_rank"] or None,
-        topk_method="group_limited_greedy" if fields["n_group"] > 1 else "greedy",
-        rope_parameters=rope,
-        max_position_embeddings=length,
-        architectures=["DeepseekV2ForCausalLM"],
-        tie_word_embeddings=False,
-    )
+    return fields | {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "q_lora_rank": given["q_lora_rank"] or None,
+        "topk_method": "group_limited_greedy" if fields["n_group"] > 1 else "greedy",
+        "rope_parameters": rope,
+        "max_position_embeddings": length,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "tie_word_embeddings": False,
+    }
+
+
+def _token_ids(given: dict, generation_config: dict) -> dict:
+    """DeepSeek's config has no token ids, and the defaults here are those of the published models."""
+    defaults = DeepseekV2Config if given["vocab_size"] == DeepseekV2Config.vocab_size else None
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+    return {name: generation_config.get(name, getattr(defaults, name, None)) for name in names}

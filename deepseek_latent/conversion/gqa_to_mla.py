@@ -28,6 +28,7 @@ from .target import Piece
 CONTENT_WIDTH = 8  # width of the content part of queries and keys: it is zero here, but DeepSeek-V2 must have one
 # ratio of the constant channel to the latent: values shrink by half of its inverse square, 5e-9
 CONSTANT_OVER_LATENT = 1e4
+MAX_EPS = 1e-4  # beyond it, normalizing the normalized input again changes it visibly
 LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
 _COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings")
@@ -49,6 +50,11 @@ class GqaToMla:
         self.bias_free = bias_free
         if bias_free and source.projections_with_bias:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
+        if bias_free and source.config.rms_norm_eps > MAX_EPS:
+            raise ValueError(
+                f"--bias-free needs an rms_norm_eps of at most {MAX_EPS}, because its latent is normalized twice, got "
+                f"{source.config.rms_norm_eps}; leave it out."
+            )
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
         self.c = self.d if bias_free else _width_with_constant(self.g * self.w)

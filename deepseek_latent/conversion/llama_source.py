@@ -3,11 +3,15 @@
 Letters: d model width, h query heads, g key heads, w width of a head.
 """
 
+import reprlib
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..configuration.checks import MAX_WIDTH, SIZES, check_general_fields, check_size
+from ..configuration.rope_parameters import validate_rope
 from .checkpoint import common_dtype
 from .source import Source
 
@@ -27,7 +31,7 @@ class LlamaSource:
         self.config = config = _supported_config(files)
         self.d = config.hidden_size
         self.h, self.g = config.num_attention_heads, config.num_key_value_heads
-        self.w = getattr(config, "head_dim", None) or self.d // self.h
+        self.w = _head_width(config)
         # the projections to which transformers gives a bias
         attention_bias = tuple(self._shapes()) if getattr(config, "attention_bias", False) else ()
         self.projections_with_bias = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else attention_bias
@@ -89,29 +93,57 @@ class LlamaSource:
 
 
 def _supported_config(files: Source) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"expected a config.json that transformers reads in {files.folder}, got: {error}") from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
+    given, model_type = files.config, files.config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
         reason = ""
-        if "qwen3" in config.model_type:
+        if "qwen3" in str(model_type):
             reason = " (its queries and keys are normalized, which latent attention cannot express)"
         raise ValueError(
-            f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got model_type {config.model_type!r}{reason}."
+            f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got model_type {reprlib.repr(model_type)}{reason}."
         )
-    rope = config.rope_parameters
+    try:
+        check_general_fields(given)
+        # before transformers computes with them
+        for name, most in SIZES.items():
+            if given.get(name) is not None:
+                check_size(name, given[name], most)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        _check_numbers(config)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"expected a config.json that transformers reads in {files.folder}, got: {error}") from error
+    rope = config.rope_parameters or {}
+    rope_type = rope.get("rope_type")
     has_sliding_window = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    layer_types = getattr(config, "layer_types", None)
     refused = {
         "sliding_window": getattr(config, "sliding_window", None) if has_sliding_window else None,
+        "layer_types": None if layer_types == ["full_attention"] * config.num_hidden_layers else layer_types,
         "mlp_bias": getattr(config, "mlp_bias", None),
         "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
         "partial_rotary_factor": None if rope.get("partial_rotary_factor", 1) == 1 else rope["partial_rotary_factor"],
-        "rope_type": None if rope["rope_type"] in ("default", "linear", "llama3", "yarn") else rope["rope_type"],
+        "rope_type": None if rope_type in ("default", "linear", "llama3", "yarn") else rope_type or "none",
     }
     for name, value in refused.items():
         if value:
             raise ValueError(
-                f"DeepSeek-V2 does not support {name} {value!r} of {files.folder}; it cannot be converted."
+                f"DeepSeek-V2 does not support {name} {reprlib.repr(value)} of {files.folder}; it cannot be converted."
             )
+    validate_rope(rope)
     return config
+
+
+def _check_numbers(config: PreTrainedConfig) -> None:
+    """Raises ValueError for numbers that transformers accepts, but no model has."""
+    for name, value in (("num_key_value_heads", config.num_key_value_heads), ("head_dim", _head_width(config))):
+        check_size(name, value, MAX_WIDTH)
+    h, g = config.num_attention_heads, config.num_key_value_heads
+    if h % g:
+        raise ValueError(f"num_key_value_heads must divide num_attention_heads ({h}), got {g}.")
+    if _head_width(config) % 2:
+        raise ValueError(f"the width of a head must be even, since RoPE rotates pairs, got {_head_width(config)}.")
+
+
+def _head_width(config: PreTrainedConfig) -> int:
+    # Qwen2's class has no such field, but reads it
+    given = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if given is None else given

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..json_files import read_json
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -17,7 +18,7 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2Model,
 )
 from ..whole_files import disk_errors, save_text, whole_file
-from .checkpoint import read_json
+from .checkpoint import config_from_json
 
 PACKAGE = Path(__file__).parents[1]
 _AUTO_CLASSES = {
@@ -70,7 +71,7 @@ def export_code(folder: Path, subfolder: str = "") -> list[str]:
     if config.get("model_type") != DeepseekV2Config.model_type:
         raise ValueError(f"model_type must be 'deepseek_v2', got {config.get('model_type')!r} in {config_file}.")
     # a config that the exported code would refuse is refused now
-    DeepseekV2Config.from_dict(config)
+    config_from_json(config, config_file)
     if subfolder and (folder / subfolder).is_symlink():
         raise ValueError(f"{folder / subfolder} is a link, and the code would be written elsewhere; remove the link.")
     with disk_errors(folder / subfolder):

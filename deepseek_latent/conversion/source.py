@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..json_files import read_json
 from .boundaries import file_inside
 from .checkpoint import (
     SAFETENSORS_DTYPES,
@@ -20,9 +21,10 @@ from .checkpoint import (
     local_or_hub,
     merge_headers,
     not_found_error,
+    read_generation_config,
     read_headers,
-    read_json,
 )
+from .source_card import read_card
 from .target import Piece
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -47,6 +49,9 @@ class Source:
         if not self.folder.is_dir():
             raise ValueError(f"expected a folder with a checkpoint, got {folder}; download it first.")
         self.config = read_json(self.folder / "config.json")
+        # what is copied or kept at the end is read now, before hours of work
+        self.card = read_card(self.folder)
+        read_generation_config(self.folder)
         if self.config.get("quantization_config"):
             raise ValueError(f"expected unquantized weights, got a quantization_config in {folder}; take its source.")
         self.tensors = self._headers()
@@ -64,7 +69,7 @@ class Source:
             raise ValueError(f"expected safetensors files in {self.folder}, found none{found}.")
         headers, problems = read_headers(self.folder)
         tensors, duplicates = merge_headers(headers)
-        problems += duplicates
+        problems = duplicates + problems
         for name, tensor in tensors.items():
             if tensor.dtype not in TORCH_DTYPES:
                 problems.append(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
@@ -131,9 +136,6 @@ def check_files(folder: Path) -> None:
             raise ValueError(
                 f"{path.name!r} in {folder} has {size:,} bytes, expected {MAX_FILE_BYTES:,} at most; restore it."
             )
-    if (folder / "generation_config.json").exists():
-        # copied, and read when the result is used
-        read_json(folder / "generation_config.json")
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..json_files import read_json
 
 WINDOW_LENGTH = 256  # tokens
 MAX_CALIBRATION_WINDOWS, MAX_EVALUATION_WINDOWS = 128, 32
@@ -21,13 +23,37 @@ def read_text(file: Path) -> str:
     return text
 
 
+def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub id. Raises ValueError if there is none, or if its files are broken."""
+    if isinstance(place, Path):
+        if not any(place.glob("tokenizer*")):
+            raise ValueError(f"reading a text needs a tokenizer, and {place} has none; copy its files there.")
+        for file in sorted(place.glob("*token*.json")):
+            read_json(file)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    # the library tokenizers raises Exception itself, and transformers whatever a wrong value leads to
+    except Exception as error:
+        raise ValueError(f"expected the files of a tokenizer in {place}, got: {error}; restore them.") from error
+
+
 def tokenize(folder: Path, text: str) -> Tensor:
-    """Token ids [1 s] of a text by the tokenizer in `folder`. Raises ValueError if there is none."""
-    if not any(folder.glob("tokenizer*")):
-        raise ValueError(f"reading a text needs a tokenizer, and {folder} has none; copy its files there.")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text, return_tensors="pt", verbose=False)[
-        "input_ids"
-    ]
+    """Token ids [1 s] of a text by the tokenizer in `folder`.
+
+    Raises ValueError as `load_tokenizer` does, and for the tokenizer of another model, with tokens beyond this one's.
+    """
+    ids = load_tokenizer(folder)(text, return_tensors="pt", verbose=False)["input_ids"]
+    check_vocabulary(ids, read_json(folder / "config.json").get("vocab_size"))
+    return ids
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int | None) -> None:
+    """Raises ValueError for tokens beyond the vocabulary of a model."""
+    if ids.numel() and vocab_size is not None and ids.max() >= vocab_size:
+        raise ValueError(
+            f"expected a tokenizer of at most {vocab_size:,} tokens, as the model has, got token {ids.max():,}; copy "
+            "the model's own files there."
+        )
 
 
 def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:

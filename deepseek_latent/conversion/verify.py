@@ -7,8 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
+from .cast import Cast
 from .checkpoint import check_checkpoint, read_config
 from .compatibility import find_incompatibilities
+from .llama_source import SUPPORTED_MODEL_TYPES, LlamaSource
 from .loading import load_model
 from .source import Source
 from .text import tokenize
@@ -34,11 +36,13 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}
     if report["problems"]:
         return report
+    if against is not None:
+        _check_source(against, config.vocab_size)
+    ids = _token_ids(folder, text, config.vocab_size)
     source = Source(folder)
     for name in source.tensors:
         source[name]  # raises ValueError if it holds NaN or infinity
     report["incompatible_with_other_programs"] = find_incompatibilities(config, source.config, source.tensors)
-    ids = _token_ids(folder, text, config.vocab_size)
     dtype = dtype or "auto"
     # only one model at a time is in memory
     logits, continuation = _logits_and_continuation(load_model(folder, dtype=dtype), ids)
@@ -55,14 +59,21 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
             report["problems"].append(f"logits in transformers differ by more than {max_error}")
     if against is not None:
         expected, expected_continuation = _logits_and_continuation(load_model(against, dtype=dtype), ids)
-        if logits.shape != expected.shape:
-            raise ValueError(f"expected {against} to have the vocabulary of {folder}, got {expected.shape[1]} tokens.")
         report["logits_error_against_source"] = _relative_error(logits, expected)
         if report["logits_error_against_source"] > max_error:
             report["problems"].append(f"logits differ from those of {against} by more than {max_error}")
         num_equal = (continuation == expected_continuation).long().cumprod(dim=0).sum()
         report["equal_greedy_tokens"] = f"{num_equal} of {len(expected_continuation)}"
     return report
+
+
+def _check_source(folder: Path, vocab_size: int) -> None:
+    """Raises ValueError if the files of the source do not fit its config, or have another vocabulary."""
+    source = Source(folder)
+    is_llama = source.config.get("model_type") in SUPPORTED_MODEL_TYPES
+    config = LlamaSource(source).config if is_llama else Cast(source, None).config
+    if config.vocab_size != vocab_size:
+        raise ValueError(f"expected {folder} to have a vocabulary of {vocab_size} tokens, got {config.vocab_size}.")
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Letters: e routed experts, d model width, f width of one expert.
 """
 
 import re
-from collections.abc import Iterable
 
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
@@ -14,6 +13,7 @@ from ..compat.transformers import CheckedConverter, convert_files_of, reason_of
 # gate_up_proj [e 2f d] holds the rows of gate_proj before those of up_proj; down_proj is [e d f]
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 STACKED = tuple(PROJECTIONS)
+MAX_PROBLEMS = 20  # in one error message
 # the stacked weights as peft's `target_parameters` name them
 ROUTED_EXPERTS = tuple(f"experts.{name}" for name in STACKED)
 _STACKED_WEIGHT = re.compile(rf"(?P<experts>.*\.mlp\.experts)\.(?P<name>{'|'.join(STACKED)})")
@@ -96,9 +96,12 @@ def missing_in_files(name: str, failed_conversion: str | None) -> str:
     return f"{pattern_in_files(name)} cannot be stacked ({reason_of(failed_conversion)})"
 
 
-def incomplete_backbone(problems: Iterable[str]) -> ValueError:
+def incomplete_backbone(problems: list[str]) -> ValueError:
+    # a wrong number of layers would make thousands
+    shown = problems[:MAX_PROBLEMS]
+    more = f"; and {len(problems) - len(shown):,} more" if len(problems) > len(shown) else ""
     return ValueError(
-        f"the checkpoint does not hold this model's backbone: {'; '.join(problems)}. "
+        f"the checkpoint does not hold this model's backbone: {'; '.join(shown)}{more}. "
         "Complete or convert the checkpoint, or correct its config.json; nothing was initialized in their place."
     )
 

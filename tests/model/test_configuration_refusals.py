@@ -87,6 +87,80 @@ REFUSED = {
     "n_routed_experts": ({"n_routed_experts": 0}, r"n_routed_experts must be at least 1, or null .* got 0"),
     "n_shared_experts": ({"n_shared_experts": 0}, r"n_shared_experts must be at least 1, or null .* got 0"),
 }
+# what transformers' own classes would take, and fail or hang with later
+REFUSED |= {
+    "10^9 layers": ({"num_hidden_layers": 10**9}, r"num_hidden_layers must be at most 500, got 1000000000; correct"),
+    "10^9 experts": ({"n_routed_experts": 10**9}, r"n_routed_experts must be at most 100,000, or null .* 1000000000"),
+    "too many experts in all": (
+        {"n_routed_experts": 10**4, "num_hidden_layers": 400},
+        r"num_hidden_layers times n_routed_experts must be at most 100,000, got 4,000,000; correct one",
+    ),
+    "a width of 2^63": ({"kv_lora_rank": 2**63}, r"kv_lora_rank must be at most 1,000,000, got 9223372036854775808"),
+    "a vocabulary of 10^30": (
+        {"vocab_size": 10**30},
+        r"vocab_size must be at most 100,000,000, got 10{30}; correct it",
+    ),
+    "dtype 16": ({"dtype": 16}, r"dtype must be a floating-point type of torch, such as 'bfloat16', got 16"),
+    "dtype of a layer": ({"dtype": "nn"}, r"dtype must be a floating-point type of torch, .* got 'nn'"),
+    "torch_dtype": ({"torch_dtype": "int64"}, r"torch_dtype must be a floating-point type of torch, .* got 'int64'"),
+    "attention": ({"attn_implementation": False}, r"attn_implementation must be a name, or null, got False; corr"),
+    "experts": ({"experts_implementation": {"": 5}}, r"experts_implementation must be a name, or null, got {'': 5}"),
+    "10^9 labels": ({"num_labels": 10**9}, r"num_labels must be at most 1,000,000, got 1000000000"),
+    "labels": ({"id2label": {"first": "a"}}, r"id2label must give a label for each number, got {'first': 'a'}"),
+    "a method": ({"to_dict": 5}, r"to_dict is a name in the config's class, and no field of config.json; remove it"),
+    "a property": ({"cached_width": 5}, r"cached_width is a name in the config's class"),
+    "initializer": ({"initializer_range": -0.1}, r"initializer_range must be a number of 0 or more, got -0.1"),
+    "pad below": ({"pad_token_id": -2}, r"pad_token_id must be a token, or -1 or null for none, got -2"),
+    "eos": ({"eos_token_id": [1, 2**63]}, r"eos_token_id must be a token, got \[1, 9223372036854775808\]"),
+    "rope as a list": ({"rope_scaling": [1]}, r"rope_scaling must be a dict or null, got \[1\]"),
+    "theta of 1e-300": (
+        {"rope_theta": 1e-300},
+        r"rope_theta in rope_scaling must be above 1 and below 1e\+12, got 1e-300",
+    ),
+    "theta of 10^400": ({"rope_theta": 10**400}, r"yarn needs a positive rope_theta in rope_scaling, got 10+\.\.\.0+"),
+    "huge mscale": (
+        {"rope_scaling": PUBLISHED_YARN | {"mscale": 1e9}},
+        r"mscale in rope_scaling must be at most 10,000",
+    ),
+    "truncate": (
+        {"rope_scaling": PUBLISHED_YARN | {"truncate": 1}},
+        r"truncate in rope_scaling must be true or false, got 1",
+    ),
+    "llama3": (
+        {
+            "rope_scaling": {
+                "type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+        r"low_freq_factor in rope_scaling must be below high_freq_factor \(4.0\), got 4.0",
+    ),
+    "longrope of another width": (
+        {
+            "rope_scaling": {
+                "type": "longrope",
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0] * 4,
+            }
+        },
+        r"short_factor in rope_scaling must have half as many numbers as qk_rope_head_dim \(64\), got 4",
+    ),
+    "longrope of text": (
+        {
+            "rope_scaling": {
+                "type": "longrope",
+                "original_max_position_embeddings": 64,
+                "short_factor": ["1"] * 32,
+                "long_factor": [1.0] * 32,
+            }
+        },
+        r"short_factor in rope_scaling must be a list of positive numbers, got \['1', '1'",
+    ),
+}
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
@@ -105,6 +179,22 @@ def test_a_refusal_names_what_was_expected_and_what_came(wrong, message, write_c
         AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+WRONG_TYPES = {
+    "architectures 7": ({"architectures": 7}, r"architectures must be a list of class names, or null, got 7"),
+    "architectures [5]": ({"architectures": [5]}, r"architectures must be a list of class names, or null, got \[5\]"),
+    "a wide model": ({"hidden_size": "wide"}, "'hidden_size' expected int, got str .* Correct the type of this field"),
+    "100,000 letters": ({"topk_group": "x" * 10**5}, "'topk_group' with value 'x{400,500}[.]{3} Correct the type"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
+def test_a_wrong_type_in_a_file_is_refused_like_a_wrong_value(wrong, message, write_config):
+    folder = write_config(DEEPSEEK_V2 | wrong)
+    for auto_class in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=message):
+            auto_class.from_pretrained(folder)
 
 
 def test_greedy_routing_accepts_any_groups():

@@ -242,3 +242,14 @@ def test_a_folder_that_takes_no_files_is_an_error_with_the_name(tmp_path, monkey
     monkeypatch.setattr(whole_files.tempfile, "mkdtemp", read_only)
     with pytest.raises(OSError, match=rf"^new could not be written to {tmp_path}: Read-only file system\.$"):
         write_half(writer(tmp_path / "new"))
+
+
+def test_a_link_in_the_place_of_a_leftover_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "lock").touch()
+    (elsewhere / "kept").write_text("kept")
+    (tmp_path / ".file.txt.abcdefgh.unfinished").symlink_to(elsewhere)
+    with whole_file(tmp_path / "file.txt") as place:
+        place.write_text("whole")
+    assert (elsewhere / "kept").read_text() == "kept"

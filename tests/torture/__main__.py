@@ -23,6 +23,7 @@ from .campaign import KINDS, Campaign, run_watched
 PARTS: dict[str, int] = {
     "kill_points": 10,
     "bad_disks": 4,
+    "checkpoints": 8,
     "hostile_folders": 6,
     "adapters": 6,
     "cache_files": 6,
