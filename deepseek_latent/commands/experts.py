@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from ..conversion.checkpoint import check_readable, checkpoint_tensors, has_weights, read_config
+from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
@@ -60,8 +60,6 @@ def _experts(arguments: argparse.Namespace) -> int:
     pyplot = _import_pyplot() if arguments.plot else None
     texts = [file for file in (arguments.text, arguments.against) if file is not None]
     ids = [tokenize(folder, read_text(file)) for file in texts]
-    if has_weights(folder):
-        check_readable(folder)
     model = load_model(folder, dtype="auto")
     first, *others = [activity_of(model, ids_of_text) for ids_of_text in ids]
     size = routed_size(config, checkpoint_tensors(config))

@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from ..conversion.checkpoint import check_readable, has_weights, local_or_hub, read_config
+from ..conversion.checkpoint import local_or_hub, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import expanded_width
 from ..conversion.text import check_vocabulary, load_tokenizer
@@ -60,8 +60,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
         check_vocabulary(inputs["input_ids"], config.vocab_size)
         place = local_or_hub(arguments.model)
-        if isinstance(place, Path) and has_weights(place):
-            check_readable(place)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
         if arguments.seed is not None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint import check_readable, has_weights
+
 
 def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **options) -> PreTrainedModel:
     """The model in a folder or of a hub id, in eval mode. No code of the checkpoint is run.
@@ -12,6 +14,8 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
     Raises ValueError if weights are unreadable, missing, unexpected or of another shape. transformers initializes
     missing weights at random, drops unexpected ones, and reports both only in its log.
     """
+    if isinstance(place, Path) and has_weights(place):
+        check_readable(place)
     try:
         # sizes are judged below, where the message is one sentence
         model, found = model_class.from_pretrained(
