@@ -13,7 +13,6 @@ from rich.table import Table
 from transformers.utils import logging
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_MESSAGE = 800  # characters
 BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -29,17 +28,8 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     try:
         return arguments, arguments.action(arguments)
     except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"{parser.prog} {arguments.command}: {_one_sentence(error)}", file=sys.stderr)
+        print(f"{parser.prog} {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return arguments, 2
-
-
-def _one_sentence(error: Exception) -> str:
-    """The message of an error in one line, without the middle if a value from a file makes it very long."""
-    message = " ".join(str(error).split())
-    if len(message) > MAX_MESSAGE:
-        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
-    # a name from a file may hold what no terminal can show
-    return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
