@@ -6,6 +6,7 @@ of B. So an adapter that is converted there and back has the same bits again, an
 """
 
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -87,7 +88,8 @@ def _check_number_of_experts(config: AdapterConfig, e: int) -> None:
     Stacked tensors have experts times rank rows, so a wrong rank would pass for another number of experts.
     """
     base = config.fields.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or not (Path(base) / "config.json").is_file():
+    # unlike Path.is_file, this is also False for a name that is too long
+    if not isinstance(base, str) or not base or not os.path.isfile(os.path.join(base, "config.json")):
         return
     expected = read_json(Path(base) / "config.json").get("n_routed_experts")
     if e != expected:

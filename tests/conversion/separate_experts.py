@@ -26,6 +26,9 @@ class SeparateExperts(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
     def prepare_inputs_for_generation(self) -> None:
         """peft looks for it in causal language models."""
 
