@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..json_files import read_json
-from ..whole_files import save_tensors, whole_folder
+from ..whole_files import save_tensors, save_text, whole_folder
 from .adapter_config import CONFIG_FILE, AdapterConfig
 from .adapter_targets import Form, changed_fields, settings_of
 from .adapter_tensors import (
@@ -78,7 +78,7 @@ def convert_adapter(source: Path, out: Path) -> dict:
     with whole_folder(out) as folder:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(folder / WEIGHTS_FILE, contiguous, {"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config.fields | changes, indent=2) + "\n", encoding="utf-8")
+        save_text(folder / CONFIG_FILE, json.dumps(config.fields | changes, indent=2) + "\n")
     return report
 
 

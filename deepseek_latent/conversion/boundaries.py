@@ -99,7 +99,7 @@ def refuse_planted(path: Path, is_kind: Callable[[int], bool]) -> None:
     """
     if not os.path.lexists(path):
         # a name that is too long is an OSError now, and not after the work
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
         return
     status = path.lstat()

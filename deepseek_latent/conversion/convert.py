@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import re
 import shutil
 from importlib.resources import files as resources
 from pathlib import Path
@@ -18,7 +17,6 @@ from .source import Source, check_files
 from .target import Target
 
 CARD_TEMPLATE = "converted.md.template"
-_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 def prepare_target(
@@ -122,11 +120,7 @@ def _assert_importable(folder: Path) -> None:
 
 def model_card(files: Source | ImportDeepseek, command: str, report: dict, place: str) -> str:
     """The README.md of the new folder: its source, license, command and measurements. `place` is what users load."""
-    data = ModelCardData(
-        library_name="transformers",
-        license=_identifiers(files.card.license),
-        language=_identifiers(files.card.language),
-    )
+    data = ModelCardData(library_name="transformers", license=files.card.license, language=files.card.language)
     template = Template((resources(__package__) / CARD_TEMPLATE).read_text(encoding="utf-8"))
     rows = "\n".join(f"| {name} | {_format(value)} |" for name, value in report.items() if not isinstance(value, list))
     return template.substitute(
@@ -136,13 +130,6 @@ def model_card(files: Source | ImportDeepseek, command: str, report: dict, place
         report=rows,
         place=json.dumps(place, ensure_ascii=not place.isprintable()),
     )
-
-
-def _identifiers(value: object) -> str | list[str] | None:
-    """A license or language of the source's card, or a list of them; None for anything that is no identifier."""
-    if isinstance(value, list):
-        return [x for x in value if _identifiers(x) and isinstance(x, str)] or None
-    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
 
 
 def _format(value: float | int | str) -> str:

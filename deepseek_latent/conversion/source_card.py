@@ -9,6 +9,8 @@ import yaml
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # a field and the indented or listed lines below it
 _FIELD = r"^{name}[ \t]*:.*(?:\r?\n[ \t-].*)*"
+# such as "apache-2.0" and "pt-BR": nothing in it is markup
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 MAX_FIELD = 4_000  # characters
 
 
@@ -41,7 +43,7 @@ def read_card(folder: Path) -> SourceCard:
 
 
 def _parse(text: str, name: str) -> Any:
-    """The text or, for languages, the list of texts that a field holds; None if it holds something else."""
+    """The identifier or, for languages, the list of identifiers that a field holds; None if it holds anything else."""
     if len(text) > MAX_FIELD:
         return None
     try:
@@ -52,5 +54,4 @@ def _parse(text: str, name: str) -> Any:
     # "no" is Norwegian, and false in YAML
     value = "no" if name == "language" and value is False else value
     texts = value if isinstance(value, list) and name == "language" else [value]
-    is_text = all(isinstance(each, str) and each.isprintable() and "\ufffd" not in each for each in texts)
-    return value if is_text and texts else None
+    return value if texts and all(isinstance(each, str) and _IDENTIFIER.fullmatch(each) for each in texts) else None

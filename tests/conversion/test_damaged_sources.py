@@ -151,7 +151,7 @@ def calibrated(tmp_path, monkeypatch) -> tuple:
     def work(*arguments, **options):
         pytest.fail("the model was loaded before everything was checked")
 
-    monkeypatch.setattr(compression_report.AutoModelForCausalLM, "from_pretrained", work)
+    monkeypatch.setattr(compression_report, "load_model", work)
     options = ("--kv-lora-rank", "48", "--qk-rope-head-dim", "16", "--calibrate", tmp_path / "text")
     return ("convert", "gqa-to-mla", tmp_path / "source", tmp_path / "out", *options)
 
@@ -164,7 +164,7 @@ def calibrated(tmp_path, monkeypatch) -> tuple:
         ("tokenizer_config.json", "[" * 10**5, "nested too deeply"),
         ("generation_config.json", "[]", "expected a JSON object in"),
     ],
-    ids=str,
+    ids=("list as tokenizer", "empty tokenizer", "deep tokenizer_config", "list as generation_config"),
 )
 def test_broken_files_beside_the_weights_are_refused_before_calibration(calibrated, file, content, words, capsys):
     source = calibrated[2]

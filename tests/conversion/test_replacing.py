@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_folder_that_holds_the_home_or_the_current_folder_is_never_replaced(
     (tmp_path / "user" / "inner" / "thesis").touch()
     for out in ("user", "user/inner"):
         assert convert(source, tmp_path / out, "--force", "--replace-any-folder") == 2
-        assert "is not replaced" in capsys.readouterr().err
+        assert re.search("is not replaced|cannot be replaced", capsys.readouterr().err)
     assert (tmp_path / "user" / "inner" / "thesis").is_file()
 
 
@@ -149,7 +150,7 @@ def test_what_belongs_to_another_user_is_refused(source, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to], ids=["link", "hard link"])
 def test_links_in_the_hidden_folder_of_an_earlier_run_are_not_written_through(source, tmp_path, monkeypatch, plant):
-    def interrupt(self):
+    def interrupt(self, files):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
