@@ -3,6 +3,7 @@
 import _thread
 import gc
 import itertools
+import signal
 import threading
 
 import numpy as np
@@ -247,6 +248,15 @@ def loops() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
 
 
+@pytest.fixture
+def interrupts_are_heard():
+    """A shell ignores interrupts for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_are_heard")
 def test_an_interrupt_ends_a_batch_and_its_thread():
     model, steps = tiny_model(), itertools.count()
 

@@ -80,7 +80,12 @@ def test_a_closed_output_ends_a_command_without_a_word(command, folder, capsys, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=str)
 def test_a_signal_ends_a_generation_without_a_traceback(number, status, folder):
-    code = "import sys; from deepseek_latent_command import main; sys.exit(main())"
+    # a shell ignores interrupts for what it runs in the background
+    code = (
+        "import signal, sys; from deepseek_latent_command import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.exit(main())"
+    )
     command = [sys.executable, "-c", code, "generate", str(folder), "text", "--max-new-tokens", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         # the prompt is printed before the first new token
