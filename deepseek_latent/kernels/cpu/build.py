@@ -103,6 +103,9 @@ def _build_kept(compiler: str, path: Path) -> str | None:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         if reason := why_not_safe(folder):
             return reason
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # such as a pipe, which no writer of this package replaces
+            path.unlink()
         with whole_file(path, private=True) as unfinished:
             _build_and_load(compiler, unfinished)
             is_loaded = True
