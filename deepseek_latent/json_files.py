@@ -26,7 +26,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"expected JSON in {file}, got something nested too deeply to read; restore it.") from error
     except ValueError as error:
-        raise ValueError(f"expected JSON in {file}, which is not a valid JSON file ({error}); restore it.") from error
+        raise ValueError(f"expected JSON in {file}, got something else ({error}); restore it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
     return content

@@ -151,6 +151,10 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # some network disks keep folders by themselves and say so
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)
 
@@ -166,7 +170,7 @@ def flush_folder(folder: Path) -> None:
 def remove_leftovers(path: Path) -> None:
     """Removes what killed writers of `path` left beside it, and puts back the folder that one was about to replace."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{END_OF_HIDDEN_NAME}")
-    for folder in [x for x in path.parent.iterdir() if name.fullmatch(x.name) and _is_own_folder(x)]:
+    for folder in [x for x in path.parent.iterdir() if name.fullmatch(x.name) and is_own_folder(x)]:
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
@@ -186,7 +190,7 @@ def remove_leftovers(path: Path) -> None:
             os.close(lock)
 
 
-def _is_own_folder(path: Path) -> bool:
+def is_own_folder(path: Path) -> bool:
     """False for what somebody else put there, such as a link to a folder that is to be emptied."""
     with suppress(FileNotFoundError):
         status = path.lstat()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from ..whole_files import END_OF_HIDDEN_NAME
+from ..whole_files import END_OF_HIDDEN_NAME, is_own_folder
 from .files import FORMAT_VERSION
 from .storage import read_description
 
@@ -95,7 +95,8 @@ class PromptFolder:
         try:
             # whoever writes holds the lock, so these are from writers that were killed
             for path, _ in self._entries(_UNFINISHED_NAME, os.DirEntry.is_dir):
-                shutil.rmtree(path)
+                if is_own_folder(path):
+                    shutil.rmtree(path)
             yield
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:

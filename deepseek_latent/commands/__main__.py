@@ -22,19 +22,23 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 1: the checkpoint does not pass its check. 2: the input is unusable, for a reason printed in one sentence.
     130: it was interrupted. 141: what reads the output, such as `head`, has closed it.
     """
+    is_tool = False
     try:
         try:
             arguments, status = run_command(_parser(), argv)
-            # outside run_command, so that the tool's own exceptions and exit code pass through
-            if arguments.command == "run" and status == 0:
-                run_tool(arguments.module, arguments.script)
-            return status
         finally:
             sys.stdout.flush()
+        is_tool = arguments.command == "run" and status == 0
+        if is_tool:
+            run_tool(arguments.module, arguments.script)
+        return status
     except KeyboardInterrupt:
         print("deepseek-latent: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        if is_tool:
+            # errors of the tool are its own
+            raise
         # python flushes the output once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

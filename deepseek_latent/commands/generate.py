@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -56,10 +55,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError("--top-p needs a --temperature above 0; without one the most likely token is always taken.")
     with quiet_transformers():
         config = read_config(arguments.model)
-        tokenizer = _load_tokenizer(arguments.model)
+        place = local_or_hub(arguments.model)
+        tokenizer = load_tokenizer(place)
         inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
         check_vocabulary(inputs["input_ids"], config.vocab_size)
-        place = local_or_hub(arguments.model)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
         if arguments.seed is not None:
@@ -111,13 +110,6 @@ class _TimedStreamer(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
         super().put(value)
-
-
-def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    place = local_or_hub(model)
-    if isinstance(place, Path) and not any(place.glob("tokenizer*")):
-        raise ValueError(f"expected tokenizer.json in {model}, got none; copy the tokenizer's files from its source.")
-    return load_tokenizer(place)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:

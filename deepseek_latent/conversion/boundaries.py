@@ -1,7 +1,8 @@
-"""Which files a conversion may read, copy, replace and remove; whoever made its source or the place beside OUT.
+"""Which files a conversion may read, copy, replace and remove, since strangers may have made its source.
 
 A conversion reads regular files inside its source. It leaves a list of the files that it wrote, `conversion.json`, in
-its folder. `--force` replaces a folder that holds these files, unchanged, and nothing else.
+its folder. `--force` replaces a folder that holds these files, unchanged, and nothing else. While the folder is not
+finished, the same file says which conversion can continue it.
 """
 
 import json
@@ -13,10 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..json_files import read_json
-from ..whole_files import save_text
+from ..whole_files import save_text, whole_file
 
 MARKER = "conversion.json"
-_ABOUT = "written by deepseek-latent convert; --force replaces this folder while it holds these files [bytes, seconds]"
+_ABOUT = (
+    "written by deepseek-latent convert, whose --force replaces this folder while it holds these files, each with its "
+    "size in bytes and its time of change in seconds"
+)
 
 
 def file_inside(folder: Path, name: str) -> Path:
@@ -54,8 +58,10 @@ def check_out(out: Path, *, force: bool, replace_any_folder: bool) -> None:
         return
     if not force:
         raise ValueError(f"{out} exists; choose another folder, or --force to replace it if a conversion wrote it.")
-    if Path.home().resolve().is_relative_to(out):
-        raise ValueError(f"{out} holds {Path.home()} and is not replaced; choose another folder.")
+    # a user without a home has none to lose
+    with suppress(RuntimeError):
+        if Path.home().resolve().is_relative_to(out):
+            raise ValueError(f"{out} holds {Path.home()} and is not replaced; choose another folder.")
     if not replace_any_folder and (reason := _foreign_content(out)):
         raise ValueError(
             f"--force replaces only what a conversion wrote, and {out} {reason}; choose another folder, or add "
@@ -63,11 +69,22 @@ def check_out(out: Path, *, force: bool, replace_any_folder: bool) -> None:
         )
 
 
-def write_marker(folder: Path, names: Iterable[str]) -> None:
-    """Lists the named files of a folder, so that a later conversion may replace it."""
+def write_marker(folder: Path, plan: str, names: Iterable[str] = ()) -> None:
+    """Lists the named files of a folder, so that a later conversion may replace it.
+
+    `plan` identifies the conversion, so that it can continue while the folder is not finished.
+    """
     written = {name: _size_and_date(folder / name) for name in sorted(names)}
-    text = json.dumps({"about": _ABOUT, "files": written}, indent=1)
-    save_text(folder / MARKER, text + "\n")
+    text = json.dumps({"about": _ABOUT, "plan": plan, "files": written}, indent=1)
+    with whole_file(folder / MARKER) as place:
+        save_text(place, text + "\n")
+
+
+def plan_of(folder: Path) -> str | None:
+    """The plan of the conversion that wrote to a folder, or None."""
+    with suppress(ValueError):
+        return read_json(folder / MARKER).get("plan")
+    return None
 
 
 def _foreign_content(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from .checkpoint import check_readable, has_weights
 
 
 def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **options) -> PreTrainedModel:
-    """The model in a folder or of a hub id, in eval mode. No code of the checkpoint is run.
+    """The model in a folder or of a hub id, in eval mode. No code of the checkpoint is run, and no pickle read.
 
     Raises ValueError if weights are unreadable, missing, unexpected or of another shape. transformers initializes
     missing weights at random, drops unexpected ones, and reports both only in its log.
@@ -19,7 +19,12 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
     try:
         # sizes are judged below, where the message is one sentence
         model, found = model_class.from_pretrained(
-            place, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            place,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except SafetensorError as error:
         raise ValueError(

@@ -8,7 +8,7 @@ import yaml
 
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # a field and the indented or listed lines below it
-_FIELD = r"^{name}[ \t]*:.*(?:\r?\n[ \t-].*)*"
+_FIELD = r"^{name}[ \t]*:.*(?:\r?\n[ \t#-].*)*"
 # such as "apache-2.0" and "pt-BR": nothing in it is markup
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 MAX_FIELD = 4_000  # characters
@@ -51,7 +51,10 @@ def _parse(text: str, name: str) -> Any:
     # a date that does not exist is a ValueError
     except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    # "no" is Norwegian, and false in YAML
-    value = "no" if name == "language" and value is False else value
+    if name == "language":
+        # "no" is Norwegian, and false in YAML
+        no = {False: "no"}
+        value = [no.get(x, x) if isinstance(x, bool) else x for x in value] if isinstance(value, list) else value
+        value = "no" if value is False else value
     texts = value if isinstance(value, list) and name == "language" else [value]
     return value if texts and all(isinstance(each, str) and _IDENTIFIER.fullmatch(each) for each in texts) else None

@@ -19,18 +19,16 @@ from tqdm import tqdm
 from ..whole_files import (
     check_replaceable,
     disk_errors,
-    flush_folder,
     publish_folder,
     remove_leftovers,
     save_tensors,
     save_text,
     whole_file,
 )
-from .boundaries import MARKER, check_out, copy_file, refuse_planted, write_marker
+from .boundaries import MARKER, check_out, copy_file, plan_of, refuse_planted, write_marker
 from .checkpoint import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
-_PLAN_FILE = "plan.json"
 
 
 class Piece(NamedTuple):
@@ -111,7 +109,7 @@ class Target:
         with locked:
             refuse_planted(self.partial, stat.S_ISDIR)
             try:
-                self._prepare_partial(shards, texts, origin)
+                plan = self._prepare_partial(shards, texts, origin)
                 self._write_shards(shards)
                 for path in copies:
                     with disk_errors(self.partial / path.name, path.stat().st_size):
@@ -119,10 +117,8 @@ class Target:
                 for name, text in texts.items():
                     save_text(self.partial / name, text)
                 check(self.partial)
-                write_marker(self.partial, files)
-                # somebody may have made a folder of that name since this conversion began
-                check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
-                self._publish([*files, MARKER])
+                write_marker(self.partial, plan, files)
+                self._remove_all_but([*files, MARKER])
             except (ValueError, AssertionError):
                 # another run would fail in the same way; one that was interrupted or found the disk full can be resumed
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -130,6 +126,10 @@ class Target:
             except OSError:
                 self._keep_finished(shards)
                 raise
+            else:
+                # somebody may have made a folder of that name since this conversion began
+                check_out(self.out, force=self.force, replace_any_folder=self.replace_any_folder)
+                publish_folder(self.partial, self.out)
             finally:
                 self.lock.unlink(missing_ok=True)
         return files
@@ -145,27 +145,21 @@ class Target:
             for file, shard in missing.items():
                 _write_shard(self.partial / file, shard, progress)
 
-    def _prepare_partial(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> None:
-        """Creates the partial folder, or keeps that of an earlier run if it was the same conversion."""
+    def _prepare_partial(self, shards: dict[str, list[Piece]], texts: dict[str, str], origin: str) -> str:
+        """Creates the partial folder, or keeps that of an earlier run of the same conversion. Returns its plan."""
         described = {file: [[x.name, list(x.shape), str(x.dtype)] for x in shard] for file, shard in shards.items()}
         plan = json.dumps([origin, self.shard_bytes, described, texts.get("config.json")])
         plan = hashlib.sha256(plan.encode()).hexdigest()
-        if self.partial.exists() and _read_if_present(self.partial / _PLAN_FILE) != plan:
+        if self.partial.exists() and plan_of(self.partial) != plan:
             shutil.rmtree(self.partial)
         if self.partial.exists():
             # such as what a killed run was writing
-            self._remove_all_but([*shards, _PLAN_FILE])
+            self._remove_all_but([*shards, MARKER])
         else:
             with disk_errors(self.partial):
                 self.partial.mkdir()
-            save_text(self.partial / _PLAN_FILE, plan)
-
-    def _publish(self, files: list[str]) -> None:
-        # this may take long, and a run that ends here can be resumed because the plan is still there
-        with disk_errors(self.out):
-            flush_folder(self.partial)
-        self._remove_all_but(files)
-        publish_folder(self.partial, self.out)
+            write_marker(self.partial, plan)
+        return plan
 
     def _remove_all_but(self, files: list[str]) -> None:
         for path in [*self.partial.iterdir()]:
@@ -215,10 +209,6 @@ def _is_finished(path: Path, pieces: list[Piece]) -> bool:
             return set(stored.keys()) == {piece.name for piece in pieces}
     except (OSError, SafetensorError):
         return False
-
-
-def _read_if_present(path: Path) -> str | None:
-    return path.read_text() if path.is_file() else None
 
 
 def _exclusive_lock(path: Path):

@@ -16,6 +16,8 @@ def read_text(file: Path) -> str:
     """The text of a file. Raises ValueError if it is empty or not in UTF-8."""
     try:
         text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"expected a file with a text, got {file}, which does not exist.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8, got {file}; convert its encoding.") from error
     if not text.strip():
@@ -27,7 +29,7 @@ def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id. Raises ValueError if there is none, or if its files are broken."""
     if isinstance(place, Path):
         if not any(place.glob("tokenizer*")):
-            raise ValueError(f"reading a text needs a tokenizer, and {place} has none; copy its files there.")
+            raise ValueError(f"expected tokenizer.json in {place}, got none; copy the files of its source.")
         for file in sorted(place.glob("*token*.json")):
             read_json(file)
     try:

@@ -188,8 +188,10 @@ def _check_holds_only_experts(folder: Path) -> None:
         return
     # what a killed ExpertSelection.save left
     remove_leftovers(folder / CONFIG_FILE)
-    others = sorted(path.name for path in folder.iterdir() if not path.match("*.safetensors"))
-    others = [name for name in others if name != CONFIG_FILE]
+    # without this file, tensors beside it are not those of trained experts
+    is_own = (folder / CONFIG_FILE).is_file()
+    names = sorted(path.name for path in folder.iterdir() if path.name != CONFIG_FILE)
+    others = [name for name in names if not (is_own and name.endswith(".safetensors"))]
     if others:
         found = "a checkpoint" if "config.json" in others else others[0]
         raise ValueError(

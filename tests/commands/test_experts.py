@@ -131,5 +131,5 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a text")
     assert main(["experts", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]) == 2
-    assert "needs a tokenizer" in capsys.readouterr().err
+    assert "expected tokenizer.json" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(FOLDER) is not None

@@ -253,7 +253,7 @@ def test_in_bfloat16_compression_at_full_width_keeps_the_perplexity(tmp_path, so
         (["--kv-lora-rank", "16"], "takes --kv-lora-rank, --qk-rope-head-dim and --calibrate"),
         (["--kv-lora-rank", "16", "--qk-rope-head-dim", "15", "--calibrate", "text.txt"], "must be even and 2 to 32"),
         (["--kv-lora-rank", "60", "--qk-rope-head-dim", "16", "--calibrate", "text.txt"], "must be even and 2 to 50"),
-        (["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", "none.txt"], "No such file"),
+        (["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", "none.txt"], "which does not exist"),
         (
             ["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", "text.txt", "--bias-free"],
             "no --bias-free",
@@ -275,4 +275,4 @@ def test_a_source_without_a_tokenizer_cannot_be_calibrated(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a text")
     widths = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", str(tmp_path / "text.txt")]
     assert main(["convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), *widths]) == 2
-    assert "needs a tokenizer" in capsys.readouterr().err
+    assert "expected tokenizer.json" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion import target
 from deepseek_latent.conversion.target import Target
 from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import tiny_model
@@ -150,11 +151,11 @@ def test_what_belongs_to_another_user_is_refused(source, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to], ids=["link", "hard link"])
 def test_links_in_the_hidden_folder_of_an_earlier_run_are_not_written_through(source, tmp_path, monkeypatch, plant):
-    def interrupt(self, files):
+    def interrupt(finished, path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Target, "_publish", interrupt)
+        patched.setattr(target, "publish_folder", interrupt)
         assert convert(source, tmp_path / "out") == 130
     victim = victim_folder(tmp_path)
     for name in ("README.md", "config.json"):

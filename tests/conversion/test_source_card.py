@@ -14,6 +14,7 @@ from tests.conversion.sources import save_source
 CARDS = {
     "readable": (b"---\nlicense: mit\nlanguage:\n- en\n- de\ntags: [a]\n---\n# Model\n", "mit", ["en", "de"]),
     "Windows": (b"---\r\nlicense: mit\r\nlanguage:\r\n  - en\r\n---\r\n", "mit", ["en"]),
+    "languages with Norwegian": (b"---\nlicense: mit\nlanguage:\n# two\n- sv\n- no\n---\n", "mit", ["sv", "no"]),
     "Norwegian": (b"---\nlicense: mit\nlanguage: no\n---\n", "mit", "no"),
     "no metadata": (b"# Model\nlicense: mit\n", None, None),
     "nothing": (b"", None, None),

@@ -124,6 +124,15 @@ def test_saving_experts_into_a_folder_with_anything_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["precious.safetensors", "model.safetensors"])
+def test_tensors_that_are_not_trained_experts_are_not_replaced(name, tmp_path):
+    model = tiny_model()
+    save_file({"x": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"which holds {name}"):
+        save_experts(model, ExpertSelection({1: [0]}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_earlier_save_is_replaced_as_a_whole(tmp_path):
     """Files of DeepSeek's code may be several; load_experts reads all of them."""
     model = tiny_model()

@@ -78,9 +78,13 @@ def why_not_whole(path: Path) -> str | None:
 
 def why_not_safe(folder: Path) -> str | None:
     """Who else than this user and the system's own could exchange files in `folder`, as a sentence; None if nobody."""
-    folders = {folder, *folder.parents, folder.resolve(), *folder.resolve().parents}
-    reasons = (_who_else_writes(each, each.stat()) for each in sorted(folders) if each.exists())
-    return next(filter(None, reasons), None)
+    try:
+        folders = {folder, *folder.parents, folder.resolve(), *folder.resolve().parents}
+        reasons = (_who_else_writes(each, each.stat()) for each in sorted(folders) if each.exists())
+        return next(filter(None, reasons), None)
+    except OSError as error:
+        # such as a folder that this user may not enter
+        return f"{folder} cannot be used ({error})"
 
 
 def _who_else_writes(path: Path, status: os.stat_result) -> str | None:
