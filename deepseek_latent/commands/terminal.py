@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..conversion.escaping import printable, shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_ERROR_LENGTH = 1000
+MAX_ERROR_LENGTH = 900
 BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

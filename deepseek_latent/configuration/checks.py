@@ -68,6 +68,9 @@ def check_general_fields(given: Mapping[str, Any]) -> None:
             f"architectures must be a list of class names, or null, got {reprlib.repr(architectures)}; "
             "correct it or leave it out."
         )
+    layer_types = given.get("layer_types")
+    if not (layer_types is None or (isinstance(layer_types, list) and all(isinstance(x, str) for x in layer_types))):
+        raise ValueError(f"layer_types must be a list of names, or null, got {reprlib.repr(layer_types)}; remove it.")
     if given.get("per_layer_config") is not None:
         raise ValueError(
             f"per_layer_config must be left out, got {reprlib.repr(given['per_layer_config'])}: all layers of this "

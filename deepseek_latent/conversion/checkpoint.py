@@ -1,6 +1,7 @@
 """Compares the files of a checkpoint with its config.json, reading only the headers of the files."""
 
 import copy
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ _ARCHITECTURES = {model.__name__: model for model in MODEL_CLASSES} | {"Deepseek
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # how the names of routers end, here and in DeepSeek's inference code
 ROUTERS = (".mlp.gate.weight", ".ffn.gate.weight")
+_FLAGS_OF_GENERATION = ("output_attentions", "output_hidden_states", "use_cache", "return_dict_in_generate")
 # file name: its tensors by name, or None if it is unreadable
 Headers = dict[str, "dict[str, StoredTensor] | None"]
 
@@ -200,6 +202,10 @@ def read_generation_config(folder: Path) -> dict:
         return {}
     content = read_json(file)
     try:
+        for name in _FLAGS_OF_GENERATION:
+            # passed to the model as they are
+            if not isinstance(content.get(name), bool | None):
+                raise ValueError(f"{name} must be true, false or null, got {reprlib.repr(content[name])}")
         GenerationConfig.from_dict(dict(content))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

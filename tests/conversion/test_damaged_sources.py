@@ -102,7 +102,11 @@ def test_an_index_without_metadata_is_named_before_transformers_fails_on_it(tmp_
     assert_refused(capsys, words, "convert", "cast", tmp_path / "source", tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"a": ' * 10**5, '{"max_new_tokens": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", '{"a": ' * 10**5, '{"max_new_tokens": []}', '{"output_hidden_states": [null]}'],
+    ids=["list", "half", "deep", "list of tokens", "list as flag"],
+)
 def test_a_generation_config_that_could_not_be_loaded_is_not_copied(content, tmp_path, capsys):
     save_source(tmp_path / "source", LlamaConfig)
     (tmp_path / "source" / "generation_config.json").write_text(content)

@@ -99,6 +99,14 @@ def test_a_token_that_chooses_an_expert_twice_gets_it_twice(operators):
     assert judge("experts", EXPERTS | {"chosen": chosen, "shares": torch.rand(2, 9)}) == "right"
 
 
+def test_a_number_that_is_none_stays_none_through_an_exponential(operators):
+    x = EXPERTS["x"].clone()
+    x[0, 0] = torch.nan
+    result = operators.experts(**EXPERTS | {"x": x})
+    assert result[0].isnan().all()
+    assert result[1].isfinite().all()
+
+
 def test_rows_after_the_last_expert_give_zeros(operators):
     x, weight = torch.full((4, 5), torch.nan), X(2, 6, 5)
     x[:3] = 1

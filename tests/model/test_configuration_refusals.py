@@ -183,6 +183,7 @@ def test_a_refusal_names_what_was_expected_and_what_came(wrong, message, write_c
 
 WRONG_TYPES = {
     "architectures 7": ({"architectures": 7}, r"architectures must be a list of class names, or null, got 7"),
+    "layer_types 64": ({"layer_types": 64}, "layer_types must be a list of names, or null, got 64"),
     "architectures [5]": ({"architectures": [5]}, r"architectures must be a list of class names, or null, got \[5\]"),
     "a wide model": ({"hidden_size": "wide"}, "'hidden_size' expected int, got str .* Correct the type of this field"),
     "100,000 letters": ({"topk_group": "x" * 10**5}, "'topk_group' with value 'x{400,500}[.]{3} Correct the type"),

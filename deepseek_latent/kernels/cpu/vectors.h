@@ -154,8 +154,9 @@ inline Floats exp_of_negative(Floats x) {
   series = series * rest + 0.5f;
   series = series * rest + 1.0f;
   series = series * rest + 1.0f;
-  const Floats power = (Floats)((Ints)series + ((Ints)shifted << 23));
-  return is_zero ? Floats{} : power;
+  // 2^whole: the integer is the exponent
+  const Floats power = (Floats)(((Words)shifted << 23) + 0x3f800000u);
+  return is_zero ? Floats{} : series * power;
 }
 
 // G * LANES results for each of R rows: to[r][lane] += sum over i < k of a(r, i) x[i][lane]. The element a(r, i) is at
