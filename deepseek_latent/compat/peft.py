@@ -7,6 +7,7 @@ tests/compat/test_peft.py has a test for each thing that is used here, which fai
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -201,33 +202,49 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     del model.peft_config[name]
 
 
+# the adapter that PeftModel.from_pretrained adds before it calls load_adapter; None if the model had one of that name
+_added_first: ContextVar[str | None] = ContextVar("_added_first", default=None)
+
+
 def remove_refused_adapters(model_class: type) -> None:
     """Has peft take an adapter off these models again if its weights cannot be loaded.
 
-    peft adds the layers of an adapter before it reads the weights, so a refused one would stay on the model and act.
+    peft adds the layers of an adapter before it reads the weights, so a refused one would stay on the model and act. An
+    adapter that was on the model before stays there.
     """
     peft, tuner = import_module("peft"), import_module("peft.tuners.tuners_utils").BaseTuner
-    load = peft.PeftModel.load_adapter
+    load, make = peft.PeftModel.load_adapter, peft.PeftModel.from_pretrained.__func__
     if hasattr(load, "removes_refused"):
         return
+
+    @functools.wraps(make)
+    def make_and_name_added(cls, model, model_id, adapter_name="default", *args, **kwargs):
+        is_new = adapter_name not in getattr(model, "peft_config", {})
+        token = _added_first.set(adapter_name if is_new else None)
+        try:
+            return make(cls, model, model_id, adapter_name, *args, **kwargs)
+        finally:
+            _added_first.reset(token)
 
     @functools.wraps(load)
     def load_or_remove(self, model_id, adapter_name, *args, **kwargs):
         is_ours = isinstance(self.base_model, tuner) and isinstance(self.get_base_model(), model_class)
+        is_new = adapter_name not in self.peft_config or adapter_name == _added_first.get()
         try:
             result = load(self, model_id, adapter_name, *args, **kwargs)
             if is_ours:
                 check_no_expert_dropped(result.unexpected_keys)
             return result
         except (ValueError, RuntimeError):
-            if is_ours and self.peft_config.keys() == {adapter_name}:
+            if is_ours and is_new and self.peft_config.keys() == {adapter_name}:
                 self.base_model.unload()
-            elif is_ours and adapter_name in self.peft_config:
+            elif is_ours and is_new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
 
     load_or_remove.removes_refused = True
     peft.PeftModel.load_adapter = load_or_remove
+    peft.PeftModel.from_pretrained = classmethod(make_and_name_added)
 
 
 def _check_needs_no_weights(config: Any, model: nn.Module) -> None:

@@ -337,3 +337,43 @@ def test_a_model_is_as_before_after_it_refused_an_adapter(tmp_path):
         adapted.load_adapter(tmp_path / "old", "second")
     assert {*adapted.peft_config} == {"default"}
     assert torch.equal(adapted.eval()(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_that_was_there_stays_after_a_load_under_its_name_fails(tmp_path):
+    separate_adapter(tmp_path / "old")
+    model, ids = tiny_model(), random_ids(1, 8)
+    config = lora_config(model, init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    expected = adapted(ids).logits
+    for names in (["default"], ["default", "second"]):
+        for name in names:
+            with pytest.raises(ValueError, match="mistyped"):
+                adapted.load_adapter(str(tmp_path / "a" / "mistyped" / "path"), name)
+        assert [*adapted.peft_config] == names
+        assert torch.equal(adapted(ids).logits, expected)
+        if names == ["default"]:
+            adapted.add_adapter("second", config)
+    # some of its weights may be replaced then, and it is still there
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        adapted.load_adapter(tmp_path / "old", "default")
+    assert [*adapted.peft_config] == ["default", "second"]
+
+
+@torch.no_grad()
+def test_an_adapter_that_from_pretrained_refuses_leaves_no_layers(tmp_path):
+    separate_adapter(tmp_path / "old")
+    model, ids = tiny_model(), random_ids(1, 8)
+    names = [*model.state_dict()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+            PeftModel.from_pretrained(model, tmp_path / "old", adapter_name="old")
+        assert [*model.state_dict()] == names
+    adapted = get_peft_model(model, lora_config(model, init_lora_weights=False)).eval()
+    names, expected = [*model.state_dict()], adapted(ids).logits
+    refuses = pytest.raises(ValueError, match="deepseek-latent convert adapter")
+    with pytest.warns(UserWarning, match="multiple adapters"), refuses:
+        PeftModel.from_pretrained(model, tmp_path / "old", "old")
+    assert [*adapted.peft_config] == ["default"]
+    assert [*model.state_dict()] == names
+    assert torch.equal(adapted.eval()(ids).logits, expected)
