@@ -187,7 +187,12 @@ def _keeping_hooks(load: Callable, model_class: type) -> Callable:
 
 def check_no_expert_dropped(dropped: Iterable[str]) -> None:
     """Raises ValueError if one of these tensors of an adapter, which no layer takes, is of routed experts."""
-    name = next((name for name in dropped if ".mlp.experts." in name and ".lora_" in name), None)
+    check_no_lora_dropped(name for name in dropped if ".mlp.experts." in name)
+
+
+def check_no_lora_dropped(dropped: Iterable[str]) -> None:
+    """Raises ValueError if one of these tensors for routed experts, which no layer takes, is of an adapter."""
+    name = next((name for name in dropped if ".lora_" in f".{name}"), None)
     if name is not None:
         raise ValueError(
             f"this adapter has weights for routed experts ({name}) that its config does not name, so peft would drop "
