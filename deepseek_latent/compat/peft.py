@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
 from importlib import import_module
+from itertools import product
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
+from .peft_config import is_target_module
 
 # ---- Kinds of layers -------------------------------------------------------------------------------------------------
 
@@ -199,6 +201,48 @@ def check_no_lora_dropped(dropped: Iterable[str]) -> None:
             "them silently; if it has one matrix per expert, make a copy with stacked ones by deepseek-latent convert "
             "adapter SRC OUT."
         )
+
+
+def refuse_single_experts(model_class: type, experts_class: type) -> None:
+    """Has peft say how to convert an adapter that matches no module of these models but separate routed experts.
+
+    Its own error lists hundreds of targets. What matches some modules is refused once its weights are read.
+    """
+    tuner = import_module("peft.tuners.tuners_utils").BaseTuner
+    inject = tuner.inject_adapter
+    if hasattr(inject, "refuses_single_experts"):
+        return
+
+    @functools.wraps(inject)
+    def inject_or_explain(self, model, adapter_name, *args, **kwargs):
+        try:
+            return inject(self, model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            name = None
+            if isinstance(model, model_class):
+                name = _single_expert_targeted(self.peft_config[adapter_name], model, experts_class)
+            if name is None:
+                raise
+            raise ValueError(
+                f"expected an adapter for stacked routed experts, and this one targets single ones ({name}); make a "
+                "copy with stacked ones by deepseek-latent convert adapter SRC OUT, or for a new adapter use "
+                "lora_config(model, routed_experts=True)."
+            ) from error
+
+    inject_or_explain.refuses_single_experts = True
+    tuner.inject_adapter = inject_or_explain
+
+
+def _single_expert_targeted(config: Any, model: nn.Module, experts_class: type) -> str | None:
+    """A projection of a routed expert, by its name as a module of transformers 4, if only such names are targeted."""
+    if config.peft_type != "LORA" or not config.target_modules:
+        return None
+    if any(is_target_module(config, name) for name, _ in model.named_modules()):
+        return None
+    # peft's wrappers stand between a module's name and that of its experts
+    places = [name.replace(".base_layer", "") for name, x in model.named_modules() if isinstance(x, experts_class)]
+    parts = product(places, range(model.config.n_routed_experts), ("gate_proj", "up_proj", "down_proj"))
+    return next((name for name in (f"{a}.{i}.{b}" for a, i, b in parts) if is_target_module(config, name)), None)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
