@@ -20,7 +20,7 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
-from .compat.peft import prevent_target_renaming, remove_refused_adapters, support_offloading
+from .compat.peft import prevent_target_renaming, refuse_single_experts, remove_refused_adapters, support_offloading
 from .compat.transformers import put_into_transformers
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.routed import DeepseekV2Experts
@@ -119,3 +119,4 @@ put_into_transformers(
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)
 remove_refused_adapters(DeepseekV2PreTrainedModel)
+refuse_single_experts(DeepseekV2PreTrainedModel, DeepseekV2Experts)

@@ -28,7 +28,8 @@ ROOMS = {
     "checkpoints": {"compat", "attention", "experts"},
     "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"}
     | {"checkpoints"},
-    "finetuning": {"whole_files", "compat", "configuration_deepseek_v2", "experts", "modeling_deepseek_v2"},
+    "finetuning": {"whole_files", "json_files", "compat", "configuration_deepseek_v2", "experts"}
+    | {"modeling_deepseek_v2"},
     "kernels": {"whole_files", "compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
     "conversion": {"whole_files", "json_files", "compat", "configuration", "configuration_deepseek_v2", "experts"}
     | {"modeling_deepseek_v2"},

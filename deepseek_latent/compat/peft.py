@@ -7,12 +7,15 @@ tests/compat/test_peft.py has a test for each thing that is used here, which fai
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from importlib import import_module
+from itertools import product
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
+from .peft_config import is_target_module
 
 # ---- Kinds of layers -------------------------------------------------------------------------------------------------
 
@@ -186,7 +189,12 @@ def _keeping_hooks(load: Callable, model_class: type) -> Callable:
 
 def check_no_expert_dropped(dropped: Iterable[str]) -> None:
     """Raises ValueError if one of these tensors of an adapter, which no layer takes, is of routed experts."""
-    name = next((name for name in dropped if ".mlp.experts." in name and ".lora_" in name), None)
+    check_no_lora_dropped(name for name in dropped if ".mlp.experts." in name)
+
+
+def check_no_lora_dropped(dropped: Iterable[str]) -> None:
+    """Raises ValueError if one of these tensors for routed experts, which no layer takes, is of an adapter."""
+    name = next((name for name in dropped if ".lora_" in f".{name}"), None)
     if name is not None:
         raise ValueError(
             f"this adapter has weights for routed experts ({name}) that its config does not name, so peft would drop "
@@ -195,39 +203,97 @@ def check_no_expert_dropped(dropped: Iterable[str]) -> None:
         )
 
 
+def refuse_single_experts(model_class: type, experts_class: type) -> None:
+    """Has peft say how to convert an adapter that matches no module of these models but separate routed experts.
+
+    Its own error lists hundreds of targets. What matches some modules is refused once its weights are read.
+    """
+    tuner = import_module("peft.tuners.tuners_utils").BaseTuner
+    inject = tuner.inject_adapter
+    if hasattr(inject, "refuses_single_experts"):
+        return
+
+    @functools.wraps(inject)
+    def inject_or_explain(self, model, adapter_name, *args, **kwargs):
+        try:
+            return inject(self, model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            name = None
+            if isinstance(model, model_class):
+                name = _single_expert_targeted(self.peft_config[adapter_name], model, experts_class)
+            if name is None:
+                raise
+            raise ValueError(
+                f"expected an adapter for stacked routed experts, and this one targets single ones ({name}); make a "
+                "copy with stacked ones by deepseek-latent convert adapter SRC OUT, or for a new adapter use "
+                "lora_config(model, routed_experts=True)."
+            ) from error
+
+    inject_or_explain.refuses_single_experts = True
+    tuner.inject_adapter = inject_or_explain
+
+
+def _single_expert_targeted(config: Any, model: nn.Module, experts_class: type) -> str | None:
+    """A projection of a routed expert, by its name as a module of transformers 4, if only such names are targeted."""
+    if config.peft_type != "LORA" or not config.target_modules:
+        return None
+    if any(is_target_module(config, name) for name, _ in model.named_modules()):
+        return None
+    # peft's wrappers stand between a module's name and that of its experts
+    places = [name.replace(".base_layer", "") for name, x in model.named_modules() if isinstance(x, experts_class)]
+    parts = product(places, range(model.config.n_routed_experts), ("gate_proj", "up_proj", "down_proj"))
+    return next((name for name in (f"{a}.{i}.{b}" for a, i, b in parts) if is_target_module(config, name)), None)
+
+
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Takes an adapter that transformers loaded off the layers of `model`, which peft's wrappers still surround."""
     import_module("peft.functional").delete_adapter(model, adapter_name=name, prefix="lora_")
     del model.peft_config[name]
 
 
+# the adapter that PeftModel.from_pretrained adds before it calls load_adapter; None if the model had one of that name
+_added_first: ContextVar[str | None] = ContextVar("_added_first", default=None)
+
+
 def remove_refused_adapters(model_class: type) -> None:
     """Has peft take an adapter off these models again if its weights cannot be loaded.
 
-    peft adds the layers of an adapter before it reads the weights, so a refused one would stay on the model and act.
+    peft adds the layers of an adapter before it reads the weights, so a refused one would stay on the model and act. An
+    adapter that was on the model before stays there.
     """
     peft, tuner = import_module("peft"), import_module("peft.tuners.tuners_utils").BaseTuner
-    load = peft.PeftModel.load_adapter
+    load, make = peft.PeftModel.load_adapter, peft.PeftModel.from_pretrained.__func__
     if hasattr(load, "removes_refused"):
         return
+
+    @functools.wraps(make)
+    def make_and_name_added(cls, model, model_id, adapter_name="default", *args, **kwargs):
+        is_new = adapter_name not in getattr(model, "peft_config", {})
+        token = _added_first.set(adapter_name if is_new else None)
+        try:
+            return make(cls, model, model_id, adapter_name, *args, **kwargs)
+        finally:
+            _added_first.reset(token)
 
     @functools.wraps(load)
     def load_or_remove(self, model_id, adapter_name, *args, **kwargs):
         is_ours = isinstance(self.base_model, tuner) and isinstance(self.get_base_model(), model_class)
+        is_new = adapter_name not in self.peft_config or adapter_name == _added_first.get()
         try:
             result = load(self, model_id, adapter_name, *args, **kwargs)
             if is_ours:
                 check_no_expert_dropped(result.unexpected_keys)
             return result
         except (ValueError, RuntimeError):
-            if is_ours and self.peft_config.keys() == {adapter_name}:
+            if is_ours and is_new and self.peft_config.keys() == {adapter_name}:
                 self.base_model.unload()
-            elif is_ours and adapter_name in self.peft_config:
+            elif is_ours and is_new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
 
     load_or_remove.removes_refused = True
     peft.PeftModel.load_adapter = load_or_remove
+    peft.PeftModel.from_pretrained = classmethod(make_and_name_added)
 
 
 def _check_needs_no_weights(config: Any, model: nn.Module) -> None:

@@ -140,20 +140,6 @@ def _inner(name: str, names: dict) -> str:
     return "base_layer." if name == GATE_UP and DOWN in names else ""
 
 
-def _check_layers(layers: Layers) -> None:
-    """Refuses tensors that are not floats, and layers that differ in the number, the widths or the dtype of experts."""
-    kinds = set()
-    for by_name in layers.values():
-        for name, (a, b) in by_name.items():
-            into, out = a.shape[2], b.shape[1] / 2 if name == GATE_UP else b.shape[1]
-            d, f = (out, into) if name == DOWN else (into, out)
-            kinds.add((len(a), d, f, a.dtype, b.dtype))
-    first = next(iter(kinds))
-    if len(kinds) > 1 or 0 in first or first[2] % 1 or not {*first[3:]} <= {*_FLOATS}:
-        shown = "; ".join(f"{e} experts, {d} by {f:g}, {a} and {b}" for e, d, f, a, b in sorted(kinds, key=str)[:2])
-        raise ValueError(f"expected as many experts, of the same widths and float dtype, in all layers, got {shown}.")
-
-
 def write_separate(layers: Layers) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{experts}.{i}.{projection}.lora_{side}.weight": matrix.clone()

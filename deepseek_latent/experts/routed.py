@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ..compat.accelerate import lacks_weights
-from ..compat.peft import check_no_expert_dropped
+from ..compat.peft import check_no_lora_dropped
 from ..compat.transformers import experts_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .names import STACKED, parse_name_of_expert, split_projections, stacked_name
@@ -120,7 +120,7 @@ class DeepseekV2Experts(StackedExperts):
         Trainer hands a saved checkpoint to `load_state_dict` when it resumes, and ignores names that are unknown.
         """
         # peft's wrapper loads the weights of an adapter on the experts, so any that come here have no wrapper
-        check_no_expert_dropped(key for key in state_dict if key.startswith(prefix))
+        check_no_lora_dropped(key for key in state_dict if key.startswith(prefix))
         # a shard may hold some of the experts, and then the others keep their stacked weights
         self._weights.sync()
         self._stack(state_dict, prefix)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 
+from ..json_files import read_json
 from ..whole_files import save_text, whole_file
 from .activity import Activity
 
@@ -52,10 +53,10 @@ class ExpertSelection:
                 "load with from_pretrained, adapters of peft with PeftModel.from_pretrained."
             )
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = read_json(path)
             flags = (given.get(name, False) for name in ("shared_experts", "non_expert_modules"))
             return cls(given["experts"], *flags)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
                 f"got something else ({type(error).__name__}: {error!s:.400})."

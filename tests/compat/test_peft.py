@@ -6,6 +6,7 @@ A test here fails with what changed and which code uses it. It passes on all ver
 import inspect
 import warnings
 
+import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_lora
@@ -128,6 +129,17 @@ def test_configs_are_read_as_peft_does():
 
 def test_an_adapter_that_is_refused_can_be_taken_off():
     assert hasattr(PeftModel.load_adapter, "removes_refused"), "an import of this package no longer replaces it"
+    assert [*inspect.signature(PeftModel.from_pretrained).parameters][:3] == ["model", "model_id", "adapter_name"], (
+        "used by remove_refused_adapters"
+    )
     tuner = get_peft_model(nn.Sequential(linear()), LoraConfig(target_modules=["0"])).base_model
     assert isinstance(tuner, BaseTuner), "used by remove_refused_adapters"
     assert isinstance(tuner.unload()[0], nn.Linear), "used by remove_refused_adapters"
+
+
+def test_an_adapter_that_matches_no_module_is_an_error_of_the_function_that_is_wrapped():
+    assert hasattr(BaseTuner.inject_adapter, "refuses_single_experts"), (
+        "an import of this package no longer replaces it"
+    )
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(nn.Sequential(linear()), LoraConfig(target_modules=["1"]))

@@ -337,3 +337,77 @@ def test_a_model_is_as_before_after_it_refused_an_adapter(tmp_path):
         adapted.load_adapter(tmp_path / "old", "second")
     assert {*adapted.peft_config} == {"default"}
     assert torch.equal(adapted.eval()(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_that_was_there_stays_after_a_load_under_its_name_fails(tmp_path):
+    separate_adapter(tmp_path / "old")
+    model, ids = tiny_model(), random_ids(1, 8)
+    config = lora_config(model, init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    expected = adapted(ids).logits
+    for names in (["default"], ["default", "second"]):
+        for name in names:
+            with pytest.raises(ValueError, match="mistyped"):
+                adapted.load_adapter(str(tmp_path / "a" / "mistyped" / "path"), name)
+        assert [*adapted.peft_config] == names
+        assert torch.equal(adapted(ids).logits, expected)
+        if names == ["default"]:
+            adapted.add_adapter("second", config)
+    # some of its weights may be replaced then, and it is still there
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        adapted.load_adapter(tmp_path / "old", "default")
+    assert [*adapted.peft_config] == ["default", "second"]
+
+
+@torch.no_grad()
+def test_an_adapter_that_from_pretrained_refuses_leaves_no_layers(tmp_path):
+    separate_adapter(tmp_path / "old")
+    model, ids = tiny_model(), random_ids(1, 8)
+    names = [*model.state_dict()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+            PeftModel.from_pretrained(model, tmp_path / "old", adapter_name="old")
+        assert [*model.state_dict()] == names
+    adapted = get_peft_model(model, lora_config(model, init_lora_weights=False)).eval()
+    names, expected = [*model.state_dict()], adapted(ids).logits
+    refuses = pytest.raises(ValueError, match="deepseek-latent convert adapter")
+    with pytest.warns(UserWarning, match="multiple adapters"), refuses:
+        PeftModel.from_pretrained(model, tmp_path / "old", "old")
+    assert [*adapted.peft_config] == ["default"]
+    assert [*model.state_dict()] == names
+    assert torch.equal(adapted.eval()(ids).logits, expected)
+
+
+TARGETS = {
+    "as converted": None,
+    "one expert": ["experts.11.up_proj"],
+    "a pattern": r".*\.experts\.\d+\.(gate|up)_proj",
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_an_adapter_on_nothing_but_single_experts_is_refused_with_the_command(tmp_path, targets):
+    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_rslora": True, "r": 8}
+    # a model that compresses its queries has no q_proj
+    config = LoraConfig(target_modules=["q_proj"], rank_pattern={"1.mlp.experts.down_proj": 4}, **options)
+    with pytest.warns(RuntimeWarning, match="no module was matched"):
+        adapted = get_peft_model(tiny_model(), config)
+    adapted.save_pretrained(tmp_path / "stacked")
+    assert main(["convert", "adapter", str(tmp_path / "stacked"), str(tmp_path / "single")]) == 0
+    if targets is not None:
+        file = tmp_path / "single" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
+    model = tiny_model()
+    names = [*model.state_dict()]
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        PeftModel.from_pretrained(model, tmp_path / "single")
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        model.load_adapter(str(tmp_path / "single"))
+    assert [*model.state_dict()] == names
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        adapted.load_adapter(tmp_path / "single", "second")
+    assert [*adapted.peft_config] == ["default"]
+    # other targets that a model lacks are left to peft
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(model, LoraConfig(target_modules=["query"]))

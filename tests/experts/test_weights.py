@@ -204,3 +204,11 @@ def test_names_of_experts_lead_to_the_rows_that_hold_them():
     assert parse_name_of_expert("11.gate_proj.bias") is None
     assert parse_name_of_expert("11.gate_proj.weight_scale_inv") is None
     assert parse_name_of_expert("gate_up_proj") is None
+
+
+@pytest.mark.parametrize("place", ["", "model.layers.1", "model.layers.1.mlp", "model.layers.1.mlp.experts"])
+def test_every_module_refuses_adapters_on_single_experts_from_load_state_dict(place):
+    name = "model.layers.1.mlp.experts.3.up_proj.lora_A.weight"
+    tensors = {name.removeprefix(place).removeprefix("."): torch.zeros(2, D)}
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        tiny_model().get_submodule(place).load_state_dict(tensors, strict=False)

@@ -247,7 +247,9 @@ def test_a_selection_that_says_something_else_is_refused_in_one_sentence(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "", "\x00", "[1]", "{}", '{"experts": null}'], ids=lambda x: repr(x[:9])
+    "text",
+    ["[" * 100_000, "", "\x00", "[1]", "{}", '{"experts": null}', '{"experts": {"1": [0], "1": [2]}}'],
+    ids=lambda x: repr(x[:15]),
 )
 def test_a_selection_that_is_no_selection_is_refused(tmp_path, text):
     (tmp_path / "expert_cfg.json").write_text(text)
