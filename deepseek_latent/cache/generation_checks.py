@@ -26,6 +26,14 @@ def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig
         check_capacity(cache.layers[0].max_cache_len, num_tokens_to_hold(generation_config))
 
 
+def check_mask_of_prompt(mask: Tensor, num_tokens: int) -> None:
+    """Refuses a mask [b t] that is longer than the prompt, as the mask of each generated token is added at its end."""
+    if mask.shape[1] > num_tokens:
+        raise ValueError(
+            f"attention_mask must cover the {num_tokens} tokens of the prompt, got {mask.shape[1]}; cut it to the prompt."
+        )
+
+
 def num_tokens_to_hold(settings: GenerationConfig) -> int:
     """The largest number of tokens that a static cache holds while `generate` runs."""
     # the last generated token is never fed back; prompt lookup drafts beyond it, then crops (transformers 5.24)
