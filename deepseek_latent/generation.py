@@ -11,7 +11,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .cache.batching import check_batching_config, check_outputs, check_prompts, with_latent_pages
+from .cache.batching import as_prompts, check_batching_config, check_outputs, with_latent_pages
 from .cache.checks import check_batch_of_ids, check_capacity
 from .cache.format import NUMBERS_OF_BITS, check_cache_dtype
 from .cache.generation_checks import (
@@ -146,7 +146,7 @@ class LatentGenerationMixin(GenerationHooks):
     @functools.wraps(GenerationHooks.generate_batch)
     def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
         # a prompt that is refused or fails has the reason as the `error` of its output; the others are not concerned
-        check_prompts(inputs)
+        inputs = as_prompts(inputs)
         outputs = super().generate_batch(inputs, generation_config, *args, **kwargs)
         settings = self.generation_config if generation_config is None else generation_config
         check_outputs(outputs, len(inputs), settings.num_return_sequences or 1)
