@@ -11,10 +11,15 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .cache.batching import check_batching_config, check_outputs, check_prompts, with_latent_pages
+from .cache.batching import as_prompts, check_batching_config, check_outputs, with_latent_pages
 from .cache.checks import check_batch_of_ids, check_capacity
 from .cache.format import NUMBERS_OF_BITS, check_cache_dtype
-from .cache.generation_checks import check_cache_for_generation, check_starts_with_stored_tokens, num_tokens_to_hold
+from .cache.generation_checks import (
+    check_cache_for_generation,
+    check_mask_of_prompt,
+    check_starts_with_stored_tokens,
+    num_tokens_to_hold,
+)
 from .cache.latent_cache import LatentCache, check_offloading
 from .compat.cache_name import CACHE, CACHE_NAMES, takes_either_cache_name
 from .compat.transformers import GenerationHooks
@@ -68,6 +73,9 @@ class LatentGenerationMixin(GenerationHooks):
             **{CACHE: cache},
             **kwargs,
         )
+        if is_first_iteration and not held and attention_mask is not None and attention_mask.dim() == 2:
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            check_mask_of_prompt(attention_mask, tokens.shape[1])
         # peft 0.21 looks up the old name to see whether a learned prompt is already in the cache
         return inputs | {name: inputs[CACHE] for name in CACHE_NAMES if CACHE in inputs}
 
@@ -138,7 +146,7 @@ class LatentGenerationMixin(GenerationHooks):
     @functools.wraps(GenerationHooks.generate_batch)
     def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
         # a prompt that is refused or fails has the reason as the `error` of its output; the others are not concerned
-        check_prompts(inputs)
+        inputs = as_prompts(inputs)
         outputs = super().generate_batch(inputs, generation_config, *args, **kwargs)
         settings = self.generation_config if generation_config is None else generation_config
         check_outputs(outputs, len(inputs), settings.num_return_sequences or 1)

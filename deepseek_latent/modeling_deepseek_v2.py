@@ -133,7 +133,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         check_new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         # continuous batching packs all requests into one row and passes their positions
         pages = cache if isinstance(cache, PagedAttentionCache) else None
-        cache = None if pages is not None else cache
+        cache = given = None if pages is not None else cache
         if use_cache and cache is None and pages is None:
             cache = LatentCache(self.config)
         if inputs_embeds is None:
@@ -158,7 +158,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             layers_cache = cache
             check_unpaged(self.config)
             if attention_mask is not None:
-                attention_mask = checked_mask(attention_mask, inputs_embeds, self.config, cache, num_held)
+                attention_mask = checked_mask(attention_mask, inputs_embeds, self.config, given, num_held)
             # in a recorded step over a static cache, attention makes its own mask, from the number of tokens held
             if attention_mask is not None or not is_latent_cache or not cache.is_recorded:
                 attention_mask = create_causal_mask(

@@ -25,8 +25,9 @@ def checked_mask(
 ) -> Tensor | BlockMask:
     """Refuses a mask that does not fit the new tokens and those in the cache, before anything is computed.
 
-    `num_held` is the number of tokens in the cache, or None if only the device knows it. A 4-D mask covers all rows of
-    a static cache, and a 2-D mask may do so; a 2-D mask over a cache that is not empty may also cover tokens to come.
+    `cache` is the one that the user passed, and `num_held` the number of tokens in it, or None if only the device knows
+    it. A 4-D mask covers all rows of a static cache. With a cache, a 2-D mask may also cover tokens to come, which are
+    cut off.
     """
     b, s = inputs_embeds.shape[:2]
     if not isinstance(mask, (Tensor, BlockMask)):
@@ -38,9 +39,8 @@ def checked_mask(
         if mask.is_meta and not inputs_embeds.is_meta:
             raise ValueError(f"expected attention_mask on {inputs_embeds.device}, got one on meta; make it there.")
         if mask.dim() == 2:
-            _check_padding_mask(mask, b, s, cache, num_held)
-            return mask
-    t = s if cache is None else cache.get_mask_sizes(s, 0)[0]
+            return _checked_padding_mask(mask, b, s, cache, num_held)
+    t = _num_visible(s, cache, None if cache is not None and cache.is_compileable else num_held)
     if isinstance(mask, BlockMask):
         # dynamo does not trace the shape of a BlockMask
         if not torch.compiler.is_compiling():
@@ -60,19 +60,25 @@ def checked_mask(
     return additive_mask(mask, inputs_embeds.dtype).expand(b, 1, s, t).contiguous()
 
 
-def _check_padding_mask(mask: Tensor, b: int, s: int, cache: Cache | None, num_held: int | None) -> None:
-    if num_held is None:
-        is_right = mask.shape[0] == b
-        visible = cache.get_mask_sizes(s, 0)[0]
-    else:
-        visible, covered = num_held + s, mask.shape[1]
-        may_be_longer = num_held or (cache is not None and cache.is_compileable)
-        is_right = mask.shape[0] == b and (covered == visible or (covered > visible and may_be_longer))
+def _checked_padding_mask(mask: Tensor, b: int, s: int, cache: Cache | None, num_held: int | None) -> Tensor:
+    visible = _num_visible(s, cache, num_held)
+    is_right = mask.shape[0] == b
+    # a step that is recorded takes a mask of any length
+    if num_held is not None:
+        is_right = is_right and (mask.shape[1] == visible or (mask.shape[1] > visible and cache is not None))
     if not is_right:
         raise ValueError(
             f"a 2-D attention_mask must be [batch, visible tokens] = [{b}, {visible}], cached tokens included, "
             f"got {list(mask.shape)}."
         )
+    return mask if num_held is None or mask.shape[1] == visible else mask[:, :visible]
+
+
+def _num_visible(s: int, cache: Cache | None, num_held: int | None) -> int:
+    if cache is None:
+        return s
+    # transformers reads the first layer, which is empty in a pipeline stage that has only later ones
+    return cache.get_mask_sizes(s, 0)[0] if num_held is None else num_held + s
 
 
 def flex_cannot_read(mask: Tensor | BlockMask | None) -> bool:

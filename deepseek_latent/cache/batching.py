@@ -53,10 +53,11 @@ class LatentBatchingManager(CheckedManager):
 
 
 def as_token_ids(prompt: Any) -> list[int]:
-    """A prompt as a list of integers; it may also be another sequence of integers, an array or a tensor of one axis."""
+    """A prompt as a list of integers; it may also be another sequence, or an array or a tensor [t] or [1 t]."""
     try:
         if isinstance(prompt, str | bytes):
             raise TypeError
+        prompt = _without_batch_axis(prompt)
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         return [operator.index(token) for token in prompt]
@@ -64,6 +65,11 @@ def as_token_ids(prompt: Any) -> list[int]:
         shown = repr(prompt)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
         raise TypeError(f"a prompt must be a list of token ids, which are integers, got {shown}") from None
+
+
+def _without_batch_axis(prompt: Any) -> Any:
+    """A tensor or array [1 t] as [t], and anything else as it is."""
+    return prompt[0] if getattr(prompt, "ndim", 0) == 2 and prompt.shape[0] == 1 else prompt
 
 
 def is_integer(value: Any) -> bool:
@@ -83,12 +89,17 @@ def _check_sampling(temperature: float = 1.0, top_k: int = 1, top_p: float = 1.0
         raise ValueError(f"top_p must be between 0 and 1, got {top_p}.")
 
 
-def check_prompts(inputs: Any) -> None:
-    """Refuses what is not a list of prompts; each prompt is checked when it is added."""
-    is_list = isinstance(inputs, list | tuple)
-    if not is_list or not all(isinstance(x, Sequence) or getattr(x, "ndim", 0) >= 1 for x in inputs):
-        what = "a list in which not every element is a list" if is_list else type(inputs).__name__
+def as_prompts(inputs: Any) -> list[Any]:
+    """The prompts of a batch, all with a length; refuses what is not a list of them or another sequence.
+
+    Each prompt is checked when it is added.
+    """
+    is_sequence = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes)
+    if not is_sequence or any(is_integer(x) or getattr(x, "ndim", 1) == 0 for x in inputs):
+        what = "a list in which not every element is a list" if is_sequence else type(inputs).__name__
         raise TypeError(f"inputs must be a list of prompts, each of which is a list of token ids, got {what}.")
+    # transformers asks each prompt for its length; a list of what is no sequence is refused when it is added
+    return [_without_batch_axis(x) if isinstance(x, Sequence) or hasattr(x, "ndim") else [x] for x in inputs]
 
 
 def check_outputs(outputs: dict[str, Any], num_prompts: int, num_sequences: int) -> None:

@@ -163,8 +163,9 @@ def check_positions(positions: Tensor, b: int, s: int) -> None:
     if not isinstance(positions, Tensor):
         raise TypeError(f"expected position_ids in a tensor [b s], got {_kind(positions)}.")
     if tuple(positions.shape) not in ((b, s), (1, s), (s,)):
+        expected = f"[{b} {s}]" if b == 1 else f"[{b} {s}] or [1 {s}]"
         raise ValueError(
-            f"expected position_ids of the new tokens, [b s] = [{b} {s}] or [1 {s}], got shape {list(positions.shape)}."
+            f"expected position_ids of the new tokens, [b s] = {expected}, got shape {list(positions.shape)}."
         )
 
 
@@ -182,7 +183,8 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 def look_up_ids(look_up: Callable[[Tensor], Tensor], ids: Tensor, num_ids: int, ignored: int | None = None) -> Tensor:
     """Calls `look_up(ids)`, and if torch finds an id outside of 0 to num_ids - 1, names it.
 
-    That costs nothing while ids are right. On a GPU, torch finds it later, and then nothing can be computed any more.
+    With `ignored`, ids are labels, and that value is right too. It costs nothing while ids are right. On a GPU, torch
+    finds it later, and then nothing can be computed any more.
     """
     if torch.compiler.is_compiling():
         return look_up(ids)
@@ -193,9 +195,10 @@ def look_up_ids(look_up: Callable[[Tensor], Tensor], ids: Tensor, num_ids: int, 
         # the error may have another cause, such as a hook
         if not wrong:
             raise
-        raise ValueError(
-            f"expected ids from 0 to {num_ids - 1}, got {min(wrong)}; use the tokenizer of this model."
-        ) from error
+        expected = f"ids from 0 to {num_ids - 1}"
+        if ignored is not None:
+            expected = f"labels from 0 to {num_ids - 1}, or {ignored}, which is ignored"
+        raise ValueError(f"expected {expected}, got {min(wrong)}; use the tokenizer of this model.") from error
 
 
 def check_ids(ids: Tensor) -> None:

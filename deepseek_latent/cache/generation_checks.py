@@ -19,11 +19,21 @@ def check_cache_for_generation(cache: Cache, generation_config: GenerationConfig
     given = mask.shape[1] if mask is not None else length_of_dropped_mask(generation_config)
     if 0 < given <= held:
         raise ValueError(
-            f"this cache holds {held} tokens and the prompt has {given}; pass the ids of all tokens, with new "
-            "ones after those in the cache, or the new ones alone with an attention_mask over all."
+            f"this cache holds {held} tokens and the prompt has {given} by its attention_mask, which is as long as the "
+            "ids if none is passed; pass the ids of all tokens, with new ones after those in the cache, or the new "
+            "ones alone with an attention_mask over all."
         )
     if cache.is_compileable:
         check_capacity(cache.layers[0].max_cache_len, num_tokens_to_hold(generation_config))
+
+
+def check_mask_of_prompt(mask: Tensor, num_tokens: int) -> None:
+    """Refuses a mask [b t] that is longer than the prompt, as the mask of each generated token is added at its end."""
+    if mask.shape[1] > num_tokens:
+        raise ValueError(
+            f"attention_mask must cover the {num_tokens} tokens of the prompt, got {mask.shape[1]}; "
+            "cut it to the prompt."
+        )
 
 
 def num_tokens_to_hold(settings: GenerationConfig) -> int:

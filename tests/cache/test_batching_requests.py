@@ -1,6 +1,7 @@
 """A request of continuous batching is judged before it joins, and one that fails ends alone."""
 
 import _thread
+import collections
 import gc
 import itertools
 import signal
@@ -22,7 +23,10 @@ REFUSED = {
     "text": ({"input_ids": "hello"}, "a prompt must be a list of token ids, which are integers, got 'hello'"),
     "words": ({"input_ids": ["hello", "you"]}, "a prompt must be a list of token ids, .* got .'hello', 'you'."),
     "nested": ({"input_ids": [[5, 6]]}, r"a prompt must be a list of token ids, .* got \[\[5, 6\]\]"),
-    "a batch": ({"input_ids": torch.tensor([[5, 6]])}, r"a prompt must be a list of token ids, .* got \[\[5, 6\]\]"),
+    "a batch": (
+        {"input_ids": torch.tensor([[5], [6]])},
+        r"a prompt must be a list of token ids, .* got \[\[5\], \[6\]\]",
+    ),
     "floats": ({"input_ids": [5.0, 6.0]}, r"a prompt must be a list of token ids, .* got \[5.0, 6.0\]"),
     "nothing": ({"input_ids": None}, "a prompt must be a list of token ids, .* got None"),
     "longer than all pages": ({"input_ids": [5] * 400}, "the prompt has 400 tokens and all pages together hold 3.."),
@@ -65,13 +69,31 @@ def test_a_request_that_cannot_be_served_is_refused_when_it_is_added(manager, na
     assert len(result_of(manager, manager.add_request([5, 6, 7], eos_token_id=-1))) == 12
 
 
-@pytest.mark.parametrize("prompt", [(5, 6, 7), np.array([5, 6, 7]), torch.tensor([5, 6, 7]), range(5, 8)], ids=repr)
+PROMPT = [5, 6, 7]
+FORMS = {
+    "tuple": tuple(PROMPT),
+    "array": np.array(PROMPT),
+    "tensor": torch.tensor(PROMPT),
+    "range": range(5, 8),
+    "array [1 t]": np.array([PROMPT]),
+    "tensor [1 t]": torch.tensor([PROMPT]),
+}
+
+
+@pytest.mark.parametrize("prompt", FORMS.values(), ids=FORMS)
 def test_a_prompt_may_be_any_sequence_of_integers(manager, prompt):
     assert len(result_of(manager, manager.add_request(prompt, max_new_tokens=3, eos_token_id=[]))) == 3
 
 
+@pytest.mark.parametrize("form", [tuple, collections.UserList, collections.deque])
+def test_a_batch_may_be_any_sequence_of_prompts(form):
+    outputs = tiny_model().generate_batch(form([PROMPT, *FORMS.values()]), generation(), batching())
+    tokens = [output.generated_tokens for output in outputs.values()]
+    assert tokens == alone(tiny_model(), [PROMPT]) * (1 + len(FORMS))
+
+
 def test_a_bad_prompt_fails_alone_in_a_batch():
-    good, bad = prompts_of(), [[5, 96], [], "text", [5] * 400, [-1], [[5]]]
+    good, bad = prompts_of(), [[5, 96], [], "text", [5] * 400, None, [[5]], {"ids": [5]}]
     mixed = [prompt for pair in zip(bad, good) for prompt in pair] + good[len(bad) :]
     outputs = tiny_model().generate_batch(mixed, generation(), batching())
     assert len(outputs) == len(mixed)
@@ -94,7 +116,7 @@ def test_a_bad_prompt_fails_alone_when_several_sequences_of_each_are_wanted():
 
 
 @pytest.mark.parametrize(
-    "inputs", ["text", 5, torch.tensor([[5, 6]]), [5, 6, 7], [[5, 6], None], {"a": [5]}], ids=lambda x: str(x)
+    "inputs", ["text", 5, torch.tensor([[5, 6]]), [5, 6, 7], [[5, 6], 7], range(5, 8), {"a": [5]}], ids=lambda x: str(x)
 )
 def test_what_is_no_list_of_prompts_is_refused_before_anything_starts(inputs):
     with pytest.raises(TypeError, match="inputs must be a list of prompts, each of which is a list of token ids"):

@@ -67,9 +67,14 @@ WRONG_INPUTS = {
     "short labels": ({"input_ids": IDS, "labels": IDS[:, :5]}, r"\[2, 9\] as integers.* got shape \[2, 5\]"),
     "other batch": ({"input_ids": IDS, "labels": IDS[:1]}, r"\[2, 9\] as integers.* got shape \[1, 9\]"),
     "float labels": ({"input_ids": IDS, "labels": IDS.float()}, "of torch.float32"),
-    "large labels": ({"input_ids": IDS, "labels": IDS + 900}, r"expected ids from 0 to 95, got 9\d\d"),
+    "large labels": (
+        {"input_ids": IDS, "labels": IDS + 900},
+        r"labels from 0 to 95, or -100, which is ignored, got 9\d\d",
+    ),
+    "negative labels": ({"input_ids": IDS, "labels": IDS * 0 - 5}, "labels from 0 to 95, or -100, .* ignored, got -5;"),
     "fewer logits": ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 3}, r"\[2, 3\] as integers.* shape \[2, 9\]"),
     "few positions": ({"input_ids": IDS, "position_ids": IDS[:, :4]}, r"\[2 9\] or \[1 9\], got shape \[2, 4\]"),
+    "few positions of one": ({"input_ids": IDS[:1], "position_ids": IDS[:1, :4]}, r"= \[1 9\], got shape \[1, 4\]"),
     "positions of three": ({"input_ids": IDS, "position_ids": torch.arange(27).view(3, 9)}, r"got shape \[3, 9\]"),
 }
 

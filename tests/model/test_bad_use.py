@@ -214,6 +214,14 @@ def test_a_prompt_without_new_tokens_is_refused(given, make):
 
 
 @EVERY_CACHE
+def test_a_mask_shorter_than_the_cache_is_named_when_it_is_refused(make):
+    model = tiny_model()
+    cache = filled(make, model)
+    with refused(r"this cache holds 9 tokens and the prompt has 7 by its attention_mask", cache):
+        answer(model, cache, attention_mask=torch.ones(2, 7, dtype=torch.long))
+
+
+@EVERY_CACHE
 def test_a_cache_with_use_cache_false_is_refused(make):
     model = tiny_model()
     cache = filled(make, model)
