@@ -183,7 +183,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 def look_up_ids(look_up: Callable[[Tensor], Tensor], ids: Tensor, num_ids: int, ignored: int | None = None) -> Tensor:
     """Calls `look_up(ids)`, and if torch finds an id outside of 0 to num_ids - 1, names it.
 
-    With `ignored`, ids are labels, and that value is right too. It costs nothing while ids are right. On a GPU, torch
+    With `ignored`, ids are labels, and that value is right too. This costs nothing while ids are right. On a GPU, torch
     finds it later, and then nothing can be computed any more.
     """
     if torch.compiler.is_compiling():
