@@ -46,13 +46,17 @@ class CheckpointMixin(LoadingHooks):
 
     @functools.wraps(PreTrainedModel.load_adapter)
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        name = adapter_name or "default"
+        is_new = name not in getattr(self, "peft_config", {})
         # an adapter stays on the device that computes its layer
         with device_map_without_offloading(self):
             loaded = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         try:
             check_no_expert_dropped(loaded.unexpected_keys)
         except ValueError:
-            remove_adapter(self, adapter_name or "default")
+            # hotswap=True writes into an adapter that is there
+            if is_new:
+                remove_adapter(self, name)
             raise
         return loaded
 

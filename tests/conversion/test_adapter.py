@@ -358,6 +358,13 @@ def test_an_adapter_that_was_there_stays_after_a_load_under_its_name_fails(tmp_p
     with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
         adapted.load_adapter(tmp_path / "old", "default")
     assert [*adapted.peft_config] == ["default", "second"]
+    config = LoraConfig(r=3, target_modules=["o_proj", "gate_proj", "up_proj", "down_proj"])
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "plain")
+    model = tiny_model()
+    model.load_adapter(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="deepseek-latent convert adapter"):
+        model.load_adapter(str(tmp_path / "old"), "default", hotswap=True)
+    assert [*model.peft_config] == ["default"]
 
 
 @torch.no_grad()
