@@ -325,6 +325,10 @@ def with_other_options(arguments: Arguments, source: random.Random) -> Arguments
     return arguments
 
 
+# beyond it, sums of products in float32 may have overflowed on the way
+LARGEST_COMPARED = 1e15
+
+
 def judge(operator: str, arguments: Arguments) -> str:
     """ "right", "refused", or what is wrong with what the operator made of these arguments."""
     try:
@@ -336,7 +340,8 @@ def judge(operator: str, arguments: Arguments) -> str:
     try:
         expected = REFERENCES[operator](**arguments)
     except Exception as error:
-        if NO_MEMORY in str(error):
+        # the operator need not make what the reference makes of a huge expanded tensor
+        if NO_MEMORY in str(error) or "size calculation" in str(error):
             return "right"
         return f"wrong answer: it takes what torch refuses with {type(error).__name__}: {str(error)[:200]}"
     pairs = zip(results, expected) if isinstance(results, tuple) else [(results, expected)]
@@ -359,6 +364,8 @@ def _difference(result: Tensor, exact: Tensor) -> str | None:
     if result.is_meta or exact.is_meta:
         return None
     error = (result.double() - exact).norm()
+    if not exact.norm() < LARGEST_COMPARED:
+        return None
     # operators sum in float32 and round to bfloat16, some of them twice
     allowed = (0.02 if result.dtype == torch.bfloat16 else 1e-3) * exact.norm() + 1e-6
     return None if error <= allowed else f"wrong answer: error {error:.2e} where {allowed:.2e} is rounding"

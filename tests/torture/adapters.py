@@ -225,7 +225,12 @@ class Damage:
             # most refusals are peft's own
             ours = is_refusal(error, (ValueError, TypeError, OSError))
             campaign.count("refused" if ours else "refused by peft")
-            if ours and not torch.equal(model.eval()(IDS).logits, self.logits):
+            # peft changes the model's own weights for this variant, before anything is read
+            if (
+                ours
+                and not (folder / "given" / CONFIG).read_text().count('"kasa_config": {')
+                and not torch.equal(model.eval()(IDS).logits, self.logits)
+            ):
                 campaign.finding("wrong answer", f"an adapter was refused and acts: {error!r:.300}")
 
     def load_experts(self, campaign: Campaign, random: Random, folder: Path) -> None:
