@@ -226,11 +226,8 @@ class Damage:
             ours = is_refusal(error, (ValueError, TypeError, OSError))
             campaign.count("refused" if ours else "refused by peft")
             # peft changes the model's own weights for this variant, before anything is read
-            if (
-                ours
-                and not (folder / "given" / CONFIG).read_text().count('"kasa_config": {')
-                and not torch.equal(model.eval()(IDS).logits, self.logits)
-            ):
+            is_kasa = '"kasa_config": {' in (folder / "given" / CONFIG).read_text()
+            if ours and not is_kasa and not torch.equal(model.eval()(IDS).logits, self.logits):
                 campaign.finding("wrong answer", f"an adapter was refused and acts: {error!r:.300}")
 
     def load_experts(self, campaign: Campaign, random: Random, folder: Path) -> None:
