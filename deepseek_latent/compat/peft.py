@@ -12,6 +12,7 @@ from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
@@ -284,7 +285,7 @@ def remove_refused_adapters(model_class: type) -> None:
             if is_ours:
                 check_no_expert_dropped(result.unexpected_keys)
             return result
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, OSError, SafetensorError):
             if is_ours and is_new and self.peft_config.keys() == {adapter_name}:
                 self.base_model.unload()
             elif is_ours and is_new and adapter_name in self.peft_config:

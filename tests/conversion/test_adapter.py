@@ -1,12 +1,14 @@
 """Adapters with separate experts, as transformers 4 trained them, become adapters of stacked experts, and back."""
 
 import json
+import os
 import re
 from itertools import pairwise
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -384,6 +386,16 @@ def test_an_adapter_that_from_pretrained_refuses_leaves_no_layers(tmp_path):
     assert [*adapted.peft_config] == ["default"]
     assert [*model.state_dict()] == names
     assert torch.equal(adapted.eval()(ids).logits, expected)
+
+
+def test_an_adapter_whose_file_is_cut_off_leaves_no_layers(tmp_path):
+    model = tiny_model()
+    names = [*model.state_dict()]
+    get_peft_model(tiny_model(), lora_config(model)).save_pretrained(tmp_path)
+    os.truncate(tmp_path / "adapter_model.safetensors", 100)
+    with pytest.raises((SafetensorError, OSError)):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert [*model.state_dict()] == names
 
 
 TARGETS = {
