@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,6 +23,7 @@ from deepseek_latent import ExpertSelection, LatentCache, PromptCache, save_expe
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.boundaries import MARKER
 from deepseek_latent.conversion.remote_code import auto_map, exported_files
+from deepseek_latent.kernels.cpu import build
 from tests.conversion.sources import save_source
 from tests.support import random_ids, tiny_model
 
@@ -29,6 +32,16 @@ from .campaign import Hang, time_limit
 # file name: its bytes; a folder: no bytes; names are relative to the box
 Snapshot = dict[str, bytes | None]
 SELECTION = ExpertSelection({1: [1]})
+
+
+# writes what stands for a library
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo stub; exit; fi
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then printf operators > "$2"; fi
+  shift
+done
+"""
 
 
 class CommandRefused(Exception):
@@ -69,6 +82,8 @@ def make_inputs(folder: Path) -> None:
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     config["target_modules"] = ["o_proj", "gate_proj", "up_proj", "down_proj"]
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "g++").write_text(COMPILER)
+    (folder / "g++").chmod(0o755)
 
 
 def tiny_experts(model) -> dict[str, torch.Tensor]:
@@ -132,7 +147,24 @@ def all_writers(inputs: Path) -> list[Writer]:
     stores = [lambda box, c=c: prompts(box).store(c, ids, model) for c in (longer, cache)]
     writers.append(Writer("PromptCache", "prompts", stores[0], prompts, is_whole=_has_whole_prompts))
     writers.append(Writer("PromptCache over a prefix", "prompts", *stores, is_whole=_has_whole_prompts))
+    writers.append(Writer("kernels", "home", partial(_build_kernels, inputs), is_whole=_has_all_files_or_none))
     return writers
+
+
+def _build_kernels(inputs: Path, box: Path) -> None:
+    """Builds what stands for the library of operators, by a compiler without C++, and keeps it in the box."""
+    with (
+        mock.patch.object(build.shutil, "which", return_value=str(inputs / "g++")),
+        mock.patch.object(build, "constants", SimpleNamespace(HF_HOME=str(box / "home"))),
+        mock.patch.object(torch.ops, "load_library", return_value=None),
+    ):
+        build.load_library()
+
+
+def _has_all_files_or_none(found: Snapshot, before: Snapshot, after: Snapshot) -> bool:
+    """Whether the only thing that is missing are files, as folders may be there before them."""
+    files = {name: content for name, content in found.items() if content is not None}
+    return not files or files == {name: content for name, content in after.items() if content is not None}
 
 
 def run_forked(action: Callable[[], int | None], *, seconds: float = 60) -> tuple[int, str]:

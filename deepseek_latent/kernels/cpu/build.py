@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from ...whole_files import whole_file
+from ...whole_files import remove_leftovers, whole_file
 
 HERE = Path(__file__).parent
 SOURCES = ("products.cpp", "projections.cpp", "experts.cpp", "attention.cpp", "gradients.cpp")
@@ -43,6 +43,9 @@ def load_library() -> None:
     path = Path(constants.HF_HOME, "deepseek_latent", f"kernels-{_digest(compiler)}.so").absolute()
     reason = why_not_safe(path.parent)
     if reason is None:
+        if path.parent.is_dir():
+            # a whole library is never written again, so this is the time to do it
+            remove_leftovers(path)
         damage = why_not_whole(path) or _load(path)
         if damage is None:
             return
