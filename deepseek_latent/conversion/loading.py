@@ -5,7 +5,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .checkpoint import check_readable, has_weights
+from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..json_files import read_json
+from .checkpoint import (
+    check_readable,
+    checkpoint_tensors,
+    config_from_json,
+    has_weights,
+    merge_headers,
+    read_headers,
+)
 
 
 def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **options) -> PreTrainedModel:
@@ -16,6 +25,7 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
     """
     if isinstance(place, Path) and has_weights(place):
         check_readable(place)
+        _refuse(place, _other_sizes(place))
     try:
         # sizes are judged below, where the message is one sentence
         model, found = model_class.from_pretrained(
@@ -36,10 +46,28 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
         f"{name} has shape {list(in_file)}, expected {list(in_model)}"
         for name, in_file, in_model in sorted(found["mismatched_keys"])
     ]
+    _refuse(place, problems)
+    return model.eval()
+
+
+def _other_sizes(folder: Path) -> list[str]:
+    """The tensors whose shape in the headers is not that of the config, found before a model of these sizes is made."""
+    given = read_json(folder / "config.json")
+    if given.get("model_type") != DeepseekV2Config.model_type or given.get("quantization_config"):
+        return []
+    expected = checkpoint_tensors(config_from_json(given, folder))
+    stored, _ = merge_headers(read_headers(folder)[0])
+    return [
+        f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
+        for name, tensor in stored.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+
+
+def _refuse(place: Path | str, problems: list[str]) -> None:
     if problems:
         more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
         raise ValueError(
             f"the files of {place} do not fit its config.json: {problems[0]}{more}; correct the config or complete the "
             "files (deepseek-latent inspect lists all)."
         )
-    return model.eval()
