@@ -101,11 +101,12 @@ def main() -> int:
 
 
 def _print_table(results: dict[str, tuple[Counter, list]]) -> None:
-    table = Table("part", "inputs", *KINDS, "also counted")
+    table = Table("part", "inputs", *KINDS)
     for part, (counts, _) in results.items():
         others = [f"{number:,} {what}" for what, number in counts.items() if what not in (*KINDS, "inputs")]
-        table.add_row(part, f"{counts['inputs']:,}", *(f"{counts[kind]:,}" for kind in KINDS), ", ".join(others))
-    Console().print(table)
+        print(f"{part} also counted {', '.join(others)}.")
+        table.add_row(part, f"{counts['inputs']:,}", *(f"{counts[kind]:,}" for kind in KINDS))
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

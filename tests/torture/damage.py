@@ -57,7 +57,7 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random, file: Path, times
                     [torch.int64, torch.uint8, torch.bool, torch.float64, torch.bfloat16, torch.float8_e4m3fn]
                 )
             )
-        if kind == "values" and x.numel():
+        if kind == "values" and x.numel() and x.is_floating_point():
             x = x.contiguous().clone()
             x.view(-1)[random.randrange(x.numel())] = random.choice([float("nan"), float("inf"), -0.0, 1e38])
         if kind not in ("drop", "rename"):
