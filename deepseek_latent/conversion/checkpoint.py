@@ -214,15 +214,16 @@ def read_generation_config(folder: Path) -> dict:
     return content
 
 
-def check_readable(folder: Path) -> None:
-    """Raises ValueError if a loader could not open the files of a folder, from their headers and their index."""
+def check_readable(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors in the headers of a folder's files. Raises ValueError if a loader could not open these files."""
     read_generation_config(folder)
-    _, problems = read_headers(folder)
+    headers, problems = read_headers(folder)
     if problems:
         more = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
         raise ValueError(
             f"expected readable weights in {folder}, got: {problems[0]}{more} (deepseek-latent inspect lists all)."
         )
+    return merge_headers(headers)[0]
 
 
 def merge_headers(headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -8,12 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from ..json_files import read_json
 from .checkpoint import (
+    StoredTensor,
     check_readable,
     checkpoint_tensors,
     config_from_json,
     has_weights,
-    merge_headers,
-    read_headers,
 )
 
 
@@ -24,8 +23,7 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
     missing weights at random, drops unexpected ones, and reports both only in its log.
     """
     if isinstance(place, Path) and has_weights(place):
-        check_readable(place)
-        _refuse(place, _other_sizes(place))
+        _refuse(place, _other_sizes(place, check_readable(place)))
     try:
         # sizes are judged below, where the message is one sentence
         model, found = model_class.from_pretrained(
@@ -50,13 +48,12 @@ def load_model(place: Path | str, model_class: type = AutoModelForCausalLM, **op
     return model.eval()
 
 
-def _other_sizes(folder: Path) -> list[str]:
+def _other_sizes(folder: Path, stored: dict[str, StoredTensor]) -> list[str]:
     """The tensors whose shape in the headers is not that of the config, found before a model of these sizes is made."""
     given = read_json(folder / "config.json")
     if given.get("model_type") != DeepseekV2Config.model_type or given.get("quantization_config"):
         return []
     expected = checkpoint_tensors(config_from_json(given, folder))
-    stored, _ = merge_headers(read_headers(folder)[0])
     return [
         f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
         for name, tensor in stored.items()
