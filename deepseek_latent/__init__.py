@@ -20,7 +20,12 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
-from .compat.peft import prevent_target_renaming, refuse_single_experts, remove_refused_adapters, support_offloading
+from .compat.peft_changes import (
+    prevent_target_renaming,
+    refuse_single_experts,
+    remove_refused_adapters,
+    support_offloading,
+)
 from .compat.transformers import put_into_transformers
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from .experts.routed import DeepseekV2Experts

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention.rotary import DeepseekV2RotaryEmbedding
 from .compat.accelerate import device_map_without_offloading
-from .compat.peft import check_no_expert_dropped, remove_adapter
+from .compat.peft_changes import check_no_expert_dropped, remove_adapter
 from .compat.transformers import LoadingHooks
 from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files
 from .experts.routed import DeepseekV2Experts

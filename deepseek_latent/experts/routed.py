@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ..compat.accelerate import lacks_weights
-from ..compat.peft import check_no_lora_dropped
+from ..compat.peft_changes import check_no_lora_dropped
 from ..compat.transformers import experts_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .names import STACKED, parse_name_of_expert, split_projections, stacked_name

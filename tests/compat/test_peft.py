@@ -1,4 +1,4 @@
-"""Canaries: what compat/peft.py uses of peft is still as it expects.
+"""Canaries: what compat/peft.py and its siblings use of peft is still as it expects.
 
 A test here fails with what changed and which code uses it. It passes on all versions that pyproject.toml admits.
 """

@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
 
 from deepseek_latent import DeepseekV2Config, lora_config
-from deepseek_latent.compat.peft import prevent_target_renaming
+from deepseek_latent.compat.peft_changes import prevent_target_renaming
 from deepseek_latent.experts.names import ROUTED_EXPERTS
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2PreTrainedModel
 from tests.support import LITE, NATIVE, V2, random_ids, relative_error, tiny_model
