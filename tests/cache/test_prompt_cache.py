@@ -13,17 +13,6 @@ from deepseek_latent.cache.prompt_cache import PromptCache
 from tests.cache.prompts import ROOM, last_logits, num_tokens_found, store_prompt, with_prefix
 from tests.support import needs_its_peft, random_ids, tiny_model
 
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "prompts"
-
-
 # prompts that are found
 
 

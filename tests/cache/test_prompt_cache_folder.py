@@ -16,16 +16,6 @@ from tests.cache.prompts import ROOM, damage, last_logits, num_tokens_found, sta
 from tests.support import random_ids, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "prompts"
-
-
 @pytest.mark.parametrize("fresh", [False, True], ids=["seen before", "not seen before"])
 @pytest.mark.parametrize("place", [3, 200, -5], ids=["length", "header", "rows"])
 def test_a_damaged_file_is_removed_with_a_warning_and_the_next_best_is_loaded(place, fresh, model, folder):

@@ -19,16 +19,6 @@ from tests.cache.prompts import ROOM, damage, kill_at, last_logits, num_tokens_f
 from tests.support import random_ids, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "prompts"
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link", "broken link"])
 def test_what_only_resembles_our_files_is_never_touched(kind, model, folder):
     prompts, ids = PromptCache(folder, max_bytes=ROOM), random_ids(1, 100)
