@@ -131,13 +131,13 @@ def test_token_ids_come_from_the_generation_config_or_are_none(tmp_path):
 
 def test_the_published_config_of_lite_is_read_as_lite(tmp_path):
     """The fields of DeepSeek-V3's inference/configs/config_16B.json. Absent fields have the defaults of its code."""
-    from deepseek_latent.conversion.deepseek_layout import _config_from_deepseek
+    from deepseek_latent.conversion.deepseek_config import config_from_deepseek
 
     theirs = {"vocab_size": 102400, "dim": 2048, "inter_dim": 10944, "moe_inter_dim": 1408, "n_layers": 27}
     theirs |= {"n_dense_layers": 1, "n_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2}
     theirs |= {"n_activated_experts": 6, "route_scale": 1.0, "q_lora_rank": 0, "kv_lora_rank": 512}
     theirs |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "mscale": 0.707}
-    config = _config_from_deepseek(theirs, tmp_path / "config_16B.json")
+    config = config_from_deepseek(theirs, tmp_path / "config_16B.json")
     assert config.q_lora_rank is None
     assert config.max_position_embeddings == 163840
     assert (config.topk_method, config.n_group, config.topk_group) == ("greedy", 1, 1)
