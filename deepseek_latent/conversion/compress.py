@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .calibration import LayerStatistics
+from .calibration import LayerStatistics, output_forms
 from .gqa_to_mla import (
     LATENT_EPS,
     GqaToMla,
@@ -34,13 +34,11 @@ from .gqa_to_mla import (
     rope_frequencies,
     rope_parameters,
 )
+from .latent_fit import fit_latent, make_target, predict
 from .llama_source import LlamaSource
 from .source import Source
 
-# relative to the largest variance: directions below it are noise
-NEGLIGIBLE_VARIANCE = 1e-12
-# relative to the mean variance of the inputs, added to each: directions that the text does not show have some variance
-RIDGE = 1e-8
+TINY = torch.finfo(torch.float64).tiny
 
 
 class LayerParts(NamedTuple):
@@ -51,8 +49,8 @@ class LayerParts(NamedTuple):
     values: Tensor  # [g w d+1]
     means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the length factor squared
     score_costs: Tensor  # [h p] cost of a squared error of a key element, through the score
-    value_costs: Tensor  # [g w w] cost of an error of a value, a quadratic form
-    moments: Tensor  # [d+1 d+1] second moments of x
+    key_forms: Tensor  # [g w w] cost of an error of a key without rotation, real parts first, a quadratic form
+    value_forms: Tensor  # [g w w] cost of an error of a value, a quadratic form
 
 
 class CompressedLayer(NamedTuple):
@@ -115,30 +113,28 @@ class CompressedMla(GqaToMla):
 
     def read_parts(self, layer: int) -> LayerParts:
         source, statistics = self.source, self.statistics[layer]
-        variance = statistics.moments[:-1, :-1].diagonal().mean()
-        moments = statistics.moments.clone()
-        moments[:-1, :-1].diagonal().add_(RIDGE * variance)
-
-        def affine(name: str) -> Tensor:
-            return torch.cat((source.weight(layer, name), source.bias(layer, name)[:, None]), dim=1).double()
-
-        queries, keys, values = (affine(name) for name in ("q_proj", "k_proj", "v_proj"))
-        queries, keys = (_as_complex(x.unflatten(0, (-1, self.w))) for x in (queries, keys))  # [p heads d+1]
-        values = values.unflatten(0, (self.g, self.w))
-        distance = torch.arange(statistics.distances.shape[1], dtype=torch.float64)
-        rotations = torch.exp(-1j * distance[:, None] * self.frequencies)
-        means = statistics.distances.to(rotations.dtype) @ rotations / statistics.distances.sum(dim=1, keepdim=True)
-        # an error in a score changes what a head adds to the residual stream by the spread of its values
-        out = source.weight(layer, "o_proj").double().unflatten(1, (self.h, self.w)).permute(1, 0, 2)  # [h d w]
-        of_head = torch.arange(self.h) // (self.h // self.g)
-        forms = out.transpose(1, 2) @ out
-        spread = (forms * _covariance(values, moments)[of_head]).sum(dim=(1, 2))
-        query_moments = _second_moments(queries[:, :, None], moments)[..., 0, 0].real.T
+        keys, values = (source.affine(layer, name) for name in ("k_proj", "v_proj"))
+        keys = _as_complex(keys.unflatten(0, (-1, self.w)))  # [p g d+1]
+        distances = statistics.distances.double()
+        rotations = torch.exp(-1j * torch.arange(distances.shape[1])[:, None] * self.frequencies)
+        means = distances.to(rotations.dtype) @ rotations / distances.sum(dim=1, keepdim=True).clamp(min=TINY)
         # the factor 0.5: a score is the real part of a complex product
-        score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * query_moments
-        value_costs = forms.unflatten(0, (self.g, -1)).sum(dim=1)
-        key_moments = _second_moments(keys, moments)
-        return LayerParts(keys, key_moments, values, means * self.length_factor**2, score_costs, value_costs, moments)
+        query_forms = self.length_factor**4 / self.w * statistics.query_moments.double()
+        score_costs = 0.5 * query_forms.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=1)
+        rotated = _as_matrix(means)
+        key_forms = (rotated.mT @ query_forms @ rotated).unflatten(0, (self.g, -1)).sum(dim=1)
+        value_forms = output_forms(source, layer).unflatten(0, (self.g, -1)).sum(dim=1)
+        moments = statistics.key_moments.double()
+        key_moments = _second_moments(keys, moments / moments[-1, -1].clamp(min=TINY))
+        return LayerParts(
+            keys,
+            key_moments,
+            values.unflatten(0, (self.g, self.w)),
+            means * self.length_factor**2,
+            score_costs,
+            key_forms,
+            value_forms,
+        )
 
     def mix_heads(self, parts: LayerParts, frequency: int) -> tuple[Tensor, Tensor]:
         """T [g g] complex, whose rows mix the heads of a frequency, and the loss of each row without its rotation [g].
@@ -155,10 +151,10 @@ class CompressedMla(GqaToMla):
     def compress_layer(self, layer: int) -> CompressedLayer:
         """The compressed layer, cached for the next call because several tensors are made from it."""
         if self._cached_layer is None or self._cached_layer[0] != layer:
-            self._cached_layer = (layer, self._compress_layer(self.read_parts(layer)))
+            self._cached_layer = (layer, self._compress_layer(layer, self.read_parts(layer)))
         return self._cached_layer[1]
 
-    def _compress_layer(self, parts: LayerParts) -> CompressedLayer:
+    def _compress_layer(self, layer: int, parts: LayerParts) -> CompressedLayer:
         rotary, mixes, remaining = [], [], []
         for frequency, num_kept in enumerate(self.num_kept.tolist()):
             mix, _ = self.mix_heads(parts, frequency)
@@ -169,45 +165,27 @@ class CompressedMla(GqaToMla):
         query_mix = torch.zeros(self.g, self.w // 2, self.r // 2, dtype=torch.complex128)
         for frequency, (mix, end) in enumerate(zip(mixes, self.num_kept.cumsum(0).tolist())):
             query_mix[:, frequency, end - mix.shape[1] : end] = mix
-        latent, keys, values = self.principal_components(parts, torch.stack(remaining))
+        latent, keys, values = self.fit_latent(layer, parts, torch.stack(remaining))
         return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, parts.means)
 
-    def principal_components(self, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fit_latent(self, layer: int, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compresses keys [p g d+1] without rotation, and the values.
 
-        Returns the latent [c-1 d+1], and keys [p g c] and values [g w c] as functions of it. The latent holds principal
-        components around the mean, weighted by the cost of errors; keys and values are the best linear prediction.
+        Returns the latent [c-1 d+1], and keys [p g c] and values [g w c] as functions of it.
         """
-        key_weights, value_weights = self.error_weights(parts)
-        y = torch.cat((keys.real.flatten(0, 1), keys.imag.flatten(0, 1), parts.values.flatten(0, 1)))
-        weighted = torch.cat(
-            (key_weights[:, None] * y[: len(key_weights)], (value_weights @ parts.values).flatten(0, 1))
-        )
-        mean = parts.moments[:, -1]
-        centered = parts.moments - mean[:, None] * mean
-        variances, directions = torch.linalg.eigh(weighted @ centered @ weighted.T)
-        variances, directions = variances.flip(0)[: self.c - 1], directions.flip(1)[:, : self.c - 1]
-        is_kept = variances > NEGLIGIBLE_VARIANCE * variances[0].clamp(min=torch.finfo(variances.dtype).tiny)
-        directions, variances = directions[:, is_kept], variances[is_kept]
-        # the channels have a mean square of 1, so that they fit any dtype
-        scale = (variances.sum() / (self.c - 1)).rsqrt() if len(variances) else 1.0
-        latent = scale * directions.T @ weighted
-        prediction = y @ centered @ latent.T / (scale**2 * variances)
-        latent[:, -1] -= latent @ mean
+        statistics = self.statistics[layer]
+        # [p g d+1] complex to [g w d+1]
+        of_keys = make_target(_as_real(keys).transpose(0, 1), parts.key_forms, statistics.key_moments)
+        of_values = make_target(parts.values, parts.value_forms, statistics.value_moments)
+        latent = fit_latent([of_keys, of_values], self.c - 1)
         # channels beyond the rank of keys and values are zero
-        num_empty = self.c - 1 - len(variances)
+        num_empty = self.c - 1 - len(latent)
+        keys, values = (
+            torch.cat((x[:, :-1], x.new_zeros(len(x), num_empty), x[:, -1:]), dim=1).unflatten(0, (self.g, self.w))
+            for x in (predict(of_keys, latent), predict(of_values, latent))
+        )
         latent = torch.nn.functional.pad(latent, (0, 0, 0, num_empty))
-        prediction = torch.nn.functional.pad(prediction, (0, num_empty))
-        prediction = torch.cat((prediction, (y @ mean)[:, None]), dim=1)
-        real, imaginary, values = prediction.split((keys[..., 0].numel(), keys[..., 0].numel(), self.g * self.w))
-        return latent, torch.complex(real, imaginary).unflatten(0, (-1, self.g)), values.unflatten(0, (self.g, -1))
-
-    def error_weights(self, parts: LayerParts) -> tuple[Tensor, Tensor]:
-        """Square roots of the costs of errors: in key elements [2 p g], real parts first, and in values [g w w]."""
-        costs = parts.score_costs * (parts.means.abs() / self.length_factor**2) ** 2
-        key_weights = costs.unflatten(0, (self.g, -1)).sum(dim=1).T.flatten().sqrt()
-        eigenvalues, directions = torch.linalg.eigh(parts.value_costs)
-        return key_weights.repeat(2), directions * eigenvalues.clamp(min=0).sqrt()[:, None, :] @ directions.mT
+        return latent, _as_complex(keys), values
 
     # the tensors of one layer, in float32, in place of those of `GqaToMla`
 
@@ -282,7 +260,7 @@ def _as_real(x: Tensor) -> Tensor:
     return torch.cat((x.real, x.imag))
 
 
-def _covariance(functions: Tensor, moments: Tensor) -> Tensor:
-    """[g w w] of functions [g w d+1] of x."""
-    centered = moments - moments[:, -1:] * moments[:, -1]
-    return functions @ centered @ functions.mT
+def _as_matrix(x: Tensor) -> Tensor:
+    """[h p] complex to [h w w] real: the matrices that multiply keys, real parts first, by these numbers."""
+    real, imaginary = torch.diag_embed(x.real), torch.diag_embed(x.imag)
+    return torch.cat((torch.cat((real, -imaginary), dim=2), torch.cat((imaginary, real), dim=2)), dim=1)

@@ -11,12 +11,13 @@ from .cast import Cast
 from .compress import CompressedMla, check_widths
 from .gqa_to_mla import GqaToMla
 from .loading import load_model
+from .refine import RefinedMla, refine
 from .source import Source
 from .text import WINDOW_LENGTH, split_into_windows
 from .upcycle import Upcycle
 
 
-def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[CompressedMla, dict]:
+def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[RefinedMla, dict]:
     """Returns the conversion, and a report with cached elements per token and the perplexity after each step.
 
     Raises ValueError as `CompressedMla` and `split_into_windows` do.
@@ -27,22 +28,21 @@ def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[
     exact.check_dtype()
     calibration, held_out = split_into_windows(files.folder, text)
     model = load_model(files.folder, dtype="auto", attn_implementation="eager")
-    statistics, before = collect_statistics(model, calibration), perplexity(model, held_out)
-    # only one model at a time is in memory
-    del model
+    statistics, before = collect_statistics(model, exact.source, calibration), perplexity(model, held_out)
     compressed = CompressedMla(files, statistics, r=r, c=c)
-    with_exact_latents = CompressedMla(files, statistics, r=r, num_kept=compressed.num_kept)
+    student = build_model(compressed)
+    model.set_attn_implementation("sdpa")
+    refine(student, model, calibration)
     report = {
         "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
         "calibration tokens": calibration.numel(),
         "held-out tokens": held_out.numel(),
         "cached elements per token before": exact.source.cached_elements,
         "perplexity of the source": before,
-        f"perplexity with rotary keys of {r}": perplexity(build_model(with_exact_latents), held_out),
-        f"perplexity with rotary keys of {r} and latents of {c}": perplexity(build_model(compressed), held_out),
+        f"perplexity with rotary keys of {r} and latents of {c}": perplexity(student, held_out),
         "rotating pairs per frequency": " ".join(map(str, compressed.num_kept.tolist())),
     }
-    return compressed, report
+    return RefinedMla(compressed, student), report
 
 
 def build_model(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:

@@ -54,6 +54,10 @@ class LlamaSource:
             return torch.zeros(self._shapes()[projection][0])
         return self.files[f"model.layers.{layer}.self_attn.{projection}.bias"].float()
 
+    def affine(self, layer: int, projection: str) -> Tensor:
+        """[out d+1] in float64: the weight, and the bias as its last column."""
+        return torch.cat((self.weight(layer, projection), self.bias(layer, projection)[:, None]), dim=1).double()
+
     def input_norm(self, layer: int) -> Tensor:
         return self.files[f"model.layers.{layer}.input_layernorm.weight"].float()
 

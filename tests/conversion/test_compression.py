@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import target
-from deepseek_latent.conversion.calibration import LayerStatistics, collect_statistics, perplexity
+from deepseek_latent.conversion.calibration import QUERY_STRIDE, LayerStatistics, collect_statistics, perplexity
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
+from deepseek_latent.conversion.llama_source import LlamaSource
+from deepseek_latent.conversion.refine import refine
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH, split_into_windows
 from tests.conversion.sources import LLAMA3, SMALL, SOURCES, YARN, save_source
@@ -27,7 +29,7 @@ def calibrated(folder: Path, config_class, **options) -> tuple[transformers.PreT
     save_source(folder, config_class, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     windows = torch.randint(0, model.config.vocab_size, (6, WINDOW_LENGTH), generator=seeded(1))
-    return model, collect_statistics(model, windows)
+    return model, collect_statistics(model, LlamaSource(Source(folder)), windows)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -49,7 +51,7 @@ def test_a_layer_with_a_zero_projection_is_compressed_exactly(tmp_path, dead):
         getattr(layer.self_attn, dead).weight.zero_()
     model.save_pretrained(tmp_path)
     ids = random_ids(2, 50)
-    statistics = collect_statistics(model, torch.randint(0, 96, (6, WINDOW_LENGTH)))
+    statistics = collect_statistics(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH)))
     compressed_model = build_model(CompressedMla(Source(tmp_path), statistics, r=16, c=50))
     assert relative_error(compressed_model(ids).logits, model(ids).logits) < 1e-5
 
@@ -59,7 +61,10 @@ def test_directions_absent_from_the_text_are_kept_if_the_width_allows(tmp_path):
     """The text repeats one token, so the statistics have rank one."""
     save_source(tmp_path, LlamaConfig)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    statistics, ids = collect_statistics(model, torch.full((6, WINDOW_LENGTH), 7)), random_ids(2, 50)
+    statistics, ids = (
+        collect_statistics(model, LlamaSource(Source(tmp_path)), torch.full((6, WINDOW_LENGTH), 7)),
+        random_ids(2, 50),
+    )
     assert (
         relative_error(build_model(CompressedMla(Source(tmp_path), statistics, r=32))(ids).logits, model(ids).logits)
         < 1e-5
@@ -91,7 +96,10 @@ def test_proportional_heads_share_one_rotation(tmp_path):
         keys = layer.self_attn.k_proj.weight.unflatten(0, (4, -1))
         keys.copy_(keys[:1] * torch.tensor([1.0, -0.5, 2.0, 0.3])[:, None, None])
     model.save_pretrained(tmp_path)
-    statistics, ids = collect_statistics(model, torch.randint(0, 96, (6, WINDOW_LENGTH))), random_ids(2, 50)
+    statistics, ids = (
+        collect_statistics(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH))),
+        random_ids(2, 50),
+    )
     quarter = CompressedMla(Source(tmp_path), statistics, r=16)
     assert quarter.num_kept.tolist() == [1] * 8
     assert relative_error(build_model(quarter)(ids).logits, model(ids).logits) < 1e-5
@@ -125,40 +133,86 @@ def test_larger_widths_lose_less(tmp_path, rope):
 
 
 @torch.no_grad()
-def test_statistics_are_those_of_the_layers(tmp_path):
+def test_moments_are_those_of_the_inputs(tmp_path):
     model, _ = calibrated(tmp_path, LlamaConfig)
     windows = torch.randint(0, 96, (5, WINDOW_LENGTH), generator=seeded(3))
-    found = collect_statistics(model, windows)
-    outputs = model(windows, output_hidden_states=True, output_attentions=True)
-    for i, layer in enumerate(found):
-        inputs = model.model.layers[i].input_layernorm(outputs.hidden_states[i]).double().flatten(0, 1)
-        torch.testing.assert_close(layer.moments[:-1, :-1], inputs.T @ inputs / windows.numel(), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(layer.moments[:-1, -1], inputs.mean(dim=0), rtol=1e-4, atol=1e-6)
-        assert layer.moments[-1, -1] == pytest.approx(1)
-        # the weight of the token at distance 3
-        shares = sum(outputs.attentions[i][:, :, s, s - 3].double().sum(dim=0) for s in range(3, WINDOW_LENGTH))
-        torch.testing.assert_close(layer.distances[:, 3], shares / windows.numel(), rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(layer.distances.sum(dim=1), torch.ones(4).double(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rope", [None, YARN], ids=["default", "yarn"])
-@torch.no_grad()
-def test_the_cost_of_an_error_in_a_key_is_its_effect_on_scores_times_the_spread_of_values(tmp_path, rope):
-    options = {} if rope is None else {"rope_parameters": rope}
-    model, _ = calibrated(tmp_path, LlamaConfig, **options)
-    windows = torch.randint(0, 96, (5, WINDOW_LENGTH), generator=seeded(3))
-    conversion = CompressedMla(Source(tmp_path), collect_statistics(model, windows), r=16)
+    found = collect_statistics(model, LlamaSource(Source(tmp_path)), windows)
     hidden = model(windows, output_hidden_states=True).hidden_states
-    for i, layer in enumerate(model.model.layers):
-        attention, inputs = layer.self_attn, layer.input_layernorm(hidden[i]).flatten(0, 1)
-        queries = attention.q_proj(inputs).double().unflatten(-1, (4, 2, -1))  # [tokens h 2 p], real and imaginary
-        # an error of 1 in the real or the imaginary part of a key; cos and sin of both have the length factor
-        score_changes = conversion.length_factor**2 * queries / _head_width(model.config) ** 0.5
-        values = attention.v_proj(inputs).double().unflatten(-1, (2, -1)).repeat_interleave(2, dim=1)  # [tokens h w]
-        outputs = torch.einsum("thw,dhw->thd", values, attention.o_proj.weight.double().unflatten(1, (4, -1)))
-        spread = outputs.var(dim=0, correction=0).sum(dim=-1)
-        expected = score_changes.square().mean(dim=(0, 2)) * spread[:, None]
-        torch.testing.assert_close(conversion.read_parts(i).score_costs, expected, rtol=1e-3, atol=0)
+    for layer, of_layer, state in zip(model.model.layers, found, hidden):
+        inputs = layer.input_layernorm(state).flatten(0, 1)
+        torch.testing.assert_close(
+            of_layer.moments[:-1, :-1], inputs.T @ inputs / windows.numel(), rtol=1e-3, atol=1e-5
+        )
+        torch.testing.assert_close(of_layer.moments[:-1, -1], inputs.mean(dim=0), rtol=1e-3, atol=1e-5)
+        assert of_layer.moments[-1, -1] == pytest.approx(1, rel=1e-4)
+
+
+@pytest.fixture
+def one_head(tmp_path):
+    """A layer with one head, its inputs with a 1 appended [b s d+1], its statistics and its conversion."""
+    save_source(tmp_path, LlamaConfig, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    windows, files = torch.randint(0, 96, (3, 7), generator=seeded(3)), Source(tmp_path)
+    statistics = collect_statistics(model, LlamaSource(files), windows)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        x = torch.nn.functional.pad(layer.input_layernorm(model.model.embed_tokens(windows)), (0, 1), value=1.0)
+        weights = model(windows, output_attentions=True).attentions[0][:, 0]
+    return layer.self_attn, x, weights, statistics[0], CompressedMla(files, statistics, r=16)
+
+
+@torch.no_grad()
+def test_the_cost_of_an_error_in_values_is_the_square_of_what_it_adds(one_head):
+    attention, x, weights, statistics, conversion = one_head
+    error = torch.randn(16, x.shape[-1], generator=seeded(1))
+    # every fourth token is measured
+    added = weights[:, ::QUERY_STRIDE] @ (x @ error.T) @ attention.o_proj.weight.T
+    cost = (conversion.read_parts(0).value_forms[0] @ error.double() @ statistics.value_moments.double() * error).sum()
+    expected = added.square().sum() * QUERY_STRIDE / x.shape[0] / x.shape[1]
+    torch.testing.assert_close(cost.float(), expected, rtol=1e-4, atol=0)
+
+
+def test_the_cost_of_a_pair_is_the_square_of_what_its_score_adds(one_head):
+    attention, x, weights, statistics, _ = one_head
+    values = attention.v_proj(x[..., :-1]).detach()
+    out = attention.o_proj.weight.detach()
+
+    def returned(scores: torch.Tensor) -> torch.Tensor:
+        return scores.softmax(dim=-1) @ values @ out.T
+
+    slopes = torch.autograd.functional.jacobian(returned, weights.log().clamp(min=-1e4))  # [b s d b s s]
+    costs = torch.einsum("bidbij->bdij", slopes).square().sum(dim=1) / weights.shape[0] / weights.shape[1]
+    for distance in range(7):
+        expected = costs.diagonal(-distance, dim1=1, dim2=2).sum()
+        torch.testing.assert_close(statistics.distances[0, distance], expected, rtol=1e-3, atol=1e-9)
+    queries = attention.q_proj(x[..., :-1]).detach()
+    expected = torch.einsum("bi,biw,biu->wu", costs.sum(dim=2), queries, queries)
+    torch.testing.assert_close(statistics.query_moments[0], expected, rtol=1e-3, atol=1e-7)
+    expected = torch.einsum("bj,bjx,bjy->xy", costs.sum(dim=1), x, x)
+    torch.testing.assert_close(statistics.key_moments, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_training_a_layer_brings_it_closer_to_its_source_and_leaves_exact_layers(tmp_path):
+    model, statistics = calibrated(tmp_path, LlamaConfig, num_key_value_heads=4)
+    files, windows = Source(tmp_path), torch.randint(0, 96, (24, 64), generator=seeded(2))
+    expected = model(windows).logits
+    model.set_attn_implementation("sdpa")
+    for r, c in ((16, 24), (64, None)):
+        student = build_model(CompressedMla(files, statistics, r=r, c=c))
+        before = {name: x.clone() for name, x in student.state_dict().items()}
+        began = relative_error(student(windows).logits, expected)
+        refine(student, model, windows)
+        changed = {name for name, x in student.state_dict().items() if not torch.equal(x, before[name])}
+        if c is None:
+            assert not changed
+        else:
+            assert relative_error(student(windows).logits, expected) < 0.8 * began
+            assert {name.split(".", 3)[3] for name in changed} == {
+                f"self_attn.{name}.weight" for name in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+            }
+            for i in range(len(model.model.layers)):
+                row = student.model.layers[i].self_attn.kv_a_proj_with_mqa.weight[c - 1]
+                assert not row.any(), "the constant channel is constant"
 
 
 @torch.no_grad()
@@ -200,7 +254,6 @@ def test_the_command_reports_every_step_and_writes_the_model_it_evaluated(source
     }
     for name, model in evaluated.items():
         assert report[name] == pytest.approx(perplexity(model.eval(), held_out), rel=1e-4)
-    assert report["perplexity of the source"] != report["perplexity with rotary keys of 16"]
     card = (out / "README.md").read_text()
     assert f"| perplexity of the source | {report['perplexity of the source']:.4g} |" in card
     stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
