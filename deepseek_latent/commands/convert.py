@@ -55,7 +55,11 @@ def _add_gqa_to_mla(kinds) -> argparse.ArgumentParser:
     )
     parser.add_argument("--qk-rope-head-dim", type=int, metavar="R", help="compress: width of the rotary key")
     parser.add_argument(
-        "--calibrate", type=Path, metavar="TEXT", help="compress: a file with text like that the model will read"
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        metavar="TEXT",
+        help="compress: files with text like that the model will read, better of several kinds",
     )
     parser.set_defaults(build=_build_gqa_to_mla)
     return parser
@@ -70,8 +74,8 @@ def _build_gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> tuple[Sour
         return files, conversion, {"cached elements per token before": conversion.source.cached_elements}
     if None in options or arguments.bias_free:
         raise ValueError("compression takes --kv-lora-rank, --qk-rope-head-dim and --calibrate, and no --bias-free.")
-    text = read_text(arguments.calibrate)
-    return files, *compress_and_evaluate(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, text=text)
+    texts = [read_text(file) for file in arguments.calibrate]
+    return files, *compress_and_evaluate(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, texts=texts)
 
 
 def _add_upcycle(kinds) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from .llama_source import LlamaSource
 from .text import WINDOW_LENGTH
 
 WINDOWS_PER_BATCH = 4
+MAX_STATISTICS_BYTES = 4 * 2**30
 # every fourth token tells the mean inputs of heads, which are as many as tokens times heads
 QUERY_STRIDE = 4
 
@@ -27,8 +28,9 @@ class LayerStatistics(NamedTuple):
     p_ij (v_j - o_i) times it. The square of the latter, after `o_proj`, is the cost of a pair.
 
     moments        [d+1 d+1]  mean of x x^T over tokens
-    value_moments  [d+1 d+1]  the same of the mean inputs that heads attend to, sum_j p_ij x_j, weighted by `o_proj`
-    key_moments    [d+1 d+1]  the same of the tokens attended to, weighted by the costs of their pairs
+    value_moments  [g d+1 d+1]  the same of the mean inputs that a key head's queries attend to, sum_j p_ij x_j,
+                              each query head weighted by the size of its `o_proj`
+    key_moments    [g d+1 d+1]  the same of the tokens attended to, weighted by the costs of their pairs
     query_moments  [h w w]    sums of q q^T per token, weighted by the costs of their pairs
     distances      [h WINDOW_LENGTH]  costs of the pairs at each distance back, per token
     """
@@ -40,58 +42,84 @@ class LayerStatistics(NamedTuple):
     distances: Tensor
 
 
-@torch.no_grad()
-def collect_statistics(
-    model: PreTrainedModel,
-    source: LlamaSource,
-    windows: Tensor,  # [b WINDOW_LENGTH]
-) -> list[LayerStatistics]:
-    """Statistics of every layer in float32. `model` is that of `source`, with eager attention."""
-    statistics = [_empty_statistics(source) for _ in model.model.layers]
-    handles = [
-        layer.self_attn.register_forward_hook(
-            _accumulate_into(statistics[i], source, i, windows.numel()), with_kwargs=True
-        )
-        for i, layer in enumerate(model.model.layers)
-    ]
-    for batch in tqdm(windows.split(WINDOWS_PER_BATCH), desc="calibrating"):
-        model.model(batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return statistics
+class Calibration:
+    """Statistics of every layer on a text, in float32: `calibration[layer]`.
+
+    They are collected when they are first read, for as many layers at a time as MAX_STATISTICS_BYTES hold, so read
+    them in the order of the layers. `model` is that of `source`, with eager attention.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: LlamaSource,
+        windows: Tensor,  # [b WINDOW_LENGTH]
+    ):
+        self.model, self.source, self.windows = model, source, windows
+        num_bytes = 4 * (1 + 2 * source.g) * (source.d + 1) ** 2
+        self._layers_at_a_time = max(1, MAX_STATISTICS_BYTES // num_bytes)
+        self._held: dict[int, LayerStatistics] = {}
+
+    def __len__(self) -> int:
+        return self.source.config.num_hidden_layers
+
+    def __getitem__(self, layer: int) -> LayerStatistics:
+        if layer not in self._held:
+            start = layer // self._layers_at_a_time * self._layers_at_a_time
+            # the memory of those held is free before more are collected
+            self._held = {}
+            self._held = self._collect(range(start, min(start + self._layers_at_a_time, len(self))))
+        return self._held[layer]
+
+    @torch.no_grad()
+    def _collect(self, layers: range) -> dict[int, LayerStatistics]:
+        collected = {layer: _empty_statistics(self.source) for layer in layers}
+        attention = [layer.self_attn for layer in self.model.model.layers]
+        handles = [
+            attention[layer].register_forward_hook(
+                _accumulate_into(statistics, self.source, layer, self.windows.numel()), with_kwargs=True
+            )
+            for layer, statistics in collected.items()
+        ]
+        text = "calibrating" if len(layers) == len(self) else f"calibrating layers {layers.start} to {layers.stop - 1}"
+        for batch in tqdm(self.windows.split(WINDOWS_PER_BATCH), desc=text):
+            self.model.model(batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return collected
 
 
 def _empty_statistics(source: LlamaSource) -> LayerStatistics:
-    moments = [torch.zeros(source.d + 1, source.d + 1) for _ in range(3)]
-    return LayerStatistics(*moments, torch.zeros(source.h, source.w, source.w), torch.zeros(source.h, WINDOW_LENGTH))
+    d, h, g, w = source.d + 1, source.h, source.g, source.w
+    shapes = ((d, d), (g, d, d), (g, d, d), (h, w, w), (h, WINDOW_LENGTH))
+    return LayerStatistics(*(torch.zeros(shape) for shape in shapes))
 
 
 def _accumulate_into(statistics: LayerStatistics, source: LlamaSource, layer: int, num_tokens: int):
     """A forward hook of an attention layer, which adds what a batch contributes."""
-    h, w = source.h, source.w
-    of_head = torch.arange(h) // (h // source.g)
+    h, g, w = source.h, source.g, source.w
     query, value = source.affine(layer, "q_proj").float(), source.affine(layer, "v_proj").float()
-    forms = output_forms(source, layer).float()  # [h w w]
-    head_shares = forms.diagonal(dim1=1, dim2=2).sum(dim=1)
-    head_shares = head_shares / head_shares.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    forms = output_forms(source, layer).float()
+    head_sizes = forms.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt()[:, None, None]
 
     def hook(module, args, kwargs, output):
         x = torch.nn.functional.pad(kwargs["hidden_states"].float(), (0, 1), value=1.0)  # [b s d+1]
         weights = output[1].float()  # [b h s s]
         queries = (x @ query.T).unflatten(2, (h, w)).transpose(1, 2)
-        values = (x @ value.T).unflatten(2, (source.g, w)).transpose(1, 2)[:, of_head]
-        returned = weights @ values
-        costs = weights.square() * _spread(values, returned, forms)
-        attended = (weights[:, :, ::QUERY_STRIDE] @ x[:, None]) * head_shares.sqrt()[:, None, None]
+        values = (x @ value.T).unflatten(2, (g, w)).transpose(1, 2).repeat_interleave(h // g, dim=1)
+        costs = weights.square() * _spread(values, weights @ values, forms)
+        attended = weights[:, :, ::QUERY_STRIDE] @ x[:, None] * head_sizes
         statistics.moments.add_(_moments(x) / num_tokens)
-        statistics.value_moments.add_(_moments(attended) * (QUERY_STRIDE / num_tokens))
-        statistics.key_moments.add_(_moments(x * costs.sum(dim=(1, 2))[..., None].sqrt()) / num_tokens)
+        of_tokens = costs.sum(dim=2).unflatten(1, (g, -1)).sum(dim=2).sqrt()  # [b g s]
+        for head, heads in enumerate(attended.split(h // g, dim=1)):
+            statistics.value_moments[head].add_(_moments(heads) / num_tokens)
+            statistics.key_moments[head].add_(_moments(x * of_tokens[:, head, :, None]) / num_tokens)
         weighted = queries * costs.sum(dim=3, keepdim=True).sqrt()
         statistics.query_moments.add_(torch.einsum("bhsw,bhsu->hwu", weighted, weighted) / num_tokens)
         s = x.shape[1]
         distance = (torch.arange(s)[:, None] - torch.arange(s)).clamp(min=0)  # costs of later tokens are zero
-        per_head = costs.sum(dim=0).flatten(1)
-        statistics.distances.scatter_add_(1, distance.flatten().expand_as(per_head), per_head / num_tokens)
+        of_pairs = costs.sum(dim=0).flatten(1)
+        statistics.distances.scatter_add_(1, distance.flatten().expand_as(of_pairs), of_pairs / num_tokens)
 
     return hook
 

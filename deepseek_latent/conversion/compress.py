@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .calibration import LayerStatistics, output_forms
+from .calibration import Calibration, output_forms
 from .gqa_to_mla import (
     LATENT_EPS,
     GqaToMla,
@@ -79,7 +80,7 @@ class CompressedMla(GqaToMla):
     def __init__(
         self,
         files: Source,
-        statistics: list[LayerStatistics],
+        statistics: Calibration,
         *,
         r: int,
         c: int | None = None,
@@ -124,7 +125,7 @@ class CompressedMla(GqaToMla):
         rotated = _as_matrix(means)
         key_forms = (rotated.mT @ query_forms @ rotated).unflatten(0, (self.g, -1)).sum(dim=1)
         value_forms = output_forms(source, layer).unflatten(0, (self.g, -1)).sum(dim=1)
-        moments = statistics.key_moments.double()
+        moments = statistics.key_moments.double().sum(dim=0)
         key_moments = _second_moments(keys, moments / moments[-1, -1].clamp(min=TINY))
         return LayerParts(
             keys,
@@ -175,17 +176,15 @@ class CompressedMla(GqaToMla):
         """
         statistics = self.statistics[layer]
         # [p g d+1] complex to [g w d+1]
-        of_keys = make_target(_as_real(keys).transpose(0, 1), parts.key_forms, statistics.key_moments)
-        of_values = make_target(parts.values, parts.value_forms, statistics.value_moments)
-        latent = fit_latent([of_keys, of_values], self.c - 1)
+        real_keys = _as_real(keys).transpose(0, 1)
+        of_keys = [make_target(*head) for head in zip(real_keys, parts.key_forms, statistics.key_moments)]
+        of_values = [make_target(*head) for head in zip(parts.values, parts.value_forms, statistics.value_moments)]
+        latent = fit_latent(of_keys + of_values, self.c - 1)
+        keys, values = (torch.stack([predict(head, latent) for head in heads]) for heads in (of_keys, of_values))
         # channels beyond the rank of keys and values are zero
         num_empty = self.c - 1 - len(latent)
-        keys, values = (
-            torch.cat((x[:, :-1], x.new_zeros(len(x), num_empty), x[:, -1:]), dim=1).unflatten(0, (self.g, self.w))
-            for x in (predict(of_keys, latent), predict(of_values, latent))
-        )
-        latent = torch.nn.functional.pad(latent, (0, 0, 0, num_empty))
-        return latent, _as_complex(keys), values
+        keys, values = (torch.cat((pad(x[..., :-1], (0, num_empty)), x[..., -1:]), dim=2) for x in (keys, values))
+        return pad(latent, (0, 0, 0, num_empty)), _as_complex(keys), values
 
     # the tensors of one layer, in float32, in place of those of `GqaToMla`
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
-from .calibration import collect_statistics, perplexity
+from .calibration import Calibration, perplexity
 from .cast import Cast
 from .compress import CompressedMla, check_widths
 from .gqa_to_mla import GqaToMla
@@ -17,7 +17,7 @@ from .text import WINDOW_LENGTH, split_into_windows
 from .upcycle import Upcycle
 
 
-def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[RefinedMla, dict]:
+def compress_and_evaluate(files: Source, *, r: int, c: int, texts: list[str]) -> tuple[RefinedMla, dict]:
     """Returns the conversion, and a report with cached elements per token and the perplexity after each step.
 
     Raises ValueError as `CompressedMla` and `split_into_windows` do.
@@ -26,15 +26,15 @@ def compress_and_evaluate(files: Source, *, r: int, c: int, text: str) -> tuple[
     exact = GqaToMla(files)
     check_widths(exact.source, r, c)
     exact.check_dtype()
-    calibration, held_out = split_into_windows(files.folder, text)
+    calibration, held_out = split_into_windows(files.folder, *texts)
     model = load_model(files.folder, dtype="auto", attn_implementation="eager")
-    statistics, before = collect_statistics(model, exact.source, calibration), perplexity(model, held_out)
-    compressed = CompressedMla(files, statistics, r=r, c=c)
+    before = perplexity(model, held_out)
+    compressed = CompressedMla(files, Calibration(model, exact.source, calibration), r=r, c=c)
     student = build_model(compressed)
     model.set_attn_implementation("sdpa")
     refine(student, model, calibration)
     report = {
-        "sha256 of the text": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256 of the texts": hashlib.sha256("".join(texts).encode()).hexdigest(),
         "calibration tokens": calibration.numel(),
         "held-out tokens": held_out.numel(),
         "cached elements per token before": exact.source.cached_elements,

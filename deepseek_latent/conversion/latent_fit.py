@@ -24,15 +24,15 @@ class Target(NamedTuple):
     covariance: Tensor  # [d+1 d+1] of x over the same tokens, with the ridge
 
 
-def make_target(functions: Tensor, forms: Tensor, moments: Tensor) -> Target:
-    """`functions` [g w d+1] with costs `forms` [g w w]; `moments` [d+1 d+1] may have any scale."""
-    values, directions = torch.linalg.eigh(forms)
-    root = torch.block_diag(*(values.clamp(min=0).sqrt()[:, :, None] * directions.mT))
+def make_target(functions: Tensor, form: Tensor, moments: Tensor) -> Target:
+    """`functions` [m d+1] with the cost `form` [m m]; the second `moments` [d+1 d+1] of x may have any scale."""
+    values, directions = torch.linalg.eigh(form)
+    root = values.clamp(min=0).sqrt()[:, None] * directions.T
     # if no error costs anything, all directions count alike
     moments = moments.double() / moments[-1, -1] if moments[-1, -1] > 0 else torch.eye(len(moments)).double()
     covariance = moments - moments[:, -1:] * moments[-1]
     covariance[:-1, :-1].diagonal().add_(RIDGE * covariance[:-1, :-1].diagonal().mean())
-    return Target(functions.flatten(0, 1), root, moments[-1], covariance)
+    return Target(functions, root, moments[-1], covariance)
 
 
 def fit_latent(targets: list[Target], k: int) -> Tensor:
@@ -51,7 +51,8 @@ def fit_latent(targets: list[Target], k: int) -> Tensor:
     else:
         rows = torch.nn.functional.pad(rows, (0, 1))
     latent = _uncorrelated(rows, covariance)
-    latent[:, -1] = -latent[:, :-1] @ targets[0].mean[:-1]
+    mean = sum(target.mean for target in targets) / len(targets)
+    latent[:, -1] = -latent[:, :-1] @ mean[:-1]
     return latent
 
 

@@ -52,7 +52,9 @@ def refine(
 ) -> None:
     """Trains the attention of `student` in place. `teacher` is its source, with SDPA attention."""
     student.requires_grad_(False)
-    batches = windows.split(WINDOWS_PER_STEP)
+    # windows of all kinds of text in each step
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    batches = windows[order].split(WINDOWS_PER_STEP)
     teacher_states, options = zip(*(_first_inputs(teacher, batch) for batch in batches))
     student_states = [state.clone() for state in teacher_states]
     positions = torch.arange(windows.shape[1])[None]

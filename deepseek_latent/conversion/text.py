@@ -58,21 +58,25 @@ def check_vocabulary(ids: Tensor, vocab_size: int | None) -> None:
         )
 
 
-def split_into_windows(folder: Path, text: str) -> tuple[Tensor, Tensor]:
-    """Windows [b WINDOW_LENGTH] of a text to calibrate on, and every fifth window, held out, to evaluate on.
+def split_into_windows(folder: Path, *texts: str) -> tuple[Tensor, Tensor]:
+    """Windows [b WINDOW_LENGTH] of texts to calibrate on, and every fifth window, held out, to evaluate on.
 
-    `folder` holds the tokenizer. Raises ValueError if it does not, or if the text has fewer than five windows.
+    Each text has an equal share of the most windows that are used. `folder` holds the tokenizer. Raises ValueError if
+    it does not, or if a text has fewer than five windows.
     """
-    ids = tokenize(folder, text)[0]
-    num_windows = len(ids) // WINDOW_LENGTH
-    if num_windows < 5:
-        raise ValueError(f"expected a text of at least {5 * WINDOW_LENGTH:,} tokens to calibrate on, got {len(ids):,}.")
-    windows = ids[: num_windows * WINDOW_LENGTH].view(num_windows, WINDOW_LENGTH)
-    is_held_out = torch.arange(num_windows) % 5 == 4
-    return (
-        _evenly_spaced(windows[~is_held_out], MAX_CALIBRATION_WINDOWS),
-        _evenly_spaced(windows[is_held_out], MAX_EVALUATION_WINDOWS),
-    )
+    calibration, held_out = [], []
+    for text in texts:
+        ids = tokenize(folder, text)[0]
+        num_windows = len(ids) // WINDOW_LENGTH
+        if num_windows < 5:
+            raise ValueError(
+                f"expected texts of at least {5 * WINDOW_LENGTH:,} tokens to calibrate on, got one of {len(ids):,}."
+            )
+        windows = ids[: num_windows * WINDOW_LENGTH].view(num_windows, WINDOW_LENGTH)
+        is_held_out = torch.arange(num_windows) % 5 == 4
+        calibration.append(_evenly_spaced(windows[~is_held_out], MAX_CALIBRATION_WINDOWS // len(texts)))
+        held_out.append(_evenly_spaced(windows[is_held_out], MAX_EVALUATION_WINDOWS // len(texts)))
+    return torch.cat(calibration), torch.cat(held_out)
 
 
 def _evenly_spaced(windows: Tensor, most: int) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import target
-from deepseek_latent.conversion.calibration import QUERY_STRIDE, LayerStatistics, collect_statistics, perplexity
+from deepseek_latent.conversion.calibration import QUERY_STRIDE, Calibration, perplexity
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
 from deepseek_latent.conversion.llama_source import LlamaSource
@@ -25,11 +25,11 @@ EXACT = ["MHA", "GQA", "MQA", "llama3", "yarn", "wide heads, tied", "all biases"
 LONG = {"max_position_embeddings": WINDOW_LENGTH, "vocab_size": 2048}
 
 
-def calibrated(folder: Path, config_class, **options) -> tuple[transformers.PreTrainedModel, list[LayerStatistics]]:
+def calibrated(folder: Path, config_class, **options) -> tuple[transformers.PreTrainedModel, Calibration]:
     save_source(folder, config_class, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     windows = torch.randint(0, model.config.vocab_size, (6, WINDOW_LENGTH), generator=seeded(1))
-    return model, collect_statistics(model, LlamaSource(Source(folder)), windows)
+    return model, Calibration(model, LlamaSource(Source(folder)), windows)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -51,7 +51,7 @@ def test_a_layer_with_a_zero_projection_is_compressed_exactly(tmp_path, dead):
         getattr(layer.self_attn, dead).weight.zero_()
     model.save_pretrained(tmp_path)
     ids = random_ids(2, 50)
-    statistics = collect_statistics(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH)))
+    statistics = Calibration(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH)))
     compressed_model = build_model(CompressedMla(Source(tmp_path), statistics, r=16, c=50))
     assert relative_error(compressed_model(ids).logits, model(ids).logits) < 1e-5
 
@@ -62,7 +62,7 @@ def test_directions_absent_from_the_text_are_kept_if_the_width_allows(tmp_path):
     save_source(tmp_path, LlamaConfig)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     statistics, ids = (
-        collect_statistics(model, LlamaSource(Source(tmp_path)), torch.full((6, WINDOW_LENGTH), 7)),
+        Calibration(model, LlamaSource(Source(tmp_path)), torch.full((6, WINDOW_LENGTH), 7)),
         random_ids(2, 50),
     )
     assert (
@@ -79,7 +79,7 @@ def _head_width(config) -> int:
 def test_heads_that_attend_to_one_distance_need_no_rotation(tmp_path):
     """If a head attends to one distance only, the mean of the rotation is the rotation."""
     _, statistics = calibrated(tmp_path, LlamaConfig, num_hidden_layers=1, num_key_value_heads=1)
-    own_only = [layer._replace(distances=torch.eye(WINDOW_LENGTH)[:1].repeat(4, 1).double()) for layer in statistics]
+    own_only = [statistics[0]._replace(distances=torch.eye(WINDOW_LENGTH)[:1].repeat(4, 1))]
     conversion = CompressedMla(Source(tmp_path), own_only, r=2)
     parts = conversion.read_parts(0)
     torch.testing.assert_close(parts.means, torch.ones_like(parts.means))
@@ -97,7 +97,7 @@ def test_proportional_heads_share_one_rotation(tmp_path):
         keys.copy_(keys[:1] * torch.tensor([1.0, -0.5, 2.0, 0.3])[:, None, None])
     model.save_pretrained(tmp_path)
     statistics, ids = (
-        collect_statistics(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH))),
+        Calibration(model, LlamaSource(Source(tmp_path)), torch.randint(0, 96, (6, WINDOW_LENGTH))),
         random_ids(2, 50),
     )
     quarter = CompressedMla(Source(tmp_path), statistics, r=16)
@@ -136,7 +136,7 @@ def test_larger_widths_lose_less(tmp_path, rope):
 def test_moments_are_those_of_the_inputs(tmp_path):
     model, _ = calibrated(tmp_path, LlamaConfig)
     windows = torch.randint(0, 96, (5, WINDOW_LENGTH), generator=seeded(3))
-    found = collect_statistics(model, LlamaSource(Source(tmp_path)), windows)
+    found = Calibration(model, LlamaSource(Source(tmp_path)), windows)
     hidden = model(windows, output_hidden_states=True).hidden_states
     for layer, of_layer, state in zip(model.model.layers, found, hidden):
         inputs = layer.input_layernorm(state).flatten(0, 1)
@@ -153,7 +153,7 @@ def one_head(tmp_path):
     save_source(tmp_path, LlamaConfig, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     windows, files = torch.randint(0, 96, (3, 7), generator=seeded(3)), Source(tmp_path)
-    statistics = collect_statistics(model, LlamaSource(files), windows)
+    statistics = Calibration(model, LlamaSource(files), windows)
     layer = model.model.layers[0]
     with torch.no_grad():
         x = torch.nn.functional.pad(layer.input_layernorm(model.model.embed_tokens(windows)), (0, 1), value=1.0)
@@ -167,8 +167,9 @@ def test_the_cost_of_an_error_in_values_is_the_square_of_what_it_adds(one_head):
     error = torch.randn(16, x.shape[-1], generator=seeded(1))
     # every fourth token is measured
     added = weights[:, ::QUERY_STRIDE] @ (x @ error.T) @ attention.o_proj.weight.T
-    cost = (conversion.read_parts(0).value_forms[0] @ error.double() @ statistics.value_moments.double() * error).sum()
-    expected = added.square().sum() * QUERY_STRIDE / x.shape[0] / x.shape[1]
+    moments = statistics.value_moments[0].double() / statistics.value_moments[0, -1, -1]
+    cost = (conversion.read_parts(0).value_forms[0] @ error.double() @ moments * error).sum()
+    expected = added.square().sum(dim=-1).mean()
     torch.testing.assert_close(cost.float(), expected, rtol=1e-4, atol=0)
 
 
@@ -189,16 +190,16 @@ def test_the_cost_of_a_pair_is_the_square_of_what_its_score_adds(one_head):
     expected = torch.einsum("bi,biw,biu->wu", costs.sum(dim=2), queries, queries)
     torch.testing.assert_close(statistics.query_moments[0], expected, rtol=1e-3, atol=1e-7)
     expected = torch.einsum("bj,bjx,bjy->xy", costs.sum(dim=1), x, x)
-    torch.testing.assert_close(statistics.key_moments, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(statistics.key_moments[0], expected, rtol=1e-3, atol=1e-7)
 
 
 def test_training_a_layer_brings_it_closer_to_its_source_and_leaves_exact_layers(tmp_path):
     model, statistics = calibrated(tmp_path, LlamaConfig, num_key_value_heads=4)
     files, windows = Source(tmp_path), torch.randint(0, 96, (24, 64), generator=seeded(2))
     expected = model(windows).logits
+    students = {(r, c): build_model(CompressedMla(files, statistics, r=r, c=c)) for r, c in ((16, 24), (64, None))}
     model.set_attn_implementation("sdpa")
-    for r, c in ((16, 24), (64, None)):
-        student = build_model(CompressedMla(files, statistics, r=r, c=c))
+    for (_, c), student in students.items():
         before = {name: x.clone() for name, x in student.state_dict().items()}
         began = relative_error(student(windows).logits, expected)
         refine(student, model, windows)
@@ -237,7 +238,17 @@ def test_held_out_windows_are_not_calibration_windows(source, tmp_path):
     assert calibration.shape[1] == held_out.shape[1] == WINDOW_LENGTH
     assert not {tuple(x) for x in calibration.tolist()} & {tuple(x) for x in held_out.tolist()}
     with pytest.raises(ValueError, match="at least 1,280 tokens"):
-        split_into_windows(source, text[:1000])
+        split_into_windows(source, text, text[:1000])
+
+
+def test_every_text_has_an_equal_share_of_the_windows(source, tmp_path):
+    text = (tmp_path / "text.txt").read_text()
+    long, short = text * 8, text[len(text) // 2 :]
+    calibration, held_out = split_into_windows(source, long, short)
+    for windows, most in ((calibration, 64), (held_out, 16)):
+        of_short = split_into_windows(source, short)[windows is held_out]
+        assert len(of_short) < most
+        torch.testing.assert_close(windows[most:], of_short, rtol=0, atol=0)
 
 
 def test_the_command_reports_every_step_and_writes_the_model_it_evaluated(source, tmp_path, capsys):
@@ -281,7 +292,7 @@ def test_an_interrupted_conversion_is_not_resumed_with_another_text(source, tmp_
     half = text.read_text()[: len(text.read_text()) // 2]
     text.write_text(half)
     assert main(command) == 0
-    _, report = compress_and_evaluate(Source(source), r=16, c=16, text=half)
+    _, report = compress_and_evaluate(Source(source), r=16, c=16, texts=[half])
     _, held_out = split_into_windows(source, half)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert perplexity(model, held_out) == pytest.approx(
@@ -294,7 +305,7 @@ def test_in_bfloat16_compression_at_full_width_keeps_the_perplexity(tmp_path, so
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(source)
     text = (tmp_path / "text.txt").read_text()
-    conversion, report = compress_and_evaluate(Source(source), r=32, c=34, text=text)
+    conversion, report = compress_and_evaluate(Source(source), r=32, c=34, texts=[text])
     assert conversion.config.dtype == torch.bfloat16
     before = report["perplexity of the source"]
     assert report["perplexity with rotary keys of 32 and latents of 34"] == pytest.approx(before, rel=0.01)
