@@ -1,20 +1,20 @@
 """GQA as latent attention with a smaller cache: a few keys keep their rotation, a latent holds all else.
 
 Letters: d model width, h query heads, g key heads, w width of a source head, p = w/2 its frequencies, r rotary width,
-c KV latent width, y [2 g w] keys and values together, x [d+1] the input of a layer with a 1 appended.
+c KV latent width, x [d+1] the input of a layer with a 1 appended.
 
 A pair of key elements is one complex number z, which RoPE multiplies by e^{i t f} at position t. The g heads of one
 frequency f rotate alike, so any invertible mixture of them can rotate in their place if the queries are mixed by its
 inverse. That is exact. Two steps are not:
 
 1. Only r/2 mixtures keep their rotation. In all others e^{-i D f}, for a distance D, is replaced by its mean over the
-   distances that a head attends to. The mean is near 1 for a slow frequency and near 0 for a fast one.
-2. These keys and the values become a latent of c - 1 principal components. The last channel is the constant of
-   `gqa_to_mla`.
+   distances at which an error of a score costs most. It is near 1 for a slow frequency and near 0 for a fast one.
+2. These keys and the values are predicted from a latent of c - 1 channels (`latent_fit`). The last channel is the
+   constant of `gqa_to_mla`.
 
-Both steps minimize one number, the change of attention's output to first order. An error in a score costs the spread
-of the values that the head attends to, an error in a value costs what `o_proj` makes of it. Source of the idea:
-TransMLA (arXiv:2502.07864), whose real rotations, evenly spaced frequencies and balanced norms are replaced.
+Both steps minimize the change of attention's output to first order, with statistics of the tokens that are attended to
+(`calibration`). After them, `refine` trains each layer to return what its source returns. Source of the idea: TransMLA
+(arXiv:2502.07864), whose real rotations, evenly spaced frequencies and balanced norms are replaced.
 """
 
 import math
