@@ -29,12 +29,10 @@ from .gqa_to_mla import (
     GqaToMla,
     constant_after_norm,
     constant_norm_weight,
-    interleave,
     inverse_norm_weight,
-    rope_frequencies,
-    rope_parameters,
 )
 from .llama_source import LlamaSource
+from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
 
 # relative to the largest variance: directions below it are noise
@@ -49,7 +47,8 @@ class LayerParts(NamedTuple):
     keys: Tensor  # [p g d+1] complex
     key_moments: Tensor  # [p g g] complex: second moments of the heads of a frequency
     values: Tensor  # [g w d+1]
-    means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the length factor squared
+    scales: Tensor  # [p] of scores: the length factor squared, or 1 for what does not rotate
+    means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the scale
     score_costs: Tensor  # [h p] cost of a squared error of a key element, through the score
     value_costs: Tensor  # [g w w] cost of an error of a value, a quadratic form
     moments: Tensor  # [d+1 d+1] second moments of x
@@ -103,6 +102,8 @@ class CompressedMla(GqaToMla):
         """[p]: how many mixtures of each frequency keep their rotation: r/2 in all, the same in every layer."""
         layers = range(len(self.statistics))
         losses = torch.stack([self.rotation_losses(self.read_parts(layer)) for layer in layers]).sum(dim=0)
+        # what does not rotate in the source must not be chosen, even if nothing else loses anything
+        losses[self.frequencies == 0] = -1
         # losses of a frequency are sorted, so the largest losses of all are the first ones of each frequency
         largest = losses.flatten().topk(self.r // 2).indices
         return torch.bincount(largest // self.g, minlength=self.w // 2)
@@ -126,7 +127,9 @@ class CompressedMla(GqaToMla):
         queries, keys = (_as_complex(x.unflatten(0, (-1, self.w))) for x in (queries, keys))  # [p heads d+1]
         values = values.unflatten(0, (self.g, self.w))
         distance = torch.arange(statistics.distances.shape[1], dtype=torch.float64)
-        rotations = torch.exp(-1j * distance[:, None] * self.frequencies)
+        frequencies = self.frequencies if source.has_rope(layer) else torch.zeros_like(self.frequencies)
+        scales = torch.where(frequencies == 0, 1.0, self.length_factor**2)
+        rotations = torch.exp(-1j * distance[:, None] * frequencies)
         means = statistics.distances.to(rotations.dtype) @ rotations / statistics.distances.sum(dim=1, keepdim=True)
         # an error in a score changes what a head adds to the residual stream by the spread of its values
         out = source.weight(layer, "o_proj").double().unflatten(1, (self.h, self.w)).permute(1, 0, 2)  # [h d w]
@@ -135,17 +138,17 @@ class CompressedMla(GqaToMla):
         spread = (forms * _covariance(values, moments)[of_head]).sum(dim=(1, 2))
         query_moments = _second_moments(queries[:, :, None], moments)[..., 0, 0].real.T
         # the factor 0.5: a score is the real part of a complex product
-        score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * query_moments
+        score_costs = 0.5 / self.w * scales**2 * spread[:, None] * query_moments
         value_costs = forms.unflatten(0, (self.g, -1)).sum(dim=1)
         key_moments = _second_moments(keys, moments)
-        return LayerParts(keys, key_moments, values, means * self.length_factor**2, score_costs, value_costs, moments)
+        return LayerParts(keys, key_moments, values, scales, means * scales, score_costs, value_costs, moments)
 
     def mix_heads(self, parts: LayerParts, frequency: int) -> tuple[Tensor, Tensor]:
         """T [g g] complex, whose rows mix the heads of a frequency, and the loss of each row without its rotation [g].
 
         The rows are principal components of the heads, each head weighted by the cost of replacing its rotation.
         """
-        replaced = 1 - (parts.means[:, frequency].abs() / self.length_factor**2) ** 2
+        replaced = 1 - (parts.means[:, frequency].abs() / parts.scales[frequency]) ** 2
         weights = (parts.score_costs[:, frequency] * replaced).unflatten(0, (self.g, -1)).sum(dim=1).sqrt()
         weights = weights.clamp(min=weights.max() * 1e-6 + torch.finfo(torch.float64).tiny)
         values, vectors = torch.linalg.eigh(weights[:, None] * parts.key_moments[frequency] * weights)
@@ -155,22 +158,26 @@ class CompressedMla(GqaToMla):
     def compress_layer(self, layer: int) -> CompressedLayer:
         """The compressed layer, cached for the next call because several tensors are made from it."""
         if self._cached_layer is None or self._cached_layer[0] != layer:
-            self._cached_layer = (layer, self._compress_layer(self.read_parts(layer)))
+            # all elements of a layer without RoPE are in the latent
+            num_kept = self.num_kept if self.source.has_rope(layer) else torch.zeros_like(self.num_kept)
+            self._cached_layer = (layer, self._compress_layer(self.read_parts(layer), num_kept.tolist()))
         return self._cached_layer[1]
 
-    def _compress_layer(self, parts: LayerParts) -> CompressedLayer:
+    def _compress_layer(self, parts: LayerParts, num_kept: list[int]) -> CompressedLayer:
         rotary, mixes, remaining = [], [], []
-        for frequency, num_kept in enumerate(self.num_kept.tolist()):
+        for frequency, kept in enumerate(num_kept):
             mix, _ = self.mix_heads(parts, frequency)
             inverse = torch.linalg.inv(mix)
-            rotary.append(mix[:num_kept] @ parts.keys[frequency])
-            mixes.append(inverse[:, :num_kept].conj())
-            remaining.append(parts.keys[frequency] - inverse[:, :num_kept] @ rotary[-1])
+            rotary.append(mix[:kept] @ parts.keys[frequency])
+            mixes.append(inverse[:, :kept].conj())
+            remaining.append(parts.keys[frequency] - inverse[:, :kept] @ rotary[-1])
         query_mix = torch.zeros(self.g, self.w // 2, self.r // 2, dtype=torch.complex128)
         for frequency, (mix, end) in enumerate(zip(mixes, self.num_kept.cumsum(0).tolist())):
             query_mix[:, frequency, end - mix.shape[1] : end] = mix
         latent, keys, values = self.principal_components(parts, torch.stack(remaining))
-        return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, parts.means)
+        rotary_keys = torch.cat(rotary)
+        rotary_keys = torch.nn.functional.pad(rotary_keys, (0, 0, 0, self.r // 2 - len(rotary_keys)))
+        return CompressedLayer(rotary_keys, query_mix, latent, keys, values, parts.means)
 
     def principal_components(self, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compresses keys [p g d+1] without rotation, and the values.
@@ -204,7 +211,7 @@ class CompressedMla(GqaToMla):
 
     def error_weights(self, parts: LayerParts) -> tuple[Tensor, Tensor]:
         """Square roots of the costs of errors: in key elements [2 p g], real parts first, and in values [g w w]."""
-        costs = parts.score_costs * (parts.means.abs() / self.length_factor**2) ** 2
+        costs = parts.score_costs * (parts.means.abs() / parts.scales) ** 2
         key_weights = costs.unflatten(0, (self.g, -1)).sum(dim=1).T.flatten().sqrt()
         eigenvalues, directions = torch.linalg.eigh(parts.value_costs)
         return key_weights.repeat(2), directions * eigenvalues.clamp(min=0).sqrt()[:, None, :] @ directions.mT
@@ -257,10 +264,11 @@ class CompressedMla(GqaToMla):
 
 def check_widths(source: LlamaSource, r: int, c: int | None) -> int:
     """Checks both widths and returns that of the latent; without `c`, the width at which it is exact."""
-    keys = source.g * source.w
-    if r % 2 or not 2 <= r <= keys:
-        raise ValueError(f"--qk-rope-head-dim must be even and 2 to {keys}, got {r}.")
-    widest = 2 * keys - r + 2
+    rotating = source.g * source.rotary_width
+    if r % 2 or not 2 <= r <= rotating:
+        raise ValueError(f"--qk-rope-head-dim must be even and 2 to {rotating}, got {r}.")
+    # the latent of a layer without RoPE holds all keys
+    widest = 2 * source.g * source.w - (0 if source.has_layers_without_rope else r) + 2
     if c is not None and (c % 2 or not 2 <= c <= widest):
         raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which is exact, got {c}.")
     return c or widest
