@@ -32,7 +32,7 @@ CONSTANT_OVER_LATENT = 1e4
 MAX_EPS = 1e-4  # beyond it, normalizing the normalized input again changes it visibly
 LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
 _COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings")
+_COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "tie_word_embeddings")
 # token ids are copied even if they are None, because DeepSeek's defaults are other tokens
 _COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -73,6 +73,7 @@ class GqaToMla:
         return DeepseekV2Config(
             **copied,
             rms_norm_eps=self.source.norm_eps,
+            use_cache=bool(origin.use_cache),  # some classes allow None
             dtype=self.source.dtype,
             architectures=["DeepseekV2ForCausalLM"],
             num_key_value_heads=self.h,

@@ -7,13 +7,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..configuration.checks import MAX_FACTOR, MAX_WIDTH, SIZES, check_general_fields, check_size
+from ..configuration.checks import MAX_FACTOR, MAX_LENGTH, MAX_WIDTH, SIZES, check_general_fields, check_size
 from ..configuration.rope_parameters import validate_rope
 from .architectures import PARTIALLY_ROTATED, architecture_of, check_model_type, head_width
 from .source import Source
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-_WITH_WINDOWS = ("mistral", "ministral", "qwen2", "phi3", "smollm3")
 # the numbers by which architectures multiply or divide; no other has them
 _FACTORS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -46,6 +45,8 @@ def _check_numbers(config: PreTrainedConfig) -> None:
     """Raises ValueError for numbers that transformers accepts, but no model has."""
     for name, value in (("num_key_value_heads", config.num_key_value_heads), ("head_dim", head_width(config))):
         check_size(name, value, MAX_WIDTH)
+    if getattr(config, "sliding_window", None) is not None:
+        check_size("sliding_window", config.sliding_window, MAX_LENGTH, ", or null to leave it out")
     h, g = config.num_attention_heads, config.num_key_value_heads
     if h % g:
         raise ValueError(f"num_key_value_heads must divide num_attention_heads ({h}), got {g}.")
@@ -97,24 +98,20 @@ def _unsupported(config: PreTrainedConfig) -> dict[str, tuple[object, str]]:
 
 def _sliding_window(config: PreTrainedConfig) -> int | None:
     """The number of tokens that layers with a window read, or None if no layer reads fewer than the longest text."""
-    if config.model_type not in _WITH_WINDOWS or not getattr(config, "use_sliding_window", True):
-        return None
-    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
-    return config.sliding_window if has_windows and not _reads_all(config) else None
+    layer_types = getattr(config, "layer_types", None)
+    has_windows = layer_types is None or "sliding_attention" in layer_types
+    window = getattr(config, "sliding_window", None)
+    return window if has_windows and window is not None and window < config.max_position_embeddings else None
 
 
 def _other_layers(config: PreTrainedConfig) -> list[str] | None:
     """The types of layers, unless all of them read the whole text."""
     layer_types = getattr(config, "layer_types", None)
-    allowed = {"full_attention"}
-    if config.model_type in _WITH_WINDOWS and _reads_all(config):
-        allowed.add("sliding_attention")
+    # a window that is not as long as the longest text is refused by itself
+    has_window = getattr(config, "sliding_window", None) is not None
+    allowed = {"full_attention", "sliding_attention"} if has_window else {"full_attention"}
     is_usable = layer_types is None or (len(layer_types) == config.num_hidden_layers and {*layer_types} <= allowed)
     return None if is_usable else layer_types
-
-
-def _reads_all(config: PreTrainedConfig) -> bool:
-    return config.sliding_window is not None and config.sliding_window >= config.max_position_embeddings
 
 
 def _is_elementwise(activation: str) -> bool:
