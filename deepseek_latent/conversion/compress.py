@@ -69,7 +69,7 @@ class CompressedLayer(NamedTuple):
 
 
 class CompressedMla(GqaToMla):
-    """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2 with latents of width c and rotary keys of width r.
+    """A `LlamaSource` as DeepSeek-V2 with latents of width c and rotary keys of width r.
 
     Without `c`, the latent is wide enough to be exact, so that only the first step loses something. `num_kept` is the
     result of `choose_num_kept`, which is computed if it is not given.
