@@ -142,12 +142,14 @@ def check_model_type(given: dict) -> None:
     model_type = given.get("model_type")
     if isinstance(model_type, str) and model_type in SUPPORTED_MODEL_TYPES:
         return
-    reason = _REASONS.get(model_type, "") if isinstance(model_type, str) else ""
-    if not reason and isinstance(given.get("text_config"), dict):
-        reason = "it wraps a language model, which must be saved alone"
+    inner = given.get("text_config")
+    inner_type = inner.get("model_type") if isinstance(inner, dict) else None
+    reasons = [_REASONS[each] for each in (model_type, inner_type) if isinstance(each, str) and each in _REASONS]
+    if inner_type in SUPPORTED_MODEL_TYPES:
+        reasons.append("it wraps a language model, which must be saved alone")
     raise ValueError(
         f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got model_type {reprlib.repr(model_type)}"
-        f"{': ' if reason else ''}{reason}; choose another source."
+        f"{': ' if reasons else ''}{' '.join(reasons[:1])}; choose another source."
     )
 
 

@@ -35,7 +35,7 @@ def read_source_config(files: Source) -> PreTrainedConfig:
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         raise ValueError(f"expected a config.json that transformers reads in {files.folder}, got: {error}") from error
     for name, (value, reason) in _unsupported(config).items():
-        if value:
+        if value is not None and value is not False:
             raise ValueError(f"DeepSeek-V2 does not support {name} {reprlib.repr(value)} of {files.folder}: {reason}.")
     _check_rope(config, files)
     return config
@@ -66,7 +66,7 @@ def _check_numbers(config: PreTrainedConfig) -> None:
 
 
 def _unsupported(config: PreTrainedConfig) -> dict[str, tuple[object, str]]:
-    """Fields and the reasons why their values cannot be converted. A value that is false or None can be."""
+    """Fields and the reasons why their values cannot be converted. False and None can be."""
     window = _sliding_window(config)
     no_biases = "its MLPs have no biases; choose a source without them"
     return {
@@ -124,7 +124,7 @@ def _check_rope(config: PreTrainedConfig, files: Source) -> None:
     rope_type, partial = rope.get("rope_type"), rope.get("partial_rotary_factor", 1)
     refused = f"DeepSeek-V2 does not support {{}} of {files.folder}: {{}}."
     if rope_type not in _ROPE_TYPES:
-        reason = f"its positions can be those of {', '.join(_ROPE_TYPES)}; choose a source with one of them"
+        reason = f"it rotates by {', '.join(_ROPE_TYPES)}; choose a source with one of these types"
         raise ValueError(refused.format(f"rope_type {reprlib.repr(rope_type or 'none')}", reason))
     if partial != 1 and config.model_type not in PARTIALLY_ROTATED:
         reason = f"transformers' class for {config.model_type} rotates whole heads; remove it or set it to 1"
@@ -142,7 +142,7 @@ def _check_rope(config: PreTrainedConfig, files: Source) -> None:
         if config.max_position_embeddings > length:
             reason = (
                 f"texts of more than {length} tokens would need other frequencies than shorter ones, but cached keys "
-                "are rotated already; make both lists in config.json equal, those of long_factor for long texts or "
-                "those of short_factor for short ones"
+                "are rotated already; make both lists in config.json equal, to long_factor for long texts or to "
+                "short_factor for short ones"
             )
-            raise ValueError(refused.format("a short_factor and a long_factor that differ", reason))
+            raise ValueError(refused.format("different lists short_factor and long_factor", reason))

@@ -35,6 +35,8 @@ PUBLISHED = {
     | {"tie_word_embeddings": True},
     "Mistral v0.3": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
     "Ministral 8B": {"model_type": "mistral", "head_dim": 24, "sliding_window": 128, "rope_theta": 1e8},
+    "Ministral": {"model_type": "ministral", "head_dim": 16, "sliding_window": 128}
+    | {"layer_types": ["sliding_attention"] * 3},
     "Phi-4": PHI | {"original_max_position_embeddings": 128, "rope_scaling": None, "sliding_window": None},
     "Phi-3, 4k tokens": PHI | {"original_max_position_embeddings": 128, "rope_scaling": None, "sliding_window": 128},
     "Phi-4-mini, both lists equal": PHI4_MINI

@@ -169,6 +169,7 @@ LONGROPE = {"rope_scaling": {"long_factor": LONG, "short_factor": SHORT, "type":
         ("ERNIE 4.5", {"use_bias": True}, ("use_bias True", "MLPs have no biases")),
         ("Gemma", {"use_bidirectional_attention": True}, ("use_bidirectional_attention True", "later ones")),
         ("OLMo 7B", {"clip_qkv": 8.0}, ("clip_qkv 8.0", "does not clip")),
+        ("OLMo 7B", {"clip_qkv": 0.0}, ("clip_qkv 0.0", "does not clip")),
         ("SmolLM3", {"no_rope_layers": [1]}, ("no_rope_layers", "3 layers, got 1")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -205,9 +206,13 @@ def test_an_architecture_without_an_equal_llama_is_refused_with_the_reason(tmp_p
     assert_refused(capsys, tmp_path, words, "choose another source")
 
 
-def test_a_model_of_images_and_text_is_refused_with_what_to_save(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [("llama", "it wraps a language model, which must be saved alone"), ("gemma3_text", "are normalized")],
+)
+def test_a_model_of_images_and_text_is_refused_with_what_holds_for_its_language_model(tmp_path, capsys, inner, words):
     save_source(tmp_path / "source", LlamaConfig)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
-    config |= {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    config |= {"model_type": "llava", "text_config": {"model_type": inner}}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    assert_refused(capsys, tmp_path, "'llava'", "wraps a language model, which must be saved alone")
+    assert_refused(capsys, tmp_path, "'llava'", words)
