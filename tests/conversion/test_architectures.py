@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.calibration import collect_statistics
@@ -17,6 +17,7 @@ from deepseek_latent.conversion.text import WINDOW_LENGTH
 from tests.conversion.architectures import LONG, PUBLISHED, SHORT, save_published
 from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import NATIVE, random_ids, relative_error, seeded
+from tests.test_examples import FOLDER as TOKENIZER
 
 
 def logits_while_generating(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -60,6 +61,19 @@ def test_compression_at_full_widths_loses_nothing(tmp_path, name):
     files, ids = Source(tmp_path), random_ids(2, 50)
     whole = CompressedMla(files, statistics, r=GqaToMla(files).r)
     assert relative_error(build_model(whole)(ids).logits, model(ids).logits) < 1e-5
+
+
+def test_the_command_reports_that_full_widths_keep_the_perplexity(tmp_path, capsys):
+    save_published(tmp_path / "source", "Phi-4-mini, both lists equal", vocab_size=2048, max_position_embeddings=256)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "source")
+    widths = ("--kv-lora-rank", "42", "--qk-rope-head-dim", "24", "--calibrate", str(TOKENIZER / "held_out.txt"))
+    command = ("convert", "gqa-to-mla", str(tmp_path / "source"), str(tmp_path / "out"), *widths, "--json")
+    capsys.readouterr()
+    assert main([*command]) == 0
+    report = json.loads(capsys.readouterr().out)
+    before = report["perplexity of the source"]
+    assert report["perplexity with rotary keys of 24 and latents of 42"] == pytest.approx(before, rel=1e-5)
+    assert main(["verify", str(tmp_path / "out"), "--against", str(tmp_path / "source"), "--dtype", "float32"]) == 0
 
 
 def test_elements_that_do_not_rotate_are_never_among_the_rotary_keys_of_a_compressed_model(tmp_path):
