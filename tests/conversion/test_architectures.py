@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from deepseek_latent.commands.__main__ import main
@@ -218,6 +219,17 @@ def test_an_architecture_without_an_equal_llama_is_refused_with_the_reason(tmp_p
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     assert_refused(capsys, tmp_path, words, "choose another source")
+
+
+def test_an_architecture_with_other_names_of_layers_is_refused_by_its_name(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    file, config = tmp_path / "source" / "model.safetensors", tmp_path / "source" / "config.json"
+    tensors = {name.replace("model.layers", "transformer.h"): x for name, x in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "falcon"}))
+    assert_refused(capsys, tmp_path, "got model_type 'falcon': its MLP reads the input of attention")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    assert_refused(capsys, tmp_path, "expected model.layers.0.input_layernorm.weight [64]", "found none")
 
 
 @pytest.mark.parametrize(
