@@ -47,7 +47,7 @@ def add_command(commands) -> None:
 
 def _add_gqa_to_mla(kinds) -> argparse.ArgumentParser:
     parser = kinds.add_parser(
-        "gqa-to-mla", help="Llama, Mistral, Qwen2: attention becomes latent, exactly or compressed"
+        "gqa-to-mla", help="a Llama or similar model: attention becomes latent, exactly or compressed"
     )
     parser.add_argument("--bias-free", action="store_true", help="add no biases: a wider cache, an error of about 1e-4")
     parser.add_argument(

@@ -30,13 +30,11 @@ from .gqa_to_mla import (
     GqaToMla,
     constant_after_norm,
     constant_norm_weight,
-    interleave,
     inverse_norm_weight,
-    rope_frequencies,
-    rope_parameters,
 )
 from .latent_fit import fit_latent, make_target, predict
 from .llama_source import LlamaSource
+from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
 
 TINY = torch.finfo(torch.float64).tiny
@@ -48,7 +46,8 @@ class LayerParts(NamedTuple):
     keys: Tensor  # [p g d+1] complex
     key_moments: Tensor  # [p g g] complex: second moments of the heads of a frequency
     values: Tensor  # [g w d+1]
-    means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the length factor squared
+    scales: Tensor  # [p] of scores: the length factor squared, or 1 for what does not rotate
+    means: Tensor  # [h p] complex: mean rotation over the distances of a head, times the scale
     score_costs: Tensor  # [h p] cost of a squared error of a key element, through the score
     key_forms: Tensor  # [g w w] cost of an error of a key without rotation, real parts first, a quadratic form
     value_forms: Tensor  # [g w w] cost of an error of a value, a quadratic form
@@ -69,7 +68,7 @@ class CompressedLayer(NamedTuple):
 
 
 class CompressedMla(GqaToMla):
-    """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2 with latents of width c and rotary keys of width r.
+    """A `LlamaSource` as DeepSeek-V2 with latents of width c and rotary keys of width r.
 
     Without `c`, the latent is wide enough to be exact, so that only the first step loses something. `num_kept` is the
     result of `choose_num_kept`, which is computed if it is not given.
@@ -102,6 +101,8 @@ class CompressedMla(GqaToMla):
         """[p]: how many mixtures of each frequency keep their rotation: r/2 in all, the same in every layer."""
         layers = range(len(self.statistics))
         losses = torch.stack([self.rotation_losses(self.read_parts(layer)) for layer in layers]).sum(dim=0)
+        # what does not rotate in the source must not be chosen, even if nothing else loses anything
+        losses[self.frequencies == 0] = -1
         # losses of a frequency are sorted, so the largest losses of all are the first ones of each frequency
         largest = losses.flatten().topk(self.r // 2).indices
         return torch.bincount(largest // self.g, minlength=self.w // 2)
@@ -116,23 +117,26 @@ class CompressedMla(GqaToMla):
         source, statistics = self.source, self.statistics[layer]
         keys, values = (source.affine(layer, name) for name in ("k_proj", "v_proj"))
         keys = _as_complex(keys.unflatten(0, (-1, self.w)))  # [p g d+1]
+        frequencies = self.frequencies if source.has_rope(layer) else torch.zeros_like(self.frequencies)
+        scales = torch.where(frequencies == 0, 1.0, self.length_factor**2)
         distances = statistics.distances.double()
-        rotations = torch.exp(-1j * torch.arange(distances.shape[1])[:, None] * self.frequencies)
+        rotations = torch.exp(-1j * torch.arange(distances.shape[1])[:, None] * frequencies)
         means = distances.to(rotations.dtype) @ rotations / distances.sum(dim=1, keepdim=True).clamp(min=TINY)
+        means = means * scales
         # the factor 0.5: a score is the real part of a complex product
-        query_forms = self.length_factor**4 / self.w * statistics.query_moments.double()
-        score_costs = 0.5 * query_forms.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=1)
+        query_forms = statistics.query_moments.double() / self.w
+        query_sizes = query_forms.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=1)
         rotated = _as_matrix(means)
         key_forms = (rotated.mT @ query_forms @ rotated).unflatten(0, (self.g, -1)).sum(dim=1)
         value_forms = output_forms(source, layer).unflatten(0, (self.g, -1)).sum(dim=1)
         moments = statistics.key_moments.double().sum(dim=0)
-        key_moments = _second_moments(keys, moments / moments[-1, -1].clamp(min=TINY))
         return LayerParts(
             keys,
-            key_moments,
+            _second_moments(keys, moments / moments[-1, -1].clamp(min=TINY)),
             values.unflatten(0, (self.g, self.w)),
-            means * self.length_factor**2,
-            score_costs,
+            scales,
+            means,
+            0.5 * scales**2 * query_sizes,
             key_forms,
             value_forms,
         )
@@ -142,7 +146,7 @@ class CompressedMla(GqaToMla):
 
         The rows are principal components of the heads, each head weighted by the cost of replacing its rotation.
         """
-        replaced = 1 - (parts.means[:, frequency].abs() / self.length_factor**2) ** 2
+        replaced = 1 - (parts.means[:, frequency].abs() / parts.scales[frequency]) ** 2
         weights = (parts.score_costs[:, frequency] * replaced).unflatten(0, (self.g, -1)).sum(dim=1).sqrt()
         weights = weights.clamp(min=weights.max() * 1e-6 + torch.finfo(torch.float64).tiny)
         values, vectors = torch.linalg.eigh(weights[:, None] * parts.key_moments[frequency] * weights)
@@ -152,22 +156,26 @@ class CompressedMla(GqaToMla):
     def compress_layer(self, layer: int) -> CompressedLayer:
         """The compressed layer, cached for the next call because several tensors are made from it."""
         if self._cached_layer is None or self._cached_layer[0] != layer:
-            self._cached_layer = (layer, self._compress_layer(layer, self.read_parts(layer)))
+            # all elements of a layer without RoPE are in the latent
+            num_kept = self.num_kept if self.source.has_rope(layer) else torch.zeros_like(self.num_kept)
+            self._cached_layer = (layer, self._compress_layer(layer, self.read_parts(layer), num_kept.tolist()))
         return self._cached_layer[1]
 
-    def _compress_layer(self, layer: int, parts: LayerParts) -> CompressedLayer:
+    def _compress_layer(self, layer: int, parts: LayerParts, num_kept: list[int]) -> CompressedLayer:
         rotary, mixes, remaining = [], [], []
-        for frequency, num_kept in enumerate(self.num_kept.tolist()):
+        for frequency, kept in enumerate(num_kept):
             mix, _ = self.mix_heads(parts, frequency)
             inverse = torch.linalg.inv(mix)
-            rotary.append(mix[:num_kept] @ parts.keys[frequency])
-            mixes.append(inverse[:, :num_kept].conj())
-            remaining.append(parts.keys[frequency] - inverse[:, :num_kept] @ rotary[-1])
+            rotary.append(mix[:kept] @ parts.keys[frequency])
+            mixes.append(inverse[:, :kept].conj())
+            remaining.append(parts.keys[frequency] - inverse[:, :kept] @ rotary[-1])
         query_mix = torch.zeros(self.g, self.w // 2, self.r // 2, dtype=torch.complex128)
         for frequency, (mix, end) in enumerate(zip(mixes, self.num_kept.cumsum(0).tolist())):
             query_mix[:, frequency, end - mix.shape[1] : end] = mix
         latent, keys, values = self.fit_latent(layer, parts, torch.stack(remaining))
-        return CompressedLayer(torch.cat(rotary), query_mix, latent, keys, values, parts.means)
+        rotary_keys = torch.cat(rotary)
+        rotary_keys = pad(rotary_keys, (0, 0, 0, self.r // 2 - len(rotary_keys)))
+        return CompressedLayer(rotary_keys, query_mix, latent, keys, values, parts.means)
 
     def fit_latent(self, layer: int, parts: LayerParts, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compresses keys [p g d+1] without rotation, and the values.
@@ -234,10 +242,11 @@ class CompressedMla(GqaToMla):
 
 def check_widths(source: LlamaSource, r: int, c: int | None) -> int:
     """Checks both widths and returns that of the latent; without `c`, the width at which it is exact."""
-    keys = source.g * source.w
-    if r % 2 or not 2 <= r <= keys:
-        raise ValueError(f"--qk-rope-head-dim must be even and 2 to {keys}, got {r}.")
-    widest = 2 * keys - r + 2
+    rotating = source.g * source.rotary_width
+    if r % 2 or not 2 <= r <= rotating:
+        raise ValueError(f"--qk-rope-head-dim must be even and 2 to {rotating}, got {r}.")
+    # the latent of a layer without RoPE holds all keys
+    widest = 2 * source.g * source.w - (0 if source.has_layers_without_rope else r) + 2
     if c is not None and (c % 2 or not 2 <= c <= widest):
         raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which is exact, got {c}.")
     return c or widest

@@ -1,12 +1,13 @@
-"""MHA, GQA and MQA (Llama, Mistral, Qwen2) as latent attention, exactly.
+"""MHA, GQA and MQA (Llama and architectures with equal Llamas) as latent attention, exactly.
 
 Letters: d model width, h query heads, g key heads, w width of a source head, n/r/v content, rotary and value width per
 head, c KV latent width, a query latent width.
 
 The rotary key holds the keys of all heads side by side, r = g w, and a query head is zero except at its key head. The
-latent holds the values of all heads side by side, and `kv_b_proj` selects those of a head. Two obstacles remain:
+latent holds the values of all heads side by side, and `kv_b_proj` selects those of a head. Elements of keys that do not
+rotate are in the latent too: they become the content of keys, whose width is n. Two obstacles remain:
 
-1. RoPE rotates the pairs of every head at the same w/2 frequencies. A longrope table repeats them g times.
+1. RoPE rotates the pairs of every head at the same frequencies. A longrope table repeats them g times.
 2. The latent is normalized. A constant channel, much larger than the others, dominates the norm, and the norm's weight
    undoes it. After the norm that channel is 0, or about 1 if it carries a bias. At its size before the norm, it would
    dominate the first training step.
@@ -17,27 +18,27 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .llama_source import LlamaSource
+from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
 from .target import Piece
 
-CONTENT_WIDTH = 8  # width of the content part of queries and keys: it is zero here, but DeepSeek-V2 must have one
+# width of the content of queries and keys if all elements rotate: it is zero, but DeepSeek-V2 must have one
+CONTENT_WIDTH = 8
 # ratio of the constant channel to the latent: values shrink by half of its inverse square, 5e-9
 CONSTANT_OVER_LATENT = 1e4
 MAX_EPS = 1e-4  # beyond it, normalizing the normalized input again changes it visibly
 LATENT_EPS = 1e-6  # eps of the latents' norms, independent of rms_norm_eps
 _COPIED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings")
+_COPIED_FIELDS += ("max_position_embeddings", "initializer_range", "tie_word_embeddings")
 # token ids are copied even if they are None, because DeepSeek's defaults are other tokens
 _COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class GqaToMla:
-    """A Llama, Mistral or Qwen2 checkpoint as DeepSeek-V2: `config`, and the `pieces` of its files.
+    """A `LlamaSource` as DeepSeek-V2: `config`, and the `pieces` of its files.
 
     With `bias_free`, the latent is the whole normalized input of a layer, which needs no constant channel. That is the
     layout of the release, without biases, at the price of a wider cache (d + g w) and an error from the norms' eps.
@@ -50,14 +51,17 @@ class GqaToMla:
         self.bias_free = bias_free
         if bias_free and source.projections_with_bias:
             raise ValueError("--bias-free needs a source without biases in attention; leave it out.")
-        if bias_free and source.config.rms_norm_eps > MAX_EPS:
+        if bias_free and source.norm_eps > MAX_EPS:
             raise ValueError(
                 f"--bias-free needs an rms_norm_eps of at most {MAX_EPS}, because its latent is normalized twice, got "
-                f"{source.config.rms_norm_eps}; leave it out."
+                f"{source.norm_eps}; leave it out."
             )
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
-        self.r, self.n = self.g * self.w, CONTENT_WIDTH
-        self.c = self.d if bias_free else _width_with_constant(self.g * self.w)
+        # elements of a head that do not rotate, in the layer that has most of them
+        self.resting = self.w if source.has_layers_without_rope else self.w - source.rotary_width
+        self.r, self.n = self.g * source.rotary_width, self.resting or CONTENT_WIDTH
+        self.latent_width = self.g * (self.w + self.resting)  # without the constant
+        self.c = self.d if bias_free else _width_with_constant(self.latent_width)
         self.a = _width_with_constant(self.d) if "q_proj" in source.projections_with_bias else None
         # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
@@ -68,6 +72,8 @@ class GqaToMla:
         copied = {name: getattr(origin, name) for name in _COPIED_FIELDS}
         return DeepseekV2Config(
             **copied,
+            rms_norm_eps=self.source.norm_eps,
+            use_cache=bool(origin.use_cache),  # some classes allow None
             dtype=self.source.dtype,
             architectures=["DeepseekV2ForCausalLM"],
             num_key_value_heads=self.h,
@@ -88,21 +94,22 @@ class GqaToMla:
 
     def rope_parameters(self) -> dict:
         frequencies, factor = rope_frequencies(self.source.config, self.w)
-        return rope_parameters(self.source.config, frequencies.repeat(self.g), factor)
+        rotating = frequencies[: self.source.rotary_width // 2]
+        return rope_parameters(self.source.config, rotating.repeat(self.g), factor)
 
     def pieces(self) -> list[Piece]:
         """Every tensor of the new checkpoint, in the order of the layers."""
-        files = self.source.files
-        pieces = [files.piece("model.embed_tokens.weight")]
+        source = self.source
+        pieces = [source.piece("model.embed_tokens.weight")]
         for layer in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
             pieces += self._attention(layer)
             rest = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"]
             rest += [] if self.bias_free else ["input_layernorm"]
-            pieces += [files.piece(f"{prefix}{name}.weight") for name in rest]
-        pieces.append(files.piece("model.norm.weight"))
-        if "lm_head.weight" in files:
-            pieces.append(files.piece("lm_head.weight"))
+            pieces += [source.piece(f"{prefix}{name}.weight") for name in rest]
+        pieces.append(source.piece("model.norm.weight"))
+        if "lm_head.weight" in source.files:
+            pieces.append(source.piece("lm_head.weight"))
         return pieces
 
     def _attention(self, layer: int) -> list[Piece]:
@@ -139,7 +146,7 @@ class GqaToMla:
     # the tensors of one layer, in float32
 
     def _query_weight(self, layer: int) -> Tensor:
-        """[h(n+r) d]: no content; the rotary part is zero except at the head's key."""
+        """[h(n+r) d]: the rotary part is zero except at the head's key."""
         queries = self._weight_with_norm(layer, "q_proj").unflatten(0, (self.h, self.w))
         return self._place_queries(layer, queries * self.query_scale)
 
@@ -151,33 +158,50 @@ class GqaToMla:
         return self._place_queries(layer, weight.unflatten(0, (self.h, self.w)) * self.query_scale)
 
     def _place_queries(self, layer: int, queries: Tensor) -> Tensor:
-        """[h w k] to [h(n+r) k]: each head at the place of its key head, after n zeros."""
+        """[h w k] to [h(n+r) k]: what rotates at the place of the key head, after the content."""
+        resting, rotating = self._split_heads(layer, queries)
         wide = queries.new_zeros(self.h, self.n + self.r, queries.shape[-1])
-        for head, query in enumerate(queries):
-            start = self.n + head // (self.h // self.g) * self.w
-            wide[head, start : start + self.w] = interleave(query)
+        wide[:, : self.resting] = resting
+        for head, query in enumerate(rotating):
+            start = self.n + head // (self.h // self.g) * len(query)
+            wide[head, start : start + len(query)] = query
         return wide.flatten(0, 1)
 
+    def _split_heads(self, layer: int, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries or keys [heads w k] in DeepSeek's order: the elements that do not rotate, and those that do.
+
+        The widths are those of all layers, so a layer without RoPE has zeros for the latter, and others may have zeros
+        for the former.
+        """
+        num_rotating = self.source.rotary_width if self.source.has_rope(layer) else 0
+        ordered = torch.stack([interleave(head) for head in heads])
+        rotating, resting = ordered.split((num_rotating, self.w - num_rotating), dim=1)
+
+        def pad(x: Tensor, width: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[1]))
+
+        return pad(resting, self.resting), pad(rotating, self.source.rotary_width)
+
     def _kv_a_weight(self, layer: int) -> Tensor:
-        """[c+r d]: the values and zeros for the constant, or the input itself; then the keys."""
+        """[c+r d]: the values, resting keys and zeros for the constant, or the input itself; then the rotary keys."""
         keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
-        keys = torch.cat([interleave(key) for key in keys])
+        resting, rotating = (part.flatten(0, 1) for part in self._split_heads(layer, keys))
         if self.bias_free:
-            return torch.cat((torch.eye(self.c), keys))
-        values = self.source.weight(layer, "v_proj")
-        return torch.cat((values, values.new_zeros(self.c - len(values), self.d), keys))
+            return torch.cat((torch.eye(self.c), rotating))
+        latent = torch.cat((self.source.weight(layer, "v_proj"), resting))
+        return torch.cat((latent, latent.new_zeros(self.c - len(latent), self.d), rotating))
 
     def _kv_a_bias(self, layer: int) -> Tensor:
         values, keys = (self.source.bias(layer, name) for name in ("v_proj", "k_proj"))
-        latent = _one_hot(self.c, self.g * self.w, self._kv_constant(layer))
-        latent[: len(values)] = values
-        return torch.cat((latent, *(interleave(key) for key in keys.unflatten(0, (self.g, self.w)))))
+        resting, rotating = (x.flatten() for x in self._split_heads(layer, keys.view(self.g, self.w, 1)))
+        constant = _one_hot(self.c - self.latent_width, 0, self._kv_constant(layer))
+        return torch.cat((values, resting, constant, rotating))
 
     def _kv_norm_weight(self, layer: int) -> Tensor:
         if self.bias_free:
             return torch.ones(self.c)
         norm = inverse_norm_weight(self.c, self._kv_constant(layer))
-        norm[self.g * self.w] = 0  # nothing after the norm reads the constant
+        norm[self.latent_width] = 0  # nothing after the norm reads the constant
         return norm
 
     def _query_norm_weight(self, layer: int) -> Tensor:
@@ -186,17 +210,30 @@ class GqaToMla:
         return norm
 
     def _kv_b_weight(self, layer: int) -> Tensor:
-        """[h(n+v) c]: keys have no content; values are selected from the latent, or computed from the input."""
+        """[h(n+v) c]: values and resting keys are selected from the latent, or computed from the input."""
+        if self.bias_free:
+            values = self._weight_with_norm(layer, "v_proj")
+            keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
+            keys = self._split_heads(layer, keys)[0].flatten(0, 1)
+        else:
+            values, keys = torch.eye(self.latent_width, self.c).tensor_split((self.g * self.w,))
         expand = torch.zeros(self.h, self.n + self.w, self.c)
-        values = self._weight_with_norm(layer, "v_proj") if self.bias_free else torch.eye(self.g * self.w, self.c)
         for head, part in enumerate(expand):
-            part[self.n :] = values.unflatten(0, (self.g, self.w))[head // (self.h // self.g)]
+            key_head = head // (self.h // self.g)
+            part[: self.resting] = keys.unflatten(0, (self.g, self.resting))[key_head]
+            part[self.n :] = values.unflatten(0, (self.g, self.w))[key_head]
         return expand.flatten(0, 1)
 
     def _kv_constant(self, layer: int) -> float:
-        values = self.source.weight(layer, "v_proj") * self.source.input_norm(layer)
-        largest = values.norm().item() * math.sqrt(self.d) + self.source.bias(layer, "v_proj").norm().item()
-        return self._choose_constant(self.c, largest)
+        def affine(name: str) -> tuple[Tensor, Tensor]:
+            bias = self.source.bias(layer, name)
+            return self.source.weight(layer, name) * self.source.input_norm(layer), bias
+
+        parts = [affine("v_proj")]
+        if self.resting:
+            parts.append(affine("k_proj"))
+        weight, bias = (torch.cat(x) for x in zip(*parts))
+        return self._choose_constant(self.c, weight.norm().item() * math.sqrt(self.d) + bias.norm().item())
 
     def _query_constant(self, layer: int) -> float:
         return self._choose_constant(self.a, math.sqrt(self.d) * self.source.input_norm(layer).abs().max().item())
@@ -220,41 +257,6 @@ class GqaToMla:
         """A projection's weight, multiplied by the weight of the norm before it if the new norm has none."""
         weight = self.source.weight(layer, projection)
         return weight * self.source.input_norm(layer) if self.bias_free else weight
-
-
-def rope_frequencies(origin: PreTrainedConfig, width: int) -> tuple[Tensor, float]:
-    """The scaled frequencies [width/2] of a source's head in float64, and the factor on cos and sin."""
-    theta, kind = origin.rope_parameters["rope_theta"], origin.rope_parameters["rope_type"]
-    if kind == "default":
-        return theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width), 1.0
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](origin, "cpu")
-    return frequencies.double(), float(factor)
-
-
-def rope_parameters(origin: PreTrainedConfig, frequencies: Tensor, factor: float) -> dict:
-    """The config field for RoPE with any frequencies [r/2] and a factor on cos and sin.
-
-    Frequencies of plain RoPE give "default". Any others become the divisors of longrope, the same for every length.
-    """
-    theta, num_pairs = origin.rope_parameters["rope_theta"], len(frequencies)
-    plain = theta ** -(torch.arange(num_pairs, dtype=torch.float64) / num_pairs)
-    if factor == 1 and torch.equal(frequencies, plain):
-        return {"rope_type": "default", "rope_theta": theta}
-    factors = (plain / frequencies).tolist()
-    return {
-        "rope_type": "longrope",
-        "rope_theta": theta,
-        "short_factor": factors,
-        "long_factor": factors,
-        "factor": 1.0,
-        "attention_factor": factor,
-        "original_max_position_embeddings": origin.max_position_embeddings,
-    }
-
-
-def interleave(x: Tensor) -> Tensor:
-    """Rows [w ..] from Llama's order, which rotates (i, i + w/2), to DeepSeek's, which rotates (2i, 2i + 1)."""
-    return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _width_with_constant(width: int) -> int:

@@ -57,7 +57,8 @@ class Source:
         self.tensors = self._headers()
         num_layers = self.config.get("num_hidden_layers")
         layers = {int(match[1]) for name in self.tensors if (match := _LAYER.match(name))}
-        if num_layers is not None and num_layers != len(layers):
+        # architectures that name their layers otherwise are refused by their model_type
+        if layers and num_layers is not None and num_layers != len(layers):
             raise ValueError(
                 f"config.json has num_hidden_layers {num_layers}, but the files hold {len(layers)}; correct one."
             )

@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
+from .architectures import SUPPORTED_MODEL_TYPES
 from .cast import Cast
 from .checkpoint import check_checkpoint, read_config
 from .compatibility import find_incompatibilities
-from .llama_source import SUPPORTED_MODEL_TYPES, LlamaSource
+from .llama_source import LlamaSource
 from .loading import load_model
 from .source import Source
 from .text import tokenize

@@ -3,16 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
 from deepseek_latent.commands.__main__ import main
 
@@ -26,14 +17,6 @@ SMALL = {
     "max_position_embeddings": 128,
     "bos_token_id": 0,
     "eos_token_id": 1,
-}
-
-
-CLASSES = {
-    LlamaConfig: LlamaForCausalLM,
-    MistralConfig: MistralForCausalLM,
-    Qwen2Config: Qwen2ForCausalLM,
-    Qwen3Config: Qwen3ForCausalLM,
 }
 
 
@@ -60,26 +43,31 @@ SOURCES = {
     "linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "wide heads, tied": (LlamaConfig, {"head_dim": 24, "tie_word_embeddings": True}),
     "all biases": (LlamaConfig, {"attention_bias": True}),
+    "GELU": (LlamaConfig, {"hidden_act": "gelu"}),
     "Mistral": (MistralConfig, {"sliding_window": None}),
     "Qwen2": (Qwen2Config, {}),
     "Qwen2, tied": (Qwen2Config, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
 
 
-def save_source(folder: Path, config_class, dtype=torch.float32, **options):
+def save_source(folder: Path, config_class, dtype=torch.float32, **options) -> PreTrainedModel:
     """Saves a model with random norms and biases to a folder, and returns the model."""
     torch.manual_seed(0)
-    model = CLASSES[config_class](config_class(**(SMALL | options)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(torch.rand_like(parameter) + 0.5)
-            elif name.endswith("bias"):
-                parameter.normal_()
-            else:
-                parameter.mul_(4)
-    model = model.to(dtype).eval()
+    model = randomize(AutoModelForCausalLM.from_config(config_class(**(SMALL | options)))).to(dtype).eval()
     model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes norms and biases random, and the other weights larger, so that every tensor matters."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+        elif name.endswith("bias"):
+            parameter.normal_()
+        else:
+            parameter.mul_(4)
     return model
 
 

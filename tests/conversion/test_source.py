@@ -36,7 +36,7 @@ def assert_refused(capsys, tmp_path: Path, *words: str, options: tuple[str, ...]
         (Qwen3Config, {}, ("qwen3", "normalized")),
         (MistralConfig, {"sliding_window": 16}, ("sliding_window", "16")),
         (LlamaConfig, {"mlp_bias": True}, ("mlp_bias",)),
-        (LlamaConfig, {"hidden_act": "gelu"}, ("hidden_act", "gelu")),
+        (LlamaConfig, {"hidden_act": "xielu"}, ("hidden_act", "xielu")),
         (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ("dynamic",)),
     ],
     ids=str,

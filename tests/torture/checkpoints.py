@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from deepseek_latent.commands.__main__ import main
+from tests.conversion.architectures import save_published
 from tests.conversion.sources import LLAMA3, save_source
 from tests.support import tiny_model
 
@@ -112,6 +113,9 @@ def make_checkpoints(place: Path) -> list[tuple[str, Path]]:
     save_source(place / "llama-biases", LlamaConfig, torch.bfloat16, attention_bias=True)
     save_source(place / "mistral", MistralConfig, sliding_window=None)
     save_source(place / "qwen2", Qwen2Config, tie_word_embeddings=True)
+    # cut and partly rotated; scaled; without RoPE in a layer
+    for name in ("Phi-4-mini, both lists equal", "Granite 3, tied", "SmolLM3"):
+        save_published(place / name.partition(",")[0], name)
     for folder in place.iterdir():
         _add_companions(folder)
     (place / "text").write_text(" ".join(f"w{i % 90}" for i in range(1400)))
