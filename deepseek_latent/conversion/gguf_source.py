@@ -20,8 +20,8 @@ from .source import fetch_source
 from .text import load_tokenizer
 
 # what damaged metadata leads to in transformers and in the package gguf
-_BAD_METADATA = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-_BAD_METADATA += (struct.error, StrictDataclassError)
+_BAD_METADATA = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+_BAD_METADATA += (ValueError, struct.error, StrictDataclassError)
 
 
 @contextmanager
@@ -95,7 +95,12 @@ def write_dequantized(file: Path, folder: Path) -> None:
             f"{num_bytes:,} bytes are to be written to {folder}, where {free:,} are left; make room, or set TMPDIR to "
             "another folder."
         )
-    tokenizer = load_tokenizer(str(folder), gguf_file=link.name)
+    try:
+        tokenizer = load_tokenizer(str(folder), gguf_file=link.name)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a tokenizer that transformers can read, got: {error.__cause__} ({file})."
+        ) from error
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
