@@ -19,17 +19,18 @@ def opened_wheel(requirement: str, sha256: str, *platform: str):
     `platform` are options of `pip download` that choose one wheel of several, whatever machine this is.
     """
     with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder) / "requirements.txt"
-        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet", "--disable-pip-version-check"]
-        command = ["pip", "download", *options, *platform, "--dest", folder, "--requirement", str(wanted)]
+        options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", *platform]
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement]
         print(f"downloading {requirement}", file=sys.stderr)
-        ended = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
             reason = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
             print(f"{requirement} cannot be downloaded, which this needs once: {reason}", file=sys.stderr)
             raise SystemExit(NOT_AVAILABLE)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        file = next(Path(folder).glob("*.whl"))
+        if not has_sha256(file, sha256):
+            raise SystemExit(f"expected {file.name} with the SHA-256 {sha256}, got another file; do not use it.")
+        with zipfile.ZipFile(file) as wheel:
             yield wheel
 
 
