@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from ..configuration.checks import SIZES, check_size
 from .checkpoint import local_or_hub, not_found_error
-from .llama_source import SUPPORTED_MODEL_TYPES
 from .source import fetch_source
 from .text import load_tokenizer
 
+# for others, transformers' reading of GGUF files has not been compared with their safetensors files
+MODEL_TYPES = ("llama", "qwen2")
 # what damaged metadata leads to in transformers and in the package gguf
 _BAD_METADATA = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
 _BAD_METADATA += (ValueError, struct.error, StrictDataclassError)
@@ -136,12 +137,17 @@ def _dtype(reader) -> torch.dtype:
 
 def _check_contents(reader, config: PreTrainedConfig) -> None:
     """Raises ValueError for a model that cannot be converted, and for contents that transformers leaves out."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, got a {config.model_type}")
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"expected one of {', '.join(MODEL_TYPES)}, got a {config.model_type}")
     architecture = _metadata(reader, "general.architecture")
-    scaling = _metadata(reader, f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none") or "rope_freqs.weight" in {tensor.name for tensor in reader.tensors}:
-        raise ValueError("it scales RoPE, which transformers leaves out; convert the model's safetensors files")
+    left_out = {
+        "scales RoPE": _metadata(reader, f"{architecture}.rope.scaling.type") not in (None, "none")
+        or "rope_freqs.weight" in {tensor.name for tensor in reader.tensors},
+        "has a sliding window": _metadata(reader, f"{architecture}.attention.sliding_window"),
+    }
+    for what, is_so in left_out.items():
+        if is_so:
+            raise ValueError(f"it {what}, which transformers leaves out; convert the model's safetensors files")
     for name, most in SIZES.items():
         if hasattr(config, name):
             check_size(name, getattr(config, name), most)

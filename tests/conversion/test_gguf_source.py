@@ -127,6 +127,7 @@ def test_what_transformers_would_leave_out_is_refused(tmp_path, capsys):
     without = dict(tensors)
     del without["blk.1.attn_q.weight"]
     cases = {
+        "has a sliding window": (tensors, metadata | {"llama.attention.sliding_window": 64}),
         "scales RoPE": (tensors | {"rope_freqs.weight": torch.ones(8)}, metadata),
         "it scales RoPE": (tensors, metadata | {"llama.rope.scaling.type": "yarn"}),
         "but it holds": (tensors | {"blk.0.attn_q.bias": torch.ones(64)}, metadata),
