@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from deepseek_latent import LatentCache, PromptCache, optimize_for_inference
 from deepseek_latent.commands.__main__ import main
-from tests.support import relative_error
+from tests.support import needs_compiler, relative_error
 
 from .conftest import GREEDY, LLAMA, MLA, ROOT, UPCYCLES, nats
 
@@ -173,6 +173,7 @@ def test_a_saved_cache_and_a_prompt_cache_continue_with_the_same_tokens(model, q
     assert torch.equal(model.generate(long, cache=again, do_sample=False, max_new_tokens=4), output)
 
 
+@needs_compiler
 def test_kernels_change_no_token(model, question, answer):
     kernels = copy.deepcopy(model)
     optimize_for_inference(kernels)
@@ -181,6 +182,7 @@ def test_kernels_change_no_token(model, question, answer):
         assert torch.equal(output, answer)
 
 
+@needs_compiler
 def test_int8_weights_still_know_the_capital_of_france(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(MLA)
     optimize_for_inference(model, weights="int8")
