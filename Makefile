@@ -1,5 +1,7 @@
 MODEL ?= examples/pydoc-tiny
 PROMPT ?= The import statement
+# what `make chat` asks; empty to talk, or to read questions from stdin
+QUESTION ?=
 PYTHON ?= python3
 # test files for the suites on other versions; empty for all
 TESTS ?=
@@ -24,7 +26,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune clean
+.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -53,6 +55,21 @@ NOT_FAST := compile or import or process or train or (no_output and not greedy a
 
 demo: .venv/installed  ## a trained DeepSeek-V2 generates text with a cache of latents (MODEL=folder or hub id)
 	.venv/bin/deepseek-latent generate "$(MODEL)" "$(PROMPT)" --temperature 0.7 --top-p 0.9 --seed 1
+
+chat: .venv/installed .real/mla/config.json  ## SmolLM2-135M converted to latent attention answers (a line of stdin each, or QUESTION=...)
+	.venv/bin/deepseek-latent generate .real/mla $(if $(QUESTION),"$(QUESTION)") --chat --max-new-tokens 300 --temperature 0.2 --top-p 0.9 --seed 1
+
+.real/llama/config.json: | .venv/installed
+	.venv/bin/python examples/real_model.py .real/llama
+
+.real/mla/config.json: .real/llama/config.json
+	.venv/bin/deepseek-latent convert gqa-to-mla .real/llama .real/mla --force
+
+.real/texts/calibration.txt: | .venv/installed
+	.venv/bin/python examples/real_texts.py .real/texts
+
+real: .venv/installed .real/mla/config.json .real/texts/calibration.txt  ## SmolLM2-135M goes through every feature (5 minutes; 3 GB of disk)
+	.venv/bin/python -m pytest -m real tests/real
 
 test: .venv/installed  ## the suite, in at most 12 minutes on two cores
 	.venv/bin/python -m pytest -m "not slow"
@@ -109,4 +126,4 @@ finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and forget 
 	.venv/bin/python examples/finetune_esft.py
 
 clean:
-	rm -rf .venv .venv-tools .venv-oldest .venv-middle .venv-newest
+	rm -rf .real .venv .venv-tools .venv-oldest .venv-middle .venv-newest

@@ -11,8 +11,9 @@ from ..conversion.cast import Cast
 from ..conversion.compression_report import compress_and_evaluate, measure_logits_change
 from ..conversion.convert import convert, prepare_target
 from ..conversion.deepseek_layout import ExportDeepseek, ImportDeepseek
+from ..conversion.gguf_source import source_folder
 from ..conversion.gqa_to_mla import GqaToMla
-from ..conversion.source import Source, fetch_source
+from ..conversion.source import Source
 from ..conversion.source_card import read_card
 from ..conversion.target import DEFAULT_SHARD_BYTES
 from ..conversion.text import read_text
@@ -25,8 +26,11 @@ def add_command(commands) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for add_kind in (_add_gqa_to_mla, _add_upcycle, _add_cast, _add_import, _add_export):
         kind = add_kind(kinds)
-        kind.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors files, or a hub id")
+        kind.add_argument(
+            "source", metavar="SRC", help="a folder with config.json and safetensors files, a hub id or a GGUF file"
+        )
         kind.add_argument("out", metavar="OUT", help="the folder to make")
+        kind.add_argument("--gguf-file", metavar="NAME", help="read this GGUF file of SRC, a folder or a hub id")
         kind.add_argument(
             "--max-shard-size", type=byte_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="default: 1500MB"
         )
@@ -171,7 +175,11 @@ def _build_export(folder: Path, arguments: argparse.Namespace) -> tuple[Source, 
 
 @quiet_transformers()
 def _convert(arguments: argparse.Namespace) -> int:
-    folder = fetch_source(arguments.source)
+    with source_folder(arguments.source, arguments.gguf_file) as folder:
+        return _convert_folder(folder, arguments)
+
+
+def _convert_folder(folder: Path, arguments: argparse.Namespace) -> int:
     push_to_hub = None if arguments.dry_run else arguments.push_to_hub
     target = prepare_target(
         folder,

@@ -16,6 +16,7 @@ from ..conversion.checkpoint import local_or_hub, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import expanded_width
 from ..conversion.text import check_vocabulary, load_tokenizer
+from .chat import converse, encode_chat, messages_from_stdin
 from .terminal import DTYPES, number_between, quiet_transformers
 
 
@@ -23,7 +24,12 @@ def add_command(commands) -> None:
     parser = commands.add_parser("generate", help="stream text and show the size of the cache")
     parser.description = "Streams text to stdout, then writes the speed and the size of the cache to stderr."
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="with --chat it can be left out: each line of stdin is a message then",
+    )
     parser.add_argument(
         "--max-new-tokens", type=number_between(int, 1, 1 << 20), default=128, metavar="N", help="default: 128"
     )
@@ -53,12 +59,18 @@ def add_command(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     if arguments.top_p < 1 and not arguments.temperature:
         raise ValueError("--top-p needs a --temperature above 0; without one the most likely token is always taken.")
+    if arguments.prompt is None and not arguments.chat:
+        raise ValueError("expected a PROMPT; only with --chat it can be left out, and messages are read from stdin.")
     with quiet_transformers():
         config = read_config(arguments.model)
         place = local_or_hub(arguments.model)
         tokenizer = load_tokenizer(place)
-        inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
-        check_vocabulary(inputs["input_ids"], config.vocab_size)
+        if arguments.chat and tokenizer.chat_template is None:
+            raise ValueError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out.")
+        inputs = None
+        if arguments.prompt is not None:
+            inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+            check_vocabulary(inputs["input_ids"], config.vocab_size)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
         if arguments.seed is not None:
@@ -67,25 +79,33 @@ def _generate(arguments: argparse.Namespace) -> int:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
         # the cache in the table is the latent one, whichever cache the checkpoint asks for
         model.generation_config.cache_implementation = None
-        if not arguments.chat:
-            print(arguments.prompt, end="", flush=True)
+        cache = LatentCache(model.config, cache_dtype=arguments.cache_dtype)
         streamer = _TimedStreamer(tokenizer)
-        started = time.perf_counter()
-        output = model.generate(
-            **inputs.to(model.device),
-            cache=LatentCache(model.config, cache_dtype=arguments.cache_dtype),
-            streamer=streamer,
-            max_new_tokens=arguments.max_new_tokens,
-            use_cache=True,
-            return_dict_in_generate=True,
-            **(sampling if arguments.temperature else {"do_sample": False}),
-        )
-    Console(stderr=True).print(_table(config, output.cache, streamer.times, started))
+
+        def write(inputs: BatchEncoding) -> Tensor:
+            streamer.start()
+            return model.generate(
+                **inputs.to(model.device),
+                cache=cache,
+                streamer=streamer,
+                max_new_tokens=arguments.max_new_tokens,
+                use_cache=True,
+                **(sampling if arguments.temperature else {"do_sample": False}),
+            )
+
+        if inputs is not None:
+            if not arguments.chat:
+                print(arguments.prompt, end="", flush=True)
+            write(inputs)
+        else:
+            converse(messages_from_stdin(), tokenizer, cache, write, max_tokens=config.max_position_embeddings)
+    if streamer.times:
+        Console(stderr=True).print(_table(config, cache, streamer))
     return 0
 
 
-def _table(config: DeepseekV2Config, cache: LatentCache, times: list[float], started: float) -> Table:
-    held = cache.nbytes
+def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStreamer") -> Table:
+    held, times, started = cache.nbytes, streamer.times, streamer.started
     per_layer = cache.layers[0].dtype.itemsize * expanded_width(config)
     expanded = cache.get_seq_length() * config.num_hidden_layers * per_layer
     table = Table("", Column(justify="right"), show_header=False)
@@ -100,11 +120,14 @@ def _table(config: DeepseekV2Config, cache: LatentCache, times: list[float], sta
 
 
 class _TimedStreamer(TextStreamer):
-    """Streams new text to stdout and records the time of each new token."""
+    """Streams new text to stdout and records the time of each new token since `start`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+
+    def start(self) -> None:
+        self.started, self.times = time.perf_counter(), []
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
@@ -113,11 +136,8 @@ class _TimedStreamer(TextStreamer):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> BatchEncoding:
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out.")
     if is_chat:
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+        inputs = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:

@@ -1,8 +1,10 @@
 """`deepseek-latent verify`: reads a checkpoint back and compares its logits with those of its source."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
+from ..conversion.gguf_source import source_folder
 from ..conversion.text import read_text
 from ..conversion.verify import verify
 from .terminal import DTYPES, print_report, quiet_transformers
@@ -11,7 +13,8 @@ from .terminal import DTYPES, print_report, quiet_transformers
 def add_command(commands) -> None:
     parser = commands.add_parser("verify", help="compare a converted checkpoint with its source")
     parser.add_argument("out", metavar="OUT", help="the folder to check")
-    parser.add_argument("--against", type=Path, metavar="SRC", help="the checkpoint that OUT was converted from")
+    parser.add_argument("--against", metavar="SRC", help="the folder, hub id or GGUF file that OUT was converted from")
+    parser.add_argument("--gguf-file", metavar="NAME", help="compare with this GGUF file of SRC")
     parser.add_argument("--text", metavar="FILE", type=Path, help="a text to compare on; default: random tokens")
     parser.add_argument("--dtype", choices=DTYPES, help="the dtype to compute in; default: as stored")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -21,6 +24,8 @@ def add_command(commands) -> None:
 @quiet_transformers()
 def _verify(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.text) if arguments.text else None
-    report = verify(Path(arguments.out), arguments.against, text, DTYPES.get(arguments.dtype))
+    source = source_folder(arguments.against, arguments.gguf_file) if arguments.against else nullcontext()
+    with source as against:
+        report = verify(Path(arguments.out), against, text, DTYPES.get(arguments.dtype))
     print_report(report, as_json=arguments.json)
     return 1 if report["problems"] else 0

@@ -25,7 +25,7 @@ def read_text(file: Path) -> str:
     return text
 
 
-def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(place: Path | str, **options) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id. Raises ValueError if there is none, or if its files are broken."""
     if isinstance(place, Path):
         if not any(place.glob("tokenizer*")):
@@ -33,7 +33,7 @@ def load_tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
         for file in sorted(place.glob("*token*.json")):
             read_json(file)
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     # the library tokenizers raises Exception itself, and transformers whatever a wrong value leads to
     except Exception as error:
         raise ValueError(f"expected the files of a tokenizer in {place}, got: {error}; restore them.") from error

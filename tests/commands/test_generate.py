@@ -1,7 +1,9 @@
 """`deepseek-latent generate` streams the text of the model and shows the cache that was held."""
 
+import json
 import re
 import shutil
+from io import StringIO
 
 import pytest
 import torch
@@ -196,3 +198,59 @@ def test_generating_needs_no_gradient(folder, monkeypatch):
     )
     main(["generate", str(folder), "x", "--max-new-tokens", "2", "--device", "cpu"])
     assert states == [False, False]
+
+
+class TestAConversation:
+    """`generate --chat` without a prompt reads messages from stdin."""
+
+    TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}a: "
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        tiny_model(vocab_size=NUM_IDS, eos_token_id=None).save_pretrained(tmp_path)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = self.TEMPLATE
+        tokenizer.save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_each_message_is_answered_after_all_before_it(self, place, folder, capsys, monkeypatch):
+        first = reference_text(folder, "u: hi\na: ", 5)
+        second = reference_text(folder, f"u: hi\na: {first}\nu: why?\na: ", 5)
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", StringIO("hi\n\nwhy?\n"))
+        status, out, err = printed(capsys, "generate", place, "--chat", "--max-new-tokens", 5, "--device", "cpu")
+        assert (status, out) == (0, f"{first}\n{second}\n")
+        assert row(err, "new tokens") == ["5"]
+
+    def test_an_answer_reads_only_tokens_that_the_cache_does_not_hold(self, place, capsys, monkeypatch):
+        read = []
+        forward = deepseek_latent.DeepseekV2ForCausalLM.forward
+
+        def counting(self, input_ids, **options):
+            read.append(input_ids.shape[1])
+            return forward(self, input_ids, **options)
+
+        monkeypatch.setattr(deepseek_latent.DeepseekV2ForCausalLM, "forward", counting)
+        long = "x" * 90
+        monkeypatch.setattr("sys.stdin", StringIO(f"{long}\ny\n"))
+        printed(capsys, "generate", place, "--chat", "--max-new-tokens", 3, "--device", "cpu")
+        prompts = [num for num in read if num > 1]
+        assert prompts[0] == len(f"u: {long}\na: ")
+        # at most the whole first answer, which may be tokenized differently, and the second message
+        assert len(prompts) == 2
+        assert prompts[1] <= 3 * 4 + len("\nu: y\na: ")
+
+    def test_a_conversation_beyond_the_models_length_is_refused(self, place, capsys, monkeypatch):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+        monkeypatch.setattr("sys.stdin", StringIO("z" * 40))
+        status, _, err = printed(capsys, "generate", place, "--chat", "--max-new-tokens", 3, "--device", "cpu")
+        assert status == 2
+        assert "the conversation has 47 tokens, expected fewer than 40; start a new one" in err
+
+    def test_nothing_to_answer_is_no_error(self, place, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdin", StringIO(""))
+        assert printed(capsys, "generate", place, "--chat", "--device", "cpu") == (0, "", "")
+
+    def test_without_chat_a_prompt_is_required(self, place, capsys):
+        assert_refused(capsys, "generate", place, saying="expected a PROMPT")
