@@ -35,6 +35,7 @@ from .gqa_to_mla import (
     rope_parameters,
 )
 from .llama_source import LlamaSource
+from .progress import track
 from .source import Source
 
 # relative to the largest variance: directions below it are noise
@@ -101,7 +102,7 @@ class CompressedMla(GqaToMla):
 
     def choose_num_kept(self) -> Tensor:
         """[p]: how many mixtures of each frequency keep their rotation: r/2 in all, the same in every layer."""
-        layers = range(len(self.statistics))
+        layers = track(range(len(self.statistics)), "choosing rotations")
         losses = torch.stack([self.rotation_losses(self.read_parts(layer)) for layer in layers]).sum(dim=0)
         # losses of a frequency are sorted, so the largest losses of all are the first ones of each frequency
         largest = losses.flatten().topk(self.r // 2).indices
