@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -10,6 +11,7 @@ from ..conversion.adapter import convert_adapter
 from ..conversion.cast import Cast
 from ..conversion.compression_report import compress_and_evaluate, measure_logits_change
 from ..conversion.convert import convert, prepare_target
+from ..conversion.cost import Cost, cost_of, cost_of_compression, cost_without_biases
 from ..conversion.deepseek_layout import ExportDeepseek, ImportDeepseek
 from ..conversion.gguf_source import source_folder
 from ..conversion.gqa_to_mla import GqaToMla
@@ -45,8 +47,9 @@ def add_command(commands) -> None:
     _add_adapter(kinds)
 
 
-# Each `_add_...` registers one kind of conversion. Its `build` returns the files that are read, the conversion, and
-# the measurements that go into the report.
+# Each `_add_...` registers one kind of conversion. Its `build` returns the files that are read, the cost of the
+# conversion, and a function that does what needs time: it returns the conversion and measurements for the report.
+Built = tuple[Source | ImportDeepseek, Cost, Callable[[], tuple[object, dict]]]
 
 
 def _add_gqa_to_mla(kinds) -> argparse.ArgumentParser:
@@ -69,17 +72,21 @@ def _add_gqa_to_mla(kinds) -> argparse.ArgumentParser:
     return parser
 
 
-def _build_gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> tuple[Source, GqaToMla, dict]:
+def _build_gqa_to_mla(folder: Path, arguments: argparse.Namespace) -> Built:
     files = Source(folder)
     options = (arguments.kv_lora_rank, arguments.qk_rope_head_dim, arguments.calibrate)
     if all(option is None for option in options):
         conversion = GqaToMla(files, bias_free=arguments.bias_free)
         conversion.check_dtype()
-        return files, conversion, {"cached elements per token before": conversion.source.cached_elements}
+        if arguments.bias_free:
+            return files, cost_without_biases(files, conversion), lambda: (conversion, {})
+        cost = cost_of(files, conversion, conversion.pieces(), conversion.source.cached_elements)
+        return files, cost, lambda: (conversion, {})
     if None in options or arguments.bias_free:
         raise ValueError("compression takes --kv-lora-rank, --qk-rope-head-dim and --calibrate, and no --bias-free.")
     texts = [read_text(file) for file in arguments.calibrate]
-    return files, *compress_and_evaluate(files, r=arguments.qk_rope_head_dim, c=arguments.kv_lora_rank, texts=texts)
+    widths = {"r": arguments.qk_rope_head_dim, "c": arguments.kv_lora_rank}
+    return files, cost_of_compression(files, **widths), lambda: compress_and_evaluate(files, **widths, texts=texts)
 
 
 def _add_upcycle(kinds) -> argparse.ArgumentParser:
@@ -112,12 +119,13 @@ def _add_upcycle(kinds) -> argparse.ArgumentParser:
     return parser
 
 
-def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Upcycle, dict]:
+def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> Built:
     """Upcycles a dense DeepSeek-V2, or the result of `gqa-to-mla` for any other source."""
     files = Source(folder)
     is_deepseek = files.config.get("model_type") == DeepseekV2Config.model_type
+    base = Cast(files, None) if is_deepseek else GqaToMla(files)
     conversion = Upcycle(
-        Cast(files, None) if is_deepseek else GqaToMla(files),
+        base,
         arguments.scheme,
         e=arguments.routed_experts,
         shared=arguments.shared_experts,
@@ -130,7 +138,12 @@ def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> tuple[Source,
     measured = {"fraction of neurons that are zeros": conversion.zero_fraction} if conversion.zero_fraction else {}
     if not arguments.shared_experts:
         measured["opens in stock transformers"] = "no, its class always has shared experts"
-    return files, conversion, measured | ({} if conversion.is_exact else measure_logits_change(conversion))
+    cost = cost_of(files, conversion, conversion.pieces(), None if is_deepseek else base.source.cached_elements)
+
+    def measure() -> tuple[Upcycle, dict]:
+        return conversion, measured | ({} if conversion.is_exact else measure_logits_change(conversion))
+
+    return files, cost, measure
 
 
 def _add_cast(kinds) -> argparse.ArgumentParser:
@@ -140,9 +153,10 @@ def _add_cast(kinds) -> argparse.ArgumentParser:
     return parser
 
 
-def _build_cast(folder: Path, arguments: argparse.Namespace) -> tuple[Source, Cast, dict]:
+def _build_cast(folder: Path, arguments: argparse.Namespace) -> Built:
     files = Source(folder)
-    return files, Cast(files, DTYPES.get(arguments.dtype)), {}
+    conversion = Cast(files, DTYPES.get(arguments.dtype))
+    return files, cost_of(files, conversion, conversion.pieces()), lambda: (conversion, {})
 
 
 def _add_import(kinds) -> argparse.ArgumentParser:
@@ -154,9 +168,9 @@ def _add_import(kinds) -> argparse.ArgumentParser:
     return parser
 
 
-def _build_import(folder: Path, arguments: argparse.Namespace) -> tuple[ImportDeepseek, ImportDeepseek, dict]:
+def _build_import(folder: Path, arguments: argparse.Namespace) -> Built:
     files = ImportDeepseek(folder, arguments.config or folder / "config.json")
-    return files, files, {}
+    return files, cost_of(files, files, files.pieces()), lambda: (files, {})
 
 
 def _add_export(kinds) -> argparse.ArgumentParser:
@@ -168,9 +182,11 @@ def _add_export(kinds) -> argparse.ArgumentParser:
     return parser
 
 
-def _build_export(folder: Path, arguments: argparse.Namespace) -> tuple[Source, ExportDeepseek, dict]:
+def _build_export(folder: Path, arguments: argparse.Namespace) -> Built:
     files = Source(folder)
-    return files, ExportDeepseek(files, arguments.model_parallel), {}
+    conversion = ExportDeepseek(files, arguments.model_parallel)
+    pieces = [piece for shard in conversion.shards().values() for piece in shard]
+    return files, cost_of(files, conversion, pieces), lambda: (conversion, {})
 
 
 @quiet_transformers()
@@ -193,7 +209,13 @@ def _convert_folder(folder: Path, arguments: argparse.Namespace) -> int:
     # a card that cannot be read is said before the work, and does not end it
     if warning := read_card(folder).warning:
         print(f"warning: {warning}", file=sys.stderr)
-    files, conversion, measured = arguments.build(folder, arguments)
+    files, cost, measure = arguments.build(folder, arguments)
+    for sentence in cost.sentences():
+        print(f"cost: {sentence}", file=sys.stderr)
+    if not arguments.dry_run:
+        target.check_room(cost.bytes + sum(file.stat().st_size for file in files.companion_files()))
+    conversion, measured = measure()
+    measured = cost.report() | measured
     command = f"deepseek-latent {shlex.join(arguments.argv)}"
     try:
         report = convert(

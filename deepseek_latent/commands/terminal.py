@@ -43,10 +43,11 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences the log messages and progress bars of transformers."""
+    """Silences the log messages of transformers, and its progress bars where stderr is not a terminal."""
     verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .llama_source import LlamaSource
+from .progress import track
 from .text import WINDOW_LENGTH
 
 WINDOWS_PER_BATCH = 4
@@ -82,7 +82,7 @@ class Calibration:
             for layer, statistics in collected.items()
         ]
         text = "calibrating" if len(layers) == len(self) else f"calibrating layers {layers.start} to {layers.stop - 1}"
-        for batch in tqdm(self.windows.split(WINDOWS_PER_BATCH), desc=text):
+        for batch in track(self.windows.split(WINDOWS_PER_BATCH), text):
             self.model.model(batch, use_cache=False)
         for handle in handles:
             handle.remove()
@@ -149,7 +149,7 @@ def perplexity(
 ) -> float:
     """exp of the mean cross-entropy of every token but the first of each window."""
     total = 0.0
-    for batch in tqdm(windows.split(WINDOWS_PER_BATCH), desc="measuring the perplexity"):
+    for batch in track(windows.split(WINDOWS_PER_BATCH), "measuring the perplexity"):
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     mean = total / windows[:, 1:].numel()

@@ -20,6 +20,7 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
+from .progress import track_briefly
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MODEL_CLASSES = (
@@ -256,7 +257,7 @@ def common_dtype(dtypes: dict[str, str], folder: Path) -> torch.dtype:
 
 def _read_files(folder: Path, files: list[str]) -> tuple[Headers, list[str]]:
     headers, problems = dict.fromkeys(files), []
-    for file in files:
+    for file in track_briefly(files, "reading headers"):
         if not (folder / file).is_file():
             problems.append(f"{file} is absent, but {INDEX_FILE} names it")
             continue

@@ -34,6 +34,7 @@ from .gqa_to_mla import (
 )
 from .latent_fit import fit_latent, make_target, predict
 from .llama_source import LlamaSource
+from .progress import track
 from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
 
@@ -99,7 +100,7 @@ class CompressedMla(GqaToMla):
 
     def choose_num_kept(self) -> Tensor:
         """[p]: how many mixtures of each frequency keep their rotation: r/2 in all, the same in every layer."""
-        layers = range(len(self.statistics))
+        layers = track(range(len(self.statistics)), "choosing rotations")
         losses = torch.stack([self.rotation_losses(self.read_parts(layer)) for layer in layers]).sum(dim=0)
         # what does not rotate in the source must not be chosen, even if nothing else loses anything
         losses[self.frequencies == 0] = -1

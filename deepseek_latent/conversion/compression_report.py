@@ -11,6 +11,7 @@ from .cast import Cast
 from .compress import CompressedMla, check_widths
 from .gqa_to_mla import GqaToMla
 from .loading import load_model
+from .progress import track
 from .refine import RefinedMla, refine
 from .source import Source
 from .text import WINDOW_LENGTH, split_into_windows
@@ -47,7 +48,7 @@ def compress_and_evaluate(files: Source, *, r: int, c: int, texts: list[str]) ->
 
 def build_model(conversion: GqaToMla | Cast | Upcycle) -> PreTrainedModel:
     """The model that the files of a conversion would load as."""
-    state = {piece.name: piece.make() for piece in conversion.pieces()}
+    state = {piece.name: piece.make() for piece in track(conversion.pieces(), "converting in memory")}
     dtype = next(iter(state.values())).dtype
     with torch.no_grad():
         return DeepseekV2ForCausalLM.from_pretrained(

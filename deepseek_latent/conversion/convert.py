@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import shutil
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
@@ -13,6 +12,7 @@ from huggingface_hub import HfApi, ModelCardData
 from .checkpoint import check_checkpoint, read_config
 from .deepseek_layout import ExportDeepseek, ImportDeepseek
 from .escaping import code_block, code_span
+from .progress import announce
 from .source import Source, check_files
 from .target import Target
 
@@ -41,10 +41,6 @@ def prepare_target(
     places = (target.out, target.partial)
     if any(_contains(source.resolve(), place) or _contains(place, x) for x in read for place in places):
         raise ValueError(f"{out} and the source are the same folder, or one contains the other; choose another folder.")
-    # no kind of conversion writes less than a quarter of its source; the exact number is checked before writing
-    least, free = sum(file.stat().st_size for file in source.glob("*.safetensors")) // 4, shutil.disk_usage(parent).free
-    if not dry_run and free < least and not target.partial.exists():
-        raise ValueError(f"at least {least:,} bytes are to be written to {parent}, which has {free:,} left; make room.")
     if push_to_hub and not dry_run:
         # created now, so that a refusal comes before hours of conversion
         try:
@@ -107,11 +103,13 @@ def convert(
 
 
 def _assert_complete(folder: Path) -> None:
+    announce("comparing the files with their config.json")
     problems = check_checkpoint(folder, read_config(str(folder))).problems
     assert not problems, f"the conversion made files that do not fit their config.json: {problems[0]}"
 
 
 def _assert_importable(folder: Path) -> None:
+    announce("checking that the files can be imported again")
     try:
         ImportDeepseek(folder, folder / "config.json").pieces()
     except ValueError as error:

@@ -216,6 +216,9 @@ class ImportDeepseek:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    def weight_files(self) -> list[Path]:
+        return self.files
+
     def fingerprint(self) -> str:
         return fingerprint(self.config.to_dict(), self.files)
 

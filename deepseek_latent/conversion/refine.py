@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
 from .compress import CompressedMla
+from .progress import track
 from .target import Piece
 
 STEPS = 60  # per layer
@@ -60,7 +60,7 @@ def refine(
     positions = torch.arange(windows.shape[1])[None]
     embeddings = student.model.rotary_emb(student_states[0], positions)
     layers = zip(teacher.model.layers, student.model.layers)
-    for source_layer, layer in tqdm(list(layers), desc="refining layers"):
+    for source_layer, layer in track(list(layers), "refining layers"):
         outputs = [_advance(source_layer, state, option) for state, option in zip(teacher_states, options)]
 
         def attend(x: Tensor, attention=layer.self_attn) -> Tensor:

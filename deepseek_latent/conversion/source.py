@@ -111,8 +111,11 @@ class Source:
     def name(self) -> str:
         return self.config.get("_name_or_path") or self.folder.resolve().name
 
+    def weight_files(self) -> list[Path]:
+        return sorted({self.folder / tensor.file for tensor in self.tensors.values()})
+
     def fingerprint(self) -> str:
-        return fingerprint(self.config, {self.folder / tensor.file for tensor in self.tensors.values()})
+        return fingerprint(self.config, self.weight_files())
 
 
 def fingerprint(config: dict, files: Iterable[Path]) -> str:

@@ -27,6 +27,7 @@ from ..whole_files import (
 )
 from .boundaries import MARKER, check_out, copy_file, plan_of, refuse_planted, write_marker
 from .checkpoint import INDEX_FILE
+from .progress import track_bytes
 
 DEFAULT_SHARD_BYTES = 15 * 10**8
 
@@ -85,6 +86,20 @@ class Target:
         )
         return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
+    def check_room(self, num_bytes: int) -> None:
+        """Raises OSError if the disk has no room for files of this size. Those of an interrupted run count as room.
+
+        They are either kept, or removed before anything is written.
+        """
+        parent = next(parent for parent in self.out.parents if parent.exists())
+        finished = sum(file.stat().st_size for file in self.partial.glob("*") if file.is_file())
+        free = shutil.disk_usage(parent).free + finished
+        if num_bytes > free:
+            raise OSError(
+                f"{num_bytes:,} bytes are to be written to {parent}, which has {free:,} left; make room or choose "
+                "another folder."
+            )
+
     def write(
         self,
         shards: dict[str, list[Piece]],
@@ -141,7 +156,7 @@ class Target:
         free = shutil.disk_usage(self.partial).free
         if left > free:
             raise OSError(f"{left:,} bytes are to be written to {self.out.parent}, which has {free:,} left.")
-        with tqdm(total=total, unit="B", unit_scale=True, desc=self.out.name, initial=total - left) as progress:
+        with track_bytes(total, f"writing {self.out.name}", done=total - left) as progress:
             for file, shard in missing.items():
                 _write_shard(self.partial / file, shard, progress)
 
@@ -198,8 +213,11 @@ def _write_shard(path: Path, pieces: list[Piece], progress: tqdm) -> None:
         # a view would keep its whole storage in memory
         tensors[piece.name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         progress.update(tensor.nbytes)
+    # the bar stands still while the disk works
+    progress.set_postfix_str(f"saving {path.name}")
     with whole_file(path) as place:
         save_tensors(place, tensors, {"format": "pt"})
+    progress.set_postfix_str("")
 
 
 def _is_finished(path: Path, pieces: list[Piece]) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..experts.dropping import padding_mask_as_bool
@@ -139,7 +140,8 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     model.eval()
     try:
         with counts.watching():
-            for window in ids.split(WINDOW, dim=1):
+            # as in huggingface_hub, None means no bar if stderr is not a terminal
+            for window in tqdm(ids.split(WINDOW, dim=1), "counting choices", disable=None, leave=False):
                 model(window.to(model.device), use_cache=False)
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@
 namespace latent {
 
 constexpr int64_t MIN_TOKENS_PER_PART = 10 * TILE;
+constexpr int64_t MIN_TOKENS_TO_SKIP = 512;  // with fewer, the search for what can be skipped takes longer than it saves
 constexpr int64_t PARTS_PER_THREAD = 4;  // several, so that no thread waits long for another
 
 // combines the parts of one sequence into its result [s h c]
@@ -43,6 +44,9 @@ void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, f
   const int64_t per_sequence = std::max<int64_t>(1, std::min(wanted, p.tokens / MIN_TOKENS_PER_PART));
   const int64_t per_part = ceil_div(ceil_div(p.tokens, TILE), per_sequence) * TILE;
   std::vector<Part> parts(p.batch * per_sequence, Part(p));
+  std::vector<UsedColumns> used;
+  for (int64_t sequence = 0; sequence < p.batch; sequence++)
+    used.emplace_back(queries.data() + sequence * p.padded_rows * p.width(), p.padded_rows, p.width());
   share(parts.size(), 1, 1, [&](int64_t begin, int64_t end) {
     Aligned tile(TILE * p.width());
     for (int64_t unit = begin; unit < end; unit++) {
@@ -51,7 +55,7 @@ void attend_to_all(const Problem& p, const Rows& rows, const Aligned& queries, f
       for (int64_t first = unit % per_sequence * per_part; first < last; first += TILE) {
         const Tokens here(p, sequence, first, last), next(p, sequence, first + TILE, last);
         for (int64_t row = 0; row < p.rows; row += LANES)
-          attend_to_tile(p, rows, sequence, row, first, here, next, own, tile.data(), parts[unit]);
+          attend_to_tile(p, rows, sequence, row, first, here, next, own, used[sequence], tile.data(), parts[unit]);
       }
     }
   });
@@ -122,13 +126,39 @@ void read_mask(Problem& p, const at::Tensor& mask) {
   for (int i = 0; i < 4; i++) p.mask_steps[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
 }
 
+// For each head, whether w_uv [h v c] reads any of the columns of a block of WEIGHTED_VECTORS. A dense one says so in its first
+// row; one that selects the values of a group, as in models that were converted from grouped queries, is zero in most blocks.
+std::vector<uint8_t> blocks_read(const at::Tensor& w_uv) {
+  constexpr int64_t WIDTH = WEIGHTED_VECTORS * LANES;
+  const int64_t h = w_uv.size(0), v = w_uv.size(1), c = w_uv.size(2), blocks = ceil_div(c, WIDTH);
+  std::vector<uint8_t> is_read(h * blocks, 0);
+  with_floats(w_uv, [&](auto* data) {
+    for (int64_t head = 0; head < h; head++) {
+      uint8_t* const of_head = is_read.data() + head * blocks;
+      int64_t left = blocks;
+      for (int64_t row = 0; row < v && left > 0; row++) {
+        const auto* const weights = data + head * w_uv.stride(0) + row * w_uv.stride(1);
+        for (int64_t block = 0; block < blocks; block++) {
+          if (of_head[block]) continue;
+          bool any = false;
+          for (int64_t j = block * WIDTH; j < std::min((block + 1) * WIDTH, c); j++)
+            any |= static_cast<float>(weights[j]) != 0.0f;
+          of_head[block] = any, left -= any;
+        }
+      }
+    }
+  });
+  return is_read;
+}
+
 // Absorbed queries [b s h c] in float32 and rotary ones [b s h r] attend to segments of latents [b or 1, t', c] and rotary
 // keys [b or 1, t', r]; the result is the weighted sums of latents [b s h c]. If latents are stored in `bits` ("8", "6", "5",
 // "4" or "fp8"), they are the bytes of codes and scales, and rotary keys are in bfloat16. The mask is added to scores and is
 // -inf where a query may not look; without a mask, attention is causal.
-at::Tensor attend(
+// Where w_uv is not null, the sums of columns that it multiplies by zero may be zeros.
+at::Tensor attend_for(
     const at::Tensor& absorbed, const at::Tensor& q_rotary, at::TensorList latents, at::TensorList rotary_keys,
-    double scale, const std::optional<at::Tensor>& mask, c10::string_view bits) {
+    double scale, const std::optional<at::Tensor>& mask, c10::string_view bits, const at::Tensor* w_uv) {
   check(absorbed, "absorbed [b s h c]", {ANY, ANY, ANY, ANY}, {at::kFloat});
   check_contiguous(absorbed, "absorbed [b s h c]");
   check(q_rotary, "q_rotary [b s h r]", {absorbed.size(0), absorbed.size(1), absorbed.size(2), ANY}, FLOATS);
@@ -137,6 +167,11 @@ at::Tensor attend(
   p.rows = p.queries * p.heads, p.padded_rows = ceil_div(p.rows, LANES) * LANES, p.r = q_rotary.size(3);
   read_tokens(p, latents, rotary_keys, bits);
   if (mask) read_mask(p, *mask);
+  if (w_uv && p.tokens >= MIN_TOKENS_TO_SKIP) {
+    check(*w_uv, "w_uv [h v c]", {p.heads, ANY, p.c}, FLOATS);
+    check_rows(*w_uv, "w_uv [h v c]");
+    p.is_read = blocks_read(*w_uv);
+  }
   at::Tensor context = at::empty_like(absorbed);
   if (context.numel() == 0) return context;
   const Aligned queries = side_by_side(p, absorbed, q_rotary, scale);
@@ -155,6 +190,12 @@ at::Tensor attend(
   return context;
 }
 
+at::Tensor attend(
+    const at::Tensor& absorbed, const at::Tensor& q_rotary, at::TensorList latents, at::TensorList rotary_keys,
+    double scale, const std::optional<at::Tensor>& mask, c10::string_view bits) {
+  return attend_for(absorbed, q_rotary, latents, rotary_keys, scale, mask, bits, nullptr);
+}
+
 // `attend` between projections: w_uk [h n c] absorbs q_content [b s h n] before it, and w_uv [h v c] expands its result:
 // [b s h v] in the dtype of the weights
 at::Tensor attention(
@@ -163,7 +204,7 @@ at::Tensor attention(
     c10::string_view bits) {
   check(q_content, "q_content [b s h n]", {ANY, ANY, ANY, ANY}, FLOATS);
   const at::Tensor absorbed = absorb(q_content.flatten(0, 1), w_uk).unflatten(0, q_content.sizes().slice(0, 2));
-  const at::Tensor context = attend(absorbed, q_rotary, latents, rotary_keys, scale, mask, bits);
+  const at::Tensor context = attend_for(absorbed, q_rotary, latents, rotary_keys, scale, mask, bits, &w_uv);
   return expand(context.flatten(0, 1), w_uv).unflatten(0, q_content.sizes().slice(0, 2));
 }
 

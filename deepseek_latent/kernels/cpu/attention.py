@@ -16,6 +16,8 @@ from ..cached_latents import bits_of, stored_parts
 from .library import operators
 from .support import DTYPES, kernel_supports, kernel_weights
 
+MIN_RUN = 16  # rows
+
 
 @replaces_method()
 def rotate(attention: DeepseekV2Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,11 +51,42 @@ def project(
         norm.eps,
         *rotation,
         attention.qk_head_dim,
+        [] if q_scales is not None else runs_to_read(attention, q),
     )
     queries = torch.unflatten(queries, -1, (-1, attention.qk_head_dim))
     q_content, q_rotary = queries.split((attention.qk_nope_head_dim, attention.qk_rope_head_dim), dim=-1)
     latent, k_rotary = rows[:, None].split((attention.kv_lora_rank, attention.qk_rope_head_dim), dim=-1)
     return q_content, q_rotary, latent, k_rotary
+
+
+def runs_to_read(attention: DeepseekV2Attention, q: Tensor) -> list[int]:
+    """First row and number of rows of each run outside of which q [h(n+r) a] is zero; empty if all of q is to be read.
+
+    In a model that was converted from grouped queries, a query is zero outside of the key of its group. The weight is
+    searched again if torch has counted a change of it. The operator finds changes that torch does not count, such as
+    those by peft's merging through `.data`.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    state = (q.data_ptr(), q.shape, None if q.is_inference() else q._version)
+    known = vars(attention).get("_runs_to_read")
+    if known is None or known[0] != state:
+        known = attention._runs_to_read = (state, find_runs(q))
+    return known[1]
+
+
+def find_runs(weight: Tensor) -> list[int]:
+    first_column = weight[:, 0] != 0
+    if first_column.all():
+        return []
+    has_numbers = (weight != 0).any(dim=1)
+    starts_and_ends = torch.nn.functional.pad(has_numbers.int(), (1, 1)).diff().nonzero().view(-1, 2)
+    starts_and_counts = torch.stack((starts_and_ends[:, 0], starts_and_ends.diff(dim=1)[:, 0]), dim=1)
+    num_rows = int(has_numbers.sum())
+    # few zeros, or zeros between short runs, are read as fast as they are skipped
+    if num_rows == 0 or num_rows > 0.75 * len(weight) or num_rows < MIN_RUN * len(starts_and_counts):
+        return []
+    return starts_and_counts.flatten().tolist()
 
 
 @replaces_method()

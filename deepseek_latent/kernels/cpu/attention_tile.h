@@ -31,6 +31,17 @@ struct Problem {
   const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps; null means that attention is causal
   int64_t mask_steps[4];
   std::vector<Segment> segments;
+  // [h][blocks of WEIGHTED_VECTORS]: whether the weighted sums of these columns are read; empty means that all are
+  std::vector<uint8_t> is_read = {};
+
+  // whether any of WEIGHTED_ROWS rows needs the weighted sums of the block at column i
+  bool reads(int64_t first_row, int64_t i) const {
+    if (is_read.empty()) return true;
+    const int64_t blocks = is_read.size() / heads, last = std::min(first_row + WEIGHTED_ROWS, rows);
+    for (int64_t row = first_row; row < last; row++)
+      if (is_read[row % heads * blocks + i / (WEIGHTED_VECTORS * LANES)]) return true;
+    return false;
+  }
 
   // in whole vectors
   int64_t width() const { return ceil_div(c + r, LANES) * LANES; }
@@ -94,10 +105,37 @@ inline void apply_mask(const Problem& p, int64_t sequence, int64_t first_row, in
   }
 }
 
-// scores [SCORED_TOKENS][16] of SCORED_ROWS queries and SCORED_TOKENS tokens of this width
-inline void score(const float* queries, const float* tokens, int64_t width, float* scores) {
+// Where queries are not zero: for each SCORED_ROWS rows, the columns, in whole vectors. In a model that was converted from
+// grouped queries, a query is zero outside of the key of its group.
+struct UsedColumns {
+  std::vector<int64_t> columns, ends{0};
+
+  // queries [rows][width]
+  UsedColumns(const float* queries, int64_t rows, int64_t width) {
+    columns.reserve(ceil_div(rows, SCORED_ROWS) * width / LANES);
+    for (int64_t first = 0; first < rows; first += SCORED_ROWS) {
+      for (int64_t i = 0; i < width; i += LANES) {
+        Ints any{};
+        for (int64_t row = first; row < first + SCORED_ROWS; row++)
+          any |= load<Floats>(queries + row * width + i) != 0.0f;
+        int32_t lanes[LANES], is_used = 0;
+        store(lanes, any);
+        for (const int32_t lane : lanes) is_used |= lane;
+        if (is_used) columns.push_back(i);
+      }
+      ends.push_back(columns.size());
+    }
+  }
+  const int64_t* begin(int64_t row) const { return columns.data() + ends[row / SCORED_ROWS]; }
+  const int64_t* end(int64_t row) const { return columns.data() + ends[row / SCORED_ROWS + 1]; }
+};
+
+// scores [SCORED_TOKENS][16] of SCORED_ROWS queries and SCORED_TOKENS tokens of this width, over the given columns
+inline void score(
+    const float* queries, const float* tokens, int64_t width, const int64_t* column, const int64_t* end, float* scores) {
   Floats sums[SCORED_TOKENS][SCORED_ROWS] = {};
-  for (int64_t i = 0; i < width; i += LANES) {
+  for (; column < end; column++) {
+    const int64_t i = *column;
     Floats query[SCORED_ROWS];
     for (int row = 0; row < SCORED_ROWS; row++) query[row] = load<Floats>(queries + row * width + i);
     for (int t = 0; t < SCORED_TOKENS; t++) {
@@ -136,7 +174,7 @@ inline void add_weighted(
 template <class Rows>
 void attend_to_tile(
     const Problem& p, const Rows& rows, int64_t sequence, int64_t first_row, int64_t first, const Tokens& tokens,
-    const Tokens& next, const float* queries, float* tile, Part& part) {
+    const Tokens& next, const float* queries, const UsedColumns& used, float* tile, Part& part) {
   alignas(64) float scores[TILE * LANES] = {};
   const int64_t width = p.width(), context_width = p.latent_width(), present = std::min(LANES, p.rows - first_row);
   // tokens and rows after the last one are computed and not used
@@ -146,7 +184,9 @@ void attend_to_tile(
       widen_row(reinterpret_cast<const typename Rows::Rotary*>(tokens.rotary[k]), p.r, tile + k * width + p.c);
     }
     for (int64_t row = 0; row < present; row += SCORED_ROWS)
-      score(queries + (first_row + row) * width, tile + t * width, width, scores + t * LANES + row);
+      score(
+          queries + (first_row + row) * width, tile + t * width, width, used.begin(first_row + row),
+          used.end(first_row + row), scores + t * LANES + row);
   }
   apply_mask(p, sequence, first_row, first, tokens.count, scores);
 
@@ -177,7 +217,10 @@ void attend_to_tile(
       const auto add = vectors >= WEIGHTED_VECTORS ? add_weighted<WEIGHTED_VECTORS>
                        : vectors == 2              ? add_weighted<2>
                                                    : add_weighted<1>;
-      add(scores + row, tile + i, width, tokens.count, to, context_width, prefetcher);
+      if (p.reads(first_row + row, i))
+        add(scores + row, tile + i, width, tokens.count, to, context_width, prefetcher);
+      else
+        for (int64_t t = 0; t < tokens.count; t++) prefetcher.step(t);
       prefetcher.done += prefetcher.per_step;
     }
 }

@@ -86,6 +86,7 @@ def _project(
     cos: Tensor,
     sin: Tensor,
     head_width: int,
+    q_runs: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     _check_device(q_x, q, q_scales, x, kv_a, kv_a_scales, norm, cos, sin)
     _check(x, "x [b s d]", None, None, None)

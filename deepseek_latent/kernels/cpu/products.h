@@ -209,13 +209,14 @@ void write_rows(const float* sums, const R& rows, int64_t n, int64_t m, Y* y, in
     }
 }
 
-// n rows of a weight, the tokens that are multiplied by them, and where the result [m n] goes
+// n rows of a weight, the tokens that are multiplied by them, and where the result [m n] goes, in rows of `width`
 template <class R, class Y>
 struct Product {
   R rows;
   int64_t n;
   const Inputs* x;
   Y* to;
+  int64_t width = n;
 };
 
 // tokens times one weight after the other, in one pass
@@ -228,12 +229,12 @@ void multiply_all(const std::vector<Product<R, Y>>& products) {
   }
   share(units, 1, most, [&](int64_t begin, int64_t end) {
     alignas(64) float sums[TILE_ROWS * MAX_TOKENS];
-    for (const auto& [rows, n, x, to] : products) {
+    for (const auto& [rows, n, x, to, width] : products) {
       const int64_t first = begin * ROW_BLOCK, last = std::min(end * ROW_BLOCK, n);
       if (first < last) {
         const R some = rows.from(first);
         multiply(some, last - first, *x, sums);
-        write_rows(sums, some, last - first, x->m, to, n, first);
+        write_rows(sums, some, last - first, x->m, to, width, first);
       }
       // from here on, counted from the start of the next product
       begin = std::max<int64_t>(begin - ceil_div(n, ROW_BLOCK), 0), end -= ceil_div(n, ROW_BLOCK);

@@ -167,12 +167,40 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   return y;
 }
 
+// throws unless runs are pairs of a first row and a number of rows, in order and within n rows
+void check_runs(at::IntArrayRef runs, int64_t n) {
+  int64_t end = 0;
+  bool fits = runs.size() % 2 == 0;
+  for (size_t i = 0; fits && i < runs.size(); i += 2) {
+    fits = runs[i] >= end && runs[i] <= n && runs[i + 1] > 0 && runs[i + 1] <= n - runs[i];
+    end = runs[i] + runs[i + 1];
+  }
+  TORCH_CHECK_VALUE(
+      fits, "expected q_runs as pairs of a first row and a number of rows, in order and within ", n, " rows, got ", runs, ".");
+}
+
+// true if the first elements of each row of q outside of these runs are still zero
+bool are_others_zero(const at::Tensor& q, at::IntArrayRef runs) {
+  const char* const data = static_cast<const char*>(q.const_data_ptr());
+  const int64_t row_bytes = q.size(1) * q.element_size(), bytes = std::min<int64_t>(row_bytes, 64);
+  char any = 0;
+  int64_t row = 0;
+  for (size_t i = 0; i <= runs.size(); i += 2) {
+    for (const int64_t end = i < runs.size() ? runs[i] : q.size(0); row < end; row++)
+      for (int64_t j = 0; j < bytes; j++) any |= data[row * row_bytes + j];
+    if (i < runs.size()) row += runs[i + 1];
+  }
+  return any == 0;
+}
+
 // Projects few tokens in one pass over both weights: q_x [b s a] times q [h(n+r) a], with the last r of each head rotated, and
-// x [b s d] times kv_a [c+r d], with the first c normalized and the last r rotated; int8 codes come with scales
+// x [b s d] times kv_a [c+r d], with the first c normalized and the last r rotated; int8 codes come with scales. `q_runs` are
+// runs of rows outside of which q was found to be zero, if it was: these rows are not read, except for their first elements, which
+// are no longer zero after training or merging.
 std::tuple<at::Tensor, at::Tensor> project(
     const at::Tensor& q_x, const at::Tensor& q, const std::optional<at::Tensor>& q_scales, const at::Tensor& x,
     const at::Tensor& kv_a, const std::optional<at::Tensor>& kv_a_scales, const at::Tensor& norm, double eps,
-    const at::Tensor& cos, const at::Tensor& sin, int64_t head_width) {
+    const at::Tensor& cos, const at::Tensor& sin, int64_t head_width, at::IntArrayRef q_runs) {
   check(x, "x [b s d]", {ANY, ANY, ANY}, FLOATS);
   check(q_x, "q_x [b s a]", {x.size(0), x.size(1), ANY}, {x.scalar_type()});
   check(norm, "norm [c]", {ANY}, {x.scalar_type()});
@@ -185,9 +213,12 @@ std::tuple<at::Tensor, at::Tensor> project(
   TORCH_CHECK_VALUE(
       head_width > 0 && head_width >= r && q.size(0) % head_width == 0, "expected head_width, at least r = ", r, ", to divide ",
       "the ", q.size(0), " rows of q, got ", head_width, ".");
+  check_runs(q_runs, q.size(0));
   const at::Tensor cosines = cos.contiguous(), sines = sin.contiguous();
   const at::Tensor flat_q_x = q_x.reshape({m, q_x.size(2)}).contiguous(), flat_x = x.reshape({m, x.size(2)}).contiguous();
+  const bool skips_zeros = !q_runs.empty() && are_others_zero(q, q_runs);
   at::Tensor queries = at::empty({x.size(0), s, q.size(0)}, x.options());
+  if (skips_zeros) queries.zero_();
   at::Tensor rows = at::empty({x.size(0), s, c + r}, x.options());
   if (m == 0) return {queries, rows};
   const std::vector<Inputs> for_q = inputs_of(flat_q_x, q.scalar_type());
@@ -197,8 +228,11 @@ std::tuple<at::Tensor, at::Tensor> project(
     with_floats(queries, [&](auto* query) {
       using Result = std::remove_pointer_t<decltype(query)>;
       Result* row = static_cast<Result*>(rows.mutable_data_ptr());
-      multiply_all<R, Result>(
-          {{rows_of(q_weight), q.size(0), &for_q[0], query}, {rows_of(kv_weight), c + r, &for_kv[0], row}});
+      std::vector<Product<R, Result>> products{{rows_of(kv_weight), c + r, &for_kv[0], row}};
+      if (!skips_zeros) products.push_back({rows_of(q_weight), q.size(0), &for_q[0], query});
+      for (size_t i = 0; skips_zeros && i < q_runs.size(); i += 2)
+        products.push_back({rows_of(q_weight).from(q_runs[i]), q_runs[i + 1], &for_q[0], query + q_runs[i], q.size(0)});
+      multiply_all(products);
       for (int64_t token = 0; token < m; token++, row += c + r) {
         const int64_t angle = (cos.size(0) == 1 ? token % s : token) * r / 2;
         const float *turn = cosines.const_data_ptr<float>() + angle, *half = sines.const_data_ptr<float>() + angle;
@@ -221,7 +255,7 @@ TORCH_LIBRARY_FRAGMENT(deepseek_latent, library) {
   library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   library.def(
       "project(Tensor q_x, Tensor q, Tensor? q_scales, Tensor x, Tensor kv_a, Tensor? kv_a_scales, Tensor norm, "
-      "float eps, Tensor cos, Tensor sin, int head_width) -> (Tensor, Tensor)");
+      "float eps, Tensor cos, Tensor sin, int head_width, int[] q_runs=[]) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(deepseek_latent, CPU, library) {
