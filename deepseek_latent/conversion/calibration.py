@@ -43,7 +43,7 @@ class LayerStatistics(NamedTuple):
 
 
 class Calibration:
-    """Statistics of every layer on a text, in float32: `calibration[layer]`.
+    """Statistics of every layer on a text, in float64: `calibration[layer]`.
 
     They are collected when they are first read, for as many layers at a time as MAX_STATISTICS_BYTES hold, so read
     them in the order of the layers. `model` is that of `source`, with eager attention.
@@ -56,7 +56,7 @@ class Calibration:
         windows: Tensor,  # [b WINDOW_LENGTH]
     ):
         self.model, self.source, self.windows = model, source, windows
-        num_bytes = 4 * (1 + 2 * source.g) * (source.d + 1) ** 2
+        num_bytes = 8 * (1 + 2 * source.g) * (source.d + 1) ** 2
         self._layers_at_a_time = max(1, MAX_STATISTICS_BYTES // num_bytes)
         self._held: dict[int, LayerStatistics] = {}
 
@@ -92,7 +92,7 @@ class Calibration:
 def _empty_statistics(source: LlamaSource) -> LayerStatistics:
     d, h, g, w = source.d + 1, source.h, source.g, source.w
     shapes = ((d, d), (g, d, d), (g, d, d), (h, w, w), (h, WINDOW_LENGTH))
-    return LayerStatistics(*(torch.zeros(shape) for shape in shapes))
+    return LayerStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
 def _accumulate_into(statistics: LayerStatistics, source: LlamaSource, layer: int, num_tokens: int):
@@ -115,11 +115,11 @@ def _accumulate_into(statistics: LayerStatistics, source: LlamaSource, layer: in
             statistics.value_moments[head].add_(_moments(heads) / num_tokens)
             statistics.key_moments[head].add_(_moments(x * of_tokens[:, head, :, None]) / num_tokens)
         weighted = queries * costs.sum(dim=3, keepdim=True).sqrt()
-        statistics.query_moments.add_(torch.einsum("bhsw,bhsu->hwu", weighted, weighted) / num_tokens)
+        statistics.query_moments.add_(torch.einsum("bhsw,bhsu->hwu", weighted, weighted).double() / num_tokens)
         s = x.shape[1]
         distance = (torch.arange(s)[:, None] - torch.arange(s)).clamp(min=0)  # costs of later tokens are zero
         of_pairs = costs.sum(dim=0).flatten(1)
-        statistics.distances.scatter_add_(1, distance.flatten().expand_as(of_pairs), of_pairs / num_tokens)
+        statistics.distances.scatter_add_(1, distance.flatten().expand_as(of_pairs), of_pairs.double() / num_tokens)
 
     return hook
 
@@ -132,7 +132,8 @@ def _spread(values: Tensor, returned: Tensor, forms: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> Tensor:
-    x = x.flatten(0, -2)
+    # in float64, since directions that the text hardly shows must not drown in rounding
+    x = x.flatten(0, -2).double()
     return x.T @ x
 
 

@@ -120,17 +120,17 @@ class CompressedMla(GqaToMla):
         keys = _as_complex(keys.unflatten(0, (-1, self.w)))  # [p g d+1]
         frequencies = self.frequencies if source.has_rope(layer) else torch.zeros_like(self.frequencies)
         scales = torch.where(frequencies == 0, 1.0, self.length_factor**2)
-        distances = statistics.distances.double()
+        distances = statistics.distances
         rotations = torch.exp(-1j * torch.arange(distances.shape[1])[:, None] * frequencies)
         means = distances.to(rotations.dtype) @ rotations / distances.sum(dim=1, keepdim=True).clamp(min=TINY)
         means = means * scales
         # the factor 0.5: a score is the real part of a complex product
-        query_forms = statistics.query_moments.double() / self.w
+        query_forms = statistics.query_moments / self.w
         query_sizes = query_forms.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=1)
         rotated = _as_matrix(means)
         key_forms = (rotated.mT @ query_forms @ rotated).unflatten(0, (self.g, -1)).sum(dim=1)
         value_forms = output_forms(source, layer).unflatten(0, (self.g, -1)).sum(dim=1)
-        moments = statistics.key_moments.double().sum(dim=0)
+        moments = statistics.key_moments.sum(dim=0)
         return LayerParts(
             keys,
             _second_moments(keys, moments / moments[-1, -1].clamp(min=TINY)),

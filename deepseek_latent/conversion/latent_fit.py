@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# relative to the mean variance of the inputs, added to each: directions that the text does not show have some variance
-RIDGE = 1e-6
+# relative to the mean square of the inputs, added to their variances: what the text does not show counts a little
+RIDGE = 1e-7
+FLOAT32_RIDGE = 1e-4  # the same where products are in float32
 # relative to the largest singular value: functions below it are noise
 NEGLIGIBLE = 1e-9
 STEPS = 25  # of L-BFGS; more change the cost by less than 1 %
@@ -29,9 +30,9 @@ def make_target(functions: Tensor, form: Tensor, moments: Tensor) -> Target:
     values, directions = torch.linalg.eigh(form)
     root = values.clamp(min=0).sqrt()[:, None] * directions.T
     # if no error costs anything, all directions count alike
-    moments = moments.double() / moments[-1, -1] if moments[-1, -1] > 0 else torch.eye(len(moments)).double()
+    moments = moments / moments[-1, -1] if moments[-1, -1] > 0 else torch.eye(len(moments)).double()
     covariance = moments - moments[:, -1:] * moments[-1]
-    covariance[:-1, :-1].diagonal().add_(RIDGE * covariance[:-1, :-1].diagonal().mean())
+    covariance[:-1, :-1].diagonal().add_(RIDGE * moments[:-1, :-1].diagonal().mean())
     return Target(functions, root, moments[-1], covariance)
 
 
@@ -64,8 +65,13 @@ def predict(target: Target, latent: Tensor) -> Tensor:
 
 
 def _minimize_cost(targets: list[Target], latent: Tensor) -> Tensor:
-    # the cost that a latent saves is compared by its gradient alone, for which float32 is enough
-    pairs = [((target.root @ target.functions).float(), target.covariance.float()) for target in targets]
+    # float32 is enough if every direction has more variance than rounding takes away
+    identity = FLOAT32_RIDGE * torch.eye(targets[0].covariance.shape[0], dtype=torch.float64)
+    identity[-1, -1] = 0
+    pairs = []
+    for target in targets:
+        covariance = target.covariance + target.covariance.diagonal().mean() * identity
+        pairs.append(((target.root @ target.functions).float(), covariance.float()))
     scale = sum((weighted @ covariance * weighted).sum() for weighted, covariance in pairs)
     if scale == 0:
         return latent

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.calibration import collect_statistics
+from deepseek_latent.conversion.calibration import Calibration
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model
 from deepseek_latent.conversion.gqa_to_mla import GqaToMla
+from deepseek_latent.conversion.llama_source import LlamaSource
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH
 from tests.conversion.architectures import LONG, PUBLISHED, SHORT, save_published
@@ -58,8 +59,8 @@ def test_without_biases_the_error_is_that_of_the_norms_eps(tmp_path, name):
 def test_compression_at_full_widths_loses_nothing(tmp_path, name):
     save_published(tmp_path, name, max_position_embeddings=WINDOW_LENGTH)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    statistics = collect_statistics(model, torch.randint(2, 96, (6, WINDOW_LENGTH), generator=seeded(1)))
     files, ids = Source(tmp_path), random_ids(2, 50)
+    statistics = Calibration(model, LlamaSource(files), torch.randint(2, 96, (6, WINDOW_LENGTH), generator=seeded(1)))
     whole = CompressedMla(files, statistics, r=GqaToMla(files).r)
     assert relative_error(build_model(whole)(ids).logits, model(ids).logits) < 1e-5
 
@@ -86,7 +87,7 @@ def test_elements_that_do_not_rotate_are_never_among_the_rotary_keys_of_a_compre
             layer.self_attn.q_proj.bias.zero_()
     model.save_pretrained(tmp_path)
     # no query reads any key, so nothing loses anything without its rotation
-    statistics = collect_statistics(model, random_ids(2, WINDOW_LENGTH))
+    statistics = Calibration(model, LlamaSource(Source(tmp_path)), random_ids(2, WINDOW_LENGTH))
     conversion = CompressedMla(Source(tmp_path), statistics, r=16)
     assert conversion.num_kept.tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="--qk-rope-head-dim must be even and 2 to 16, got 18"):

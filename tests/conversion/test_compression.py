@@ -139,7 +139,7 @@ def test_moments_are_those_of_the_inputs(tmp_path):
     found = Calibration(model, LlamaSource(Source(tmp_path)), windows)
     hidden = model(windows, output_hidden_states=True).hidden_states
     for layer, of_layer, state in zip(model.model.layers, found, hidden):
-        inputs = layer.input_layernorm(state).flatten(0, 1)
+        inputs = layer.input_layernorm(state).flatten(0, 1).double()
         torch.testing.assert_close(
             of_layer.moments[:-1, :-1], inputs.T @ inputs / windows.numel(), rtol=1e-3, atol=1e-5
         )
@@ -167,7 +167,7 @@ def test_the_cost_of_an_error_in_values_is_the_square_of_what_it_adds(one_head):
     error = torch.randn(16, x.shape[-1], generator=seeded(1))
     # every fourth token is measured
     added = weights[:, ::QUERY_STRIDE] @ (x @ error.T) @ attention.o_proj.weight.T
-    moments = statistics.value_moments[0].double() / statistics.value_moments[0, -1, -1]
+    moments = statistics.value_moments[0] / statistics.value_moments[0, -1, -1]
     cost = (conversion.read_parts(0).value_forms[0] @ error.double() @ moments * error).sum()
     expected = added.square().sum(dim=-1).mean()
     torch.testing.assert_close(cost.float(), expected, rtol=1e-4, atol=0)
@@ -175,21 +175,21 @@ def test_the_cost_of_an_error_in_values_is_the_square_of_what_it_adds(one_head):
 
 def test_the_cost_of_a_pair_is_the_square_of_what_its_score_adds(one_head):
     attention, x, weights, statistics, _ = one_head
-    values = attention.v_proj(x[..., :-1]).detach()
-    out = attention.o_proj.weight.detach()
+    values = attention.v_proj(x[..., :-1]).detach().double()
+    out = attention.o_proj.weight.detach().double()
 
     def returned(scores: torch.Tensor) -> torch.Tensor:
         return scores.softmax(dim=-1) @ values @ out.T
 
-    slopes = torch.autograd.functional.jacobian(returned, weights.log().clamp(min=-1e4))  # [b s d b s s]
+    slopes = torch.autograd.functional.jacobian(returned, weights.double().log().clamp(min=-1e4))  # [b s d b s s]
     costs = torch.einsum("bidbij->bdij", slopes).square().sum(dim=1) / weights.shape[0] / weights.shape[1]
     for distance in range(7):
         expected = costs.diagonal(-distance, dim1=1, dim2=2).sum()
         torch.testing.assert_close(statistics.distances[0, distance], expected, rtol=1e-3, atol=1e-9)
-    queries = attention.q_proj(x[..., :-1]).detach()
+    queries = attention.q_proj(x[..., :-1]).detach().double()
     expected = torch.einsum("bi,biw,biu->wu", costs.sum(dim=2), queries, queries)
     torch.testing.assert_close(statistics.query_moments[0], expected, rtol=1e-3, atol=1e-7)
-    expected = torch.einsum("bj,bjx,bjy->xy", costs.sum(dim=1), x, x)
+    expected = torch.einsum("bj,bjx,bjy->xy", costs.sum(dim=1), x.double(), x.double())
     torch.testing.assert_close(statistics.key_moments[0], expected, rtol=1e-3, atol=1e-7)
 
 
