@@ -225,14 +225,9 @@ class GqaToMla:
         return expand.flatten(0, 1)
 
     def _kv_constant(self, layer: int) -> float:
-        def affine(name: str) -> tuple[Tensor, Tensor]:
-            bias = self.source.bias(layer, name)
-            return self.source.weight(layer, name) * self.source.input_norm(layer), bias
-
-        parts = [affine("v_proj")]
-        if self.resting:
-            parts.append(affine("k_proj"))
-        weight, bias = (torch.cat(x) for x in zip(*parts))
+        names = ("v_proj", "k_proj") if self.resting else ("v_proj",)
+        weight = torch.cat([self.source.weight(layer, name) for name in names]) * self.source.input_norm(layer)
+        bias = torch.cat([self.source.bias(layer, name) for name in names])
         return self._choose_constant(self.c, weight.norm().item() * math.sqrt(self.d) + bias.norm().item())
 
     def _query_constant(self, layer: int) -> float:

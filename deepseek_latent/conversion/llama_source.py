@@ -78,9 +78,6 @@ class LlamaSource:
     def input_norm(self, layer: int) -> Tensor:
         return self._read(f"model.layers.{layer}.input_layernorm.weight", torch.float32)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files or (name in self.shapes and name != _HEAD)
-
     def piece(self, name: str) -> Piece:
         """The tensor for the new checkpoint: copied unchanged if the source has it as a Llama would."""
         if name in self.files and not self._steps(name):
@@ -91,7 +88,7 @@ class LlamaSource:
         if self._is_absent_norm(name):
             return torch.ones(self.shapes[name], dtype=dtype)
         x = self.files[self._stored_name(name)]
-        # small tensors and the operands of later computations are not rounded twice; the others take less memory so
+        # operands of later computations must not be rounded twice; the other large tensors take less memory as they are
         x = x.float() if dtype == torch.float32 or x.dim() == 1 else x
         for step in (steps := self._steps(name)):
             x = step(x)
