@@ -38,7 +38,8 @@ class LatentCache(DynamicCache):
         offloading: keep the layers on the CPU and fetch each one just before it is read (CUDA only).
         cache_dtype: quantize latents to "int8", "int6", "int5", "int4" or "fp8", and store rotary keys in bfloat16;
             None stores both in the dtype that the model computes in. New tokens are quantized before they are first
-            read, so a prompt read in chunks gives the same output.
+            read, so a prompt read in chunks gives the same output. A model that was converted to a smaller cache also
+            has channels of the latent that are stored in bfloat16, `config.num_unquantized_channels` of them.
         max_cache_len: make it a static cache for at most this many tokens, in buffers whose addresses never change, as
             compiled and captured steps need it; None lets it grow.
     """
@@ -61,18 +62,24 @@ class LatentCache(DynamicCache):
                 )
         gathered = []
         if isinstance(config, PreTrainedConfig):
-            num_layers = config.get_text_config(decoder=True).num_hidden_layers
+            text_config = config.get_text_config(decoder=True)
+            num_layers = text_config.num_hidden_layers
+            # other config classes of the same models do not know this field
+            num_unquantized = getattr(text_config, "num_unquantized_channels", 0)
         elif isinstance(config, Iterable) and not isinstance(config, (dict, str, torch.nn.Module)):
             gathered = list(config)
-            num_layers = len(gathered)
+            num_layers, num_unquantized = len(gathered), 0
         else:
             raise TypeError(f"expected a model's config to make a LatentCache from, got {type(config).__name__}.")
         # only a static cache has a count
         self.count = None if max_cache_len is None else TokenCount()
         if self.count is None:
-            layers = [LatentCacheLayer(cache_dtype) for _ in range(num_layers)]
+            layers = [LatentCacheLayer(cache_dtype, num_unquantized) for _ in range(num_layers)]
         else:
-            layers = [StaticLatentCacheLayer(max_cache_len, self.count, cache_dtype) for _ in range(num_layers)]
+            layers = [
+                StaticLatentCacheLayer(max_cache_len, self.count, cache_dtype, num_unquantized)
+                for _ in range(num_layers)
+            ]
         Cache.__init__(self, layers=layers, offloading=offloading)
         self.stored_tokens: Tensor | None = None
         for layer, (keys, values, *_) in zip(self.layers, gathered):
