@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .files import write_tensors
 from .format import check_cache_dtype, refuse_unknown_options
 from .layer import LatentCacheLayer
+from .quantization_error import warn_of_large_error
 from .records import layer_to_records, rows_from_records
 from .segments import Latents
 from .static_layer import StaticLatentCacheLayer, TokenCount
@@ -82,14 +83,18 @@ class LatentCache(DynamicCache):
             ]
         Cache.__init__(self, layers=layers, offloading=offloading)
         self.stored_tokens: Tensor | None = None
+        self._has_warned = False
         for layer, (keys, values, *_) in zip(self.layers, gathered):
             if keys is not None:
                 layer.update(keys, values)
 
     def append(self, latent: Tensor, k_rotary: Tensor, layer_idx: int) -> Latents:
         """Adds new tokens as `update` does, and returns all tokens as they are stored."""
+        is_first = self.cache_dtype is not None and not self.layers[layer_idx].is_initialized
         # transformers passes `as_stored` on to `LatentCacheLayer.update`
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
+        if is_first and not (self._has_warned or self.is_recorded or torch.jit.is_tracing()):
+            self._has_warned = warn_of_large_error(latent[0, 0], latents.segments[0])
         return latents
 
     @property

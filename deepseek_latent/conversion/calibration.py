@@ -21,10 +21,12 @@ class LayerStatistics(NamedTuple):
 
     moments    [d+1 d+1]  mean of x x^T over tokens, where x is the normalized input of the layer with a 1 appended
     distances  [h WINDOW_LENGTH]  mean attention weight that a head gives to the token at each distance back
+    first_token  [d+1]  mean of x at the first token of a window
     """
 
     moments: Tensor
     distances: Tensor
+    first_token: Tensor
 
 
 @torch.no_grad()
@@ -36,7 +38,9 @@ def collect_statistics(
     d, h = model.config.hidden_size, model.config.num_attention_heads
     statistics = [
         LayerStatistics(
-            torch.zeros(d + 1, d + 1, dtype=torch.float64), torch.zeros(h, WINDOW_LENGTH, dtype=torch.float64)
+            torch.zeros(d + 1, d + 1, dtype=torch.float64),
+            torch.zeros(h, WINDOW_LENGTH, dtype=torch.float64),
+            torch.zeros(d + 1, dtype=torch.float64),
         )
         for _ in model.model.layers
     ]
@@ -46,6 +50,7 @@ def collect_statistics(
             x = kwargs["hidden_states"].flatten(0, 1).double()
             x = torch.nn.functional.pad(x, (0, 1), value=1.0)
             layer.moments.add_(x.T @ x / windows.numel())
+            layer.first_token.add_(x[:: windows.shape[1]].sum(dim=0) / len(windows))
             for distance in range(WINDOW_LENGTH):
                 weights = output[1].diagonal(-distance, dim1=2, dim2=3).double().sum(dim=(0, 2))
                 layer.distances[:, distance] += weights / windows.numel()

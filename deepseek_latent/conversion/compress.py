@@ -9,8 +9,8 @@ inverse. That is exact. Two steps are not:
 
 1. Only r/2 mixtures keep their rotation. In all others e^{-i D f}, for a distance D, is replaced by its mean over the
    distances that a head attends to. The mean is near 1 for a slow frequency and near 0 for a fast one.
-2. These keys and the values become a latent of c - 1 principal components. The last channel is the constant of
-   `gqa_to_mla`.
+2. These keys and the values become a latent of c - 1 principal components, in the basis of `latent_basis`. The last
+   channel is the constant of `gqa_to_mla`.
 
 Both steps minimize one number, the change of attention's output to first order. An error in a score costs the spread
 of the values that the head attends to, an error in a value costs what `o_proj` makes of it. Source of the idea:
@@ -34,6 +34,7 @@ from .gqa_to_mla import (
     rope_frequencies,
     rope_parameters,
 )
+from .latent_basis import num_unquantized_channels, quantizable_basis
 from .llama_source import LlamaSource
 from .source import Source
 
@@ -53,6 +54,7 @@ class LayerParts(NamedTuple):
     score_costs: Tensor  # [h p] cost of a squared error of a key element, through the score
     value_costs: Tensor  # [g w w] cost of an error of a value, a quadratic form
     moments: Tensor  # [d+1 d+1] second moments of x
+    first_token: Tensor  # [d+1] mean of x at the first token of a text
 
 
 class CompressedLayer(NamedTuple):
@@ -89,6 +91,7 @@ class CompressedMla(GqaToMla):
     ):
         super().__init__(files)
         self.n, self.r, self.c = self.w, r, check_widths(self.source, r, c)
+        self.num_unquantized = num_unquantized_channels(self.c)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.statistics = statistics
         self.frequencies, self.length_factor = rope_frequencies(self.source.config, self.w)
@@ -138,7 +141,9 @@ class CompressedMla(GqaToMla):
         score_costs = 0.5 / self.w * self.length_factor**4 * spread[:, None] * query_moments
         value_costs = forms.unflatten(0, (self.g, -1)).sum(dim=1)
         key_moments = _second_moments(keys, moments)
-        return LayerParts(keys, key_moments, values, means * self.length_factor**2, score_costs, value_costs, moments)
+        costs = score_costs, value_costs
+        means = means * self.length_factor**2
+        return LayerParts(keys, key_moments, values, means, *costs, moments, statistics.first_token)
 
     def mix_heads(self, parts: LayerParts, frequency: int) -> tuple[Tensor, Tensor]:
         """T [g g] complex, whose rows mix the heads of a frequency, and the loss of each row without its rotation [g].
@@ -198,6 +203,8 @@ class CompressedMla(GqaToMla):
         num_empty = self.c - 1 - len(variances)
         latent = torch.nn.functional.pad(latent, (0, 0, 0, num_empty))
         prediction = torch.nn.functional.pad(prediction, (0, num_empty))
+        basis = quantizable_basis(latent, parts.moments, parts.first_token)
+        latent, prediction = basis @ latent, prediction @ basis.T
         prediction = torch.cat((prediction, (y @ mean)[:, None]), dim=1)
         real, imaginary, values = prediction.split((keys[..., 0].numel(), keys[..., 0].numel(), self.g * self.w))
         return latent, torch.complex(real, imaginary).unflatten(0, (-1, self.g)), values.unflatten(0, (self.g, -1))

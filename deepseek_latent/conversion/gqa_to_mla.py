@@ -4,7 +4,8 @@ Letters: d model width, h query heads, g key heads, w width of a source head, n/
 head, c KV latent width, a query latent width.
 
 The rotary key holds the keys of all heads side by side, r = g w, and a query head is zero except at its key head. The
-latent holds the values of all heads side by side, and `kv_b_proj` selects those of a head. Two obstacles remain:
+latent holds the values of all heads side by side, each rotated to channels that are alike (`value_rotation`), and
+`kv_b_proj` selects those of a head and rotates them back. Two obstacles remain:
 
 1. RoPE rotates the pairs of every head at the same w/2 frequencies. A longrope table repeats them g times.
 2. The latent is normalized. A constant channel, much larger than the others, dominates the norm, and the norm's weight
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from .latent_basis import value_rotation
 from .llama_source import LlamaSource
 from .source import Source
 from .target import Piece
@@ -58,6 +60,7 @@ class GqaToMla:
         self.d, self.h, self.g, self.w = source.d, source.h, source.g, source.w
         self.r, self.n = self.g * self.w, CONTENT_WIDTH
         self.c = self.d if bias_free else _width_with_constant(self.g * self.w)
+        self.num_unquantized = 0
         self.a = _width_with_constant(self.d) if "q_proj" in source.projections_with_bias else None
         # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
@@ -77,6 +80,7 @@ class GqaToMla:
             qk_rope_head_dim=self.r,
             v_head_dim=self.w,
             attention_bias=not self.bias_free,
+            num_unquantized_channels=self.num_unquantized,
             rope_parameters=self.rope_parameters(),
             # all layers are dense, but transformers' own class needs the numbers of experts
             first_k_dense_replace=origin.num_hidden_layers,
@@ -164,14 +168,19 @@ class GqaToMla:
         keys = torch.cat([interleave(key) for key in keys])
         if self.bias_free:
             return torch.cat((torch.eye(self.c), keys))
-        values = self.source.weight(layer, "v_proj")
+        values = self._rotate_values(self.source.weight(layer, "v_proj"))
         return torch.cat((values, values.new_zeros(self.c - len(values), self.d), keys))
 
     def _kv_a_bias(self, layer: int) -> Tensor:
         values, keys = (self.source.bias(layer, name) for name in ("v_proj", "k_proj"))
         latent = _one_hot(self.c, self.g * self.w, self._kv_constant(layer))
-        latent[: len(values)] = values
+        latent[: len(values)] = self._rotate_values(values)
         return torch.cat((latent, *(interleave(key) for key in keys.unflatten(0, (self.g, self.w)))))
+
+    def _rotate_values(self, values: Tensor) -> Tensor:
+        """Values [g w ..] of every head in the basis of the latent."""
+        there, _ = value_rotation(self.w)
+        return (there @ values.view(self.g, self.w, -1)).view_as(values)
 
     def _kv_norm_weight(self, layer: int) -> Tensor:
         if self.bias_free:
@@ -186,9 +195,13 @@ class GqaToMla:
         return norm
 
     def _kv_b_weight(self, layer: int) -> Tensor:
-        """[h(n+v) c]: keys have no content; values are selected from the latent, or computed from the input."""
+        """[h(n+v) c]: keys have no content; values are rotated back from the latent, or computed from the input."""
         expand = torch.zeros(self.h, self.n + self.w, self.c)
-        values = self._weight_with_norm(layer, "v_proj") if self.bias_free else torch.eye(self.g * self.w, self.c)
+        if self.bias_free:
+            values = self._weight_with_norm(layer, "v_proj")
+        else:
+            values = torch.block_diag(*[value_rotation(self.w)[1]] * self.g)
+            values = torch.nn.functional.pad(values, (0, self.c - len(values)))
         for head, part in enumerate(expand):
             part[self.n :] = values.unflatten(0, (self.g, self.w))[head // (self.h // self.g)]
         return expand.flatten(0, 1)
