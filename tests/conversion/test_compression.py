@@ -208,7 +208,7 @@ def test_the_command_reports_every_step_and_writes_the_model_it_evaluated(source
     assert f"| perplexity of the source | {report['perplexity of the source']:.4g} |" in card
     # the channels that quantized caches keep in bfloat16, also if experts are made of the result
     assert model.config.num_unquantized_channels == num_unquantized_channels(16) == 8
-    experts = Upcycle(Cast(Source(out)), "M2", e=2, shared=0, k=1, groups=1)
+    experts = Upcycle(Cast(Source(out), None), "M2", e=2, shared=0, k=1, groups=1)
     assert experts.config.num_unquantized_channels == 8
     stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
     assert perplexity(stock.eval(), held_out) == pytest.approx(
