@@ -63,6 +63,9 @@ class DeepseekV2Config(PreTrainedConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     attention_bias: bool = False
+    # the last channels of a latent, which a quantized LatentCache stores in bfloat16: conversions put there what codes
+    # of few bits hold badly
+    num_unquantized_channels: int = 0
     attention_dropout: float | int = 0.0
 
     # feed-forward
@@ -199,7 +202,8 @@ class DeepseekV2Config(PreTrainedConfig):
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
         # these are fields of this package alone, so they are written only if they are used
-        for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor"):
+        own_fields = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
+        for name in (*own_fields, "num_unquantized_channels"):
             if not output[name]:
                 del output[name]
         if "device_capacity_factor" not in output:

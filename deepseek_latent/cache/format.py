@@ -1,6 +1,7 @@
 """The formats of cached tokens, one row per token: unquantized, in integers of 8, 6, 5 or 4 bits, or in fp8.
 
-Letters: c latent width, r rotary width. A plane is 128 consecutive elements of a latent.
+Letters: c latent width, r rotary width, u unquantized channels of a latent, its last ones. A plane is 128 consecutive
+elements of the c - u others.
 """
 
 from dataclasses import dataclass
@@ -48,10 +49,19 @@ class LatentFormat:
 
 @dataclass(frozen=True)
 class QuantizedFormat(LatentFormat):
-    """Rows of bytes: codes of the latent, one scale per plane of 128 elements, and the rotary key in bfloat16.
+    """Rows of bytes: codes of a latent's first c - u elements, one scale per plane of 128, and all else in bfloat16.
 
-    A scale applies to a whole plane, so a kernel can multiply scores and probabilities by it instead of elements.
+    What is in bfloat16 are the last u elements of the latent and the rotary key, side by side. u is 0 but for models
+    whose conversion put what codes hold badly there. A scale applies to a whole plane, so a kernel can multiply scores
+    and probabilities by it instead of elements.
     """
+
+    num_unquantized: int = 0
+
+    @property
+    def coded_width(self) -> int:
+        """c - u."""
+        return self.latent_width - self.num_unquantized
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -59,13 +69,13 @@ class QuantizedFormat(LatentFormat):
 
     @property
     def row_width(self) -> int:
-        return self._scales.stop + 2 * self.rotary_width
+        return self._scales.stop + 2 * (self.num_unquantized + self.rotary_width)
 
     @property
     def _scales(self) -> slice:
         # the offset is a multiple of 4, so that scales are aligned for any widths
         start = -(-self._num_code_bytes // 4) * 4
-        num_planes = -(-self.latent_width // PLANE)
+        num_planes = -(-self.coded_width // PLANE)
         return slice(start, start + num_planes * self._scale_dtype.itemsize)
 
     def encode(self, latent: Tensor, k_rotary: Tensor) -> Tensor:
@@ -74,24 +84,28 @@ class QuantizedFormat(LatentFormat):
                 f"latents quantized to {self.cache_dtype} carry no gradient: generate or evaluate under "
                 "torch.no_grad(), or use a LatentCache without cache_dtype."
             )
+        in_bfloat16 = k_rotary
+        if self.num_unquantized:
+            latent, unquantized = latent.split((self.coded_width, self.num_unquantized), dim=-1)
+            in_bfloat16 = torch.cat((unquantized, k_rotary), dim=-1)
         planes = latent.float().split(PLANE, dim=-1)
         scales = self._scales_of(torch.stack([plane.abs().amax(dim=-1) for plane in planes], dim=-1))
         scaled = [plane / scale for plane, scale in zip(planes, scales.float().split(1, dim=-1))]
         rows = latent.new_zeros(*latent.shape[:-1], self.row_width, dtype=torch.uint8)
         rows[..., : self._num_code_bytes] = self._to_code_bytes(torch.cat(scaled, dim=-1))
         rows[..., self._scales] = scales.view(torch.uint8)
-        rows[..., self._scales.stop :] = k_rotary.bfloat16().contiguous().view(torch.uint8)
+        rows[..., self._scales.stop :] = in_bfloat16.bfloat16().contiguous().view(torch.uint8)
         return rows
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        c = self.latent_width
+        coded, width = self.coded_width, self.latent_width + self.rotary_width
         # float32 also for half precision, so that the product of code and scale is rounded once
-        out = rows.new_empty(*rows.shape[:-1], c + self.rotary_width, dtype=torch.promote_types(dtype, torch.float32))
-        self._from_code_bytes(rows[..., : self._num_code_bytes], out[..., :c])
+        out = rows.new_empty(*rows.shape[:-1], width, dtype=torch.promote_types(dtype, torch.float32))
+        self._from_code_bytes(rows[..., : self._num_code_bytes], out[..., :coded])
         scales = rows[..., self._scales].view(self._scale_dtype).to(out.dtype)
-        for plane, scale in zip(out[..., :c].split(PLANE, dim=-1), scales.split(1, dim=-1)):
+        for plane, scale in zip(out[..., :coded].split(PLANE, dim=-1), scales.split(1, dim=-1)):
             plane.mul_(scale)
-        out[..., c:] = rows[..., self._scales.stop :].view(torch.bfloat16)
+        out[..., coded:] = rows[..., self._scales.stop :].view(torch.bfloat16)
         return out.to(dtype)
 
 
@@ -121,7 +135,7 @@ class IntegerFormat(QuantizedFormat):
 
     @property
     def _code_plane_width(self) -> int:
-        return -(-self.latent_width * self._shared_bits // 8)
+        return -(-self.coded_width * self._shared_bits // 8)
 
     @property
     def _num_code_bytes(self) -> int:
@@ -136,7 +150,7 @@ class IntegerFormat(QuantizedFormat):
         half = 1 << (self.bits - 1)
         codes = (scaled.floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
         g, num_byte_planes = self._shared_bits, self.bits // self._shared_bits
-        missing = 8 // g * self._code_plane_width - self.latent_width
+        missing = 8 // g * self._code_plane_width - self.coded_width
         planes = torch.unflatten(F.pad(codes, (0, missing)), -1, (8 // g, -1))
         byte_planes = planes[..., :num_byte_planes, :].contiguous()
         for k, split_plane in enumerate(planes.unbind(-2)[num_byte_planes:]):
@@ -173,7 +187,7 @@ class Float8Format(QuantizedFormat):
 
     @property
     def _num_code_bytes(self) -> int:
-        return self.latent_width
+        return self.coded_width
 
     def _scales_of(self, largest: Tensor) -> Tensor:
         # the divisor is a tensor: a GPU would multiply by a number's reciprocal, and codes would depend on the device
@@ -212,10 +226,13 @@ def refuse_unknown_options(owner: str, options: dict[str, Any]) -> None:
         raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.")
 
 
-def latent_format(cache_dtype: str | None, latent_width: int, rotary_width: int, dtype: torch.dtype) -> LatentFormat:
+def latent_format(
+    cache_dtype: str | None, latent_width: int, rotary_width: int, dtype: torch.dtype, num_unquantized: int = 0
+) -> LatentFormat:
     check_cache_dtype(cache_dtype)
     if cache_dtype is None:
         return LatentFormat(latent_width, rotary_width, dtype)
     if cache_dtype == "fp8":
-        return Float8Format(latent_width, rotary_width, dtype)
-    return IntegerFormat(latent_width, rotary_width, dtype, int(cache_dtype.removeprefix("int")))
+        return Float8Format(latent_width, rotary_width, dtype, num_unquantized)
+    bits = int(cache_dtype.removeprefix("int"))
+    return IntegerFormat(latent_width, rotary_width, dtype, num_unquantized, bits)

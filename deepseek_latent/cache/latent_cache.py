@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .files import write_tensors
 from .format import check_cache_dtype, refuse_unknown_options
 from .layer import LatentCacheLayer
+from .quantization_error import warn_of_large_error
 from .records import layer_to_records, rows_from_records
 from .segments import Latents
 from .static_layer import StaticLatentCacheLayer, TokenCount
@@ -38,7 +39,8 @@ class LatentCache(DynamicCache):
         offloading: keep the layers on the CPU and fetch each one just before it is read (CUDA only).
         cache_dtype: quantize latents to "int8", "int6", "int5", "int4" or "fp8", and store rotary keys in bfloat16;
             None stores both in the dtype that the model computes in. New tokens are quantized before they are first
-            read, so a prompt read in chunks gives the same output.
+            read, so a prompt read in chunks gives the same output. A model that was converted to a smaller cache also
+            has channels of the latent that are stored in bfloat16, `config.num_unquantized_channels` of them.
         max_cache_len: make it a static cache for at most this many tokens, in buffers whose addresses never change, as
             compiled and captured steps need it; None lets it grow.
     """
@@ -61,28 +63,38 @@ class LatentCache(DynamicCache):
                 )
         gathered = []
         if isinstance(config, PreTrainedConfig):
-            num_layers = config.get_text_config(decoder=True).num_hidden_layers
+            text_config = config.get_text_config(decoder=True)
+            num_layers = text_config.num_hidden_layers
+            # other config classes of the same models do not know this field
+            num_unquantized = getattr(text_config, "num_unquantized_channels", 0)
         elif isinstance(config, Iterable) and not isinstance(config, (dict, str, torch.nn.Module)):
             gathered = list(config)
-            num_layers = len(gathered)
+            num_layers, num_unquantized = len(gathered), 0
         else:
             raise TypeError(f"expected a model's config to make a LatentCache from, got {type(config).__name__}.")
         # only a static cache has a count
         self.count = None if max_cache_len is None else TokenCount()
         if self.count is None:
-            layers = [LatentCacheLayer(cache_dtype) for _ in range(num_layers)]
+            layers = [LatentCacheLayer(cache_dtype, num_unquantized) for _ in range(num_layers)]
         else:
-            layers = [StaticLatentCacheLayer(max_cache_len, self.count, cache_dtype) for _ in range(num_layers)]
+            layers = [
+                StaticLatentCacheLayer(max_cache_len, self.count, cache_dtype, num_unquantized)
+                for _ in range(num_layers)
+            ]
         Cache.__init__(self, layers=layers, offloading=offloading)
         self.stored_tokens: Tensor | None = None
+        self._has_warned = False
         for layer, (keys, values, *_) in zip(self.layers, gathered):
             if keys is not None:
                 layer.update(keys, values)
 
     def append(self, latent: Tensor, k_rotary: Tensor, layer_idx: int) -> Latents:
         """Adds new tokens as `update` does, and returns all tokens as they are stored."""
+        is_first = self.cache_dtype is not None and not self.layers[layer_idx].is_initialized
         # transformers passes `as_stored` on to `LatentCacheLayer.update`
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
+        if is_first and not (self._has_warned or self.is_recorded or torch.jit.is_tracing()):
+            self._has_warned = warn_of_large_error(latent[0, 0], latents.segments[0])
         return latents
 
     @property

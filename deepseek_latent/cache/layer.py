@@ -20,18 +20,20 @@ class LatentCacheLayer(DynamicLayer):
     latent    [b 1 t c]   KV latent after its RMSNorm, also as `keys`
     k_rotary  [b 1 t r]   already rotated to its absolute position, also as `values`
 
-    `cache_dtype` selects the format of a row (format.py). A prefix that all sequences share may be stored once, in rows
-    [1 p width] that are never written. The tokens after it are in one buffer [b capacity width] that grows
-    geometrically and is written in place, so a new token copies no other. The axis of size 1 is where DynamicLayer
-    has its heads, so generic code finds the layout it expects. Source: paper 2.1.3, (d_c + d_h^R) l elements.
+    `cache_dtype` and `num_unquantized` select the format of a row (format.py). A prefix that all sequences share may be
+    stored once, in rows [1 p width] that are never written. The tokens after it are in one buffer [b capacity width]
+    that grows geometrically and is written in place, so a new token copies no other. The axis of size 1 is where
+    DynamicLayer has its heads, so generic code finds the layout it expects.
+
+    Source: paper 2.1.3, (d_c + d_h^R) l elements.
     """
 
     # True if later tokens may have a wider dtype
     may_widen = True
 
-    def __init__(self, cache_dtype: str | None = None):
+    def __init__(self, cache_dtype: str | None = None, num_unquantized: int = 0):
         # not super().__init__, which would assign `keys` and `values`: they are properties here
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.num_unquantized = cache_dtype, num_unquantized
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +93,7 @@ class LatentCacheLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._format = latent_format(self.cache_dtype, key_states.shape[-1], value_states.shape[-1], self.dtype)
+        self._format = self._format_for(key_states, value_states)
         self._buffer = self._new_rows(key_states.shape[0], 0)
         self.is_initialized = True
 
@@ -146,7 +148,7 @@ class LatentCacheLayer(DynamicLayer):
     def _format_for(self, key_states: Tensor, value_states: Tensor) -> LatentFormat:
         widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype
         if not self.is_initialized:
-            return latent_format(self.cache_dtype, *widths, dtype)
+            return latent_format(self.cache_dtype, *widths, dtype, self.num_unquantized)
         held = (self.batch_size, self._format.latent_width, self._format.rotary_width, self.dtype, self.device)
         new = (key_states.shape[0], *widths, dtype, key_states.device)
         check_continues(held, new, may_widen=self.may_widen)

@@ -17,7 +17,8 @@ RECORD_BYTES = 656
 
 def layer_to_records(layer: LatentCacheLayer) -> Tensor:
     """The tokens of one layer as a new tensor of records [b t 656], rounded to fp8 unless they are stored so."""
-    record_format = _record_format(layer.format.latent_width, layer.format.rotary_width, layer.dtype)
+    widths = layer.format.latent_width, layer.format.rotary_width
+    record_format = _record_format(*widths, layer.num_unquantized, layer.dtype)
     if layer.cache_dtype == "fp8":
         return layer.rows().clone()
     return record_format.encode(*layer.latents.dense(layer.batch_size))
@@ -27,7 +28,8 @@ def rows_from_records(
     records: Iterable[Tensor], config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Float8Format, list[Tensor]]:
     """Copies records [b t 656] of every layer into rows; refuses layers that differ in shape, and NaN or infinity."""
-    record_format = _record_format(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    record_format = _record_format(*widths, config.num_unquantized_channels, dtype)
     records = list(records)
     shapes, num_layers = [list(x.shape) for x in records], config.num_hidden_layers
     if len(shapes) != num_layers or any(s != shapes[0] or len(s) != 3 or s[-1] != RECORD_BYTES for s in shapes):
@@ -44,10 +46,15 @@ def rows_from_records(
     return record_format, copies
 
 
-def _record_format(latent_width: int, rotary_width: int, dtype: torch.dtype) -> Float8Format:
+def _record_format(latent_width: int, rotary_width: int, num_unquantized: int, dtype: torch.dtype) -> Float8Format:
     if (latent_width, rotary_width) != (512, 64):
         raise ValueError(
             f"records of {RECORD_BYTES} bytes have latent width 512 and rotary width 64, this model has "
             f"{latent_width} and {rotary_width}."
+        )
+    if num_unquantized:
+        raise ValueError(
+            f"records of {RECORD_BYTES} bytes quantize every channel of a latent, but this model has "
+            f"num_unquantized_channels={num_unquantized}, whose values fp8 holds badly; keep a LatentCache instead."
         )
     return Float8Format(latent_width, rotary_width, dtype)

@@ -96,12 +96,12 @@ class StaticLatentCacheLayer(LatentCacheLayer):
     is_compileable = True
     may_widen = False
 
-    def __init__(self, max_cache_len: int, count: TokenCount, cache_dtype: str | None = None):
+    def __init__(self, max_cache_len: int, count: TokenCount, cache_dtype: str | None = None, num_unquantized: int = 0):
         if type(max_cache_len) is not int or max_cache_len < 1:
             raise ValueError(f"max_cache_len must be a number of tokens, at least 1, got {max_cache_len!r}.")
         self.max_cache_len, self.count, self.num_held = max_cache_len, count, 0
         count.layers.append(self)
-        super().__init__(cache_dtype)
+        super().__init__(cache_dtype, num_unquantized)
 
     @property
     def _num_buffered(self) -> int:

@@ -87,7 +87,8 @@ def read_layers(path: str | PathLike, model: PreTrainedModel) -> StoredLayers:
         )
     # equal to the model's by now
     widths, num_layers = (stored["latent width"], stored["rotary width"]), stored["number of layers"]
-    rows_format = latent_format(stored["cache_dtype"], *widths, model.dtype)
+    num_unquantized = model.config.get_text_config(decoder=True).num_unquantized_channels
+    rows_format = latent_format(stored["cache_dtype"], *widths, model.dtype, num_unquantized)
     tokens = torch.tensor(stored["tokens"])
     _check_tensors(path, tensors, num_layers, tokens, rows_format)
     rows = []

@@ -72,7 +72,8 @@ def _cache_table(config: DeepseekV2Config) -> Table:
     for attention, count in cached_elements_per_token(config).items():
         table.add_row(attention, f"{count:,}", f"{count * dtype.itemsize:,}", f"{count / compressed:.2f}")
     for cache_dtype in CACHE_DTYPES[1:]:
-        row_bytes = latent_format(cache_dtype, config.kv_lora_rank, config.qk_rope_head_dim, dtype).row_width
+        widths = config.kv_lora_rank, config.qk_rope_head_dim
+        row_bytes = latent_format(cache_dtype, *widths, dtype, config.num_unquantized_channels).row_width
         num_bytes = row_bytes * config.num_hidden_layers
         ratio = f"{num_bytes / (compressed * dtype.itemsize):.2f}"
         table.add_row(f"MLA, {cache_dtype}", f"{compressed:,}", f"{num_bytes:,}", ratio)

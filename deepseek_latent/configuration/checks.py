@@ -114,6 +114,11 @@ def check_fields(config: PreTrainedConfig) -> None:
             f"qk_rope_head_dim must be even, since RoPE rotates pairs, got {config.qk_rope_head_dim}; "
             f"use {config.qk_rope_head_dim + 1} or {config.qk_rope_head_dim - 1}."
         )
+    if config.num_unquantized_channels % 2 or not 0 <= config.num_unquantized_channels < config.kv_lora_rank:
+        raise ValueError(
+            f"num_unquantized_channels must be even, 0 or more and below kv_lora_rank ({config.kv_lora_rank}), got "
+            f"{reprlib.repr(config.num_unquantized_channels)}; leave it out, unless a conversion wrote it."
+        )
     if config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
             f"num_key_value_heads must equal num_attention_heads ({config.num_attention_heads}), since MLA expands "

@@ -33,6 +33,7 @@ class LayerStatistics(NamedTuple):
     key_moments    [g d+1 d+1]  the same of the tokens attended to, weighted by the costs of their pairs
     query_moments  [h w w]    sums of q q^T per token, weighted by the costs of their pairs
     distances      [h WINDOW_LENGTH]  costs of the pairs at each distance back, per token
+    first_token    [d+1]  mean of x at the first token of a window
     """
 
     moments: Tensor
@@ -40,6 +41,7 @@ class LayerStatistics(NamedTuple):
     key_moments: Tensor
     query_moments: Tensor
     distances: Tensor
+    first_token: Tensor
 
 
 class Calibration:
@@ -91,7 +93,7 @@ class Calibration:
 
 def _empty_statistics(source: LlamaSource) -> LayerStatistics:
     d, h, g, w = source.d + 1, source.h, source.g, source.w
-    shapes = ((d, d), (g, d, d), (g, d, d), (h, w, w), (h, WINDOW_LENGTH))
+    shapes = ((d, d), (g, d, d), (g, d, d), (h, w, w), (h, WINDOW_LENGTH), (d,))
     return LayerStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
@@ -110,6 +112,7 @@ def _accumulate_into(statistics: LayerStatistics, source: LlamaSource, layer: in
         costs = weights.square() * _spread(values, weights @ values, forms)
         attended = weights[:, :, ::QUERY_STRIDE] @ x[:, None] * head_sizes
         statistics.moments.add_(_moments(x) / num_tokens)
+        statistics.first_token.add_(x[:, 0].double().sum(dim=0) * (x.shape[1] / num_tokens))
         of_tokens = costs.sum(dim=2).unflatten(1, (g, -1)).sum(dim=2).sqrt()  # [b g s]
         for head, heads in enumerate(attended.split(h // g, dim=1)):
             statistics.value_moments[head].add_(_moments(heads) / num_tokens)

@@ -9,8 +9,8 @@ inverse. That is exact. Two steps are not:
 
 1. Only r/2 mixtures keep their rotation. In all others e^{-i D f}, for a distance D, is replaced by its mean over the
    distances at which an error of a score costs most. It is near 1 for a slow frequency and near 0 for a fast one.
-2. These keys and the values are predicted from a latent of c - 1 channels (`latent_fit`). The last channel is the
-   constant of `gqa_to_mla`.
+2. These keys and the values are predicted from a latent of c - 1 channels (`latent_fit`), in a basis that quantized
+   caches hold well (`latent_basis`). The last channel is the constant of `gqa_to_mla`.
 
 Both steps minimize the change of attention's output to first order, with statistics of the tokens that are attended to
 (`calibration`). After them, `refine` trains each layer to return what its source returns. Source of the idea: TransMLA
@@ -32,7 +32,8 @@ from .gqa_to_mla import (
     constant_norm_weight,
     inverse_norm_weight,
 )
-from .latent_fit import fit_latent, make_target, predict
+from .latent_basis import num_unquantized_channels, quantizable_basis
+from .latent_fit import equal_costs, fit_latent, make_target, predict
 from .llama_source import LlamaSource
 from .progress import track
 from .rope_table import interleave, rope_frequencies, rope_parameters
@@ -88,6 +89,7 @@ class CompressedMla(GqaToMla):
     ):
         super().__init__(files)
         self.n, self.r, self.c = self.w, r, check_widths(self.source, r, c)
+        self.num_unquantized = num_unquantized_channels(self.c)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.statistics = statistics
         self.frequencies, self.length_factor = rope_frequencies(self.source.config, self.w)
@@ -188,12 +190,16 @@ class CompressedMla(GqaToMla):
         real_keys = _as_real(keys).transpose(0, 1)
         of_keys = [make_target(*head) for head in zip(real_keys, parts.key_forms, statistics.key_moments)]
         of_values = [make_target(*head) for head in zip(parts.values, parts.value_forms, statistics.value_moments)]
-        latent = fit_latent(of_keys + of_values, self.c - 1)
+        latent = equal_costs(of_keys + of_values, fit_latent(of_keys + of_values, self.c - 1))
         keys, values = (torch.stack([predict(head, latent) for head in heads]) for heads in (of_keys, of_values))
         # channels beyond the rank of keys and values are zero
         num_empty = self.c - 1 - len(latent)
-        keys, values = (torch.cat((pad(x[..., :-1], (0, num_empty)), x[..., -1:]), dim=2) for x in (keys, values))
-        return pad(latent, (0, 0, 0, num_empty)), _as_complex(keys), values
+        latent = pad(latent, (0, 0, 0, num_empty))
+        basis = quantizable_basis(latent, statistics.moments, statistics.first_token)
+        keys, values = (
+            torch.cat((pad(x[..., :-1], (0, num_empty)) @ basis.T, x[..., -1:]), dim=2) for x in (keys, values)
+        )
+        return basis @ latent, _as_complex(keys), values
 
     # the tensors of one layer, in float32, in place of those of `GqaToMla`
 

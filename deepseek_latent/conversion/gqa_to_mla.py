@@ -4,8 +4,9 @@ Letters: d model width, h query heads, g key heads, w width of a source head, n/
 head, c KV latent width, a query latent width.
 
 The rotary key holds the keys of all heads side by side, r = g w, and a query head is zero except at its key head. The
-latent holds the values of all heads side by side, and `kv_b_proj` selects those of a head. Elements of keys that do not
-rotate are in the latent too: they become the content of keys, whose width is n. Two obstacles remain:
+latent holds the values of all heads side by side, each rotated to channels that are alike (`value_rotation`), and
+`kv_b_proj` selects those of a head and rotates them back. Elements of keys that do not rotate are in the latent too:
+they become the content of keys, whose width is n. Two obstacles remain:
 
 1. RoPE rotates the pairs of every head at the same frequencies. A longrope table repeats them g times.
 2. The latent is normalized. A constant channel, much larger than the others, dominates the norm, and the norm's weight
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from .latent_basis import value_rotation
 from .llama_source import LlamaSource
 from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
@@ -62,6 +64,7 @@ class GqaToMla:
         self.r, self.n = self.g * source.rotary_width, self.resting or CONTENT_WIDTH
         self.latent_width = self.g * (self.w + self.resting)  # without the constant
         self.c = self.d if bias_free else _width_with_constant(self.latent_width)
+        self.num_unquantized = 0
         self.a = _width_with_constant(self.d) if "q_proj" in source.projections_with_bias else None
         # DeepSeek-V2 divides scores by sqrt(n + r), the source by sqrt(w)
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
@@ -83,6 +86,7 @@ class GqaToMla:
             qk_rope_head_dim=self.r,
             v_head_dim=self.w,
             attention_bias=not self.bias_free,
+            num_unquantized_channels=self.num_unquantized,
             rope_parameters=self.rope_parameters(),
             # all layers are dense, but transformers' own class needs the numbers of experts
             first_k_dense_replace=origin.num_hidden_layers,
@@ -188,14 +192,19 @@ class GqaToMla:
         resting, rotating = (part.flatten(0, 1) for part in self._split_heads(layer, keys))
         if self.bias_free:
             return torch.cat((torch.eye(self.c), rotating))
-        latent = torch.cat((self.source.weight(layer, "v_proj"), resting))
+        latent = torch.cat((self._rotate_values(self.source.weight(layer, "v_proj")), resting))
         return torch.cat((latent, latent.new_zeros(self.c - len(latent), self.d), rotating))
 
     def _kv_a_bias(self, layer: int) -> Tensor:
         values, keys = (self.source.bias(layer, name) for name in ("v_proj", "k_proj"))
         resting, rotating = (x.flatten() for x in self._split_heads(layer, keys.view(self.g, self.w, 1)))
         constant = _one_hot(self.c - self.latent_width, 0, self._kv_constant(layer))
-        return torch.cat((values, resting, constant, rotating))
+        return torch.cat((self._rotate_values(values), resting, constant, rotating))
+
+    def _rotate_values(self, values: Tensor) -> Tensor:
+        """Values [g w ..] of every head in the basis of the latent."""
+        there, _ = value_rotation(self.w)
+        return (there @ values.view(self.g, self.w, -1)).view_as(values)
 
     def _kv_norm_weight(self, layer: int) -> Tensor:
         if self.bias_free:
@@ -210,13 +219,15 @@ class GqaToMla:
         return norm
 
     def _kv_b_weight(self, layer: int) -> Tensor:
-        """[h(n+v) c]: values and resting keys are selected from the latent, or computed from the input."""
+        """[h(n+v) c]: values are rotated back from the latent and resting keys selected, or computed from the input."""
         if self.bias_free:
             values = self._weight_with_norm(layer, "v_proj")
             keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
             keys = self._split_heads(layer, keys)[0].flatten(0, 1)
         else:
-            values, keys = torch.eye(self.latent_width, self.c).tensor_split((self.g * self.w,))
+            values = torch.block_diag(*[value_rotation(self.w)[1]] * self.g)
+            values = torch.nn.functional.pad(values, (0, self.c - len(values)))
+            keys = torch.eye(self.latent_width, self.c)[self.g * self.w :]
         expand = torch.zeros(self.h, self.n + self.w, self.c)
         for head, part in enumerate(expand):
             key_head = head // (self.h // self.g)

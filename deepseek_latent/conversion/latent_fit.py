@@ -13,6 +13,7 @@ RIDGE = 1e-7
 FLOAT32_RIDGE = 1e-4  # the same where products are in float32
 # relative to the largest singular value: functions below it are noise
 NEGLIGIBLE = 1e-9
+LEAST_COST = 1e-6  # of an error in a channel, relative to the largest
 STEPS = 25  # of L-BFGS; more change the cost by less than 1 %
 
 
@@ -55,6 +56,17 @@ def fit_latent(targets: list[Target], k: int) -> Tensor:
     mean = sum(target.mean for target in targets) / len(targets)
     latent[:, -1] = -latent[:, :-1] @ mean[:-1]
     return latent
+
+
+def equal_costs(targets: list[Target], latent: Tensor) -> Tensor:
+    """The same latent [k d+1] in a basis in which errors of all channels cost the same, with a mean square of 1."""
+    slopes = torch.cat([target.root @ predict(target, latent)[:, :-1] for target in targets])
+    costs, directions = torch.linalg.eigh(slopes.T @ slopes)
+    if not len(costs) or costs[-1] <= 0:
+        return latent
+    latent = directions * costs.clamp(min=LEAST_COST * costs[-1]).sqrt() @ directions.T @ latent
+    covariance = sum(target.covariance for target in targets) / len(targets)
+    return latent / ((latent @ covariance) * latent).sum(dim=1).mean().sqrt()
 
 
 def predict(target: Target, latent: Tensor) -> Tensor:

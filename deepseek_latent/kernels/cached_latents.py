@@ -1,6 +1,6 @@
 """Cached latents as kernels take them: the tensors that the cache stores, without copies.
 
-Letters: b batch, t tokens, c latent width, r rotary width.
+Letters: b batch, t tokens, c latent width, r rotary width, u unquantized channels.
 """
 
 import torch
@@ -10,13 +10,17 @@ from ..cache.segments import Latents, Segment, SplitSegment
 
 
 def stored_parts(segment: Segment | SplitSegment) -> tuple[Tensor, Tensor]:
-    """Latents [b t c] (or the bytes of their codes and scales) and rotary keys [b t r], as views of the cache."""
+    """Latents [b t c] and rotary keys [b t r], as views of the cache.
+
+    For a quantized segment: the bytes of codes and scales, and what is in bfloat16, the last u channels of the latents
+    and the rotary keys [b t u+r].
+    """
     if isinstance(segment, SplitSegment):
         return segment.latent, segment.k_rotary
     if segment.format.cache_dtype is None:
         return segment.latent_and_rotary()
-    rotary_bytes = 2 * segment.format.rotary_width
-    return segment.rows[..., :-rotary_bytes], segment.rows[..., -rotary_bytes:].view(torch.bfloat16)
+    num_bytes = 2 * (segment.format.num_unquantized + segment.format.rotary_width)
+    return segment.rows[..., :-num_bytes], segment.rows[..., -num_bytes:].view(torch.bfloat16)
 
 
 def bits_of(latents: Latents) -> str:

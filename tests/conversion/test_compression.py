@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion import target
 from deepseek_latent.conversion.calibration import QUERY_STRIDE, Calibration, perplexity
+from deepseek_latent.conversion.cast import Cast
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
+from deepseek_latent.conversion.latent_basis import num_unquantized_channels
 from deepseek_latent.conversion.llama_source import LlamaSource
 from deepseek_latent.conversion.refine import refine
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH, split_into_windows
+from deepseek_latent.conversion.upcycle import Upcycle
 from tests.conversion.sources import LLAMA3, SMALL, SOURCES, YARN, save_source
 from tests.support import NATIVE, random_ids, relative_error, seeded
 from tests.test_examples import FOLDER as TOKENIZER
@@ -267,6 +270,10 @@ def test_the_command_reports_every_step_and_writes_the_model_it_evaluated(source
         assert report[name] == pytest.approx(perplexity(model.eval(), held_out), rel=1e-4)
     card = (out / "README.md").read_text()
     assert f"| perplexity of the source | {report['perplexity of the source']:.4g} |" in card
+    # the channels that quantized caches keep in bfloat16, also if experts are made of the result
+    assert model.config.num_unquantized_channels == num_unquantized_channels(16) == 8
+    experts = Upcycle(Cast(Source(out), None), "M2", e=2, shared=0, k=1, groups=1)
+    assert experts.config.num_unquantized_channels == 8
     stock = NATIVE.DeepseekV2ForCausalLM.from_pretrained(out)
     assert perplexity(stock.eval(), held_out) == pytest.approx(
         report["perplexity with rotary keys of 16 and latents of 16"], rel=1e-4

@@ -140,15 +140,18 @@ class Drawing:
 
     def _attention(self, b: int, s: int, h: int, *, c: int, absorbed: bool = False) -> Arguments:
         r, bits = self.size(16), self.source.choice(["", "", "8", "6", "5", "4", "fp8"])
+        num_unquantized = 2 * self.size((c - 1) // 2) if bits and c > 2 and self.source.random() < 0.5 else 0
         lengths = [self.source.choice([0, 1, 2, 47, 48, 49, 130, 500]) for _ in range(self.source.randint(1, 3))]
         latents, keys = [], []
         for length in lengths:
             batch = self.source.choice([1, b])
             latent, key = self.floats(batch, length, c), self.floats(batch, length, r)
             if bits and c:
-                rows_format = latent_format("fp8" if bits == "fp8" else f"int{bits}", c, r, torch.bfloat16)
-                rows = rows_format.encode(latent, key)
-                latent, key = rows[..., : -2 * r or None].contiguous(), key.bfloat16()
+                cache_dtype = "fp8" if bits == "fp8" else f"int{bits}"
+                rows_format = latent_format(cache_dtype, c, r, torch.bfloat16, num_unquantized)
+                rows, num_bytes = rows_format.encode(latent, key), 2 * (num_unquantized + r)
+                key = torch.cat((latent[..., c - num_unquantized :], key), dim=-1).bfloat16()
+                latent = rows[..., : -num_bytes or None].contiguous()
             latents.append(latent)
             keys.append(key)
         arguments = {

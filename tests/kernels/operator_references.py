@@ -105,16 +105,19 @@ def experts(x, gate_up, down, chosen, shares, scales, shared, shared_scales):
 
 def attend(absorbed, q_rotary, latents, rotary_keys, scale, mask=None, bits=""):
     b, s, h, c = absorbed.shape
-    r = q_rotary.shape[3]
+    # of quantized latents, the last channels are stored before the key
+    r = rotary_keys[0].shape[2] if bits else q_rotary.shape[3]
+    num_unquantized = r - q_rotary.shape[3]
+    assert num_unquantized >= 0
     assert q_rotary.shape[:3] == (b, s, h)
     keys = []
     for latent, key in zip(latents, rotary_keys, strict=True):
         assert latent.shape[:2] == key.shape[:2] or 1 in (latent.shape[0], key.shape[0])
         if bits:
-            rows_format = latent_format(bits if bits == "fp8" else f"int{bits}", c, 0, torch.bfloat16)
+            rows_format = latent_format(bits if bits == "fp8" else f"int{bits}", c - num_unquantized, 0, torch.bfloat16)
             assert latent.shape[2] == rows_format.row_width
             latent = rows_format.decode(latent.clone(memory_format=torch.contiguous_format), torch.float64)
-        assert latent.shape[2:] == (c,)
+        assert latent.shape[2:] == (c - num_unquantized,)
         assert key.shape[1:] == (latent.shape[1], r)
         keys.append(torch.cat((latent.double().expand(b, -1, -1), key.double().expand(b, -1, -1)), dim=-1))
     rows = torch.cat(keys, dim=1)

@@ -308,11 +308,12 @@ def test_attention_over_the_cache_is_that_of_torch(dtype, kind, lies, b, s, h, c
 @pytest.mark.parametrize("cache_dtype", ["int8", "int6", "int5", "int4", "fp8"])
 @pytest.mark.parametrize("c", [3, 17, 40, 128, 200, 512])
 @pytest.mark.parametrize("shared", [False, True])
-def test_attention_over_codes_is_that_over_the_latents_they_stand_for(cache_dtype, c, shared):
+@pytest.mark.parametrize("unquantized", [0, 2, 8])
+def test_attention_over_codes_is_that_over_the_latents_they_stand_for(cache_dtype, c, shared, unquantized, operators):
     from deepseek_latent.kernels.cached_latents import bits_of, stored_parts
 
     b, s, h, r, t = 2, 2, 5, 6, 90
-    rows_format = latent_format(cache_dtype, c, r, torch.bfloat16)
+    rows_format = latent_format(cache_dtype, c, r, torch.bfloat16, min(unquantized, c - 1))
     latent, k_rotary = noise(b, t, c).bfloat16() * 3, noise(b, t, r, seed=1).bfloat16()
     rows = rows_format.encode(latent * noise(b, t, 1, seed=4).exp(), k_rotary)
     parts = (rows[:1, :40], rows[:, 40:]) if shared else (rows,)

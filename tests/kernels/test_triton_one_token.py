@@ -224,6 +224,14 @@ def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrid
     assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
 
 
+def test_latents_with_channels_in_bfloat16_are_left_to_torch(counted):
+    ids = random_ids(1, PROMPT + 1).to(DEVICE)
+    model, expected = optimized(num_unquantized_channels=6), plain(num_unquantized_channels=6)
+    out, expected = (steps(x, ids, LatentCache(x.config, cache_dtype="int8")) for x in (model, expected))
+    assert counted == {}
+    assert relative_error(out, expected) < 1e-2
+
+
 @MODELS
 def test_in_bfloat16_the_short_way_is_as_near_as_the_long_one(overrides, counted, monkeypatch):
     dtype = torch.bfloat16

@@ -14,6 +14,7 @@ from deepseek_latent import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
+    LatentCache,
 )
 from tests.support import V2, random_ids, tiny_model
 
@@ -93,6 +94,14 @@ def written(name: str) -> Callable[[dict[str, Any]], Any]:
     return read_back
 
 
+def bytes_of_int4_cache(fields: dict[str, Any]) -> int:
+    model = tiny_model(**fields)
+    cache = LatentCache(model.config, cache_dtype="int4")
+    with torch.no_grad():
+        model(random_ids(1, 3), cache=cache)
+    return cache.nbytes
+
+
 class Effect(NamedTuple):
     value: Any
     observe: Callable[[dict[str, Any]], Any]
@@ -123,6 +132,7 @@ EFFECTS = {
     "qk_rope_head_dim": Effect(16, shapes),
     "v_head_dim": Effect(16, shapes),
     "attention_bias": Effect(True, shapes),
+    "num_unquantized_channels": Effect(4, bytes_of_int4_cache),
     "attention_dropout": Effect(0.5, train_logits),
     "hidden_act": Effect("gelu", logits),
     "intermediate_size": Effect(96, shapes),

@@ -97,12 +97,14 @@ void read_tokens(Problem& p, at::TensorList latents, at::TensorList rotary_keys,
   const at::ScalarType first = latents[0].scalar_type();
   const at::ScalarType kind = bits.empty() && first == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
   const at::ScalarType stored = bits.empty() ? kind : at::kByte, key = bits.empty() ? kind : at::kBFloat16;
-  const int64_t width = bytes_of(p.c, kind, bits) / static_cast<int64_t>(c10::elementSize(stored));
+  const bool has_keys = rotary_keys[0].dim() > 0;
+  p.u = bits.empty() || !has_keys ? 0 : std::clamp<int64_t>(rotary_keys[0].size(-1) - p.r, 0, p.c);
+  const int64_t width = bytes_of(p.c - p.u, kind, bits) / static_cast<int64_t>(c10::elementSize(stored));
   for (size_t i = 0; i < latents.size(); i++) {
     const at::Tensor &latent = latents[i], &rotary = rotary_keys[i];
     const bool is_shared = latent.dim() > 0 && latent.size(0) == 1, is_key_shared = rotary.dim() > 0 && rotary.size(0) == 1;
     check(latent, "latents [b or 1, t, width]", {is_shared ? 1 : p.batch, ANY, width}, {stored});
-    check(rotary, "rotary keys [b or 1, t, r]", {is_key_shared ? 1 : p.batch, latent.size(1), p.r}, {key});
+    check(rotary, "rotary keys [b or 1, t, r]", {is_key_shared ? 1 : p.batch, latent.size(1), p.u + p.r}, {key});
     check_rows(latent, "latents [b or 1, t, width]");
     check_rows(rotary, "rotary keys [b or 1, t, r]");
     const int64_t a = latent.element_size(), b = rotary.element_size();
@@ -153,9 +155,10 @@ std::vector<uint8_t> blocks_read(const at::Tensor& w_uv) {
 
 // Absorbed queries [b s h c] in float32 and rotary ones [b s h r] attend to segments of latents [b or 1, t', c] and rotary
 // keys [b or 1, t', r]; the result is the weighted sums of latents [b s h c]. If latents are stored in `bits` ("8", "6", "5",
-// "4" or "fp8"), they are the bytes of codes and scales, and rotary keys are in bfloat16. The mask is added to scores and is
-// -inf where a query may not look; without a mask, attention is causal.
-// Where w_uv is not null, the sums of columns that it multiplies by zero may be zeros.
+// "4" or "fp8"), they are the bytes of codes and scales, and rotary keys are in bfloat16; if these are wider than r, they begin
+// with the last channels of the latents, of which there are no codes. The mask is added to scores and is -inf where a query may
+// not look; without a mask, attention is causal. Where w_uv is not null, the sums of columns that it multiplies by zero may be
+// zeros.
 at::Tensor attend_for(
     const at::Tensor& absorbed, const at::Tensor& q_rotary, at::TensorList latents, at::TensorList rotary_keys,
     double scale, const std::optional<at::Tensor>& mask, c10::string_view bits, const at::Tensor* w_uv) {
@@ -179,9 +182,9 @@ at::Tensor attend_for(
     attend_to_all(p, rows, queries, context.mutable_data_ptr<float>());
   };
   if (bits == "fp8") {
-    attend_to(Float8{p.c});
+    attend_to(Float8{p.c - p.u});
   } else if (!bits.empty()) {
-    attend_to(Integers(p.c, bits[0] - '0'));
+    attend_to(Integers(p.c - p.u, bits[0] - '0'));
   } else if (latents[0].scalar_type() == at::kBFloat16) {
     attend_to(Plain<c10::BFloat16>{p.c});
   } else {

@@ -1,6 +1,7 @@
 // The inner part of attention over a cache: sixteen rows attend to one tile of tokens.
 //
-// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r. A row is one head of
+// Letters: b batch, s query tokens, t cached tokens, h heads, c latent width, r rotary width, w = c + r, u channels at the end of
+// a latent that are stored beside its rotary key, in bfloat16, while codes are stored of the others. A row is one head of
 // one query token; all rows read the same latents. A tile of tokens is widened to float32 and used twice, for the scores and
 // for the weighted sum, with a running softmax in between (Milakov and Gimelshein, arXiv:1805.02867).
 #pragma once
@@ -27,7 +28,7 @@ struct Segment {
 };
 
 struct Problem {
-  int64_t batch, queries, heads, rows, padded_rows, tokens, c, r;
+  int64_t batch, queries, heads, rows, padded_rows, tokens, c, r, u;
   const float* mask;  // added to scores, [b or 1, 1 or h, s, t] by its steps; null means that attention is causal
   int64_t mask_steps[4];
   std::vector<Segment> segments;
@@ -181,7 +182,7 @@ void attend_to_tile(
   for (int64_t t = 0; t < tokens.count; t += SCORED_TOKENS) {
     for (int64_t k = t; first_row == 0 && k < std::min(t + SCORED_TOKENS, tokens.count); k++) {
       rows.read(tokens.latent[k], tile + k * width);
-      widen_row(reinterpret_cast<const typename Rows::Rotary*>(tokens.rotary[k]), p.r, tile + k * width + p.c);
+      widen_row(reinterpret_cast<const typename Rows::Rotary*>(tokens.rotary[k]), p.u + p.r, tile + k * width + p.c - p.u);
     }
     for (int64_t row = 0; row < present; row += SCORED_ROWS)
       score(
@@ -209,7 +210,7 @@ void attend_to_tile(
     for (int64_t row = 0; row < LANES; row++)
       for (int64_t i = 0; i < context_width; i++) context[row * context_width + i] *= kept[row];
   const int64_t steps = ceil_div(context_width, WEIGHTED_VECTORS * LANES) * ceil_div(present, WEIGHTED_ROWS);
-  Prefetcher prefetcher(next, first_row == 0 ? rows.bytes() + p.r * sizeof(typename Rows::Rotary) : 0, steps);
+  Prefetcher prefetcher(next, first_row == 0 ? rows.bytes() + (p.u + p.r) * sizeof(typename Rows::Rotary) : 0, steps);
   for (int64_t i = 0; i < context_width; i += WEIGHTED_VECTORS * LANES)
     for (int64_t row = 0; row < present; row += WEIGHTED_ROWS) {
       float* to = context + row * context_width + i;

@@ -47,19 +47,24 @@ struct Integers {
       return static_cast<float>(scale);
     };
     const float middle = 0.5f - (1 << (bits - 1));
+    // if sixteen elements from the start of a code plane on may have two scales, elements are scaled after all are there
+    const bool scales_at_once = code_plane % LANES == 0 || c <= PLANE;
     for (int64_t p = 0; p * code_plane < c; p++) {
       const int64_t start = p * code_plane, count = std::min(code_plane, c - start);
-      // sixteen elements that share a scale at a time, if planes are multiples of sixteen
-      const int64_t whole = code_plane % LANES ? 0 : count / LANES * LANES;
+      const int64_t whole = count / LANES * LANES;
       for (int64_t i = 0; i < whole; i += LANES) {
         const auto byte = [&](int64_t k) { return widen_words(load<UnsignedBytes>(codes + k * code_plane + i)); };
         const Floats x = __builtin_convertvector(code<Ints>(p, byte), Floats);
-        store(to + start + i, (x + middle) * scale_of(start + i));
+        store(to + start + i, (x + middle) * (scales_at_once ? scale_of(start + i) : 1.0f));
       }
       for (int64_t i = whole; i < count; i++) {
         const auto byte = [&](int64_t k) { return int(codes[k * code_plane + i]); };
-        to[start + i] = (code<int>(p, byte) + middle) * scale_of(start + i);
+        to[start + i] = (code<int>(p, byte) + middle) * (scales_at_once ? scale_of(start + i) : 1.0f);
       }
+    }
+    for (int64_t plane = scales_at_once ? c : 0; plane < c; plane += PLANE) {
+      const float scale = scale_of(plane);
+      for (int64_t i = plane; i < std::min(plane + PLANE, c); i++) to[i] *= scale;
     }
   }
 };

@@ -147,7 +147,9 @@ def _attend(
         )
     for latent, key in zip(latents, rotary_keys):
         _check(latent, "latents [b or 1, t, width]", None, None, None)
-        _check(key, "rotary keys [b or 1, t, r]", None, latent.shape[1], q_rotary.shape[3])
+        # of quantized latents, the last channels are stored before the key
+        width = q_rotary.shape[3] if not bits or key.dim() != 3 else max(q_rotary.shape[3], key.shape[2])
+        _check(key, "rotary keys [b or 1, t, r]", None, latent.shape[1], width)
     return absorbed.new_empty(absorbed.shape)
 
 

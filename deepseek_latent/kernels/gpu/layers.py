@@ -102,6 +102,9 @@ def _kernels_support(layer: DeepseekV2DecoderLayer, x: Tensor, mask: Tensor | Bl
         return False
     if not isinstance(cache, LatentCache) or not _is_readable(mask):
         return False
+    # TODO: read the channels that a quantized cache keeps in bfloat16, when a converted model is timed on a GPU
+    if cache.cache_dtype is not None and cache.layers[0].num_unquantized:
+        return False
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     if attention.config.output_attentions or has_hooks(attention) or has_hooks(layer.mlp):
         return False

@@ -73,7 +73,7 @@ def parts_of_rows(rows: Tensor, c: int, r: int, dtype: torch.dtype, bits: int | 
         return rows[..., :c], rows, rows[..., c:]
     assert rows.dtype == torch.uint8
     assert bits in (8, 4)
-    format = IntegerFormat(c, r, dtype, bits)
+    format = IntegerFormat(c, r, dtype, bits=bits)
     assert rows.shape[2] == format.row_width
     scales = format._scales
     return rows, rows[..., scales].view(torch.bfloat16), rows[..., scales.stop :].view(torch.bfloat16)
