@@ -61,9 +61,9 @@ def choose_frequencies(selection: str, products: Tensor, num_kept: int) -> Tenso
 
 def convert(
     source: SourceLayer,
-    frequencies: Tensor,  # [p]
     kept: Tensor,  # [g m] from choose_frequencies
     *,
+    frequencies: Tensor,  # [p]
     rank: int | None = None,
     decomposition: str = "joint",
 ) -> PartialRope:

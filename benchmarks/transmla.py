@@ -33,8 +33,8 @@ class MixedKeys(NamedTuple):
 def mix_keys(
     source: SourceLayer,
     moments: Tensor,  # [d d]
-    frequencies: Tensor,  # [p]
     *,
+    frequencies: Tensor,  # [p]
     fold: int,
     collapse: int,
     rope_heads: int = 1,

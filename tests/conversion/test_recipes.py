@@ -1,10 +1,13 @@
 """The recipes of TransMLA and MHA2MLA that benchmarks.compression compares with are exact where they lose nothing."""
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import mha2mla, transmla
+from benchmarks.compression_rows import add_row, compared
 from benchmarks.partial_rope import frequencies_of, input_moments, losses, read_layers, replaced_attention
 from tests.conversion.sources import SMALL
 from tests.support import random_ids, relative_error, seeded
@@ -39,7 +42,7 @@ def error(model, layers) -> float:
 
 def transmla_layers(model, windows, *, c=None, balance=1.0, **options):
     sources, moments = read_layers(model), input_moments(model, windows)
-    mixed = [transmla.mix_keys(x, m, frequencies_of(model), **options) for x, m in zip(sources, moments)]
+    mixed = [transmla.mix_keys(x, m, frequencies=frequencies_of(model), **options) for x, m in zip(sources, moments)]
     layers = [transmla.partial_rope(*x) for x in zip(sources, mixed)]
     if c is None:
         return layers
@@ -49,10 +52,10 @@ def transmla_layers(model, windows, *, c=None, balance=1.0, **options):
 
 
 def mha2mla_layers(model, windows, *, selection="2-norm", num_kept=4, **options):
-    products = mha2mla.norm_products(model, windows)
+    options["frequencies"] = frequencies_of(model)
     return [
-        mha2mla.convert(x, frequencies_of(model), mha2mla.choose_frequencies(selection, y, num_kept), **options)
-        for x, y in zip(read_layers(model), products)
+        mha2mla.convert(x, mha2mla.choose_frequencies(selection, products, num_kept), **options)
+        for x, products in zip(read_layers(model), mha2mla.norm_products(model, windows))
     ]
 
 
@@ -161,3 +164,28 @@ def test_models_that_the_recipes_cannot_read_are_refused():
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
     with pytest.raises(ValueError, match="without a factor"):
         read_layers(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=yarn)))
+
+
+def test_a_ratio_of_perplexities_has_the_standard_error_of_paired_losses():
+    before = torch.tensor([3.0, 5.0, 4.0, 2.0]).double()
+    same_change = compared(before + 0.1, before)
+    assert same_change == {"perplexity": pytest.approx(36.598, rel=1e-4), "ratio": 1.10517, "standard_error": 0}
+    noisy = compared(before + torch.tensor([0.1, 0.3, 0.1, 0.3]), before)
+    assert noisy["standard_error"] == pytest.approx(noisy["ratio"] * (0.04 / 3) ** 0.5 / 2, rel=1e-3)
+
+
+def test_rows_replace_those_of_the_same_method_and_size_and_refuse_other_texts(tmp_path):
+    def row(method: str, cached: int, ratio: float) -> dict:
+        texts = {"wiki": {"ratio": ratio, "standard_error": 0.1}}
+        return {"method": method, "cached": cached, "fraction": cached / 64, "texts": texts}
+
+    out, result = tmp_path / "rows.json", {"setting": {"evaluation": {"wiki": {}}}}
+    for new in (row("mha2mla", 32, 2.0), row("ours", 32, 1.5), row("ours", 48, 1.2), row("ours", 32, 1.4)):
+        add_row(result, new, out)
+    rows = [(x["method"], x["cached"], x["texts"]["wiki"]["ratio"]) for x in json.loads(out.read_text())["rows"]]
+    assert rows == [("ours", 48, 1.2), ("ours", 32, 1.4), ("mha2mla", 32, 2.0)]
+    assert out.with_suffix(".png").exists()
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="choose another file"):
+        add_row({"setting": {"evaluation": {"pydoc": {}}}}, row("ours", 32, 1.0), out)
+    assert out.read_bytes() == before
