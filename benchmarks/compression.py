@@ -37,9 +37,9 @@ from .machine import described
 from .partial_rope import PartialRope, frequencies_of, input_moments, losses, read_layers, replaced_attention
 
 FRACTIONS = (0.75, 0.5, 0.3125, 0.25, 0.125)
-NUM_CALIBRATION_WINDOWS, NUM_CHOOSING_WINDOWS, EVALUATION_LENGTH = 128, 8, 512
+EVALUATION_LENGTH = 512
 # fractions of the cache between which the recipes' rotary widths are tried
-SMALLEST_ROTARY, LARGEST_ROTARY = 1 / 9, 2 / 3
+SMALLEST_ROTARY, LARGEST_ROTARY = 0.11, 0.6
 
 
 class Task(NamedTuple):
@@ -139,7 +139,7 @@ def by_transmla(task: Task) -> Iterator[tuple[int, Conversion]]:
         widths = widths_between(cached, [width * 2, width, width // 2, width // 4, width // 8])
         by_width = best(convert(r, cached - r, 1.0) for r in widths)
         r, c = by_width.choice["rotary"], by_width.choice["latent"]
-        yield cached, best(iter([by_width, best(convert(r, c, balance) for balance in (None, 0.5, 2.0))]))
+        yield cached, best(iter([by_width, best(convert(r, c, balance) for balance in (0.5, 2.0))]))
 
 
 def by_mha2mla(task: Task) -> Iterator[tuple[int, Conversion]]:
@@ -173,12 +173,12 @@ def evenly_spaced(windows: Tensor, most: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(most, len(windows))).round().long()]
 
 
-def training_windows(folder: Path, texts: list[Path]) -> tuple[Tensor, Tensor]:
-    """Windows [b s] to calibrate and to choose on, the same number from each text."""
+def training_windows(folder: Path, texts: list[Path], *, calibration: int, choosing: int) -> tuple[Tensor, Tensor]:
+    """At most so many windows [b s] to calibrate and to choose on, the same number from each text."""
     sides = zip(*(split_into_windows(folder, read_text(text)) for text in texts))
     return tuple(
         torch.cat([evenly_spaced(windows, most // len(texts)) for windows in side])
-        for side, most in zip(sides, (NUM_CALIBRATION_WINDOWS, NUM_CHOOSING_WINDOWS))
+        for side, most in zip(sides, (calibration, choosing))
     )
 
 
@@ -194,7 +194,9 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, nargs="+", required=True, help="texts to evaluate on")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="of the source's cache")
-    parser.add_argument("--windows", type=int, default=40, help="windows of 512 tokens to evaluate on, for each text")
+    parser.add_argument("--calibration-windows", type=int, default=128, help="of 256 tokens, from all texts")
+    parser.add_argument("--choosing-windows", type=int, default=16, help="of 256 tokens, from all texts")
+    parser.add_argument("--evaluation-windows", type=int, default=40, help="of 512 tokens, from each text")
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON file to write or to extend, with a plot beside it"
     )
@@ -203,8 +205,10 @@ def main() -> None:
     logging.disable_progress_bar()
     model = load_model(options.folder, dtype=torch.float32)
     whole = 2 * model.config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
-    calibration, choosing = training_windows(options.folder, options.calibrate)
-    texts = {x.stem: evaluation_windows(options.folder, x, options.windows) for x in options.evaluate}
+    calibration, choosing = training_windows(
+        options.folder, options.calibrate, calibration=options.calibration_windows, choosing=options.choosing_windows
+    )
+    texts = {x.stem: evaluation_windows(options.folder, x, options.evaluation_windows) for x in options.evaluate}
     before = {name: losses(model, windows) for name, windows in texts.items()}
     setting = {
         "model": f"{type(model).__name__} of {model.num_parameters():,} parameters, {whole} cached elements",
