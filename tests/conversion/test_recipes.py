@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import mha2mla, transmla
+from benchmarks import compression, mha2mla, transmla
 from benchmarks.compression_rows import add_row, compared
 from benchmarks.partial_rope import frequencies_of, input_moments, losses, read_layers, replaced_attention
-from tests.conversion.sources import SMALL
+from tests.conversion.sources import SMALL, save_source
 from tests.support import random_ids, relative_error, seeded
+from tests.test_examples import FOLDER as TOKENIZER
 
 # 4 query heads, 2 key heads of width 16: 8 frequencies, and 64 cached elements
 HEADS, WIDTH, CACHED = 2, 16, 64
@@ -189,3 +190,27 @@ def test_rows_replace_those_of_the_same_method_and_size_and_refuse_other_texts(t
     with pytest.raises(ValueError, match="choose another file"):
         add_row({"setting": {"evaluation": {"pydoc": {}}}}, row("ours", 32, 1.0), out)
     assert out.read_bytes() == before
+
+
+def test_every_row_caches_as_much_as_its_size_says(tmp_path, monkeypatch, capsys):
+    save_source(tmp_path / "source", LlamaConfig, vocab_size=2048, max_position_embeddings=512)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "source")
+    text = (TOKENIZER / "held_out.txt").read_text()
+    for name, part in (("calibration", text[:8000]), ("evaluation", text[8000:16000])):
+        (tmp_path / f"{name}.txt").write_text(part)
+    command = ["compression", str(tmp_path / "source"), "--calibrate", str(tmp_path / "calibration.txt"), "--evaluate"]
+    command += [str(tmp_path / "evaluation.txt"), "--out", str(tmp_path / "rows.json"), "--fractions", "0.5"]
+    command += ["--calibration-windows", "2", "--choosing-windows", "1", "--evaluation-windows", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    compression.main()
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["setting"]["calibration"] == {"texts": ["calibration"], "tokens": 512}
+    assert written["setting"]["evaluation"]["evaluation"]["tokens"] == 1024
+    tried = [x for x in map(json.loads, capsys.readouterr().out.splitlines()) if x.get("tried", {}).get("latent")]
+    for method, row in zip(("ours", "transmla", "mha2mla"), written["rows"], strict=True):
+        assert (row["method"], row["cached"]) == (method, CACHED // 2)
+        assert row["choice"]["rotary"] + row["choice"]["latent"] == CACHED // 2
+        assert row["texts"]["evaluation"]["standard_error"] > 0
+        # of all that was tried at this size, the smallest loss was chosen
+        of_method = [x for x in tried if x["tried"].keys() == row["choice"].keys()]
+        assert min(of_method, key=lambda x: x["loss"])["tried"] == row["choice"]
