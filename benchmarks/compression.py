@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="of the source's cache")
     parser.add_argument("--calibration-windows", type=int, default=128, help="of 256 tokens, from all texts")
-    parser.add_argument("--choosing-windows", type=int, default=16, help="of 256 tokens, from all texts")
+    parser.add_argument("--choosing-windows", type=int, default=8, help="of 256 tokens, from all texts")
     parser.add_argument("--evaluation-windows", type=int, default=40, help="of 512 tokens, from each text")
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON file to write or to extend, with a plot beside it"
