@@ -1,21 +1,25 @@
-"""`deepseek-latent experts`: shows which experts a model uses on a text, how evenly, and how two texts differ.
+"""`deepseek-latent experts`: shows which experts a model uses on a text, how evenly, and how texts differ.
 
 Letters: e routed experts, l layers with experts.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.table import Column, Table
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.loading import load_model
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
-from ..finetuning.activity import Activity, activity_of
+from ..finetuning.activity import WINDOW, Activity, activity_of, activity_of_halves
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 from ..whole_files import whole_file
 from .terminal import print_tables, quiet_transformers
@@ -25,12 +29,14 @@ def add_command(commands) -> None:
     parser = commands.add_parser("experts", help="show which experts a model uses on a text, and how evenly")
     parser.description = (
         "Shows for every expert its fraction of the choices and its mean gate weight on a text, and for every layer "
-        "load, entropy, experts never chosen and the distance to another text. Also shows where the model is "
-        "on the scaling law of routed models."
+        "load, entropy, experts never chosen and the distance to other texts. Says whether texts differ more than "
+        "the halves of one text do, and where the model is on the scaling law of routed models."
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="another text to compare with")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other texts to compare with"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
     parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
     parser.add_argument("--by", choices=("token", "gate"), help="how --esft scores experts (default: token)")
@@ -58,10 +64,12 @@ def _experts(arguments: argparse.Namespace) -> int:
     if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
         raise ValueError(f"--threshold must be above 0 and at most 1, got {arguments.threshold}.")
     pyplot = _import_pyplot() if arguments.plot else None
-    texts = [file for file in (arguments.text, arguments.against) if file is not None]
-    ids = [tokenize(folder, read_text(file)) for file in texts]
+    files = [arguments.text, *arguments.against]
+    ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
-    first, *others = [activity_of(model, ids_of_text) for ids_of_text in ids]
+    texts = [_text(model, file.name, ids_of_text) for file, ids_of_text in zip(files, ids)]
+    first, *others = [text.activity for text in texts]
+    comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
     size = routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"
@@ -71,15 +79,62 @@ def _experts(arguments: argparse.Namespace) -> int:
         num_selected, num_experts = sum(map(len, selected.values())), first.shares.numel()
         print(f"{num_selected} of {num_experts} experts to fine-tune written to {arguments.esft}", file=sys.stderr)
     if pyplot is not None:
-        _plot(pyplot, arguments.plot, [first, *others], [file.name for file in texts])
+        _plot(pyplot, arguments.plot, texts)
     if arguments.json:
-        print(json.dumps(_report(first, others, size), indent=2))
+        print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
-        print_tables(_table(first, others), _size_table(size))
+        print_tables(_table(texts), _size_table(size))
+        for comparison in comparisons:
+            print(comparison.sentence())
     return 0
 
 
-def _report(first: Activity, others: list[Activity], size: RoutedSize) -> dict:
+class _Text(NamedTuple):
+    """What a model chooses on a text, and on each half of it. A text of less than two windows has no halves."""
+
+    name: str
+    activity: Activity
+    halves: tuple[Activity, ...]
+
+
+class _Comparison(NamedTuple):
+    """How much the choices on two texts differ, as means over the layers of the distance between halves.
+
+    between  mean distance from a half of one text to a half of the other; None if either has no halves
+    within   distance between the halves of one text, the larger of the two
+    """
+
+    texts: tuple[str, str]
+    between: float | None
+    within: float | None
+
+    def sentence(self) -> str:
+        names = " and ".join(self.texts)
+        if self.between is None:
+            return f"{names}: one has less than {2 * WINDOW:,} tokens, too few to tell specialization from chance."
+        figures = f"choices on halves of {names} differ by {self.between:.3f}, on two halves of one text by "
+        if self.between > self.within:
+            return f"{figures}{self.within:.3f} or less: these texts use different experts."
+        return f"{figures}up to {self.within:.3f}: this shows no specialization on these texts."
+
+
+def _text(model: PreTrainedModel, name: str, ids: Tensor) -> _Text:
+    if ids.numel() < 2 * WINDOW:
+        return _Text(name, activity_of(model, ids), ())
+    activity, *halves = activity_of_halves(model, ids)
+    return _Text(name, activity, tuple(halves))
+
+
+def _compare(one: _Text, other: _Text) -> _Comparison:
+    if not one.halves or not other.halves:
+        return _Comparison((one.name, other.name), None, None)
+    pairs = list(itertools.product(one.halves, other.halves))
+    between = sum(a.distance(b).mean().item() for a, b in pairs) / len(pairs)
+    within = max(text.halves[0].distance(text.halves[1]).mean().item() for text in (one, other))
+    return _Comparison((one.name, other.name), between, within)
+
+
+def _report(first: Activity, others: list[Activity], comparisons: list[_Comparison], size: RoutedSize) -> dict:
     layers = [
         {"layer": layer, "load": load, "entropy": entropy, "unused": unused, "shares": shares, "mean_weights": weights}
         for layer, load, entropy, unused, shares, weights in zip(
@@ -87,15 +142,16 @@ def _report(first: Activity, others: list[Activity], size: RoutedSize) -> dict:
             *(x.tolist() for x in (first.load(), first.entropy(), first.unused(), first.shares, first.weights)),
         )
     ]
-    for other in others:
-        for row, distance in zip(layers, first.distance(other).tolist()):
-            row["distance"] = distance
-    return {"layers": layers, "scaling_law": size._asdict()}
+    for row, *distances in zip(layers, *(first.distance(other).tolist() for other in others)):
+        if distances:
+            row |= {"distance": distances[0], "distances": distances}
+    return {"layers": layers, "comparisons": [x._asdict() for x in comparisons], "scaling_law": size._asdict()}
 
 
-def _table(first: Activity, others: list[Activity]) -> Table:
+def _table(texts: list[_Text]) -> Table:
+    first, others = texts[0].activity, [text.activity for text in texts[1:]]
     headings = ["highest load", "entropy", "never chosen", "most chosen expert"]
-    headings += ["distance to other text"] * len(others)
+    headings += [f"distance to {text.name}" for text in texts[1:]]
     title = f"{first.shares.shape[1]} experts, {len(first.layers)} layers"
     table = Table("layer", *(Column(heading, justify="right") for heading in headings), title=title)
     distances = [first.distance(other).tolist() for other in others]
@@ -136,13 +192,13 @@ def _import_pyplot():
     return matplotlib.pyplot
 
 
-def _plot(pyplot, path: Path, activities: list[Activity], names: list[str]) -> None:
+def _plot(pyplot, path: Path, texts: list[_Text]) -> None:
     """Draws one heat map per text: rows are layers, columns are experts."""
-    num_layers, e = activities[0].shares.shape
-    size = (max(5.0, 0.16 * e + 2), max(3.6, (0.22 * num_layers + 1.2) * len(activities) + 0.4))
-    figure, axes = pyplot.subplots(len(activities), 1, figsize=size, squeeze=False, layout="constrained")
-    highest = max((activity.shares * e).max().item() for activity in activities)
-    for activity, name, ax in zip(activities, names, axes[:, 0]):
+    num_layers, e = texts[0].activity.shares.shape
+    size = (max(5.0, 0.16 * e + 2), max(3.6, (0.22 * num_layers + 1.2) * len(texts) + 0.4))
+    figure, axes = pyplot.subplots(len(texts), 1, figsize=size, squeeze=False, layout="constrained")
+    highest = max((text.activity.shares * e).max().item() for text in texts)
+    for (name, activity, _), ax in zip(texts, axes[:, 0]):
         image = ax.imshow((activity.shares * e).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=highest)
         ax.set(xlabel="expert", ylabel="layer", title=name)
         ax.set_yticks(range(num_layers), activity.layers)

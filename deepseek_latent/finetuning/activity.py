@@ -136,6 +136,31 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         given = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"expected token ids as a tensor [b s] of at least one token, got {given}.")
+    _count(model, counts, ids)
+    return _activity(counts, counts.sums, ids.numel())
+
+
+@torch.no_grad()
+def activity_of_halves(model: PreTrainedModel, ids: Tensor) -> tuple[Activity, Activity, Activity]:
+    """The result of `activity_of`, then that of each half of the text alone. A half has whole windows of WINDOW tokens.
+
+    Raises ValueError as `activity_of` does, and for a text of less than two windows.
+    """
+    if ids.shape[-1] < 2 * WINDOW:
+        raise ValueError(f"expected a text of at least {2 * WINDOW:,} tokens to halve, got {ids.shape[-1]:,}.")
+    middle = ids.shape[1] // WINDOW // 2 * WINDOW
+    counts, first = RouterCounts(model), ids[:, :middle]
+    _count(model, counts, first)
+    sums_of_first = counts.sums.clone()
+    _count(model, counts, ids[:, middle:])
+    return (
+        _activity(counts, counts.sums, ids.numel()),
+        _activity(counts, sums_of_first, first.numel()),
+        _activity(counts, counts.sums - sums_of_first, ids.numel() - first.numel()),
+    )
+
+
+def _count(model: PreTrainedModel, counts: RouterCounts, ids: Tensor) -> None:
     was_training = model.training
     model.eval()
     try:
@@ -145,8 +170,11 @@ def activity_of(model: PreTrainedModel, ids: Tensor) -> Activity:
                 model(window.to(model.device), use_cache=False)
     finally:
         model.train(was_training)
-    choices, weights = counts.choices.cpu(), counts.weights.cpu()
-    gates = weights / ids.numel() / counts.gate_scaling
+
+
+def _activity(counts: RouterCounts, sums: Tensor, num_tokens: int) -> Activity:
+    choices, weights, *_ = sums.cpu().split(counts.widths, dim=1)
+    gates = weights / num_tokens / counts.gate_scaling
     return Activity(counts.layers, choices / choices.sum(dim=1, keepdim=True), weights / choices.clamp(min=1), gates)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.conversion.text import read_text, tokenize
-from deepseek_latent.finetuning.activity import Activity, activity_of
+from deepseek_latent.finetuning.activity import Activity, activity_of, activity_of_halves
 from deepseek_latent.finetuning.expert_selection import ExpertSelection, expert_scores, select_experts
 from tests.support import random_ids, tiny_model
 from tests.test_examples import FOLDER
@@ -76,6 +76,49 @@ def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
     printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
     assert "2202.01169" in printed.out
     assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
+
+
+def test_the_command_says_whether_texts_differ_more_than_halves_of_one_text(tmp_path, capsys):
+    """The same text twice uses the same experts; numbers use others than prose; too short a text says nothing."""
+    prose, again, numbers, short = (tmp_path / name for name in ("prose.txt", "again.txt", "numbers.txt", "short.txt"))
+    for file in (prose, again):
+        file.write_text((FOLDER / "held_out.txt").read_text()[:9000])
+    numbers.write_text("1 2 3 4 5 6 7 8 9 10 " * 300)
+    short.write_text("a text")
+    command = ["experts", str(FOLDER), "--text", str(prose), "--against", str(again), str(numbers), str(short)]
+    assert main([*command, "--plot", str(tmp_path / "plot.png")]) == 0
+    printed = capsys.readouterr().out
+    sentences = {line.split(" differ by")[0].split(": ")[0]: line for line in printed.splitlines() if " and " in line}
+    assert sentences["choices on halves of prose.txt and again.txt"].endswith("no specialization on these texts.")
+    for other in ("prose.txt", "again.txt"):
+        assert sentences[f"choices on halves of {other} and numbers.txt"].endswith("use different experts.")
+        assert "too few to tell" in sentences[f"{other} and short.txt"]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["comparisons"]) == 6
+    same, different = report["comparisons"][:2]
+    assert 0 < same["between"] == pytest.approx(same["within"] / 2)
+    assert same["within"] < different["between"]
+    for row in report["layers"]:
+        assert row["distance"] == row["distances"][0] == 0 < row["distances"][1]
+
+
+@pytest.mark.parametrize("length", [2048, 4200])
+def test_halves_of_a_text_add_up_to_the_whole(length):
+    model, ids = tiny_model(), random_ids(1, length)
+    whole, first, second = activity_of_halves(model, ids)
+    expected = activity_of(model, ids)
+    middle = length // 1024 // 2 * 1024
+    for found, alone in ((whole, expected), (first, activity_of(model, ids[:, :middle]))):
+        torch.testing.assert_close(found.shares, alone.shares)
+        torch.testing.assert_close(found.weights, alone.weights)
+        torch.testing.assert_close(found.gates, alone.gates)
+    torch.testing.assert_close((middle * first.shares + (length - middle) * second.shares) / length, whole.shares)
+
+
+def test_a_text_of_less_than_two_windows_has_no_halves():
+    with pytest.raises(ValueError, match="at least 2,048 tokens"):
+        activity_of_halves(tiny_model(), random_ids(1, 2047))
 
 
 @pytest.mark.parametrize("by", ["token", "gate"])
