@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion.calibration import collect_statistics
+from deepseek_latent.conversion.calibration import Calibration
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model
+from deepseek_latent.conversion.llama_source import LlamaSource
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH
 from tests.conversion.sources import SMALL, save_source
@@ -50,7 +51,7 @@ def models(request, tmp_path_factory):
                 getattr(layer.self_attn, name).weight.mul_(3)
     source.save_pretrained(folder)
     source = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    statistics = collect_statistics(source, random_windows(8, seed=1))
+    statistics = Calibration(source, LlamaSource(Source(folder)), random_windows(8, seed=1))
     return source, build_model(CompressedMla(Source(folder), statistics, r=8, c=48))
 
 
