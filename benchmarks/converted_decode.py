@@ -87,13 +87,13 @@ def decode(model: PreTrainedModel, cache: Cache, token: Tensor) -> Tensor:
 
 
 def fill_alike(cache: DynamicCache, latents: LatentCache, config: DeepseekV2Config, dtype: torch.dtype, t: int) -> None:
-    """Puts the same random keys and values of t tokens into the cache of a source without biases and that of its result.
+    """Puts the same random keys and values of t tokens into the cache of a source without biases and into its result's.
 
     Keys are rotated already; the result has them in DeepSeek's order. The constant channel is 0 after its norm.
     """
     generator, w = torch.Generator().manual_seed(0), config.v_head_dim
     for layer in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, 1, config.qk_rope_head_dim // w, t, w, generator=generator)
+        keys, values = torch.randn(2, 1, config.qk_rope_head_dim // w, t, w, generator=generator) * 0.1
         cache.update(keys.to(dtype), values.to(dtype), layer)
         rotary, latent = (
             x.transpose(1, 2).flatten(2) for x in (interleave(keys.movedim(-1, 0)).movedim(0, -1), values)
