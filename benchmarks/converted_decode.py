@@ -9,6 +9,7 @@ of medians are reported. `--shapes` prints parameters of attention per layer for
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,9 @@ def fill_alike(cache: DynamicCache, latents: LatentCache, config: DeepseekV2Conf
         latents.append(latent[:, None].to(dtype), rotary[:, None].to(dtype), layer)
 
 
-def measure(models: dict[str, PreTrainedModel], contexts: list[int], repetitions: int) -> list[dict]:
+def measure(
+    models: dict[str, PreTrainedModel], contexts: list[int], repetitions: int, clock: Callable[[], float]
+) -> list[dict]:
     rows, token, config = [], torch.tensor([[17]]), models["kernels"].config
     for context in track(contexts, "decoding"):
         latents, cache = LatentCache(config), DynamicCache(config=models["llama"].config)
@@ -116,7 +119,7 @@ def measure(models: dict[str, PreTrainedModel], contexts: list[int], repetitions
             error = ((logits[name] - logits["llama"]).abs().max() / logits["llama"].abs().max()).item()
             assert error < allowed, f"{name} differs by {error} at {context}"
             row[f"{name}_logits_relative_difference"] = float(f"{error:.2g}")
-        seconds = {name: statistics.median(x) for name, x in alternated(turns, repetitions).items()}
+        seconds = {name: statistics.median(x) for name, x in alternated(turns, repetitions, clock=clock).items()}
         row |= {f"{name}_milliseconds": round(1e3 * x, 2) for name, x in seconds.items()}
         row |= {f"{name}_over_llama": round(seconds[name] / seconds["llama"], 3) for name in ("plain", "kernels")}
         rows.append(row)
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine: only what this process got")
     parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     options = parser.parse_args()
     if options.shapes:
@@ -139,6 +143,9 @@ def main() -> None:
         return
     if options.source is None:
         parser.error("name a folder with a Llama, or --shapes")
+    if options.processor_time and torch.get_num_threads() > 1:
+        parser.error("--processor-time adds up the time of all threads; set OMP_NUM_THREADS=1")
+    clock = time.process_time if options.processor_time else time.perf_counter
     dtype = getattr(torch, options.dtype)
     plain = build_model(GqaToMla(Source(options.source))).to(dtype)
     models = {"llama": AutoModelForCausalLM.from_pretrained(options.source, dtype=dtype).eval(), "plain": plain}
@@ -148,7 +155,8 @@ def main() -> None:
         "model": f"{options.source.name}, {options.dtype}, one token decoded",
         "parameters": {name: sum(x.numel() for x in model.parameters()) for name, model in models.items()},
         "bytes": {name: sum(x.nbytes for x in model.parameters()) for name, model in models.items()},
-        "rows": measure(models, options.contexts, options.repetitions),
+        "clock": clock.__name__,
+        "rows": measure(models, options.contexts, options.repetitions, clock),
     }
     report(result, options.out)
 
