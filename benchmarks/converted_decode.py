@@ -114,10 +114,9 @@ def measure(
         turns: dict[str, Callable] = {name: partial(decode, models[name], caches[name], token) for name in models}
         logits = {name: turn().double() for name, turn in turns.items()}
         row = {"context": context}
-        allowed = 1e-4 if models["llama"].dtype == torch.float32 else 0.1
         for name in ("plain", "kernels"):
             error = ((logits[name] - logits["llama"]).abs().max() / logits["llama"].abs().max()).item()
-            assert error < allowed, f"{name} differs by {error} at {context}"
+            assert error < 1e-4, f"{name} differs by {error} at {context}"
             row[f"{name}_logits_relative_difference"] = float(f"{error:.2g}")
         seconds = {name: statistics.median(x) for name, x in alternated(turns, repetitions, clock=clock).items()}
         row |= {f"{name}_milliseconds": round(1e3 * x, 2) for name, x in seconds.items()}
@@ -134,7 +133,6 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true", help="only print the parameters of well-known shapes")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine: only what this process got")
     parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     options = parser.parse_args()
@@ -146,13 +144,14 @@ def main() -> None:
     if options.processor_time and torch.get_num_threads() > 1:
         parser.error("--processor-time adds up the time of all threads; set OMP_NUM_THREADS=1")
     clock = time.process_time if options.processor_time else time.perf_counter
-    dtype = getattr(torch, options.dtype)
+    # in bfloat16, random keys and values amplify rounding so much that logits could not be compared
+    dtype = torch.float32
     plain = build_model(GqaToMla(Source(options.source))).to(dtype)
     models = {"llama": AutoModelForCausalLM.from_pretrained(options.source, dtype=dtype).eval(), "plain": plain}
     models["kernels"] = twin(plain)
     print(optimize_for_inference(models["kernels"]))
     result = described("python -m benchmarks.converted_decode LLAMA_FOLDER") | {
-        "model": f"{options.source.name}, {options.dtype}, one token decoded",
+        "model": f"{options.source.name}, float32, one token decoded",
         "parameters": {name: sum(x.numel() for x in model.parameters()) for name, model in models.items()},
         "bytes": {name: sum(x.nbytes for x in model.parameters()) for name, model in models.items()},
         "clock": clock.__name__,
