@@ -50,13 +50,18 @@ def resident(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field}.")
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def alternated(sides: dict[str, Callable[[], object]], repetitions: int, turn: float = 0.3) -> dict[str, list[float]]:
+def alternated(
+    sides: dict[str, Callable[[], object]],
+    repetitions: int,
+    turn: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Times all sides in turn, so that other load on the machine affects all of them; returns the seconds of each.
 
     The first round is not counted. A side repeats its work for `turn` seconds, at least once: in use, tokens follow
@@ -65,9 +70,9 @@ def alternated(sides: dict[str, Callable[[], object]], repetitions: int, turn: f
     taken = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
         for name, work in sides.items():
-            end, seconds = time.perf_counter() + turn, [seconds_of(work)]
-            while time.perf_counter() < end:
-                seconds.append(seconds_of(work))
+            end, seconds = clock() + turn, [seconds_of(work, clock)]
+            while clock() < end:
+                seconds.append(seconds_of(work, clock))
             if repetition:
                 taken[name] += seconds
     return taken
