@@ -38,7 +38,7 @@ from deepseek_latent.conversion.text import WINDOW_LENGTH, load_tokenizer, read_
 from deepseek_latent.whole_files import whole_file, whole_folder
 
 PROJECTIONS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-LEARNING_RATES = {"attention": 1e-3, "lora": 2e-3, "everything": 5e-4}
+LEARNING_RATES = {"attention": 3e-4, "lora": 5e-4, "everything": 1e-4}
 WARM_UP = 0.05  # of the training
 LORA_RANK = 32
 
@@ -204,8 +204,16 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="windows to evaluate of each text (default: 64)")
     parser.add_argument("--figures", type=Path, metavar="JSON", help="add the figures of this run to this file")
     options = parser.parse_args()
+    # what would lose the result of the training is refused before it
     if options.out.exists():
         parser.error(f"{options.out} exists; name another folder.")
+    for place in filter(None, (options.out, options.figures)):
+        if not place.parent.is_dir():
+            parser.error(f"expected a folder to write into, got {place.parent}, which does not exist.")
+    if not (options.compressed / "README.md").exists():
+        parser.error(
+            f"expected a folder written by deepseek-latent convert, got {options.compressed} without README.md."
+        )
     if options.windows < 2 or options.batch < 1:
         parser.error("--windows must be at least 2 and --batch at least 1.")
     return options

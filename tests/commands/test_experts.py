@@ -83,7 +83,7 @@ def test_the_command_says_whether_texts_differ_more_than_halves_of_one_text(tmp_
     prose, again, numbers, short = (tmp_path / name for name in ("prose.txt", "again.txt", "numbers.txt", "short.txt"))
     for file in (prose, again):
         file.write_text((FOLDER / "held_out.txt").read_text()[:9000])
-    numbers.write_text("1 2 3 4 5 6 7 8 9 10 " * 120)
+    numbers.write_text("1 2 3 4 5 6 7 8 9 10 " * 300)
     short.write_text("a text")
     command = ["experts", str(FOLDER), "--text", str(prose), "--against", str(again), str(numbers), str(short)]
     assert main([*command, "--plot", str(tmp_path / "plot.png")]) == 0

