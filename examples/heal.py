@@ -38,7 +38,7 @@ from deepseek_latent.conversion.text import WINDOW_LENGTH, load_tokenizer, read_
 from deepseek_latent.whole_files import whole_file, whole_folder
 
 PROJECTIONS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-LEARNING_RATES = {"attention": 3e-4, "lora": 3e-4, "everything": 1e-4}
+LEARNING_RATES = {"attention": 2e-4, "lora": 2e-4, "everything": 1e-4}
 WARM_UP = 0.05  # of the training
 LORA_RANK = 32
 
