@@ -1,4 +1,4 @@
-"""The price of inexact conversions: perplexity after each step of compression, and the change of upcycled logits."""
+"""The price of inexact conversions: perplexity after compression, and the change of upcycled logits."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ from .upcycle import Upcycle
 
 
 def compress_and_evaluate(files: Source, *, r: int, c: int, texts: list[str]) -> tuple[RefinedMla, dict]:
-    """Returns the conversion, and a report with cached elements per token and the perplexity after each step.
+    """Returns the conversion, and a report with cached elements per token and the perplexity before and after.
 
     Raises ValueError as `CompressedMla` and `split_into_windows` do.
     """

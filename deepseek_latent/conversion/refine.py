@@ -31,15 +31,11 @@ class RefinedMla:
 
     def __init__(self, compressed: CompressedMla, model: DeepseekV2ForCausalLM):
         self.compressed, self.config = compressed, compressed.config
-        self._trained = {
-            f"model.layers.{i}.self_attn.{name}.weight": weight
-            for i, layer in enumerate(model.model.layers)
-            for name, weight in _trained_weights(layer.self_attn).items()
-        }
+        self._attention = {name: x for name, x in model.state_dict().items() if ".self_attn." in name}
 
     def pieces(self) -> list[Piece]:
         return [
-            piece._replace(make=self._trained[piece.name].detach) if piece.name in self._trained else piece
+            piece._replace(make=lambda x=self._attention[piece.name]: x) if piece.name in self._attention else piece
             for piece in self.compressed.pieces()
         ]
 
@@ -58,7 +54,7 @@ def refine(
     teacher_states, options = zip(*(_first_inputs(teacher, batch) for batch in batches))
     student_states = [state.clone() for state in teacher_states]
     positions = torch.arange(windows.shape[1])[None]
-    embeddings = student.model.rotary_emb(student_states[0], positions)
+    embeddings = student.model.rotary_emb(student_states[0].float(), positions)
     layers = zip(teacher.model.layers, student.model.layers)
     for source_layer, layer in track(list(layers), "refining layers"):
         outputs = [_advance(source_layer, state, option) for state, option in zip(teacher_states, options)]
