@@ -93,7 +93,7 @@ class LatentCache(DynamicCache):
         is_first = self.cache_dtype is not None and not self.layers[layer_idx].is_initialized
         # transformers passes `as_stored` on to `LatentCacheLayer.update`
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
-        if is_first and not (self._has_warned or self.is_recorded or torch.jit.is_tracing()):
+        if is_first and len(latent) and not (self._has_warned or self.is_recorded or torch.jit.is_tracing()):
             self._has_warned = warn_of_large_error(latent[0, 0], latents.segments[0])
         return latents
 

@@ -23,6 +23,8 @@ def add_command(commands) -> None:
 
 @quiet_transformers()
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.gguf_file is not None and arguments.against is None:
+        raise ValueError("--gguf-file names a file of the folder or hub id that --against gives; add --against.")
     text = read_text(arguments.text) if arguments.text else None
     source = source_folder(arguments.against, arguments.gguf_file) if arguments.against else nullcontext()
     with source as against:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from ..modeling_deepseek_v2 import DeepseekV2ForCausalLM
+from .architectures import architecture_of
 from .compress import CompressedMla
 from .progress import track
 from .target import Piece
@@ -52,7 +53,13 @@ def refine(
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     batches = windows[order].split(WINDOWS_PER_STEP)
     teacher_states, options = zip(*(_first_inputs(teacher, batch) for batch in batches))
-    student_states = [state.clone() for state in teacher_states]
+    centers = architecture_of(teacher.config).centers_norms
+
+    def as_in_llama(state: Tensor) -> Tensor:
+        # the conversion subtracts the mean that norms of the source would
+        return state - state.mean(-1, keepdim=True) if centers else state
+
+    student_states = [as_in_llama(state) for state in teacher_states]
     positions = torch.arange(windows.shape[1])[None]
     embeddings = student.model.rotary_emb(student_states[0].float(), positions)
     layers = zip(teacher.model.layers, student.model.layers)
@@ -66,7 +73,10 @@ def refine(
 
         inputs = [layer.input_layernorm(state).float() for state in student_states]
         # an error counts relative to the residual stream, which the next norm divides by its size
-        targets = [(added.float(), residual.float().square().mean(-1, keepdim=True)) for added, residual, _ in outputs]
+        targets = [
+            (as_in_llama(added.float()), as_in_llama(residual.float()).square().mean(-1, keepdim=True))
+            for added, residual, _ in outputs
+        ]
         _train(layer.self_attn.float(), attend, inputs, targets)
         teacher_states = [state for _, _, state in outputs]
         student_states = [state + attend(x).to(state.dtype) for state, x in zip(student_states, inputs)]

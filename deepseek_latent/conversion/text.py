@@ -62,8 +62,10 @@ def split_into_windows(folder: Path, *texts: str) -> tuple[Tensor, Tensor]:
     """Windows [b WINDOW_LENGTH] of texts to calibrate on, and every fifth window, held out, to evaluate on.
 
     Each text has an equal share of the most windows that are used. `folder` holds the tokenizer. Raises ValueError if
-    it does not, or if a text has fewer than five windows.
+    it does not, if a text has fewer than five windows, or if there are more texts than windows to evaluate on.
     """
+    if len(texts) > MAX_EVALUATION_WINDOWS:
+        raise ValueError(f"expected at most {MAX_EVALUATION_WINDOWS} texts, got {len(texts)}; join some of them.")
     calibration, held_out = [], []
     for text in texts:
         ids = tokenize(folder, text)[0]
