@@ -72,9 +72,10 @@ def refine(
             )[0]
 
         inputs = [layer.input_layernorm(state).float() for state in student_states]
+        eps = layer.post_attention_layernorm.eps
         # an error counts relative to the residual stream, which the next norm divides by its size
         targets = [
-            (as_in_llama(added.float()), as_in_llama(residual.float()).square().mean(-1, keepdim=True))
+            (as_in_llama(added.float()), as_in_llama(residual.float()).square().mean(-1, keepdim=True) + eps)
             for added, residual, _ in outputs
         ]
         _train(layer.self_attn.float(), attend, inputs, targets)
