@@ -29,7 +29,9 @@ def rows_from_records(
 ) -> tuple[Float8Format, list[Tensor]]:
     """Copies records [b t 656] of every layer into rows; refuses layers that differ in shape, and NaN or infinity."""
     widths = config.kv_lora_rank, config.qk_rope_head_dim
-    record_format = _record_format(*widths, config.num_unquantized_channels, dtype)
+    # a config of transformers' own class has no such field
+    num_unquantized = getattr(config, "num_unquantized_channels", 0)
+    record_format = _record_format(*widths, num_unquantized, dtype)
     records = list(records)
     shapes, num_layers = [list(x.shape) for x in records], config.num_hidden_layers
     if len(shapes) != num_layers or any(s != shapes[0] or len(s) != 3 or s[-1] != RECORD_BYTES for s in shapes):

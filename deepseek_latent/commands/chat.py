@@ -32,7 +32,7 @@ def converse(
 ) -> None:
     """Answers the messages one after the other. `answer` continues a prompt [1 s] over `cache` and returns all tokens.
 
-    Raises ValueError before an answer that would not fit into `max_tokens` tokens.
+    Raises ValueError for a conversation of `max_tokens` tokens or more, before it is answered.
     """
     history, held = [], torch.empty(1, 0, dtype=torch.long)
     for message in messages:

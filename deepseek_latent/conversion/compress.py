@@ -255,7 +255,10 @@ def check_widths(source: LlamaSource, r: int, c: int | None) -> int:
     # the latent of a layer without RoPE holds all keys
     widest = 2 * source.g * source.w - (0 if source.has_layers_without_rope else r) + 2
     if c is not None and (c % 2 or not 2 <= c <= widest):
-        raise ValueError(f"--kv-lora-rank must be even and 2 to {widest}, which is exact, got {c}.")
+        raise ValueError(
+            f"with --qk-rope-head-dim {r}, --kv-lora-rank must be even and 2 to {widest}, at which the latent loses "
+            f"nothing, got {c}."
+        )
     return c or widest
 
 

@@ -96,8 +96,11 @@ def _minimize_cost(targets: list[Target], latent: Tensor) -> Tensor:
         for weighted, covariance in pairs:
             seen = latent @ covariance
             variance = seen @ latent.T
-            variance = variance + 1e-6 * variance.diagonal().mean() * torch.eye(len(latent))
-            root = torch.linalg.cholesky(variance)
+            ridge = variance.diagonal().mean() * torch.eye(len(latent))
+            root, has_failed = torch.linalg.cholesky_ex(variance + 1e-6 * ridge)
+            # a step of the line search may make channels nearly the same
+            if has_failed:
+                root = torch.linalg.cholesky(variance + 1e-3 * ridge)
             loss = loss - torch.linalg.solve_triangular(root, seen @ weighted.T, upper=False).square().sum() / scale
         loss.backward()
         return loss

@@ -1,5 +1,6 @@
 """Texts to calibrate and evaluate on: read from a file, tokenized, and cut into windows."""
 
+import reprlib
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ def read_text(file: Path) -> str:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"expected a file with a text, got {file}, which does not exist.") from error
+    except OSError as error:
+        raise ValueError(f"expected a file with a text, got {file}: {error.strerror}; name a file.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8, got {file}; convert its encoding.") from error
     if not text.strip():
@@ -72,7 +75,8 @@ def split_into_windows(folder: Path, *texts: str) -> tuple[Tensor, Tensor]:
         num_windows = len(ids) // WINDOW_LENGTH
         if num_windows < 5:
             raise ValueError(
-                f"expected texts of at least {5 * WINDOW_LENGTH:,} tokens to calibrate on, got one of {len(ids):,}."
+                f"expected texts of at least {5 * WINDOW_LENGTH:,} tokens to calibrate on, got {len(ids):,} in the one "
+                f"that begins with {reprlib.repr(text.strip())}; leave it out."
             )
         windows = ids[: num_windows * WINDOW_LENGTH].view(num_windows, WINDOW_LENGTH)
         is_held_out = torch.arange(num_windows) % 5 == 4

@@ -14,6 +14,7 @@ from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model
 from deepseek_latent.conversion.gqa_to_mla import GqaToMla
 from deepseek_latent.conversion.llama_source import LlamaSource
+from deepseek_latent.conversion.refine import refine
 from deepseek_latent.conversion.source import Source
 from deepseek_latent.conversion.text import WINDOW_LENGTH
 from tests.conversion.architectures import LONG, PUBLISHED, SHORT, save_published
@@ -61,8 +62,12 @@ def test_compression_at_full_widths_loses_nothing(tmp_path, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     files, ids = Source(tmp_path), random_ids(2, 50)
     statistics = Calibration(model, LlamaSource(files), torch.randint(2, 96, (6, WINDOW_LENGTH), generator=seeded(1)))
-    whole = CompressedMla(files, statistics, r=GqaToMla(files).r)
-    assert relative_error(build_model(whole)(ids).logits, model(ids).logits) < 1e-5
+    whole, expected = build_model(CompressedMla(files, statistics, r=GqaToMla(files).r)), model(ids).logits
+    assert relative_error(whole(ids).logits, expected) < 1e-5
+    # neither does the refinement, which reads what the source's layers add to the residual stream
+    model.set_attn_implementation("sdpa")
+    refine(whole, model, random_ids(4, 40))
+    assert relative_error(whole(ids).logits, expected) < 1e-5
 
 
 def test_the_command_reports_that_full_widths_keep_the_perplexity(tmp_path, capsys):

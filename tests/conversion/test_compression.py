@@ -9,11 +9,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepseek_latent.commands.__main__ import main
-from deepseek_latent.conversion import target
+from deepseek_latent.conversion import calibration, target
 from deepseek_latent.conversion.calibration import QUERY_STRIDE, Calibration, perplexity
 from deepseek_latent.conversion.cast import Cast
 from deepseek_latent.conversion.compress import CompressedMla
 from deepseek_latent.conversion.compression_report import build_model, compress_and_evaluate
+from deepseek_latent.conversion.gqa_to_mla import GqaToMla
 from deepseek_latent.conversion.latent_basis import num_unquantized_channels
 from deepseek_latent.conversion.llama_source import LlamaSource
 from deepseek_latent.conversion.refine import refine
@@ -217,6 +218,32 @@ def test_training_a_layer_brings_it_closer_to_its_source_and_leaves_exact_layers
             for i in range(len(model.model.layers)):
                 row = student.model.layers[i].self_attn.kv_a_proj_with_mqa.weight[c - 1]
                 assert not row.any(), "the constant channel is constant"
+
+
+@torch.no_grad()
+def test_a_token_without_embedding_does_not_end_the_training(tmp_path):
+    model = save_source(tmp_path, LlamaConfig).eval()
+    model.model.embed_tokens.weight[0] = 0
+    model.save_pretrained(tmp_path)
+    windows = torch.randint(0, 96, (16, 40), generator=seeded(2))
+    windows[:, 0] = 0
+    student = build_model(GqaToMla(Source(tmp_path)))
+    for layer in student.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.9)
+    expected = model(windows).logits
+    began = relative_error(student(windows).logits, expected)
+    refine(student, model, windows)
+    assert relative_error(student(windows).logits, expected) < 0.8 * began
+
+
+def test_a_model_whose_statistics_do_not_fit_together_is_compressed_in_parts(source, tmp_path, monkeypatch):
+    text = (tmp_path / "text.txt").read_text()
+    whole, report = compress_and_evaluate(Source(source), r=16, c=16, texts=[text])
+    monkeypatch.setattr(calibration, "MAX_STATISTICS_BYTES", 1)
+    in_parts, report_in_parts = compress_and_evaluate(Source(source), r=16, c=16, texts=[text])
+    assert report_in_parts == report
+    for one, other in zip(whole.pieces(), in_parts.pieces()):
+        torch.testing.assert_close(one.make(), other.make(), rtol=0, atol=0)
 
 
 @torch.no_grad()
