@@ -72,8 +72,7 @@ class CompressedLayer(NamedTuple):
 class CompressedMla(GqaToMla):
     """A `LlamaSource` as DeepSeek-V2 with latents of width c and rotary keys of width r.
 
-    Without `c`, the latent is wide enough to be exact, so that only the first step loses something. `num_kept` is the
-    result of `choose_num_kept`, which is computed if it is not given.
+    Without `c`, the latent is wide enough to be exact, so that only the first step loses something.
 
     Raises ValueError as `GqaToMla` does, and for widths that `check_widths` refuses.
     """
@@ -85,7 +84,6 @@ class CompressedMla(GqaToMla):
         *,
         r: int,
         c: int | None = None,
-        num_kept: Tensor | None = None,
     ):
         super().__init__(files)
         self.n, self.r, self.c = self.w, r, check_widths(self.source, r, c)
@@ -93,7 +91,7 @@ class CompressedMla(GqaToMla):
         self.query_scale = math.sqrt((self.n + self.r) / self.w)
         self.statistics = statistics
         self.frequencies, self.length_factor = rope_frequencies(self.source.config, self.w)
-        self.num_kept = self.choose_num_kept() if num_kept is None else num_kept  # [p]
+        self.num_kept = self.choose_num_kept()  # [p]
         self._cached_layer: tuple[int, CompressedLayer] | None = None
 
     def rope_parameters(self) -> dict:

@@ -14,7 +14,7 @@ FLOAT32_RIDGE = 1e-4  # the same where products are in float32
 # relative to the largest singular value: functions below it are noise
 NEGLIGIBLE = 1e-9
 LEAST_COST = 1e-6  # of an error in a channel, relative to the largest
-STEPS = 25  # of L-BFGS; more change the cost by less than 1 %
+STEPS = 25  # of L-BFGS; the cost of a layer of SmolLM2 fell by 41 % in 15, and by 47 % in 60
 
 
 class Target(NamedTuple):
@@ -43,7 +43,7 @@ def fit_latent(targets: list[Target], k: int) -> Tensor:
     If k channels are enough, the latent determines all functions. Otherwise it minimizes the cost of predicting them:
     first as principal components over all tokens alike, then by L-BFGS, since each target counts tokens differently.
     """
-    covariance = sum(target.covariance for target in targets) / len(targets)
+    covariance = _mean_covariance(targets)
     _, sizes, rows = torch.linalg.svd(torch.cat([target.functions for target in targets])[:, :-1], full_matrices=False)
     rows = rows[sizes > NEGLIGIBLE * sizes[0].clamp(min=torch.finfo(sizes.dtype).tiny)]
     if len(rows) > k:
@@ -65,7 +65,7 @@ def equal_costs(targets: list[Target], latent: Tensor) -> Tensor:
     if not len(costs) or costs[-1] <= 0:
         return latent
     latent = directions * costs.clamp(min=LEAST_COST * costs[-1]).sqrt() @ directions.T @ latent
-    covariance = sum(target.covariance for target in targets) / len(targets)
+    covariance = _mean_covariance(targets)
     return latent / ((latent @ covariance) * latent).sum(dim=1).mean().sqrt()
 
 
@@ -108,6 +108,10 @@ def _minimize_cost(targets: list[Target], latent: Tensor) -> Tensor:
     with torch.enable_grad():
         optimizer.step(closure)
     return latent.detach().double()
+
+
+def _mean_covariance(targets: list[Target]) -> Tensor:
+    return sum(target.covariance for target in targets) / len(targets)
 
 
 def _uncorrelated(rows: Tensor, covariance: Tensor) -> Tensor:

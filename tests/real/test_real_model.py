@@ -59,23 +59,23 @@ def stock_answer(folder, question) -> list[int]:
     return json.loads(ended.stdout)
 
 
-def test_the_exact_conversion_is_verified_and_opens_in_stock_transformers(capsys, question, answer):
-    report = verified(capsys, MLA, LLAMA)
-    assert report["logits_error_against_source"] < 1e-5
-    assert report["logits_error_in_transformers"] < 1e-5
-    assert report["equal_greedy_tokens"] == "32 of 32"
-    num = question.shape[1]
-    assert stock_answer(MLA, question) == answer[0, num : num + 12].tolist()
-
-
-def test_experts_are_verified_and_open_in_stock_transformers(capsys, upcycled, question, answer):
-    _, folder = upcycled
+def assert_equal_everywhere(capsys, folder, question, answer) -> None:
+    """`verify` finds the source's logits and tokens, and transformers' own class gives the same answer."""
     report = verified(capsys, folder, LLAMA)
     assert report["logits_error_against_source"] < 1e-5
     assert report["logits_error_in_transformers"] < 1e-5
     assert report["equal_greedy_tokens"] == "32 of 32"
     num = question.shape[1]
     assert stock_answer(folder, question) == answer[0, num : num + 12].tolist()
+
+
+def test_the_exact_conversion_is_verified_and_opens_in_stock_transformers(capsys, question, answer):
+    assert_equal_everywhere(capsys, MLA, question, answer)
+
+
+def test_experts_are_verified_and_open_in_stock_transformers(capsys, upcycled, question, answer):
+    _, folder = upcycled
+    assert_equal_everywhere(capsys, folder, question, answer)
 
 
 def test_experts_from_latent_attention_are_those_from_the_source(capsys, upcycled, tmp_path):
