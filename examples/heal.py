@@ -132,10 +132,12 @@ def heal(
     learning_rate: float,
     batch: int,
     seconds: float,
+    bfloat16: bool = False,
 ) -> Iterator[dict]:
     """Trains the student's trainable parameters in place, and yields seconds, tokens and loss after every step.
 
-    Seconds are those of `processor_seconds`, without what is done between steps. The learning rate follows them.
+    Seconds are those of `processor_seconds`, without what is done between steps. The learning rate follows them. With
+    `bfloat16`, both models multiply matrices in that dtype, while weights and optimizer stay in float32.
     """
     parameters = trainable(student)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -147,7 +149,8 @@ def heal(
         loss = 0.0
         # one window at a time, so that only its logits are in memory
         for window in itertools.islice(windows, batch):
-            part = divergence(student, teacher, window[None]) / batch
+            with torch.autocast(window.device.type, torch.bfloat16, enabled=bfloat16):
+                part = divergence(student, teacher, window[None]) / batch
             part.backward()
             loss += part.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -201,6 +204,11 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--learning-rate", type=float, help=f"the highest of the schedule (default: {LEARNING_RATES})")
     parser.add_argument("--batch", type=int, default=4, help="windows per step (default: 4)")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply matrices in bfloat16: twice as many tokens per minute on processors with AVX512_BF16 or AMX",
+    )
     parser.add_argument("--windows", type=int, default=64, help="windows to evaluate of each text (default: 64)")
     parser.add_argument("--figures", type=Path, metavar="JSON", help="add the figures of this run to this file")
     options = parser.parse_args()
@@ -270,8 +278,17 @@ def main() -> None:
 
     figures, divergences = [evaluated({"seconds": 0.0, "tokens": 0})], []
     seconds = 60 * options.minutes
+    steps = heal(
+        model,
+        teacher,
+        mix(texts),
+        learning_rate=rate,
+        batch=options.batch,
+        seconds=seconds,
+        bfloat16=options.bfloat16,
+    )
     with tqdm(total=1.0, desc="healing", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
-        for step in heal(model, teacher, mix(texts), learning_rate=rate, batch=options.batch, seconds=seconds):
+        for step in steps:
             divergences.append(round(step["divergence"], 4))
             bar.n = min(step["seconds"] / seconds, 1.0)
             bar.set_postfix(tokens=step["tokens"], divergence=f"{step['divergence']:.3f}")
@@ -285,7 +302,7 @@ def main() -> None:
         config = student.config
         name = f"{config.qk_rope_head_dim} + {config.kv_lora_rank}, {options.train}, {options.minutes:g} minutes"
         facts = described("python examples/heal.py") | {"trained_parameters": num_trained, "learning_rate": rate}
-        facts |= {"batch": options.batch, "texts": [file.name for file in options.texts]}
+        facts |= {"batch": options.batch, "bfloat16": options.bfloat16, "texts": [file.name for file in options.texts]}
         add_figures(options.figures, name, facts | {"evaluated": figures, "divergence_of_steps": divergences})
 
 
