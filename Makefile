@@ -26,7 +26,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune clean
+.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune dist clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -125,5 +125,14 @@ finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and forget 
 	.venv/bin/python examples/finetune_lora.py
 	.venv/bin/python examples/finetune_esft.py
 
+dist: .venv/installed  ## wheel and source distribution in dist/; the wheel writes text in an environment of its own
+	rm -rf dist .venv-dist
+	.venv/bin/python -m build --outdir dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-dist/bin/deepseek-latent generate ../examples/pydoc-tiny "The import statement"
+	rm -rf .venv-dist
+
 clean:
-	rm -rf .real .venv .venv-tools .venv-oldest .venv-middle .venv-newest
+	rm -rf dist .real .venv .venv-tools .venv-oldest .venv-middle .venv-newest .venv-dist
