@@ -43,7 +43,7 @@ from .llama import Rows
 from .machine import described
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from heal import mix, nats, read_windows
+from healing import mix, nats, read_windows
 
 DENSE, EXPERTS = "dense", "experts"
 # an expert has an eighth of the MLP's neurons; those that are chosen add half of it to the MLP, which stays whole
