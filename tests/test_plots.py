@@ -157,9 +157,10 @@ def test_the_title_of_decoding_follows_the_figures(factor):
     [
         ({"wiki": -0.03, "pydoc": -0.01}, "0.010 to 0.030 nats below"),
         ({"wiki": 0.03, "pydoc": 0.01}, "0.010 to 0.030 nats above"),
+        ({"wiki": 0.0301, "pydoc": 0.0299}, "0.030 nats above"),
         ({"wiki": 0.03, "pydoc": -0.01}, "\N{MINUS SIGN}0.010 to +0.030 nats from"),
     ],
-    ids=["better", "worse", "both"],
+    ids=["better", "worse", "worse by the same", "both"],
 )
 def test_the_title_of_upcycling_says_which_side_learned_more(differences, finding):
     title = PLOTS["upcycled_real"](upcycled(differences)).get_suptitle()

@@ -128,11 +128,13 @@ def draw_differences(axes: Axes, series: dict[str, dict[int, float]]) -> None:
 
 def final_sentence(differences: list[float], steps: int) -> str:
     low, high = min(differences), max(differences)
-    found = f"{signed(low)} to {signed(high)} nats from"
-    if low > 0 or high < 0:
-        near, far = sorted(map(abs, (low, high)))
-        found = f"{near:.3f} to {far:.3f} nats {'above' if low > 0 else 'below'}"
-    return f"After {steps} steps, the experts' loss is {found} the dense parent's"
+    if low < 0 < high:
+        side, ends = "from", [signed(low), signed(high)]
+    else:
+        side, ends = "above" if high > 0 else "below", [f"{x:.3f}" for x in sorted(map(abs, (low, high)))]
+    # once if both have the same digits
+    found = " to ".join(dict.fromkeys(ends))
+    return f"After {steps} steps, the experts' loss is {found} nats {side} the dense parent's"
 
 
 @styled

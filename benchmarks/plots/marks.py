@@ -54,8 +54,8 @@ def signed(x: float) -> str:
 def size(num_bytes: float) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if num_bytes >= unit:
-            return f"{num_bytes / unit:.3g} {name}"
-    return f"{num_bytes / 1e3:.3g} kB"
+            return f"{num_bytes / unit:.3g}\N{NO-BREAK SPACE}{name}"
+    return f"{num_bytes / 1e3:.3g}\N{NO-BREAK SPACE}kB"
 
 
 def listed(names: Sequence[str]) -> str:

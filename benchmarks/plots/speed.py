@@ -129,8 +129,8 @@ def draw_memory(result: dict) -> Figure:
         peak = row["growth_while_cached_bytes"] + row["further_peak_while_decoding_bytes"]
         peaks[row["side"]][row["tokens"]] = peak
     last = max(peaks["native"])
-    title = f"Decoding over {tokens(last)} cached tokens takes {size(peaks['bfloat16'][last])} above the weights; "
-    title += f"transformers' own class takes {size(peaks['native'][last])}"
+    title = f"Over {tokens(last)} cached tokens, deepseek-latent decodes in {size(peaks['bfloat16'][last])} above the "
+    title += f"weights, transformers' own class in {size(peaks['native'][last])}"
     note = f"{LITE_4} Peak of the process while the cache is filled and tokens are decoded, above what it held before. "
     note += f"Weights are in bfloat16. One sequence. {machine(result)}"
     figure, axes = new_figure(title, note)
