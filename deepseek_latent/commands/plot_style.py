@@ -44,6 +44,8 @@ styled = matplotlib.rc_context(
         "ytick.color": "#444444",
         "lines.linewidth": 1.8,
         "lines.markersize": 5.5,
+        # a name of a file may have dollars
+        "text.parse_math": False,
     }
 )
 
