@@ -30,7 +30,7 @@ def draw_loads(texts: list[tuple[str, Activity]]) -> Figure:
     height = min(max(1.5, 0.14 * num_layers + 0.7), 3.6) * len(texts) + 0.9
     figure, axes = new_figure("Which experts a text is routed to", NOTE, rows=len(texts), height=height)
     # a load of 1/2 is as far from 1 as a load of 2; all that is lower than 1/highest has one color
-    highest = max(2.0, *(load.max().item() for load in loads))
+    highest = max(4.0, *(load.max().item() for load in loads))
     norm = LogNorm(1 / highest, highest)
     for (name, activity), load, ax in zip(texts, loads, axes[:, 0]):
         chosen = np.ma.masked_equal(load.numpy(), 0)
@@ -45,7 +45,7 @@ def draw_loads(texts: list[tuple[str, Activity]]) -> Figure:
         ax.set_ylabel("layer")
         outlined(ax)
     axes[-1, 0].set_xlabel("expert")
-    bar = figure.colorbar(image, ax=axes[:, 0].tolist(), label="load", aspect=30)
+    bar = figure.colorbar(image, ax=axes[:, 0].tolist(), label="load", aspect=30, extend="min")
     furthest = math.floor(math.log2(highest))
     bar.set_ticks([2.0**x for x in range(-furthest, furthest + 1)])
     bar.ax.yaxis.set_major_formatter(lambda load, _: f"{load:g}" if load >= 1 else f"1/{1 / load:g}")
