@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import WINDOW, Activity, activity_of, activity_of_halves
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
-from ..whole_files import whole_file
 from .terminal import print_tables, quiet_transformers
 
 
@@ -37,7 +37,7 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other texts to compare with"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the load of every expert as a heat map")
     parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
     parser.add_argument("--by", choices=("token", "gate"), help="how --esft scores experts (default: token)")
     parser.add_argument(
@@ -61,9 +61,11 @@ def _experts(arguments: argparse.Namespace) -> int:
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
             raise ValueError(f"expected a folder to write into, got {file.parent}, which does not exist.")
+    if arguments.plot and arguments.plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a PNG file, so expected a name that ends with .png, got {arguments.plot}.")
     if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
         raise ValueError(f"--threshold must be above 0 and at most 1, got {arguments.threshold}.")
-    pyplot = _import_pyplot() if arguments.plot else None
+    save_loads = _import_drawing() if arguments.plot else None
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
@@ -78,8 +80,8 @@ def _experts(arguments: argparse.Namespace) -> int:
         ExpertSelection(selected).save(arguments.esft)
         num_selected, num_experts = sum(map(len, selected.values())), first.shares.numel()
         print(f"{num_selected} of {num_experts} experts to fine-tune written to {arguments.esft}", file=sys.stderr)
-    if pyplot is not None:
-        _plot(pyplot, arguments.plot, texts)
+    if save_loads is not None:
+        save_loads(arguments.plot, [(text.name, text.activity) for text in texts])
     if arguments.json:
         print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
@@ -181,28 +183,9 @@ def _size_table(size: RoutedSize) -> Table:
     return table
 
 
-def _import_pyplot():
+def _import_drawing() -> Callable[[Path, list[tuple[str, Activity]]], None]:
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
+        from .expert_plot import save_loads
     except ImportError as error:
         raise ValueError("--plot draws with matplotlib, which is not installed; pip install matplotlib.") from error
-    return matplotlib.pyplot
-
-
-def _plot(pyplot, path: Path, texts: list[_Text]) -> None:
-    """Draws one heat map per text: rows are layers, columns are experts."""
-    num_layers, e = texts[0].activity.shares.shape
-    size = (max(5.0, 0.16 * e + 2), max(3.6, (0.22 * num_layers + 1.2) * len(texts) + 0.4))
-    figure, axes = pyplot.subplots(len(texts), 1, figsize=size, squeeze=False, layout="constrained")
-    highest = max((text.activity.shares * e).max().item() for text in texts)
-    for (name, activity, _), ax in zip(texts, axes[:, 0]):
-        image = ax.imshow((activity.shares * e).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        ax.set(xlabel="expert", ylabel="layer", title=name)
-        ax.set_yticks(range(num_layers), activity.layers)
-    figure.colorbar(image, ax=axes[:, 0], label="choices, 1 if all experts are chosen evenly")
-    with whole_file(path) as place:
-        figure.savefig(place, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+    return save_loads
