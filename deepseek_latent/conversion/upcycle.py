@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .target import Piece
 
-SCHEMES = ("M0", "M1", "M2", "M3", "M4", "M5")
 WIDTH_MULTIPLE = 8
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
