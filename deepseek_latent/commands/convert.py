@@ -60,7 +60,7 @@ def _build_upcycle(folder: Path, arguments: argparse.Namespace) -> Built:
     )
     measured = {"fraction of neurons that are zeros": conversion.zero_fraction} if conversion.zero_fraction else {}
     if not arguments.shared_experts:
-        measured["opens in stock transformers"] = "no, its class always has shared experts"
+        measured["opens in stock transformers and vLLM"] = "no, they always have shared experts"
     cost = cost_of(files, conversion, conversion.pieces(), None if is_deepseek else base.source.cached_elements)
 
     def measure() -> tuple[Upcycle, dict]:

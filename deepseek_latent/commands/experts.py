@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.loading import load_model
+from ..conversion.progress import track
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
@@ -27,7 +28,8 @@ from .terminal import print_tables, quiet_transformers
 
 @quiet_transformers()
 def show_experts(arguments: argparse.Namespace) -> int:
-    config, folder = read_config(arguments.model), fetch_source(arguments.model)
+    folder = fetch_source(arguments.model)
+    config = read_config(str(folder))
     # a missing folder or package is reported before any work
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
@@ -36,7 +38,7 @@ def show_experts(arguments: argparse.Namespace) -> int:
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
-    texts = [_text(model, file.name, ids_of_text) for file, ids_of_text in zip(files, ids)]
+    texts = [_text(model, *text) for text in track([*zip([file.name for file in files], ids)], "reading texts")]
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
     size = routed_size(config, checkpoint_tensors(config))

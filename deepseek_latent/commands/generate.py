@@ -11,9 +11,10 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.checkpoint import read_config
 from ..conversion.loading import load_model
-from ..conversion.size import expanded_width
+from ..conversion.places import folder_or_hub
+from ..conversion.size import EXPANDED, cached_elements_per_token
 from ..conversion.text import check_vocabulary, load_tokenizer
 from .chat import converse, encode_chat, messages_from_stdin
 from .terminal import quiet_transformers
@@ -21,14 +22,15 @@ from .terminal import quiet_transformers
 
 def generate(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
+        place = folder_or_hub(arguments.model)
         config = read_config(arguments.model)
-        place = local_or_hub(arguments.model)
         tokenizer = load_tokenizer(place)
         if arguments.chat and tokenizer.chat_template is None:
             raise ValueError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out.")
         inputs = None
         if arguments.prompt is not None:
             inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+            # before the weights are loaded
             check_vocabulary(inputs["input_ids"], config.vocab_size)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
@@ -42,6 +44,9 @@ def generate(arguments: argparse.Namespace) -> int:
         streamer = _TimedStreamer(tokenizer)
 
         def write(inputs: BatchEncoding) -> Tensor:
+            check_vocabulary(inputs["input_ids"], config.vocab_size)
+            # a generic tokenizer adds token_type_ids, which this model does not have
+            inputs.pop("token_type_ids", None)
             streamer.start()
             return model.generate(
                 **inputs.to(model.device),
@@ -65,16 +70,22 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStreamer") -> Table:
     held, times, started = cache.nbytes, streamer.times, streamer.started
-    per_layer = cache.layers[0].dtype.itemsize * expanded_width(config)
-    expanded = cache.get_seq_length() * config.num_hidden_layers * per_layer
+    bytes_per_element = cache.get_seq_length() * cache.layers[0].dtype.itemsize
+    elements = cached_elements_per_token(config)
+    expanded = elements.pop(EXPANDED) * bytes_per_element
     table = Table("", Column(justify="right"), show_header=False)
     table.add_row("new tokens", f"{len(times):,}")
     table.add_row("time to first token", f"{times[0] - started:.3f} s")
     if len(times) > 1:
         table.add_row("decoding", f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
     table.add_row("cache held", f"{held:,} bytes")
-    table.add_row("as keys and values", f"{expanded:,} bytes")
+    table.add_row(f"as keys and values of all {config.num_attention_heads} heads", f"{expanded:,} bytes")
     table.add_row("ratio", f"{expanded / held:.1f}")
+    # GQA is what a model without latent attention would have; if the model was converted, it had this one
+    for name, per_token in elements.items():
+        if name.startswith("GQA"):
+            table.add_row(f"as keys and values, {name}", f"{per_token * bytes_per_element:,} bytes")
+            table.add_row("ratio to GQA", f"{per_token * bytes_per_element / held:.2f}")
     return table
 
 
@@ -101,8 +112,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> B
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:
         raise ValueError("expected a prompt of at least one token, got none; write a longer prompt.")
-    # a generic tokenizer adds token_type_ids, which this model does not have
-    inputs.pop("token_type_ids", None)
     return inputs
 
 

@@ -30,9 +30,17 @@ def run_action(arguments: argparse.Namespace, name: str) -> int:
         raise
     except (ValueError, OSError, StrictDataclassError) as error:
         # it may quote a name from a file of a stranger
-        reason = shortened(printable(" ".join(str(error).split())), MAX_ERROR_LENGTH)
+        reason = shortened(printable(" ".join(_reason(error).split())), MAX_ERROR_LENGTH)
         print(f"{name}: {reason}", file=sys.stderr)
         return 2
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error. That of the system's own begins with a number, such as "[Errno 2]", which is left out."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    names = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
+    return f"{error.strerror}{': ' if names else ''}{' and '.join(names)}."
 
 
 @contextmanager

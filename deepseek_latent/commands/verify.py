@@ -2,11 +2,11 @@
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 from ..conversion.gguf_source import source_folder
+from ..conversion.source import fetch_source
 from ..conversion.text import read_text
 from ..conversion.verify import verify
 from .terminal import print_report, quiet_transformers
@@ -15,8 +15,9 @@ from .terminal import print_report, quiet_transformers
 @quiet_transformers()
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.text) if arguments.text else None
+    folder, dtype = fetch_source(arguments.out), arguments.dtype and getattr(torch, arguments.dtype)
     source = source_folder(arguments.against, arguments.gguf_file) if arguments.against else nullcontext()
     with source as against:
-        report = verify(Path(arguments.out), against, text, arguments.dtype and getattr(torch, arguments.dtype))
+        report = verify(folder, against, text, dtype)
     print_report(report, as_json=arguments.json)
     return 1 if report["problems"] else 0

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import deepseek_latent
 from deepseek_latent.cache.format import CACHE_DTYPES
+from deepseek_latent.commands.terminal import run_action
 from deepseek_latent.conversion.target import DEFAULT_SHARD_BYTES
 from deepseek_latent_command import main, parse
 from tests.commands.terminal import assert_refused
@@ -83,6 +85,54 @@ def test_the_prompt_may_follow_an_option():
     for options in (["M", "hi", "--chat"], ["M", "--chat", "hi"], ["--chat", "M", "hi"], ["M", "--seed", "1", "hi"]):
         arguments = parse(["generate", *options])
         assert (arguments.model, arguments.prompt) == ("M", "hi")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "FILE", "x"],
+        ["experts", "FILE", "--text", "FILE"],
+        ["verify", "FILE"],
+        ["convert", "cast", "FILE", "OUT"],
+        ["convert", "gqa-to-mla", "FILE", "OUT"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_config_in_place_of_its_folder_is_refused_with_the_folders_name(command, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "deepseek_v2"}')
+    command = [str(file) if word == "FILE" else word for word in command]
+    assert_refused(capsys, *command, saying=f"got the file {file}; name its folder, {tmp_path}.")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a"), "No such file or directory: 'a'."),
+        (FileExistsError(17, "File exists", "a", None, "b"), "File exists: 'a' and 'b'."),
+        (OSError(5, "Input/output error"), "Input/output error."),
+        (OSError("expected a disk"), "expected a disk"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_system_are_told_without_their_number(error, told, capsys):
+    def act(arguments):
+        raise error
+
+    assert run_action(Namespace(action=act), "deepseek-latent x") == 2
+    assert capsys.readouterr().err == f"deepseek-latent x: {told}\n"
+
+
+def test_a_long_error_loses_its_middle_and_no_part_of_a_word(capsys):
+    words = [f"word{i}" for i in range(400)]
+
+    def act(arguments):
+        raise ValueError(" ".join(words))
+
+    run_action(Namespace(action=act), "deepseek-latent x")
+    told = capsys.readouterr().err.split()[2:]
+    assert (told[0], told[-1]) == ("word0", "word399")
+    assert {*told} <= {*words, "..."}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
