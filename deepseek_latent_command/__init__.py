@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=NAME,
-        description="generates text, inspects and converts checkpoints, and runs other tools with the plugin.",
+        description="Generates text, inspects and converts checkpoints, and runs other tools with the plugin.",
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
     parser.set_defaults(check=lambda arguments: None)

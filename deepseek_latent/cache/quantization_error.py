@@ -12,7 +12,7 @@ from .segments import Segment
 logger = logging.get_logger(__name__)
 
 # the models and formats that were warned of
-_warned: set[tuple[str, int, str]] = set()
+_warned: set[tuple[str | None, int, str]] = set()
 CHECKED_TOKENS = 64
 # The error of the worst token in the worst layer, and what it goes with (SmolLM2-135M, change of perplexity): converted
 # to latents of 128 channels without a basis that suits codes, 0.16 with int8 goes with +6 %, 0.86 with int6 and 1.8
@@ -24,7 +24,7 @@ LARGEST_ERROR = 0.7
 def warn_of_large_error(
     latent: Tensor,  # [t c]  of the first sequence, before they were quantized
     stored: Segment,
-    model_name: str,
+    model_name: str | None,
 ) -> bool:
     """Warns if one of the first tokens was changed by more than most of what tells tokens apart; True if it was.
 

@@ -33,7 +33,9 @@ def show_experts(arguments: argparse.Namespace) -> int:
     # a missing folder or package is reported before any work
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
-            raise ValueError(f"expected a folder to write into, got {file.parent}, which does not exist.")
+            raise ValueError(f"expected a folder to write into, got {file.parent}; make it, or name another one.")
+    if arguments.plot and arguments.plot.is_dir():
+        raise ValueError(f"expected a file for --plot, got the folder {arguments.plot}; name a file in it.")
     pyplot = _import_pyplot() if arguments.plot else None
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]

@@ -49,14 +49,16 @@ def _find(given: str, gguf_file: str | None) -> Path | None:
     """The GGUF file that is meant, or None for a source without one."""
     if gguf_file is None and not given.endswith(".gguf"):
         return None
+    if gguf_file is None and not Path(given).expanduser().exists():
+        raise ValueError(
+            f"expected a GGUF file, got {given}, which does not exist; one on the hub is SRC --gguf-file NAME."
+        )
     place = local_or_hub(given)
     if isinstance(place, Path):
         file = place / gguf_file if gguf_file else place
         if not file.is_file():
             raise ValueError(f"expected a GGUF file, got {file}, which is not a file; correct its name.")
         return file
-    if gguf_file is None:
-        raise ValueError(f"expected a GGUF file, got {given}, which does not exist; one on the hub is SRC --gguf-file.")
     file = download(place, [glob.escape(gguf_file)]) / gguf_file
     if not file.is_file():
         raise ValueError(f"expected a GGUF file in {place} on the hub, got no {gguf_file} there; correct its name.")

@@ -36,7 +36,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     """
     for place in (folder, against):
         if place is not None and not (place / "config.json").is_file():
-            raise ValueError(f"expected a checkpoint's folder with a config.json, got {place}.")
+            raise ValueError(f"expected a checkpoint's folder with a config.json, got {place}; name that folder.")
     config = read_config(str(folder))
     found = check_checkpoint(folder, config)
     report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}

@@ -139,6 +139,7 @@ def test_each_way_of_scoring_has_the_threshold_of_the_paper(tmp_path, by):
         (["--text", "empty.txt"], "empty.txt, which is empty"),
         (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
         (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
+        (["--text", "text.txt", "--plot", "."], "expected a file for --plot, got the folder"),
         (["--text", "text.txt", "--by", "token"], "--by and --threshold say how --esft chooses"),
         (["--text", "text.txt", "--threshold", "0.2"], "give --esft a file to write, or leave them"),
     ],
