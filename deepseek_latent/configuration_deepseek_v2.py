@@ -1,7 +1,6 @@
 """The configuration of DeepSeek-V2: its fields, how they are read, and how they are written for every client."""
 
 from dataclasses import fields
-from textwrap import shorten
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -149,7 +148,8 @@ class DeepseekV2Config(PreTrainedConfig):
             return super().from_dict(_without_overridden_rope(config_dict, overrides) | overrides, **kwargs)
         except StrictDataclassError as error:
             # a value of the wrong type, which may be very long
-            message = shorten(str(error), 500, placeholder=" ...")
+            message = " ".join(str(error).split())
+            message = message if len(message) < 500 else f"{message[:500]}..."
             raise ValueError(f"{message} Correct the type of this field.") from error
 
     @property
