@@ -76,6 +76,7 @@ def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
         assert sum(scores) >= 0.3 > sum(scores[:-1])
     printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
     assert "2202.01169" in printed.out
+    assert "reading texts ...\n" in printed.err
     assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
 
 
@@ -158,6 +159,7 @@ def test_each_way_of_scoring_has_the_threshold_of_the_paper(tmp_path, by):
         (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
         (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
         (["--text", "text.txt", "--plot", "plot.pdf"], "expected a name that ends with .png, got plot.pdf"),
+        (["--text", "text.txt", "--plot", "."], "expected a file for --plot, got the folder"),
         (["--text", "text.txt", "--by", "token"], "--by and --threshold say how --esft chooses"),
         (["--text", "text.txt", "--threshold", "0.2"], "give --esft a file to write, or leave them"),
     ],
@@ -172,7 +174,7 @@ def test_unusable_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys
 
 
 def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
+    monkeypatch.setattr("deepseek_latent.conversion.places.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
     config = DeepseekV2Config.from_pretrained(FOLDER)
     monkeypatch.setattr("deepseek_latent.commands.experts.read_config", lambda source: config)
     (tmp_path / "text.txt").write_text("a text")
