@@ -17,6 +17,8 @@ from .run import add_command as add_run
 from .verify import add_command as add_verify
 
 NAME = "deepseek-latent"
+# that of the package, which is not imported for it
+VERSION = "0.2.0"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=NAME,
         description="Generates text, inspects and converts checkpoints, and runs other tools with the plugin.",
     )
-    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.set_defaults(check=lambda arguments: None)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
@@ -104,12 +106,3 @@ class _Parser(argparse.ArgumentParser):
         if is_without_prompt and rest and not rest[0].startswith("-"):
             arguments.prompt, *rest = rest
         return arguments, rest
-
-
-class _PrintVersion(argparse.Action):
-    # the action of argparse takes the version itself, which this one looks up only if it is asked for
-    def __call__(self, parser, *_):
-        from importlib.metadata import version
-
-        print(f"{parser.prog} {version(NAME)}")
-        parser.exit()
