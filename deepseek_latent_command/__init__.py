@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of a command line. They hold the function that runs the command, `action`.
+    """The options of a command line, with two functions that take them.
 
-    `check`, if a command has one, raises ValueError for options that do not go together.
+    `check` raises ValueError for options that do not go together, `action` runs the command and returns its exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes the prompt of `generate` after an option too, as argparse itself does since Python 3.12.7."""
+    """Takes the prompt of `generate` after an option too, which argparse in older versions of Python does not."""
 
     def parse_known_args(self, args=None, namespace=None):
         arguments, rest = super().parse_known_args(args, namespace)
