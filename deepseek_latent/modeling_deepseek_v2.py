@@ -31,6 +31,7 @@ from .compat.cache_name import (
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
+from .compat.other_classes import check_is_not_native, check_is_own_class
 from .compat.pages import PagedAttentionCache
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .experts.balance import balance_losses_of_layers, fraction_of_batch
@@ -97,6 +98,7 @@ class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
     }
 
     def __init__(self, config: DeepseekV2Config):
+        check_is_not_native(config)
         # the config may have been changed since it was checked at construction
         config.validate_architecture()
         super().__init__(config)
@@ -300,13 +302,14 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
 def moe_layers(model: nn.Module) -> dict[int, DeepseekV2MoE]:
     """The MoE block of every layer that has one, by layer index; `model` is a DeepSeek-V2 or contains one.
 
-    Raises ValueError if no layer has experts.
+    Raises ValueError if no layer has experts, and TypeError for a DeepSeek-V2 of another class than this package's.
     """
     backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
     layers = [] if backbone is None else enumerate(backbone.layers)
     # no isinstance on mlp, since peft may have wrapped it; placeholders of a pipeline have no `has_experts`
     found = {i: layer.mlp for i, layer in layers if getattr(layer, "has_experts", False)}
     if not found:
+        check_is_own_class(model)
         raise ValueError("expected a model with experts, and no layer of this one has any.")
     return found
 

@@ -6,8 +6,7 @@ which code uses it here.
 """
 
 import functools
-import sys
-from types import ModuleType
+import re
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +16,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightConverter
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.integrations.moe import _grouped_linear
+from transformers.modeling_utils import PreTrainedModel
 
 from .bound_functions import is_equivalent_forward
 from .cache_name import CACHE, with_both_cache_names, with_cache_named
 from .torch import has_forward_hooks
-
-# ---- The names of classes --------------------------------------------------------------------------------------------
-
-
-def put_into_transformers(*classes: type) -> None:
-    """Sets these classes as attributes of `transformers`, where code looks up the names in `config.architectures`.
-
-    TRL's trainers do so for a model id and for their reference models, and so do pipelines and `transformers serve`;
-    Auto classes have a registry of their own. The submodules of transformers stay as they are.
-
-    transformers replaces its own module by a second one when it imports its processors (5.17 to 5.24), and modules that
-    imported the first one keep it. So both get the classes.
-    """
-    imported = [vars(x).get("transformers") for x in [*sys.modules.values()] if isinstance(x, ModuleType)]
-    for module in {id(x): x for x in (*imported, sys.modules["transformers"])}.values():
-        if isinstance(module, ModuleType) and module.__name__ == "transformers":
-            for each in classes:
-                setattr(module, each.__name__, each)
-
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
 
@@ -142,11 +123,58 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 # ---- Loading and saving ----------------------------------------------------------------------------------------------
 
 
+# the argument of `from_pretrained` by which a pipeline names its task (5.17 to 5.24)
+_PIPELINE = "_from_pipeline"
+
+
+class RefusedInPipelineError(LookupError):
+    """A refusal to load a checkpoint, which leaves `pipeline()` with its own message.
+
+    After an OSError, ValueError, TypeError or RuntimeError, `pipeline()` goes on to the next class (5.17 to 5.24). For
+    a checkpoint that brings its code, that is transformers' own class, which initializes at random what is missing.
+    """
+
+
+class ConfigHooks:
+    """A base before PreTrainedConfig: leaves the name of a pipeline to the model, which transformers drops (5.24)."""
+
+    @classmethod
+    @functools.wraps(PreTrainedConfig.from_pretrained.__func__)
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        if _PIPELINE in kwargs and kwargs.get("return_unused_kwargs"):
+            config, unused = loaded
+            return config, unused | {_PIPELINE: kwargs[_PIPELINE]}
+        return loaded
+
+
 class LoadingHooks:
     """A base before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
 
     # weights whose names end with one of these keep their file's dtype when a model is loaded in 16 bits
     keep_dtype_of_files: tuple[str, ...] = ()
+
+    @classmethod
+    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config to make a model from, given that of the caller; may raise ValueError."""
+        return config
+
+    @classmethod
+    @functools.wraps(PreTrainedModel.from_pretrained.__func__)
+    def from_pretrained(cls, *args, config=None, **kwargs):
+        if isinstance(config, PreTrainedConfig):
+            config = cls.own_config(config)
+        try:
+            return super().from_pretrained(*args, config=config, **kwargs)
+        except ValueError as error:
+            if _PIPELINE not in kwargs:
+                raise
+            raise RefusedInPipelineError(str(error)) from error
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        # `from_config` of the Auto classes calls it (5.17 to 5.24)
+        return super()._from_config(cls.own_config(config), **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -215,8 +243,20 @@ def convert_files_of(model_class: type, converter_class: type[CheckedConverter],
 
 
 def reason_of(failed_conversion: str) -> str:
-    """torch's error message, taken from the traceback of a failed conversion, after which transformers adds a line."""
+    """The error message, taken from the traceback of a failed conversion, after which transformers adds a line."""
     return failed_conversion.rpartition("\nError: ")[0].rpartition("\n")[2]
+
+
+def failed_in_quantizer(failed_conversion: str) -> bool:
+    """Whether a conversion failed because a quantizer could not quantize, or because a library is not installed.
+
+    The added line names the operation: those that quantize are called `Bnb4bitQuantize`, `TorchAoQuantize` and so on.
+    The line of the traceback before the message names the class of the error.
+    """
+    trace, _, added = failed_conversion.rpartition("\nError: ")
+    operation = added.partition(" on tensors destined for ")[0]
+    is_import_error = re.search(r"^(ImportError|ModuleNotFoundError): ", trace, re.MULTILINE) is not None
+    return is_import_error or operation.endswith("Quantize")
 
 
 def carries_its_code(config: PreTrainedConfig) -> bool:
