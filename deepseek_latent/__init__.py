@@ -28,7 +28,7 @@ from .compat.peft_changes import (
     support_offloading,
 )
 from .compat.peft_warnings import correct_pattern_warnings
-from .compat.registration import backbone_of_native_config, put_into_transformers
+from .compat.registration import backbone_of_native_config, put_into_transformers, take_native_configs
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
 from .experts.routed import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
@@ -118,12 +118,15 @@ AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
-# configs of transformers' own class were made before this import
-AutoModel.register(NativeConfig, backbone_of_native_config(DeepseekV2Model), exist_ok=True)
-AutoModelForCausalLM.register(NativeConfig, DeepseekV2ForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(NativeConfig, DeepseekV2ForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(NativeConfig, DeepseekV2ForTokenClassification, exist_ok=True)
-
+take_native_configs(
+    NativeConfig,
+    {
+        AutoModel: backbone_of_native_config(DeepseekV2Model),
+        AutoModelForCausalLM: DeepseekV2ForCausalLM,
+        AutoModelForSequenceClassification: DeepseekV2ForSequenceClassification,
+        AutoModelForTokenClassification: DeepseekV2ForTokenClassification,
+    },
+)
 put_into_transformers(
     DeepseekV2Config,
     DeepseekV2PreTrainedModel,

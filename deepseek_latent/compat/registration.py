@@ -24,6 +24,15 @@ def put_into_transformers(*classes: type) -> None:
                 setattr(module, each.__name__, each)
 
 
+def take_native_configs(native: type, by_auto_class: dict[type, type]) -> None:
+    """Has Auto classes take a config of transformers' own class, made before this import, for one of these models.
+
+    `register` of some versions ignores configs of transformers' own classes, so the table behind it is filled directly.
+    """
+    for auto_class, model_class in by_auto_class.items():
+        auto_class._model_mapping._extra_content[native] = model_class
+
+
 def backbone_of_native_config(backbone: type) -> type:
     """What AutoModel takes for a config of transformers' own class, which was made before this package was imported.
 

@@ -136,7 +136,7 @@ class RefusedInPipelineError(LookupError):
 
 
 class ConfigHooks:
-    """A base before PreTrainedConfig: leaves the name of a pipeline to the model, which transformers drops (5.24)."""
+    """A base before PreTrainedConfig: the model gets a pipeline's task, which transformers drops (5.17 to 5.24)."""
 
     @classmethod
     @functools.wraps(PreTrainedConfig.from_pretrained.__func__)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import SkipParameters, WeightConverter, log_conversion_errors
@@ -131,6 +131,8 @@ def test_auto_classes_make_models_by_the_function_that_converts_configs():
     assert "model_class._from_config(config, **kwargs)" in inspect.getsource(AutoModel.from_config), (
         "used by LoadingHooks and backbone_of_native_config"
     )
+    own = AutoModelForCausalLM._model_mapping._extra_content.get(NATIVE.DeepseekV2Config)
+    assert own is deepseek_latent.DeepseekV2ForCausalLM, "used by take_native_configs"
     heads = inspect.getsource(transformers.modeling_layers.GenericForSequenceClassification.__init__)
     assert "AutoModel.from_config(config)" in heads, "used by backbone_of_native_config"
 
