@@ -142,7 +142,8 @@ class ConfigHooks:
     @functools.wraps(PreTrainedConfig.from_pretrained.__func__)
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        if _PIPELINE in kwargs and kwargs.get("return_unused_kwargs"):
+        # a model that reads its config itself knows its pipeline, and takes no argument that the config leaves
+        if kwargs.get("_from_auto") and kwargs.get(_PIPELINE) is not None and kwargs.get("return_unused_kwargs"):
             config, unused = loaded
             return config, unused | {_PIPELINE: kwargs[_PIPELINE]}
         return loaded
