@@ -36,6 +36,9 @@ CLIENTS = {
     ),
 }
 
+# others, such as embed_tokens, were not examined
+APPLIED_EVERYWHERE = {"o_proj", "gate.weight"}
+
 
 def dropped_targets(targets: Iterable[str]) -> dict[str, list[str]]:
     """Which of `targets` have no effect in a client, by the names in `CLIENTS` of those clients that drop any."""

@@ -8,7 +8,7 @@ from importlib import import_module
 from huggingface_hub import ModelCard
 from torch import nn
 
-from .adapter_clients import CLIENTS, dropped_targets, target_of
+from .adapter_clients import APPLIED_EVERYWHERE, CLIENTS, dropped_targets, target_of
 from .peft import adapted_layers, is_lora_parameter
 
 _HEADING = "## Where this adapter acts"
@@ -16,8 +16,7 @@ _HEADING = "## Where this adapter acts"
 _SECTION = re.compile(rf"^{_HEADING}$.*?(?=^#|\Z)", re.MULTILINE | re.DOTALL)
 _HOW_TO_MERGE = """\
 A merged adapter is a checkpoint, which acts everywhere as trained: where deepseek_latent is imported, load the adapter
-with peft and call `model.merge_and_unload().save_pretrained("merged")`.
-"""
+with peft and call `model.merge_and_unload().save_pretrained("merged")`."""
 
 
 def describe_targets(model_class: type) -> None:
@@ -71,7 +70,7 @@ def _section(targets: set[str]) -> str:
     if rows:
         lines[-1] += " Some programs leave some of these out, mostly without an error, and then compute something else:"
         lines += ["", "| program | without effect or refused | what to do |", "|---|---|---|", *rows, "", _HOW_TO_MERGE]
-    else:
-        lines[-1] += f" All of them act in {', '.join(client.name for client in CLIENTS.values())} as well."
-        lines.append("")
-    return "\n".join(lines)
+    elif targets <= APPLIED_EVERYWHERE:
+        programs = ", ".join(client.name for client in CLIENTS.values())
+        lines[-1] += f" Plain LoRA on these targets acts in {programs} as well."
+    return "\n".join([*lines, ""])

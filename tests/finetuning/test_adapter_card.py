@@ -45,7 +45,16 @@ def test_the_card_names_targets_without_effect_in_other_programs(tmp_path):
 def test_the_card_says_where_all_targets_act(tmp_path):
     section = saved(tmp_path, LoraConfig(target_modules=["o_proj"]))
     assert rows_of(section) == {}
-    assert "`o_proj`. All of them act in transformers and peft without deepseek_latent, vLLM, llama.cpp" in section
+    expected = (
+        "`o_proj`. Plain LoRA on these targets acts in transformers and peft without deepseek_latent, vLLM, llama.cpp"
+    )
+    assert expected in section
+
+
+def test_the_card_claims_nothing_of_targets_that_were_not_examined(tmp_path):
+    section = saved(tmp_path, LoraConfig(target_modules=["o_proj", "embed_tokens"]))
+    assert "on `embed_tokens`, `o_proj`." in section
+    assert "vLLM" not in section
 
 
 def test_targets_given_as_a_pattern_are_named_as_well(tmp_path):
