@@ -11,7 +11,6 @@ from .attention.rotary import DeepseekV2RotaryEmbedding
 from .compat.accelerate import device_map_without_offloading
 from .compat.peft_changes import check_no_expert_dropped, remove_adapter
 from .compat.transformers import LoadingHooks
-from .configuration_deepseek_v2 import own_config
 from .experts.names import failure_of_quantizer, incomplete_backbone, missing_in_files, pattern_in_files
 from .experts.routed import DeepseekV2Experts
 from .experts.router import DeepseekV2MoEGate
@@ -22,7 +21,6 @@ class CheckpointMixin(LoadingHooks):
 
     # transformers 5.24 trains and saves routers in float32, the release has bfloat16; both compute them in float32
     keep_dtype_of_files = ("gate.weight",)
-    own_config = staticmethod(own_config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

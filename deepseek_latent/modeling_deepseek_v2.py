@@ -31,9 +31,9 @@ from .compat.cache_name import (
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
-from .compat.other_classes import check_is_not_native, check_is_own_class
+from .compat.other_classes import check_is_own_class
 from .compat.pages import PagedAttentionCache
-from .configuration_deepseek_v2 import DeepseekV2Config
+from .configuration_deepseek_v2 import DeepseekV2Config, own_config
 from .experts.balance import balance_losses_of_layers, fraction_of_batch
 from .experts.dropping import TokenDropping, token_dropping
 from .experts.moe import DeepseekV2MLP, DeepseekV2MoE
@@ -98,7 +98,7 @@ class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
     }
 
     def __init__(self, config: DeepseekV2Config):
-        check_is_not_native(config)
+        config = own_config(config)
         # the config may have been changed since it was checked at construction
         config.validate_architecture()
         super().__init__(config)
@@ -111,6 +111,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     """DeepSeek-V2 without a head: token ids [b s] to hidden states [b s d]."""
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepseekV2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -203,6 +204,7 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         super().__init__(config)
         self.model = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
@@ -277,6 +279,7 @@ class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, Deep
     forward = all_or_nothing(takes_either_cache_name(GenericForSequenceClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         # the generic __init__ asks AutoModel for the backbone: in a checkpoint's own code, it would get transformers'
         DeepseekV2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -291,6 +294,7 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
     forward = all_or_nothing(takes_either_cache_name(GenericForTokenClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         DeepseekV2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)

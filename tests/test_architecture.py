@@ -25,7 +25,7 @@ ROOMS = {
     "attention": {"compat", "configuration_deepseek_v2", "cache"},
     "experts": {"compat", "configuration_deepseek_v2"},
     "generation": {"compat", "cache"},
-    "checkpoints": {"compat", "configuration_deepseek_v2", "attention", "experts"},
+    "checkpoints": {"compat", "attention", "experts"},
     "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"}
     | {"checkpoints"},
     "plugin_state": {"compat", "attention", "modeling_deepseek_v2"},

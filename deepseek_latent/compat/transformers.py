@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightConverter
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.integrations.moe import _grouped_linear
-from transformers.modeling_utils import PreTrainedModel
 
 from .bound_functions import is_equivalent_forward
 from .cache_name import CACHE, with_both_cache_names, with_cache_named
@@ -123,8 +122,8 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 # ---- Loading and saving ----------------------------------------------------------------------------------------------
 
 
-# the argument of `from_pretrained` by which a pipeline names its task (5.17 to 5.24)
-_PIPELINE = "_from_pipeline"
+# set on a config between its loading for a pipeline and that of the model
+_IN_PIPELINE = "_is_loaded_in_pipeline"
 
 
 class RefusedInPipelineError(LookupError):
@@ -136,16 +135,15 @@ class RefusedInPipelineError(LookupError):
 
 
 class ConfigHooks:
-    """A base before PreTrainedConfig: the model gets a pipeline's task, which transformers drops (5.17 to 5.24)."""
+    """A base before PreTrainedConfig: marks a config that is loaded in a pipeline, for `LoadingHooks`."""
 
     @classmethod
     @functools.wraps(PreTrainedConfig.from_pretrained.__func__)
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        # a model that reads its config itself knows its pipeline, and takes no argument that the config leaves
-        if kwargs.get("_from_auto") and kwargs.get(_PIPELINE) is not None and kwargs.get("return_unused_kwargs"):
-            config, unused = loaded
-            return config, unused | {_PIPELINE: kwargs[_PIPELINE]}
+        # a pipeline names its task by this argument (5.17 to 5.24)
+        if kwargs.get("_from_pipeline") is not None:
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, _IN_PIPELINE, True)
         return loaded
 
 
@@ -154,28 +152,6 @@ class LoadingHooks:
 
     # weights whose names end with one of these keep their file's dtype when a model is loaded in 16 bits
     keep_dtype_of_files: tuple[str, ...] = ()
-
-    @classmethod
-    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config to make a model from, given that of the caller; may raise ValueError."""
-        return config
-
-    @classmethod
-    @functools.wraps(PreTrainedModel.from_pretrained.__func__)
-    def from_pretrained(cls, *args, config=None, **kwargs):
-        if isinstance(config, PreTrainedConfig):
-            config = cls.own_config(config)
-        try:
-            return super().from_pretrained(*args, config=config, **kwargs)
-        except ValueError as error:
-            if _PIPELINE not in kwargs:
-                raise
-            raise RefusedInPipelineError(str(error)) from error
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        # `from_config` of the Auto classes calls it (5.17 to 5.24)
-        return super()._from_config(cls.own_config(config), **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -200,12 +176,14 @@ class LoadingHooks:
         # the last call before transformers initializes missing weights
         super()._adjust_missing_and_unexpected_keys(loading_info)
         missing, mismatched = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
-        errors = dict(loading_info.conversion_errors)
+        errors, in_pipeline = dict(loading_info.conversion_errors), vars(self.config).pop(_IN_PIPELINE, False)
         try:
             self.check_loaded(missing, mismatched, errors)
-        except ValueError:
+        except ValueError as error:
             # transformers raises an error for these too, but in a `finally` that would hide this one
             loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
+            if in_pipeline:
+                raise RefusedInPipelineError(str(error)) from error
             raise
 
     def has_adapters_of_transformers(self) -> bool:

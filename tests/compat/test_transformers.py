@@ -121,7 +121,7 @@ def test_loading_reports_missing_weights_before_it_initializes_them():
 
 def test_pipelines_name_their_task_and_catch_value_errors():
     source = inspect.getsource(transformers.pipelines.base.load_model)
-    assert 'model_kwargs["_from_pipeline"] = task' in source, "used by LoadingHooks and ConfigHooks"
+    assert 'model_kwargs["_from_pipeline"] = task' in source, "used by ConfigHooks"
     assert "except (OSError, ValueError, TypeError, RuntimeError):" in source, (
         "pipelines catch other errors; used by RefusedInPipelineError"
     )
@@ -129,7 +129,7 @@ def test_pipelines_name_their_task_and_catch_value_errors():
 
 def test_auto_classes_make_models_by_the_function_that_converts_configs():
     assert "model_class._from_config(config, **kwargs)" in inspect.getsource(AutoModel.from_config), (
-        "used by LoadingHooks and backbone_of_native_config"
+        "used by backbone_of_native_config"
     )
     own = AutoModelForCausalLM._model_mapping._extra_content.get(NATIVE.DeepseekV2Config)
     assert own is deepseek_latent.DeepseekV2ForCausalLM, "used by take_native_configs"

@@ -87,9 +87,8 @@ def test_code_beside_a_checkpoint_is_named_with_what_to_do(call):
 
 def test_a_config_of_transformers_own_class_is_named_with_what_to_do():
     message = "this is transformers' own DeepseekV2Config: import deepseek_latent before you make the config"
-    for call in (lora_config, DeepseekV2ForCausalLM):
-        with pytest.raises(TypeError, match=message):
-            call(native_config())
+    with pytest.raises(TypeError, match=message):
+        lora_config(native_config())
 
 
 @every_class
@@ -110,7 +109,9 @@ def test_a_config_made_before_the_import_loads_a_model_of_this_package(auto_clas
 
 
 def test_a_config_made_before_the_import_makes_a_new_model_of_this_package():
-    assert type(AutoModelForCausalLM.from_config(native_config())) is DeepseekV2ForCausalLM
+    for make in (AutoModelForCausalLM.from_config, DeepseekV2ForCausalLM):
+        model = make(native_config())
+        assert (type(model), type(model.config)) == (DeepseekV2ForCausalLM, deepseek_latent.DeepseekV2Config)
 
 
 def test_heads_of_transformers_own_class_keep_their_backbone():
