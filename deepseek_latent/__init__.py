@@ -20,14 +20,16 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
+from .compat.peft_card import describe_targets
 from .compat.peft_changes import (
     prevent_target_renaming,
     refuse_single_experts,
     remove_refused_adapters,
     support_offloading,
 )
-from .compat.transformers import put_into_transformers
-from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
+from .compat.peft_warnings import correct_pattern_warnings
+from .compat.registration import backbone_of_native_config, put_into_transformers, take_native_configs
+from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
 from .experts.routed import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .finetuning.packing import pack_experts, unpack_experts
     from .finetuning.router_callback import RouterStatistics
     from .kernels import Optimized, optimize_for_inference
+    from .plugin_state import can_absorb, is_active
 
 __version__ = "0.2.0"
 __all__ = [
@@ -61,8 +64,10 @@ __all__ = [
     "PromptCache",
     "RouterStatistics",
     "activity_of",
+    "can_absorb",
     "expert_scores",
     "finish_training",
+    "is_active",
     "load_experts",
     "lora_config",
     "optimize_for_inference",
@@ -80,8 +85,10 @@ _MODULES = {
     "Optimized": "kernels",
     "RouterStatistics": "finetuning.router_callback",
     "activity_of": "finetuning.activity",
+    "can_absorb": "plugin_state",
     "expert_scores": "finetuning.expert_selection",
     "finish_training": "finetuning.esft",
+    "is_active": "plugin_state",
     "load_experts": "finetuning.esft",
     "lora_config": "finetuning.lora",
     "optimize_for_inference": "kernels",
@@ -111,7 +118,15 @@ AutoModel.register(DeepseekV2Config, DeepseekV2Model, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV2Config, DeepseekV2ForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(DeepseekV2Config, DeepseekV2ForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DeepseekV2Config, DeepseekV2ForTokenClassification, exist_ok=True)
-
+take_native_configs(
+    NativeConfig,
+    {
+        AutoModel: backbone_of_native_config(DeepseekV2Model),
+        AutoModelForCausalLM: DeepseekV2ForCausalLM,
+        AutoModelForSequenceClassification: DeepseekV2ForSequenceClassification,
+        AutoModelForTokenClassification: DeepseekV2ForTokenClassification,
+    },
+)
 put_into_transformers(
     DeepseekV2Config,
     DeepseekV2PreTrainedModel,
@@ -124,4 +139,6 @@ put_into_transformers(
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)
 remove_refused_adapters(DeepseekV2PreTrainedModel)
+correct_pattern_warnings(DeepseekV2PreTrainedModel)
+describe_targets(DeepseekV2PreTrainedModel)
 refuse_single_experts(DeepseekV2PreTrainedModel, DeepseekV2Experts)

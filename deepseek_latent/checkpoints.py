@@ -11,7 +11,7 @@ from .attention.rotary import DeepseekV2RotaryEmbedding
 from .compat.accelerate import device_map_without_offloading
 from .compat.peft_changes import check_no_expert_dropped, remove_adapter
 from .compat.transformers import LoadingHooks
-from .experts.names import incomplete_backbone, missing_in_files, pattern_in_files
+from .experts.names import failure_of_quantizer, incomplete_backbone, missing_in_files, pattern_in_files
 from .experts.routed import DeepseekV2Experts
 from .experts.router import DeepseekV2MoEGate
 
@@ -66,6 +66,8 @@ class CheckpointMixin(LoadingHooks):
         transformers would initialize that part at random. The heads of other classes are new in most checkpoints, so
         these may be missing.
         """
+        if (failure := failure_of_quantizer(errors)) is not None:
+            raise failure
         prefix = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         problems = [missing_in_files(name, errors.get(name)) for name in missing if name.startswith(prefix)]
         problems += [

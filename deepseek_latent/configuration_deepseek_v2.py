@@ -9,13 +9,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
 from .compat.cache_name import CACHE_NAMES
-from .compat.transformers import carries_its_code
+from .compat.transformers import ConfigHooks, carries_its_code
 from .configuration.checks import check_fields, check_general_fields, refuse_other_architectures
 from .configuration.rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
 
+# fields of transformers' own class that this one derives; DeepSeek's files have none of them
+_DERIVED = ("qk_head_dim", "head_dim", "mlp_bias")
+
 
 @strict
-class DeepseekV2Config(PreTrainedConfig):
+class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
     r"""Configuration of a DeepSeek-V2 model (MLA attention, DeepSeekMoE feed-forward).
 
     Field names and defaults are those of DeepSeek's published `configuration_deepseek.py`. `n_routed_experts=None`
@@ -121,8 +124,8 @@ class DeepseekV2Config(PreTrainedConfig):
         self.topk_group = 1 if self.topk_group is None else self.topk_group
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for derived in ("qk_head_dim", "head_dim"):
-            kwargs.pop(derived, None)
+        for name in _DERIVED:
+            kwargs.pop(name, None)
         for name in kwargs:
             known = getattr(type(self), name, None)
             if callable(known) or (isinstance(known, property) and known.fset is None):
@@ -141,7 +144,7 @@ class DeepseekV2Config(PreTrainedConfig):
                 "model_type 'deepseek' without kv_lora_rank is DeepSeek-MoE 16B, which has no latent attention; "
                 "expected a DeepSeek-V2 config.json."
             )
-        names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES}
+        names = {field.name for field in fields(cls)} | {*cls.attribute_map, *LEGACY_NAMES, *_DERIVED}
         names.remove("dtype")  # transformers itself converts it
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         try:
@@ -172,6 +175,11 @@ class DeepseekV2Config(PreTrainedConfig):
     def head_dim(self) -> int:
         """r, under the name by which transformers looks up the rotary width."""
         return self.qk_rope_head_dim
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Always false, since no MLP of DeepSeek-V2 has a bias."""
+        return False
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) has experts rather than a dense MLP."""
@@ -234,6 +242,22 @@ class DeepseekFirstUploadConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Returns a `DeepseekV2Config`, or raises ValueError for DeepSeek-MoE 16B, which has no MLA."""
         return DeepseekV2Config.from_dict(config_dict, **kwargs)
+
+
+def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns `config`, or where it is of transformers' own class, a `DeepseekV2Config` with the same fields.
+
+    A config is of that class if it was made before this package was imported.
+
+    Raises ValueError where `DeepseekV2Config` does, such as for fields of another architecture.
+    """
+    if not isinstance(config, NativeConfig):
+        return config
+    own = DeepseekV2Config.from_dict(config.to_dict())
+    # these are not in the dict
+    own.name_or_path = config.name_or_path
+    own._attn_implementation, own._experts_implementation = config._attn_implementation, config._experts_implementation
+    return own
 
 
 def _without_folder(reference: str | list) -> str | list:

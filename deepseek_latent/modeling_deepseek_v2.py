@@ -31,8 +31,9 @@ from .compat.cache_name import (
     MoeModelOutputWithPast,
     takes_either_cache_name,
 )
+from .compat.other_classes import check_is_own_class
 from .compat.pages import PagedAttentionCache
-from .configuration_deepseek_v2 import DeepseekV2Config
+from .configuration_deepseek_v2 import DeepseekV2Config, own_config
 from .experts.balance import balance_losses_of_layers, fraction_of_batch
 from .experts.dropping import TokenDropping, token_dropping
 from .experts.moe import DeepseekV2MLP, DeepseekV2MoE
@@ -97,6 +98,7 @@ class DeepseekV2PreTrainedModel(CheckpointMixin, PreTrainedModel):
     }
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         # the config may have been changed since it was checked at construction
         config.validate_architecture()
         super().__init__(config)
@@ -109,6 +111,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
     """DeepSeek-V2 without a head: token ids [b s] to hidden states [b s d]."""
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepseekV2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -201,6 +204,7 @@ class DeepseekV2ForCausalLM(LatentGenerationMixin, DeepseekV2PreTrainedModel):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         super().__init__(config)
         self.model = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
@@ -275,6 +279,7 @@ class DeepseekV2ForSequenceClassification(GenericForSequenceClassification, Deep
     forward = all_or_nothing(takes_either_cache_name(GenericForSequenceClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         # the generic __init__ asks AutoModel for the backbone: in a checkpoint's own code, it would get transformers'
         DeepseekV2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -289,6 +294,7 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
     forward = all_or_nothing(takes_either_cache_name(GenericForTokenClassification.forward))
 
     def __init__(self, config: DeepseekV2Config):
+        config = own_config(config)
         DeepseekV2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = DeepseekV2Model(config)
@@ -300,13 +306,14 @@ class DeepseekV2ForTokenClassification(GenericForTokenClassification, DeepseekV2
 def moe_layers(model: nn.Module) -> dict[int, DeepseekV2MoE]:
     """The MoE block of every layer that has one, by layer index; `model` is a DeepSeek-V2 or contains one.
 
-    Raises ValueError if no layer has experts.
+    Raises ValueError if no layer has experts, and TypeError for a DeepSeek-V2 of another class than this package's.
     """
     backbone = next((module for module in model.modules() if isinstance(module, DeepseekV2Model)), None)
     layers = [] if backbone is None else enumerate(backbone.layers)
     # no isinstance on mlp, since peft may have wrapped it; placeholders of a pipeline have no `has_experts`
     found = {i: layer.mlp for i, layer in layers if getattr(layer, "has_experts", False)}
     if not found:
+        check_is_own_class(model)
         raise ValueError("expected a model with experts, and no layer of this one has any.")
     return found
 

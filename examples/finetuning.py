@@ -106,7 +106,8 @@ def read_options(description: str, *, learning_rate: float) -> Namespace:
 
 def row_of(variant: Variant, texts: Texts, options: Namespace) -> dict[str, float | int]:
     set_seed(options.seed)
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    # the checkpoint was trained with this dropout
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, attention_dropout=0.1)
     start = time.perf_counter()
     model = variant(model, texts, options)
     seconds = time.perf_counter() - start

@@ -162,8 +162,9 @@ def main() -> None:
         Trainer(model, args=arguments, train_dataset=training_windows, eval_dataset=held_out_windows).train()
         minutes = (time.perf_counter() - start) / 60
 
-        # Trainer turned the first off; the others are for training only
-        model.config.update({"use_cache": True, "output_router_logits": False, "seq_aux": True})
+        # Trainer turned the first off; the others are for this training only, not for fine-tuning
+        trained = {"use_cache": True, "output_router_logits": False, "seq_aux": True, "attention_dropout": 0.0}
+        model.config.update(trained)
         model.to(torch.bfloat16).save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
         (options.out / "held_out.txt").write_text(BETWEEN_DOCUMENTS.join(held_out), encoding="utf-8")

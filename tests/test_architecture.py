@@ -28,13 +28,14 @@ ROOMS = {
     "checkpoints": {"compat", "attention", "experts"},
     "modeling_deepseek_v2": {"compat", "configuration_deepseek_v2", "cache", "attention", "experts", "generation"}
     | {"checkpoints"},
+    "plugin_state": {"compat", "attention", "modeling_deepseek_v2"},
     "finetuning": {"whole_files", "json_files", "compat", "configuration_deepseek_v2", "experts"}
     | {"modeling_deepseek_v2"},
     "kernels": {"whole_files", "compat", "cache", "attention", "experts", "generation", "modeling_deepseek_v2"},
     "conversion": {"whole_files", "json_files", "compat", "configuration", "configuration_deepseek_v2", "experts"}
     | {"modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
-    | {"modeling_deepseek_v2"},
+    | {"modeling_deepseek_v2", "plugin_state"},
     "__main__": set(),
     "commands": {
         "__init__",

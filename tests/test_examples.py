@@ -106,6 +106,13 @@ def test_no_expert_is_idle_or_crowded(model, windows):
         assert share.max() < 4 / model.config.n_routed_experts
 
 
+def test_the_first_loss_of_a_training_is_that_of_the_checkpoint(windows):
+    """So DPO starts from ln 2, and an adapter from the loss on the card."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    losses = [nats_per_token(mode(), windows[:4]) for mode in (model.eval, model.train)]
+    assert losses[0] == losses[1]
+
+
 def test_text_survives_the_tokenizer(tokenizer):
     text = "def f(x: int) -> str:\n\treturn 'naïve €' * x  # ∀"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
@@ -121,7 +128,9 @@ def test_the_training_program_makes_a_checkpoint_that_loads(tmp_path):
     # one step from random weights is hardly better than a uniform guess
     assert figures["model_nats_per_token"] > 0.9 * math.log(2048)
     assert figures["bigram_nats_per_token"] < figures["unigram_nats_per_token"] < figures["model_nats_per_token"]
-    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == FIGURES["parameters"]
+    made = AutoModelForCausalLM.from_pretrained(out)
+    assert made.num_parameters() == FIGURES["parameters"]
+    assert made.config.attention_dropout == 0
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 2
     assert "exists; name another folder with --out, or write into it with --force" in again.stderr

@@ -48,7 +48,7 @@ def test_a_screen_is_enough():
     ("name", "count"),
     [
         ("caches.md", 7),
-        ("fine-tuning.md", 7),
+        ("fine-tuning.md", 9),
         pytest.param("speed.md", 2, marks=needs_compiler),
         pytest.param("gpu.md", 1, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
     ],

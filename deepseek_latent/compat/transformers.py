@@ -6,8 +6,7 @@ which code uses it here.
 """
 
 import functools
-import sys
-from types import ModuleType
+import re
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +20,6 @@ from transformers.integrations.moe import _grouped_linear
 from .bound_functions import is_equivalent_forward
 from .cache_name import CACHE, with_both_cache_names, with_cache_named
 from .torch import has_forward_hooks
-
-# ---- The names of classes --------------------------------------------------------------------------------------------
-
-
-def put_into_transformers(*classes: type) -> None:
-    """Sets these classes as attributes of `transformers`, where code looks up the names in `config.architectures`.
-
-    TRL's trainers do so for a model id and for their reference models, and so do pipelines and `transformers serve`;
-    Auto classes have a registry of their own. The submodules of transformers stay as they are.
-
-    transformers replaces its own module by a second one when it imports its processors (5.17 to 5.24), and modules that
-    imported the first one keep it. So both get the classes.
-    """
-    imported = [vars(x).get("transformers") for x in [*sys.modules.values()] if isinstance(x, ModuleType)]
-    for module in {id(x): x for x in (*imported, sys.modules["transformers"])}.values():
-        if isinstance(module, ModuleType) and module.__name__ == "transformers":
-            for each in classes:
-                setattr(module, each.__name__, each)
-
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
 
@@ -142,6 +122,31 @@ def local_rows(linear: nn.Linear) -> Tensor | None:
 # ---- Loading and saving ----------------------------------------------------------------------------------------------
 
 
+# set on a config between its loading for a pipeline and that of the model
+_IN_PIPELINE = "_is_loaded_in_pipeline"
+
+
+class RefusedInPipelineError(LookupError):
+    """A refusal to load a checkpoint, which leaves `pipeline()` with its own message.
+
+    After an OSError, ValueError, TypeError or RuntimeError, `pipeline()` goes on to the next class (5.17 to 5.24). For
+    a checkpoint that brings its code, that is transformers' own class, which initializes at random what is missing.
+    """
+
+
+class ConfigHooks:
+    """A base before PreTrainedConfig: marks a config that is loaded in a pipeline, for `LoadingHooks`."""
+
+    @classmethod
+    @functools.wraps(PreTrainedConfig.from_pretrained.__func__)
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # a pipeline names its task by this argument (5.17 to 5.24)
+        if kwargs.get("_from_pipeline") is not None:
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, _IN_PIPELINE, True)
+        return loaded
+
+
 class LoadingHooks:
     """A base before PreTrainedModel: checks what a checkpoint lacks, keeps dtypes, and lets experts be dispatched."""
 
@@ -171,12 +176,14 @@ class LoadingHooks:
         # the last call before transformers initializes missing weights
         super()._adjust_missing_and_unexpected_keys(loading_info)
         missing, mismatched = sorted(loading_info.missing_keys), sorted(loading_info.mismatched_keys)
-        errors = dict(loading_info.conversion_errors)
+        errors, in_pipeline = dict(loading_info.conversion_errors), vars(self.config).pop(_IN_PIPELINE, False)
         try:
             self.check_loaded(missing, mismatched, errors)
-        except ValueError:
+        except ValueError as error:
             # transformers raises an error for these too, but in a `finally` that would hide this one
             loading_info.mismatched_keys, loading_info.conversion_errors = set(), {}
+            if in_pipeline:
+                raise RefusedInPipelineError(str(error)) from error
             raise
 
     def has_adapters_of_transformers(self) -> bool:
@@ -215,8 +222,20 @@ def convert_files_of(model_class: type, converter_class: type[CheckedConverter],
 
 
 def reason_of(failed_conversion: str) -> str:
-    """torch's error message, taken from the traceback of a failed conversion, after which transformers adds a line."""
+    """The error message, taken from the traceback of a failed conversion, after which transformers adds a line."""
     return failed_conversion.rpartition("\nError: ")[0].rpartition("\n")[2]
+
+
+def failed_in_quantizer(failed_conversion: str) -> bool:
+    """Whether a conversion failed because a quantizer could not quantize, or because a library is not installed.
+
+    The added line names the operation: those that quantize are called `Bnb4bitQuantize`, `TorchAoQuantize` and so on.
+    The line of the traceback before the message names the class of the error.
+    """
+    trace, _, added = failed_conversion.rpartition("\nError: ")
+    operation = added.partition(" on tensors destined for ")[0]
+    is_import_error = re.search(r"^(ImportError|ModuleNotFoundError): ", trace, re.MULTILINE) is not None
+    return is_import_error or operation.endswith("Quantize")
 
 
 def carries_its_code(config: PreTrainedConfig) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..compat.adapter_clients import CLIENTS, dropped_targets, target_of
 from ..json_files import read_json
 from ..whole_files import save_tensors, save_text, whole_folder
 from .adapter_config import CONFIG_FILE, AdapterConfig
@@ -36,6 +37,7 @@ def convert_adapter(source: Path, out: Path) -> dict:
 
     The product B A of every pair stays exactly the same, and so does its scaling; only with rsLoRA, a rank that doubles
     or halves changes the scaling by a rounding of float64. peft has no dropout for stacked weights, so it becomes 0.
+    The report says which targets other than routed experts have no effect in which programs.
 
     Raises:
         ValueError: unless the source is a plain LoRA adapter whose routed experts are all separate or all stacked, and
@@ -70,6 +72,8 @@ def convert_adapter(source: Path, out: Path) -> dict:
     tensors |= write(made)
     report = {"out": str(out), "experts": "stacked" if is_separate else "separate"}
     report |= {"experts_per_layer": e, "tensors": len(tensors)}
+    for client, dropped in dropped_targets(map(target_of, others)).items():
+        report[f"no_effect_in_{client}"] = f"{', '.join(dropped)}; {CLIENTS[client].advice}"
     if is_separate and config.lora_dropout:
         changes["lora_dropout"] = 0.0
         report["lora_dropout"] = f"{config.lora_dropout} before, 0 now, since peft has none for stacked weights"

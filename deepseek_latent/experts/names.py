@@ -8,7 +8,7 @@ import re
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..compat.transformers import CheckedConverter, convert_files_of, reason_of
+from ..compat.transformers import CheckedConverter, convert_files_of, failed_in_quantizer, reason_of
 
 # gate_up_proj [e 2f d] holds the rows of gate_proj before those of up_proj; down_proj is [e d f]
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -90,10 +90,23 @@ class ExpertConverter(CheckedConverter):
 
 
 def missing_in_files(name: str, failed_conversion: str | None) -> str:
-    """A message that a parameter is missing, or why its experts could not be stacked."""
+    """A message that a parameter is missing, or why it could not be made of the tensors in files."""
     if failed_conversion is None:
         return f"{pattern_in_files(name)} is missing"
-    return f"{pattern_in_files(name)} cannot be stacked ({reason_of(failed_conversion)})"
+    done = "stacked" if _STACKED_WEIGHT.fullmatch(name) else "converted"
+    return f"{pattern_in_files(name)} cannot be {done} ({reason_of(failed_conversion)})"
+
+
+def failure_of_quantizer(errors: dict[str, str]) -> ValueError | None:
+    """The error for weights that are in the files and could not be quantized, if `errors` of conversions has any."""
+    names = sorted(name for name, error in errors.items() if failed_in_quantizer(error))
+    if not names:
+        return None
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return ValueError(
+        f"the quantizer could not convert {names[0]}{more}: {reason_of(errors[names[0]])}. The checkpoint holds these "
+        "weights; install what the quantizer needs, or choose another quantization_config."
+    )
 
 
 def incomplete_backbone(problems: list[str]) -> ValueError:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat.other_classes import check_is_own_class
 from ..compat.peft import is_adapted
 from ..experts.moe import DeepseekV2MoE
 from ..experts.names import STACKED, name_of_expert, split_projections
@@ -201,6 +202,7 @@ def _check_holds_only_experts(folder: Path) -> None:
 
 def _moe_layers_without_adapters(model: PreTrainedModel) -> dict[int, DeepseekV2MoE]:
     if not isinstance(model, DeepseekV2PreTrainedModel):
+        check_is_own_class(model)
         raise TypeError(f"expected a DeepSeek-V2 without adapters around it, got {type(model).__name__}.")
     if not _has_no_adapters(model):
         raise TypeError("expected a DeepSeek-V2 without adapters in it; merge these, or load the model without them.")

@@ -3,6 +3,7 @@
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..compat.other_classes import check_is_own_class
 from ..compat.peft import has_merged_adapters
 from ..experts.names import STACKED
 from ..experts.packed import PackedWeights
@@ -50,8 +51,10 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
 def unpack_experts(model: PreTrainedModel) -> None:
     """Makes stacked weights of packed experts, with the values that packing rounded to.
 
-    Then adapters can be merged and the model saved.
+    Then adapters can be merged and the model saved. Raises TypeError for a DeepSeek-V2 of another class than this
+    package's.
     """
+    check_is_own_class(model)
     for module in model.modules():
         if isinstance(module, DeepseekV2Experts) and isinstance(module.weights, PackedWeights):
             module.weights = StackedWeights()

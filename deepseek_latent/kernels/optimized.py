@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..compat.accelerate import is_offloaded
 from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
+from ..compat.other_classes import check_is_own_class
 from ..experts.moe import SILU, DeepseekV2MLP
 from ..experts.packed import PackedWeights
 from ..experts.routed import DeepseekV2Experts, not_stacked
@@ -77,12 +78,14 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
 
     Raises:
         RuntimeError: if there is no C++ compiler, or if it fails; on a CUDA device, if Triton is not installed.
-        TypeError: if `model` is not a model of transformers or peft.
+        TypeError: if `model` is not a model of transformers or peft, or a DeepSeek-V2 of another class than this
+            package's.
         ValueError: if the model is on another device or in another dtype than bfloat16 or float32 (on a CUDA device
             also float16), for other `weights`, or for an option that this model or its device does not allow.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"expected a model of transformers or peft, got {type(model).__name__}.")
+    check_is_own_class(model)
     if weights not in (None, "int8"):
         raise ValueError(f"weights must be None (as they are) or 'int8', got {weights!r}.")
     weight = model.get_input_embeddings().weight

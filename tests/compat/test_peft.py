@@ -6,8 +6,10 @@ A test here fails with what changed and which code uses it. It passes on all ver
 import inspect
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging import version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,7 +17,7 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 
 from deepseek_latent.compat import peft as compat
-from deepseek_latent.compat import peft_config
+from deepseek_latent.compat import peft_config, peft_warnings
 from tests.compat.helpers import linear, takes
 
 
@@ -95,6 +97,32 @@ def test_peft_attaches_and_merges_by_the_functions_that_are_wrapped():
     assert takes(PeftModel.load_adapter, "model_id", "adapter_name"), "used by support_offloading"
     config = LoraConfig()
     assert (config.peft_type, config.use_dora, config.init_lora_weights) == ("LORA", False, True), "support_offloading"
+
+
+def test_peft_writes_cards_by_the_function_that_is_wrapped():
+    write = PeftModel.create_or_update_model_card
+    assert hasattr(write, "describes_targets"), "an import of this package no longer replaces it"
+    assert takes(write, "output_dir"), "used by describe_targets"
+    assert "create_or_update_model_card(save_directory)" in inspect.getsource(PeftModel.save_pretrained), (
+        "cards are written elsewhere; used by describe_targets"
+    )
+
+
+def test_peft_warns_of_patterns_in_the_words_that_are_corrected():
+    assert hasattr(BaseTuner.inject_adapter, "corrects_pattern_warnings"), (
+        "an import of this package no longer replaces it"
+    )
+    # peft 0.20 does not warn of them
+    if version.parse(peft.__version__) >= version.parse("0.21"):
+        config = LoraConfig(target_modules=["0"], rank_pattern={"1": 3}, alpha_pattern={"1": 3})
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            tuner = get_peft_model(nn.Sequential(linear()), config).base_model
+        prefixes = [str(warning.message).partition("['1']")[0] for warning in shown]
+        assert [x for x in prefixes if x in peft_warnings._PREFIXES] == [*peft_warnings._PREFIXES], (
+            "used by correct_pattern_warnings"
+        )
+        assert tuner.targeted_parameter_names == [], "used by correct_pattern_warnings"
 
 
 def test_activated_adapters_have_a_variant_of_their_own():

@@ -4,13 +4,15 @@ A test here fails with what changed and which code uses it. It passes on all ver
 """
 
 import inspect
+from types import SimpleNamespace
 
+import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import SkipParameters, WeightConverter, log_conversion_errors
 from transformers.distributed import tensor_parallel
 from transformers.generation import GenerationMixin
 from transformers.integrations import moe
@@ -115,6 +117,42 @@ def test_loading_reports_missing_weights_before_it_initializes_them():
     )
     assert PreTrainedModel._hf_peft_config_loaded is False, "used by has_adapters_of_transformers"
     assert transformers.PreTrainedConfig._auto_class is None, "used by carries_its_code"
+
+
+def test_pipelines_name_their_task_and_catch_value_errors():
+    source = inspect.getsource(transformers.pipelines.base.load_model)
+    assert 'model_kwargs["_from_pipeline"] = task' in source, "used by ConfigHooks"
+    assert "except (OSError, ValueError, TypeError, RuntimeError):" in source, (
+        "pipelines catch other errors; used by RefusedInPipelineError"
+    )
+
+
+def test_auto_classes_make_models_by_the_function_that_converts_configs():
+    assert "model_class._from_config(config, **kwargs)" in inspect.getsource(AutoModel.from_config), (
+        "used by backbone_of_native_config"
+    )
+    own = AutoModelForCausalLM._model_mapping._extra_content.get(NATIVE.DeepseekV2Config)
+    assert own is deepseek_latent.DeepseekV2ForCausalLM, "used by take_native_configs"
+    heads = inspect.getsource(transformers.modeling_layers.GenericForSequenceClassification.__init__)
+    assert "AutoModel.from_config(config)" in heads, "used by backbone_of_native_config"
+
+
+def test_failed_conversions_name_their_operation():
+    def failed(operation: str, error: Exception) -> str:
+        info, op = SimpleNamespace(conversion_errors={}), type(operation, (), {})()
+        with pytest.raises(SkipParameters), log_conversion_errors("a.weight", info, (1, "a.weight"), op):
+            raise error
+        return info.conversion_errors["a.weight"]
+
+    for operation, error, is_of_quantizer in (
+        ("SomeQuantize", ValueError("bad"), True),
+        ("MergeModulelist", ValueError("bad"), False),
+        ("MergeModulelist", ImportError("no such library"), True),
+        ("SomeDequantize", RuntimeError("an ImportError: not of this class"), False),
+    ):
+        text = failed(operation, error)
+        assert compat.failed_in_quantizer(text) is is_of_quantizer, "used by failure_of_quantizer"
+        assert compat.reason_of(text) == str(error), "used by failure_of_quantizer"
 
 
 def test_converters_keep_what_checked_converters_read():

@@ -81,6 +81,15 @@ def test_a_converted_adapter_acts_on_everything_it_was_trained_on(tmp_path, opti
     assert relative_error(loaded.eval()(ids).logits, expected) < 1e-5
 
 
+def test_the_report_names_targets_that_have_no_effect_in_other_programs(tmp_path, capsys):
+    separate_adapter(tmp_path / "old", target_modules=["kv_b_proj", "gate_proj", "up_proj", "down_proj"])
+    assert main(["convert", "adapter", str(tmp_path / "old"), str(tmp_path / "new"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["no_effect_in_vllm"].startswith("kv_b_proj; merge the adapter")
+    assert report["no_effect_in_transformers"].startswith("down_proj, gate_proj, up_proj; import deepseek_latent")
+    assert report["no_effect_in_llama.cpp"].startswith("kv_b_proj; ")
+
+
 def test_loading_separate_experts_names_the_command_that_converts_them(tmp_path):
     separate_adapter(tmp_path / "old")
     with pytest.raises(ValueError, match="deepseek-latent convert adapter"):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_latent import (
@@ -138,6 +139,28 @@ def test_a_model_saved_by_remote_code_loads_with_the_packages_classes(elsewhere)
 
 def test_a_model_saved_by_remote_code_still_names_every_class(elsewhere):
     assert json.loads((elsewhere[3] / "config.json").read_text())["auto_map"] == auto_map()
+
+
+def test_a_pipeline_does_not_load_an_incomplete_checkpoint_with_transformers_own_class(tmp_path):
+    """Nor does it initialize what is missing, as transformers' own class would."""
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    export_code(folder)
+    script = """
+import json, sys
+sys.modules["deepseek_latent"] = None
+from transformers import pipeline
+try:
+    loaded = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+    print(json.dumps({"loaded": type(loaded.model).__module__}))
+except LookupError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+    found = without_the_package(tmp_path, script, folder)
+    assert "model.layers.1.self_attn.o_proj.weight is missing" in found.get("error", ""), found
 
 
 def test_the_package_is_used_if_it_is_installed(elsewhere):

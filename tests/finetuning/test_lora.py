@@ -1,13 +1,24 @@
 """peft's targets are the modules of these names on this model; on transformers' own class, peft decides."""
 
+import inspect
+import warnings
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion
 
-from deepseek_latent import DeepseekV2Config, lora_config
+from deepseek_latent import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV2ForSequenceClassification,
+    DeepseekV2ForTokenClassification,
+    DeepseekV2Model,
+    lora_config,
+)
 from deepseek_latent.compat.peft_changes import prevent_target_renaming
 from deepseek_latent.experts.names import ROUTED_EXPERTS
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2PreTrainedModel
@@ -15,6 +26,7 @@ from tests.support import LITE, NATIVE, V2, random_ids, relative_error, tiny_mod
 
 ATTENTION = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
+warns_of_patterns = "did not match any targeted module" in inspect.getsource(inspect.unwrap(BaseTuner.inject_adapter))
 
 
 def adapted_names(model) -> set[str]:
@@ -136,6 +148,97 @@ def test_patterns_of_the_user_win_also_after_peft_saved_and_sorted_them(tmp_path
         down = again.get_base_model().model.layers[i].mlp.experts
         found = {layer.parameter_name: layer.r["default"] for layer in (down, down.base_layer)}
         assert found == ranks
+
+
+HEADS = {
+    DeepseekV2ForCausalLM: "CAUSAL_LM",
+    DeepseekV2ForSequenceClassification: "SEQ_CLS",
+    DeepseekV2ForTokenClassification: "TOKEN_CLS",
+    DeepseekV2Model: "FEATURE_EXTRACTION",
+}
+
+
+@pytest.mark.parametrize(("model_class", "task"), HEADS.items(), ids=HEADS.values())
+def test_the_task_is_that_of_the_models_head(model_class, task):
+    model = model_class(DeepseekV2Config(**V2))
+    config = lora_config(model, r=6, routed_experts=True, rank_pattern={"layers.1.mlp.experts.down_proj": 5})
+    assert config.task_type == task
+    adapted = get_peft_model(model, config)
+    ranks = [module.r["default"] for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    # the outer wrapper is that of down_proj
+    assert ranks == [5, 2, 2, 2]
+    has_own_head = any("score" in name and x.requires_grad for name, x in adapted.named_parameters())
+    assert has_own_head == (task in ("SEQ_CLS", "TOKEN_CLS"))
+
+
+def test_the_task_of_a_config_is_that_of_a_language_model_and_can_be_chosen():
+    config = DeepseekV2Config(**V2)
+    assert lora_config(config).task_type == "CAUSAL_LM"
+    assert lora_config(config, task_type="SEQ_CLS").task_type == "SEQ_CLS"
+
+
+# what each program applies, of docs/fine-tuning.md
+SERVED = {
+    "transformers": ATTENTION,
+    "vllm": ATTENTION - {"kv_b_proj"} | MLP,
+    "llama.cpp": {"o_proj"} | MLP,
+    ("transformers", "vllm"): ATTENTION - {"kv_b_proj"},
+    ("transformers", "vllm", "llama.cpp"): {"o_proj"},
+}
+
+
+@pytest.mark.parametrize(("programs", "expected"), SERVED.items(), ids=map(str, SERVED))
+def test_targets_without_effect_in_the_programs_that_serve_are_left_out(programs, expected):
+    assert lora_config(tiny_model(), serve_with=programs).target_modules == expected
+
+
+def test_what_no_program_serves_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"serve_with takes 'transformers', 'vllm', 'llama.cpp', got 'ollama'"):
+        lora_config(model, serve_with="ollama")
+    with pytest.raises(ValueError, match="serve_with chooses the targets, and target_modules names others"):
+        lora_config(model, serve_with="vllm", target_modules=["kv_b_proj"])
+    with pytest.raises(ValueError, match=r"llama\.cpp refuses LoRA on routed experts"):
+        lora_config(model, serve_with="llama.cpp", routed_experts=True)
+    with pytest.raises(ValueError, match=r"llama\.cpp ignores the scaling of use_rslora"):
+        lora_config(model, serve_with=["llama.cpp"], use_rslora=True)
+
+
+def warnings_of_patterns(model, config) -> list[str]:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        get_peft_model(model, config)
+    return [str(warning.message) for warning in shown if "did not match" in str(warning.message)]
+
+
+def test_peft_does_not_warn_of_patterns_that_match_experts(tmp_path):
+    model = tiny_model()
+    assert warnings_of_patterns(model, lora_config(model, r=6, routed_experts=True)) == []
+    # filters that make errors of warnings do not make one of this
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model = get_peft_model(tiny_model(), lora_config(tiny_model(), r=6, routed_experts=True))
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
+@pytest.mark.skipif(not warns_of_patterns, reason="peft before 0.21 warns of no patterns")
+def test_peft_warns_of_patterns_that_match_nothing():
+    config = lora_config(tiny_model(), r=6, routed_experts=True, rank_pattern={"layers.9.mlp.experts.down_proj": 5})
+    (message,) = warnings_of_patterns(tiny_model(), config)
+    assert "rank_pattern" in message
+    assert "['layers.9.mlp.experts.down_proj']" in message
+    # for other classes, peft decides
+    native = NATIVE.DeepseekV2ForCausalLM(NATIVE.DeepseekV2Config(**(V2 | {"rope_scaling": None})))
+    assert len(warnings_of_patterns(native, lora_config(tiny_model(), r=6, routed_experts=True))) == 2
+
+
+@pytest.mark.skipif(not warns_of_patterns, reason="peft before 0.21 warns of no patterns")
+def test_a_warning_that_is_an_error_is_raised_for_patterns_that_match_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(RuntimeWarning, match="nothing_here"):
+            get_peft_model(tiny_model(), lora_config(tiny_model(), rank_pattern={"nothing_here": 3}))
 
 
 def test_models_ranks_and_options_that_do_not_fit_are_refused():

@@ -194,6 +194,24 @@ def test_widths_are_derived_from_the_fields():
     assert (config.qk_head_dim, config.head_dim, config.cached_width) == (34, 10, 50)
 
 
+def test_every_field_of_transformers_own_config_can_be_read(write_config):
+    native = NATIVE.DeepseekV2Config(**copy.deepcopy(V2))
+    config = AutoConfig.from_pretrained(write_config(V2 | {"model_type": "deepseek_v2"}))
+    missing = [name for name in vars(native) if not name.startswith("_") and not hasattr(config, name)]
+    assert missing == []
+    for name in ("mlp_bias", "head_dim", "qk_head_dim"):
+        assert getattr(config, name) == getattr(native, name)
+
+
+def test_fields_that_deepseeks_files_do_not_have_are_read_from_a_file_and_not_written(write_config, saved):
+    derived = {"mlp_bias": False, "head_dim": 8, "qk_head_dim": 24}
+    folder = write_config(V2 | {"model_type": "deepseek_v2"} | derived)
+    for config in (AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(folder, **derived)):
+        written, _ = saved(config)
+        assert written.keys().isdisjoint(derived)
+        assert {name: getattr(config, name) for name in derived} == derived
+
+
 def test_changing_the_config_does_not_change_the_dict_that_was_passed():
     given = {"rope_type": "default", "rope_theta": 500.0}
     config = DeepseekV2Config(rope_parameters=given)

@@ -1,12 +1,17 @@
 """A backbone that is not complete in the files is refused by name, and never initialized at random."""
 
+import inspect
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers.core_model_loading import ConversionOps
+from transformers.pipelines.base import load_model
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deepseek_latent import DeepseekV2ForCausalLM
 from deepseek_latent.experts.names import register_expert_files
@@ -226,3 +231,68 @@ def test_missing_shard_is_an_error(checkpoint, tmp_path):
     shards[1].unlink()
     with pytest.raises(OSError, match=shards[1].name):
         AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification", "feature-extraction"])
+def test_a_pipeline_fails_with_the_refusal_alone(task, checkpoint):
+    """pipeline() would go on to other classes after a ValueError, and report the tracebacks of all of them."""
+    folder = checkpoint("layers.1.self_attn.o_proj")
+    with pytest.raises((LookupError, ValueError), match=r"does not hold this model's backbone: \S*o_proj") as refusal:
+        pipeline(task, model=str(folder))
+    # some versions of transformers call our class with an argument that no class takes, and list all errors
+    if "code_revision" in inspect.getsource(load_model):
+        assert str(refusal.value).startswith("the checkpoint does not hold")
+
+
+@pytest.fixture
+def quantizer(monkeypatch):
+    """Registers a quantizer "broken" for `up_proj`, whose operation of this name raises an error."""
+
+    def register(name: str, error: Exception) -> QuantizationConfigMixin:
+        def convert(self, input_dict, **kwargs):
+            raise error
+
+        operation = type(name, (ConversionOps,), {"convert": convert})
+        for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+            monkeypatch.setattr(auto, mapping, {**getattr(auto, mapping)})
+
+        @register_quantization_config("broken")
+        class BrokenConfig(QuantizationConfigMixin):
+            def __init__(self, **kwargs):
+                super().__init__(quant_method="broken")
+
+        @register_quantizer("broken")
+        class Broken(HfQuantizer):
+            is_trainable = is_serializable = requires_calibration = False
+
+            def param_needs_quantization(self, model, param_name, **kwargs):
+                return param_name.endswith("mlp.up_proj.weight")
+
+            def get_quantize_ops(self):
+                return operation()
+
+        return BrokenConfig()
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("SomeQuantize", RuntimeError("needs a GPU")),
+        ("SomeDequantize", ImportError("Requires mslk >= 1.0.0")),
+        ("SomeDequantize", ModuleNotFoundError("No module named 'mslk'")),
+    ],
+    ids=["failed", "dependency", "module"],
+)
+def test_what_a_quantizer_lacks_is_not_blamed_on_the_checkpoint(name, error, checkpoint, quantizer):
+    with pytest.raises(ValueError, match="the quantizer could not convert") as refusal:
+        AutoModelForCausalLM.from_pretrained(checkpoint(), quantization_config=quantizer(name, error))
+    assert f"model.layers.0.mlp.up_proj.weight: {error}. The checkpoint holds these weights" in str(refusal.value)
+    assert "Complete or convert the checkpoint" not in str(refusal.value)
+
+
+def test_weights_that_cannot_be_dequantized_are_the_checkpoints(checkpoint, quantizer):
+    broken = quantizer("SomeDequantize", ValueError("scales of another shape"))
+    with pytest.raises(ValueError, match=r"up_proj\.weight cannot be converted \(scales of another shape\).*Complete"):
+        AutoModelForCausalLM.from_pretrained(checkpoint(), quantization_config=broken)
