@@ -26,7 +26,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check docs bench finetune clean
+.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check docs bench finetune dist clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -133,5 +133,14 @@ finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and forget 
 docs: .venv-docs/installed  ## the documentation as a site in build/site; a link or a name that is broken fails
 	.venv-docs/bin/mkdocs build --strict --quiet
 
+dist: .venv/installed  ## wheel and source distribution in dist/; the wheel writes text in an environment of its own
+	rm -rf dist .venv-dist
+	.venv/bin/python -m build --outdir dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-dist/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../.venv-dist/bin/deepseek-latent generate ../examples/pydoc-tiny "The import statement"
+	rm -rf .venv-dist
+
 clean:
-	rm -rf .real build/site .venv .venv-docs .venv-tools .venv-oldest .venv-middle .venv-newest
+	rm -rf dist build/site .real .venv .venv-docs .venv-tools .venv-oldest .venv-middle .venv-newest .venv-dist

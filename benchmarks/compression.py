@@ -3,9 +3,10 @@ TransMLA's and MHA2MLA's. FOLDER is a Llama without biases and with a tokenizer.
 
     python -m benchmarks.compression FOLDER --calibrate wiki.txt news.txt --evaluate other.txt pydoc.txt --out FILE.json
 
-Each method gets the same windows of the calibration texts. What it leaves open (rotary width and the options of a
-recipe) is chosen for each size by the loss on other windows of these texts, one option after the other; the evaluation
-texts are only read for the perplexities. Cached elements are those per token and layer of the source's keys and values.
+Each method gets the same windows of the calibration texts. This package's rotary width is a quarter of the cache. What
+a recipe leaves open (its rotary width and its options) is chosen for each size by the loss on other windows of these
+texts, one option after the other; the evaluation texts are only read for the perplexities. Cached elements are those
+per token and layer of the source's keys and values.
 Rows are written to FILE.json when they are ready, with a plot beside it, and replace those of the same method and size.
 Seconds are those of one conversion with known options, as the CPU spent them.
 """
@@ -40,6 +41,8 @@ from .partial_rope import PartialRope, frequencies_of, input_moments, losses, re
 
 FRACTIONS = (0.75, 0.5, 0.3125, 0.25, 0.125)
 EVALUATION_LENGTH = 512
+# this package's rotary width, as a fraction of the cache, to the nearest multiple of 8
+ROTARY_FRACTION = 1 / 4
 # fractions of the cache between which the recipes' rotary widths are tried
 SMALLEST_ROTARY, LARGEST_ROTARY = 0.11, 0.6
 
@@ -99,18 +102,17 @@ def ours(task: Task) -> Iterator[tuple[int, Conversion]]:
     statistics = Calibration(eager, source, task.calibration)
     _, calibrating = timed(lambda: statistics[0])
 
-    def convert(r: int, c: int) -> tuple[Conversion, PreTrainedModel]:
-        model, seconds = timed(lambda: build_model(CompressedMla(files, statistics, r=r, c=c)))
-        choice = {"rotary": r, "latent": c}
-        return tried(task, choice, calibrating + seconds, functools.partial(losses, model)), model
+    def convert(r: int, c: int) -> tuple[PreTrainedModel, float]:
+        model = build_model(CompressedMla(files, statistics, r=r, c=c))
+        loss = losses(model, task.choosing).mean().item()
+        refine(model, task.model, task.calibration)
+        return model, loss
 
     for cached in task.sizes:
-        # the widths are chosen before the refinement, which takes most of the time
-        widths = sorted({max(round(cached * x / 8), 1) * 8 for x in (1 / 4, 1 / 3)})
-        closed, model = min((convert(r, cached - r) for r in widths), key=lambda tried: tried[0].loss)
-        _, seconds = timed(refine, model, task.model, task.calibration)
-        choice = closed.choice | {"loss before the refinement": closed.loss}
-        yield cached, tried(task, choice, closed.seconds + seconds, closed.losses)
+        r = max(round(cached * ROTARY_FRACTION / 8), 1) * 8
+        (model, loss), seconds = timed(convert, r, cached - r)
+        choice = {"rotary": r, "latent": cached - r, "loss before the refinement": loss}
+        yield cached, tried(task, choice, calibrating + seconds, functools.partial(losses, model))
 
 
 def by_transmla(task: Task) -> Iterator[tuple[int, Conversion]]:

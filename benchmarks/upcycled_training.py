@@ -43,7 +43,7 @@ from .llama import Rows
 from .machine import described
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from heal import mix, nats, read_windows
+from healing import mix, nats, read_windows
 
 DENSE, EXPERTS = "dense", "experts"
 # an expert has an eighth of the MLP's neurons; those that are chosen add half of it to the MLP, which stays whole
@@ -84,6 +84,7 @@ def train(name: str, windows: Tensor, held_out: dict[str, Tensor], options: argp
         eval_strategy="steps",
         eval_steps=interval,
         eval_on_start=True,
+        bf16=options.bfloat16,
         prediction_loss_only=True,
         save_steps=interval,
         save_total_limit=1,
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--scheme", default=SCHEME, help=f"options of convert upcycle (default: {SCHEME})")
     parser.add_argument("--steps", type=int, default=80, help="of 8 windows of 256 tokens (default: 80)")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--bfloat16", action="store_true", help="train in mixed precision")
     parser.add_argument("--windows", type=int, default=32, help="windows to evaluate of each text (default: 32)")
     parser.add_argument("--out", type=Path, help="write the result to this JSON file, and plots beside it")
     options = parser.parse_args()
@@ -181,6 +183,7 @@ def main() -> None:
         "steps": options.steps,
         "training_tokens": windows.numel(),
         "learning_rate": options.learning_rate,
+        "bfloat16": options.bfloat16,
         "differences": final_differences(rows),
         "texts_before": specialization(options.folder / EXPERTS, options.evaluate),
         "texts_after": specialization(

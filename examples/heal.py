@@ -13,177 +13,26 @@ to that file.
 """
 
 import argparse
-import itertools
 import json
-import math
+import shutil
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from peft import get_peft_model
-from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from healing import LEARNING_RATES, choose_parameters, compare, heal, mix, nats, read_windows, trainable
+
 from benchmarks.machine import described
-from deepseek_latent import DeepseekV2ForCausalLM, lora_config
+from deepseek_latent import DeepseekV2ForCausalLM
 from deepseek_latent.conversion.loading import load_model
-from deepseek_latent.conversion.text import WINDOW_LENGTH, load_tokenizer, read_text, tokenize
+from deepseek_latent.conversion.source import companion_files
+from deepseek_latent.conversion.text import check_vocabulary
 from deepseek_latent.whole_files import whole_file, whole_folder
-
-PROJECTIONS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-LEARNING_RATES = {"attention": 2e-4, "lora": 2e-4, "everything": 1e-4}
-WARM_UP = 0.05  # of the training
-LORA_RANK = 32
-
-
-# what is trained
-
-
-def choose_parameters(student: DeepseekV2ForCausalLM, trained: str) -> nn.Module:
-    """Makes only the parameters trainable that `--train` names. Returns the model, with adapters for "lora"."""
-    attention = [layer.self_attn for layer in student.model.layers]
-    student.requires_grad_(trained == "everything")
-    if trained == "lora":
-        targets = [name for name in PROJECTIONS if hasattr(attention[0], name)]
-        model = get_peft_model(student, lora_config(student, r=LORA_RANK, target_modules=targets))
-    else:
-        model = student
-        for module in attention:
-            module.requires_grad_(True)
-    for module in attention:
-        freeze_constants(module)
-    return model
-
-
-def freeze_constants(attention: nn.Module) -> None:
-    """Keeps the constant channel of a latent as `gqa-to-mla` made it, and the norm's weight, which is exact with it.
-
-    The channel is a row of zeros in the projection to the latent, and a large bias. AdamW divides a gradient by its own
-    size, so it would move this row as fast as any other, though hardly anything depends on it.
-    """
-    for name, norm in (("q_a_proj", "q_a_layernorm"), ("kv_a_proj_with_mqa", "kv_a_layernorm")):
-        projection = getattr(attention, name, None)
-        if projection is None or projection.bias is None:
-            continue
-        getattr(attention, norm).requires_grad_(False)
-        row = projection.bias.abs().argmax()
-        # the rows of a LoRA's second factor are those of the weight
-        adapters = projection.lora_B.values() if hasattr(projection, "lora_B") else ()
-        for parameter in (projection.weight, projection.bias, *(factor.weight for factor in adapters)):
-            if parameter.requires_grad:
-                parameter.register_hook(lambda gradient, row=row: gradient.index_fill(0, row, 0))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-# training
-
-
-def read_windows(folder: Path, file: Path) -> Tensor:
-    """A text as windows [b WINDOW_LENGTH] of tokens, by the tokenizer in `folder`."""
-    ids = tokenize(folder, read_text(file))[0]
-    if len(ids) < WINDOW_LENGTH:
-        raise ValueError(f"expected a text of at least {WINDOW_LENGTH} tokens, got {len(ids)} in {file}.")
-    return ids[: len(ids) // WINDOW_LENGTH * WINDOW_LENGTH].view(-1, WINDOW_LENGTH)
-
-
-def mix(texts: list[Tensor]) -> Iterator[Tensor]:
-    """Endless windows: the texts take turns, whatever their lengths, each in random order."""
-
-    def shuffled(windows: Tensor) -> Iterator[Tensor]:
-        while True:
-            yield from windows[torch.randperm(len(windows))]
-
-    yield from itertools.chain.from_iterable(zip(*map(shuffled, texts)))
-
-
-def divergence(student: nn.Module, teacher: PreTrainedModel, windows: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of the student's next token from the teacher's, in nats, mean over all tokens."""
-    with torch.no_grad():
-        expected = teacher(input_ids=windows, use_cache=False).logits.float().log_softmax(dim=-1)
-    found = student(input_ids=windows, use_cache=False).logits.float().log_softmax(dim=-1)
-    return F.kl_div(found, expected, log_target=True, reduction="sum") / windows.numel()
-
-
-def processor_seconds() -> float:
-    """Processor time of this process per thread of torch. Other programs on the machine hardly change it."""
-    return time.process_time() / torch.get_num_threads()
-
-
-def schedule(progress: float) -> float:
-    """The factor on the learning rate: a linear warm-up from a tenth, then a linear decay to zero."""
-    return min(0.1 + 0.9 * progress / WARM_UP, 1 - progress)
-
-
-def heal(
-    student: nn.Module,
-    teacher: PreTrainedModel,
-    windows: Iterator[Tensor],  # [WINDOW_LENGTH] each
-    *,
-    learning_rate: float,
-    batch: int,
-    seconds: float,
-) -> Iterator[dict]:
-    """Trains the student's trainable parameters in place, and yields seconds, tokens and loss after every step.
-
-    Seconds are those of `processor_seconds`, without what is done between steps. The learning rate follows them.
-    """
-    parameters = trainable(student)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    spent, tokens = 0.0, 0
-    while spent < seconds:
-        start = processor_seconds()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(spent / seconds)
-        loss = 0.0
-        # one window at a time, so that only its logits are in memory
-        for window in itertools.islice(windows, batch):
-            part = divergence(student, teacher, window[None]) / batch
-            part.backward()
-            loss += part.item()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        spent, tokens = spent + processor_seconds() - start, tokens + batch * WINDOW_LENGTH
-        yield {"seconds": spent, "tokens": tokens, "divergence": loss}
-
-
-# evaluation
-
-
-@torch.no_grad()
-def nats(model: nn.Module, windows: Tensor) -> Tensor:
-    """[b]: the mean cross-entropy of every token but the first of a window."""
-
-    def of_window(window: Tensor) -> Tensor:
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        return F.cross_entropy(logits, window[1:]).double()
-
-    return torch.stack([of_window(window) for window in windows])
-
-
-def compare(of_student: Tensor, of_source: Tensor) -> dict[str, float]:
-    """Perplexities, and their ratio with the standard error that the choice of windows leaves."""
-    excess = of_student - of_source
-    ratio = math.exp(excess.mean())
-    return {
-        "perplexity": math.exp(of_student.mean()),
-        "of_source": math.exp(of_source.mean()),
-        "ratio": ratio,
-        "standard_error_of_ratio": ratio * excess.std().item() / math.sqrt(len(excess)),
-    }
-
-
-# the command
 
 
 def read_options() -> argparse.Namespace:
@@ -201,6 +50,11 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--learning-rate", type=float, help=f"the highest of the schedule (default: {LEARNING_RATES})")
     parser.add_argument("--batch", type=int, default=4, help="windows per step (default: 4)")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply matrices in bfloat16: twice as many tokens per minute on processors with AVX512_BF16 or AMX",
+    )
     parser.add_argument("--windows", type=int, default=64, help="windows to evaluate of each text (default: 64)")
     parser.add_argument("--figures", type=Path, metavar="JSON", help="add the figures of this run to this file")
     options = parser.parse_args()
@@ -214,16 +68,19 @@ def read_options() -> argparse.Namespace:
         parser.error(
             f"expected a folder written by deepseek-latent convert, got {options.compressed} without README.md."
         )
+    if len({file.name for file in options.evaluate}) < len(options.evaluate):
+        parser.error("expected texts of different names in --evaluate, since figures are kept by name; rename one.")
     if options.windows < 2 or options.batch < 1:
         parser.error("--windows must be at least 2 and --batch at least 1.")
     return options
 
 
 def write(student: DeepseekV2ForCausalLM, options: argparse.Namespace, figures: list[dict]) -> None:
-    """Writes OUT: the weights, the tokenizer, and the card of COMPRESSED with the new perplexities."""
+    """Writes OUT: the weights, the other files of COMPRESSED, and its card with the new perplexities."""
     with whole_folder(options.out) as folder:
         student.save_pretrained(folder)
-        load_tokenizer(options.compressed).save_pretrained(folder)
+        for file in companion_files(options.compressed):
+            shutil.copyfile(file, folder / file.name)
         card = (options.compressed / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(f"{card}\n{card_section(figures)}", encoding="utf-8")
 
@@ -253,10 +110,12 @@ def main() -> None:
     texts = [read_windows(options.compressed, file) for file in options.texts]
     held_out = {}
     for file in options.evaluate:
-        windows = read_windows(options.compressed, file)
+        windows = read_windows(options.compressed, file, at_least=2)
         held_out[file.name] = windows[:: max(len(windows) // options.windows, 1)][: options.windows]
     teacher = load_model(options.source, dtype=torch.float32).requires_grad_(False)
     student = load_model(options.compressed, dtype="auto")
+    for windows in (*texts, *held_out.values()):
+        check_vocabulary(windows, student.config.vocab_size)
     dtype, rate = student.dtype, options.learning_rate or LEARNING_RATES[options.train]
     model = choose_parameters(student.float(), options.train)
     num_trained = sum(parameter.numel() for parameter in trainable(model))
@@ -270,8 +129,17 @@ def main() -> None:
 
     figures, divergences = [evaluated({"seconds": 0.0, "tokens": 0})], []
     seconds = 60 * options.minutes
+    steps = heal(
+        model,
+        teacher,
+        mix(texts),
+        learning_rate=rate,
+        batch=options.batch,
+        seconds=seconds,
+        bfloat16=options.bfloat16,
+    )
     with tqdm(total=1.0, desc="healing", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
-        for step in heal(model, teacher, mix(texts), learning_rate=rate, batch=options.batch, seconds=seconds):
+        for step in steps:
             divergences.append(round(step["divergence"], 4))
             bar.n = min(step["seconds"] / seconds, 1.0)
             bar.set_postfix(tokens=step["tokens"], divergence=f"{step['divergence']:.3f}")
@@ -285,7 +153,7 @@ def main() -> None:
         config = student.config
         name = f"{config.qk_rope_head_dim} + {config.kv_lora_rank}, {options.train}, {options.minutes:g} minutes"
         facts = described("python examples/heal.py") | {"trained_parameters": num_trained, "learning_rate": rate}
-        facts |= {"batch": options.batch, "texts": [file.name for file in options.texts]}
+        facts |= {"batch": options.batch, "bfloat16": options.bfloat16, "texts": [file.name for file in options.texts]}
         add_figures(options.figures, name, facts | {"evaluated": figures, "divergence_of_steps": divergences})
 
 

@@ -30,12 +30,12 @@ STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def heal():
+def healing():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "examples")
-        import heal
+        import healing
 
-        yield heal
+        yield healing
 
 
 @pytest.fixture(scope="module", params=[LlamaConfig, Qwen2Config], ids=["Llama", "Qwen2"])
@@ -72,20 +72,20 @@ def constants(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("trained", ["attention", "lora", "everything"])
-def test_some_steps_reduce_the_divergence_and_change_no_constant(heal, monkeypatch, models, trained):
+def test_some_steps_reduce_the_divergence_and_change_no_constant(healing, monkeypatch, models, trained):
     # a clock on which every step takes a second
-    monkeypatch.setattr(heal, "processor_seconds", itertools.count().__next__)
+    monkeypatch.setattr(healing, "processor_seconds", itertools.count().__next__)
     teacher, student = models[0], copy.deepcopy(models[1])
     before, mlp = constants(student), student.model.layers[1].mlp.gate_proj.weight.detach().clone()
     assert len(before) == 3 * 3 * (2 if student.config.q_lora_rank else 1)
     held_out = random_windows(4, seed=2)
-    model = heal.choose_parameters(student, trained)
-    divergence = heal.divergence(model, teacher, held_out).item()
+    model = healing.choose_parameters(student, trained)
+    divergence = healing.divergence(model, teacher, held_out).item()
     torch.manual_seed(0)
-    windows = heal.mix([random_windows(64, seed=3)])
-    *_, last = heal.heal(model, teacher, windows, learning_rate=RATES[trained], batch=2, seconds=STEPS)
+    windows = healing.mix([random_windows(64, seed=3)])
+    *_, last = healing.heal(model, teacher, windows, learning_rate=RATES[trained], batch=2, seconds=STEPS)
     assert (last["seconds"], last["tokens"]) == (STEPS, STEPS * 2 * WINDOW_LENGTH)
-    assert heal.divergence(model, teacher, held_out).item() < 0.97 * divergence
+    assert healing.divergence(model, teacher, held_out).item() < 0.97 * divergence
     if trained == "lora":
         student = model.merge_and_unload()
     for name, tensor in constants(student).items():
