@@ -26,10 +26,13 @@ def executed():
     return notebook
 
 
-def outputs(notebook) -> list[str]:
-    """What each code cell printed."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+def printed(cell) -> str:
+    """What a cell printed, without the warnings of other libraries, which have paths."""
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def without_values(text: str) -> list[str]:
@@ -43,9 +46,9 @@ def test_the_notebook_runs_and_prints_what_it_printed_when_it_was_committed():
         pytest.importorskip(package, reason=f"{package} is not installed; make test-tools installs it")
     import nbformat
 
-    committed = outputs(nbformat.read(NOTEBOOK, as_version=4))
-    for before, after in zip(committed, outputs(executed()), strict=True):
-        assert without_values(after) == without_values(before)
+    committed = nbformat.read(NOTEBOOK, as_version=4)
+    for before, after in zip(code_cells(committed), code_cells(executed()), strict=True):
+        assert without_values(printed(after)) == without_values(printed(before))
 
 
 def test_the_committed_outputs_name_no_place_of_a_machine():
@@ -59,11 +62,11 @@ def main() -> None:
 
     notebook = executed()
     for cell in notebook.cells:
-        # without times, and without warnings of other libraries, which have paths
+        # the times of the run
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            text = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-            cell.outputs = [nbformat.v4.new_output("stream", text=text)] if text else []
+    for cell in code_cells(notebook):
+        text = printed(cell)
+        cell.outputs = [nbformat.v4.new_output("stream", text=text)] if text else []
     nbformat.write(notebook, NOTEBOOK)
 
 
