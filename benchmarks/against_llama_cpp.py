@@ -25,6 +25,8 @@ from deepseek_latent import LatentCache, optimize_for_inference
 from .decode import SHORTEST, decode, weight_bytes_per_token
 from .lite4 import CONFIG, build
 from .machine import alternated, described, report, seconds_of, yardsticks
+from .plots import draw_beside
+from .plots.speed import draw_llama_cpp
 
 # names in the checkpoint, and in llama.cpp
 TENSORS = {
@@ -209,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[SHORTEST, 1024, 4096])
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -231,6 +233,8 @@ def main() -> None:
         }
         peer.process.kill()
     report(result, options.out)
+    if options.out:
+        draw_beside(options.out, draw_llama_cpp)
 
 
 if __name__ == "__main__":

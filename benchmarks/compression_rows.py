@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from torch import Tensor
 
 from deepseek_latent.whole_files import save_text, whole_file
 
-LABELS = {"ours": "deepseek-latent", "transmla": "recipe of TransMLA", "mha2mla": "recipe of MHA2MLA"}
+from .plots import draw_beside
+from .plots.losses import METHODS, draw_compression
 
 
 def compared(changed: Tensor, before: Tensor) -> dict:
@@ -36,27 +33,8 @@ def add_row(result: dict, row: dict, out: Path) -> None:
         if written["setting"] != result["setting"]:
             raise ValueError(f"expected rows of the same model and texts in {out}, got others; choose another file.")
         rows = [x for x in written["rows"] if (x["method"], x["cached"]) != (row["method"], row["cached"])]
-    order = list(LABELS)
+    order = list(METHODS)
     rows = sorted([*rows, row], key=lambda x: (order.index(x["method"]), -x["cached"]))
     with whole_file(out) as place:
         save_text(place, json.dumps(result | {"rows": rows}, indent=2) + "\n")
-    plot(result | {"rows": rows}, out.with_suffix(".png"))
-
-
-def plot(result: dict, path: Path) -> None:
-    texts = result["setting"]["evaluation"]
-    figure, all_axes = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.2), sharey=True, squeeze=False)
-    for axes, text in zip(all_axes[0], texts):
-        for method, label in LABELS.items():
-            rows = [row for row in result["rows"] if row["method"] == method]
-            ratios = [row["texts"][text]["ratio"] for row in rows]
-            errors = [row["texts"][text]["standard_error"] for row in rows]
-            if rows:
-                axes.errorbar([row["fraction"] for row in rows], ratios, errors, marker="o", capsize=2, label=label)
-        axes.axhline(1, linestyle="--", color="gray")
-        axes.set(yscale="log", xlabel="fraction of the source's cache", title=text)
-        axes.grid(True, which="both", alpha=0.3)
-    all_axes[0][0].set_ylabel("perplexity over the source's")
-    all_axes[0][0].legend()
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    draw_beside(out, draw_compression)

@@ -14,10 +14,6 @@ import statistics
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -28,14 +24,8 @@ from deepseek_latent.compat.cache_name import CACHE
 
 from .lite4 import build, filled, twin
 from .machine import alternated, described, seconds_of, yardsticks
-
-SIDES = {
-    "native": "transformers' own class",
-    "plain": "deepseek-latent",
-    "kernels": "with its kernels",
-    "int8": "with its kernels, weights in int8",
-}
-
+from .plots import draw_beside
+from .plots.speed import draw_decoding
 
 OURS = ("plain", "kernels")
 SHORTEST = 128  # tokens
@@ -187,21 +177,6 @@ def profiled(model: PreTrainedModel, context: int, tokens: int = 20) -> list[dic
     return [row | {"megabytes": round(megabytes[row["part"]], 1)} if row["part"] in megabytes else row for row in rows]
 
 
-def plot(rows: list[dict], sides: dict[str, str], title: str, path: Path) -> None:
-    """Plots milliseconds per token of one sequence against context, for every side and the floor."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    single = [row for row in rows if row["batch"] == 1]
-    for name, label in (*sides.items(), ("floor", "floor")):
-        points = [(row["context"], row[f"{name}_milliseconds"]) for row in single if f"{name}_milliseconds" in row]
-        axes.plot(*zip(*points), "--" if name == "floor" else "o-", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds per decoded token")
-    axes.set_xscale("log", base=2)
-    axes.set_title(title, fontsize=9)
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -226,8 +201,7 @@ def main() -> None:
         print(json.dumps(result["rows"][-1], indent=2))
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        title = f"{result['model']}, {result['threads']} threads of a CPU"
-        plot(result["rows"], SIDES, title, options.out.with_suffix(".png"))
+        draw_beside(options.out, draw_decoding)
 
 
 if __name__ == "__main__":

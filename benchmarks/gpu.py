@@ -24,19 +24,15 @@ from deepseek_latent import LatentCache
 from deepseek_latent.compat.cache_name import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
-from .decode import as_native, plot, weight_bytes_per_token
+from .decode import as_native, weight_bytes_per_token
 from .expert_lora import LAYERS, LORA
 from .lite4 import build, twin
 from .machine import described
+from .plots import draw_beside
+from .plots.speed import draw_gpu_decoding
 from .train import adapted
 
 LITE = {"num_hidden_layers": 27}
-SIDES = {
-    "native": "transformers' own class",
-    "ours": "deepseek-latent",
-    "optimized": "with its kernels",
-    "graphs": "with its kernels, steps replayed",
-}
 
 
 def milliseconds(work: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
@@ -327,8 +323,6 @@ def main() -> None:
                 result |= machine()
             elif part == "decode":
                 result["rows"] = decode(models, copy_bandwidth())
-                title = f"DeepSeek-V2-Lite, bfloat16, one sequence, {torch.cuda.get_device_name()}"
-                plot(result["rows"], SIDES, title, options.out / "gpu-decode.png")
             elif part == "kernels":
                 result["rows"] = kernels(models["graphs"])
             elif part == "generate":
@@ -343,7 +337,10 @@ def main() -> None:
             result["error"] = traceback.format_exc()
             print(result["error"], flush=True)
         result["seconds"] = round(time.perf_counter() - began, 1)
-        (options.out / f"gpu-{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+        file = options.out / f"gpu-{part}.json"
+        file.write_text(json.dumps(result, indent=2) + "\n")
+        if part == "decode" and "error" not in result:
+            draw_beside(file, draw_gpu_decoding)
         print(part, result["seconds"], "s", flush=True)
 
 

@@ -14,10 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
@@ -28,13 +24,10 @@ from deepseek_latent.compat.cache_name import CACHE
 from .decode import as_native, decode
 from .lite4 import build, filled
 from .machine import described, report, resident
+from .plots import draw_beside
+from .plots.speed import draw_memory
 
-SIDES = {
-    "native": "transformers' own class",
-    "bfloat16": "deepseek-latent",
-    "int8": "int8",
-    "int4": "int4",
-}
+SIDES = ("native", "bfloat16", "int8", "int4")
 
 
 @torch.inference_mode()
@@ -79,20 +72,6 @@ def settled() -> int:
     return resident("VmRSS")
 
 
-def plot(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for side, label in SIDES.items():
-        rows = [row for row in result["rows"] if row["side"] == side]
-        peaks = [row["growth_while_cached_bytes"] + row["further_peak_while_decoding_bytes"] for row in rows]
-        axes.plot([row["tokens"] for row in rows], [peak / 1e9 for peak in peaks], "o-", label=label)
-    axes.set(xlabel="tokens in the cache", ylabel="GB above the weights, decoding", xscale="log", yscale="log")
-    axes.set_xscale("log", base=2)
-    axes.set_title(result["model"], fontsize=9)
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
@@ -112,7 +91,7 @@ def main() -> None:
     result = described("python -m benchmarks.memory") | {"model": "Lite-4, bfloat16", "rows": rows}
     report(result, options.out)
     if options.out:
-        plot(result, options.out.with_suffix(".png"))
+        draw_beside(options.out, draw_memory)
 
 
 if __name__ == "__main__":

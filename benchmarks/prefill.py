@@ -13,10 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -25,8 +21,10 @@ from deepseek_latent import optimize_for_inference
 
 from .lite4 import build
 from .machine import described, gemm_rate, resident, seconds_of
+from .plots import draw_beside
+from .plots.speed import draw_reading
 
-SIDES = {"native": "transformers' own class", "plain": "deepseek-latent", "kernels": "with its kernels"}
+SIDES = ("native", "plain", "kernels")
 TOKENS_READ = 1024  # at least: shorter prompts are read several times
 
 
@@ -69,28 +67,10 @@ def compared(runs: list[dict], allowed: float) -> list[dict]:
     return [{name: value for name, value in run.items() if name != "logits"} for run in runs]
 
 
-def plot(result: dict, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for side, label in SIDES.items():
-        runs = [run for run in result["runs"] if run["side"] == side]
-        lengths = [run["tokens"] for run in runs]
-        left.plot(lengths, [run["tokens"] / run["seconds"] for run in runs], "o-", label=label)
-        right.plot(lengths, [run["memory_above_weights_bytes"] / 1e9 for run in runs], "o-", label=label)
-    left.set(ylabel="tokens per second")
-    right.set(ylabel="GB above the weights")
-    for axes in (left, right):
-        axes.set(xlabel="tokens read", xscale="log", yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.grid(True, alpha=0.3)
-    left.legend()
-    figure.suptitle(f"{result['model']}, {result['threads']} threads of a CPU", fontsize=9)
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="native among them")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="native among them")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, and a plot beside it")
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
@@ -110,7 +90,7 @@ def main() -> None:
         print(run)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        plot(result, options.out.with_suffix(".png"))
+        draw_beside(options.out, draw_reading)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
@@ -41,6 +37,8 @@ from deepseek_latent.conversion.text import load_tokenizer
 
 from .llama import Rows
 from .machine import described
+from .plots import draw_beside
+from .plots.losses import draw_upcycled_training
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from healing import mix, nats, read_windows
@@ -141,19 +139,6 @@ def specialization(model: Path, files: list[Path], plot: Path | None = None) -> 
     return json.loads(printed.getvalue())["comparisons"]
 
 
-def draw_differences(rows: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for text, losses in rows[EXPERTS]["held_out_nats"].items():
-        dense = rows[DENSE]["held_out_nats"][text]
-        differences = {int(step): loss - dense[step] for step, loss in losses.items()}
-        axes.plot(*zip(*sorted(differences.items())), "o-", label=text)
-    axes.axhline(0, color="black", linestyle="--", label="dense parent")
-    axes.set(xlabel="steps", ylabel="held-out nats per token, experts minus dense")
-    axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
@@ -196,7 +181,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        draw_differences(rows, options.out.with_suffix(".png"))
+        draw_beside(options.out, draw_upcycled_training)
 
 
 if __name__ == "__main__":

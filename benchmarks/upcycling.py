@@ -12,10 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -28,6 +24,8 @@ from deepseek_latent.finetuning.activity import activity_of
 
 from .llama import WINDOW, trained
 from .machine import described
+from .plots import draw_beside
+from .plots.losses import draw_upcycling
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from pydoc_text import encode, split_topics
@@ -63,17 +61,6 @@ def largest_share(model: PreTrainedModel, windows: Tensor) -> float | None:
     return activity_of(model, windows).shares.max().item()
 
 
-def plot(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, row in result["rows"].items():
-        style = "k--" if name == "dense parent" else "-"
-        axes.plot([x["step"] for x in row["losses"]], [x["loss"] for x in row["losses"]], style, label=name)
-    axes.set(xlabel="steps", ylabel="held-out nats per token")
-    axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -101,7 +88,7 @@ def main() -> None:
         print(json.dumps({name: result["rows"][name]}), flush=True)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-        plot(result, options.out.with_suffix(".png"))
+        draw_beside(options.out, draw_upcycling)
 
 
 if __name__ == "__main__":

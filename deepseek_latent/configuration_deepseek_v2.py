@@ -66,6 +66,8 @@ class DeepseekV2Config(PreTrainedConfig):
     # the last channels of a latent, which a quantized LatentCache stores in bfloat16: conversions put there what codes
     # of few bits hold badly
     num_unquantized_channels: int = 0
+    # how many elements the model that this one was converted from caches per token and layer; only reports use it
+    source_cached_width: int | None = None
     attention_dropout: float | int = 0.0
 
     # feed-forward
@@ -203,7 +205,7 @@ class DeepseekV2Config(PreTrainedConfig):
             output["rope_theta"] = rope_theta
         # these are fields of this package alone, so they are written only if they are used
         own_fields = ("device_aux_loss_alpha", "communication_aux_loss_alpha", "device_capacity_factor")
-        for name in (*own_fields, "num_unquantized_channels"):
+        for name in (*own_fields, "num_unquantized_channels", "source_cached_width"):
             if not output[name]:
                 del output[name]
         if "device_capacity_factor" not in output:

@@ -12,14 +12,9 @@ import time
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import peft
 import torch
 from pydoc_text import BETWEEN_DOCUMENTS, WINDOW, Windows, encode
@@ -30,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import deepseek_latent  # noqa: F401  registers deepseek_v2
 from benchmarks.machine import described
+from benchmarks.plots import draw_beside
+from benchmarks.plots.losses import draw_finetuning
 
 CHECKPOINT = Path(__file__).parent / "pydoc-tiny"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -142,7 +139,7 @@ def compare(variants: dict[str, Variant], options: Namespace) -> None:
     path.write_text(json.dumps(results | {program: facts}, indent=2) + "\n", encoding="utf-8")
     rows = {name: row for each in (results | {program: facts}).values() for name, row in each["rows"].items()}
     print(table(rows))
-    plot(rows, path.with_suffix(".png"))
+    draw_beside(path, draw_finetuning)
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -161,16 +158,3 @@ def table(rows: dict[str, dict]) -> str:
         rate = f"{row['learning_rate']:g}" if row["trainable_parameters"] else ""
         lines.append(f"| {name} | {row['trainable_parameters']:,} | {rate} | {losses} | {row['seconds']:.0f} |")
     return "\n".join(lines)
-
-
-def plot(rows: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    # markers are hollow and differ in shape, since points of similar variants overlap
-    for (name, row), marker in zip(rows.items(), cycle("*os^vDPX<>")):
-        place = row["old_nats_per_token"], row["new_nats_per_token"]
-        axes.plot(*place, marker, markersize=10, markerfacecolor="none", markeredgewidth=1.5, label=name)
-    axes.set(xlabel="documentation, nats per token (old)", ylabel="source, nats per token (new)")
-    axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=9)
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Software": None})
-    plt.close(figure)

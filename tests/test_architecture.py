@@ -35,6 +35,7 @@ ROOMS = {
     | {"modeling_deepseek_v2"},
     "__init__": {"compat", "configuration_deepseek_v2", "cache", "experts", "finetuning", "kernels"}
     | {"modeling_deepseek_v2"},
+    "__main__": set(),
     "commands": {
         "__init__",
         "whole_files",

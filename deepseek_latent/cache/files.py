@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ def _record(path: str | os.PathLike, entries: dict[str, str] | None) -> dict[str
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
     # the error may repeat what stands in the file
-    return ValueError(f"{path} is cut off, altered or not a safetensors file ({str(error)[:200]}); write it again.")
+    reason = shorten(str(error), 200, placeholder=" ...")
+    return ValueError(f"{path} is cut off, altered or not a safetensors file ({reason}); write it again.")
 
 
 def _altered(path: str | os.PathLike, what_differs: str) -> ValueError:

@@ -61,10 +61,10 @@ class LatentCache(DynamicCache):
                 raise ValueError(
                     "an offloaded cache moves and a static one must not; drop offloading or max_cache_len."
                 )
-        gathered = []
+        gathered, self._model_name = [], ""
         if isinstance(config, PreTrainedConfig):
             text_config = config.get_text_config(decoder=True)
-            num_layers = text_config.num_hidden_layers
+            num_layers, self._model_name = text_config.num_hidden_layers, text_config.name_or_path
             # other config classes of the same models do not know this field
             num_unquantized = getattr(text_config, "num_unquantized_channels", 0)
         elif isinstance(config, Iterable) and not isinstance(config, (dict, str, torch.nn.Module)):
@@ -94,7 +94,7 @@ class LatentCache(DynamicCache):
         # transformers passes `as_stored` on to `LatentCacheLayer.update`
         latents, _ = super().update(latent, k_rotary, layer_idx, as_stored=True)
         if is_first and len(latent) and not (self._has_warned or self.is_recorded or torch.jit.is_tracing()):
-            self._has_warned = warn_of_large_error(latent[0, 0], latents.segments[0])
+            self._has_warned = warn_of_large_error(latent[0, 0], latents.segments[0], self._model_name)
         return latents
 
     @property

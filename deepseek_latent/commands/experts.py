@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,58 +17,32 @@ from transformers import PreTrainedModel
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.loading import load_model
+from ..conversion.progress import track
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import WINDOW, Activity, activity_of, activity_of_halves
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
-from ..whole_files import whole_file
 from .terminal import print_tables, quiet_transformers
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser("experts", help="show which experts a model uses on a text, and how evenly")
-    parser.description = (
-        "Shows for every expert its fraction of the choices and its mean gate weight on a text, and for every layer "
-        "load, entropy, experts never chosen and the distance to other texts. Says whether texts differ more than "
-        "the halves of one text do, and where the model is on the scaling law of routed models."
-    )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="other texts to compare with"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers and experts as a heat map")
-    parser.add_argument("--esft", type=Path, metavar="JSON", help="write the experts to fine-tune on the text")
-    parser.add_argument("--by", choices=("token", "gate"), help="how --esft scores experts (default: token)")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="P",
-        help="--esft takes experts of a layer until their scores add up to P (default: 0.2; by gate 0.1)",
-    )
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.set_defaults(action=_experts)
-
-
 @quiet_transformers()
-def _experts(arguments: argparse.Namespace) -> int:
-    config, folder = read_config(arguments.model), fetch_source(arguments.model)
-    if arguments.esft is None and (arguments.by, arguments.threshold) != (None, None):
-        raise ValueError(
-            "--by and --threshold say how --esft chooses experts; give --esft a file to write, or leave them out."
-        )
+def show_experts(arguments: argparse.Namespace) -> int:
+    folder = fetch_source(arguments.model)
+    config = read_config(str(folder))
     # a missing folder or package is reported before any work
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
-            raise ValueError(f"expected a folder to write into, got {file.parent}, which does not exist.")
-    if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
-        raise ValueError(f"--threshold must be above 0 and at most 1, got {arguments.threshold}.")
-    pyplot = _import_pyplot() if arguments.plot else None
+            raise ValueError(f"expected a folder to write into, got {file.parent}; make it, or name another one.")
+    if arguments.plot and arguments.plot.is_dir():
+        raise ValueError(f"expected a file for --plot, got the folder {arguments.plot}; name a file in it.")
+    if arguments.plot and arguments.plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a PNG file, so expected a name that ends with .png, got {arguments.plot}.")
+    save_loads = _import_drawing() if arguments.plot else None
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
-    texts = [_text(model, file.name, ids_of_text) for file, ids_of_text in zip(files, ids)]
+    texts = [_text(model, *text) for text in track([*zip([file.name for file in files], ids)], "reading texts")]
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
     size = routed_size(config, checkpoint_tensors(config))
@@ -78,8 +53,8 @@ def _experts(arguments: argparse.Namespace) -> int:
         ExpertSelection(selected).save(arguments.esft)
         num_selected, num_experts = sum(map(len, selected.values())), first.shares.numel()
         print(f"{num_selected} of {num_experts} experts to fine-tune written to {arguments.esft}", file=sys.stderr)
-    if pyplot is not None:
-        _plot(pyplot, arguments.plot, texts)
+    if save_loads is not None:
+        save_loads(arguments.plot, [(text.name, text.activity) for text in texts])
     if arguments.json:
         print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
@@ -181,28 +156,9 @@ def _size_table(size: RoutedSize) -> Table:
     return table
 
 
-def _import_pyplot():
+def _import_drawing() -> Callable[[Path, list[tuple[str, Activity]]], None]:
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
+        from .expert_plot import save_loads
     except ImportError as error:
         raise ValueError("--plot draws with matplotlib, which is not installed; pip install matplotlib.") from error
-    return matplotlib.pyplot
-
-
-def _plot(pyplot, path: Path, texts: list[_Text]) -> None:
-    """Draws one heat map per text: rows are layers, columns are experts."""
-    num_layers, e = texts[0].activity.shares.shape
-    size = (max(5.0, 0.16 * e + 2), max(3.6, (0.22 * num_layers + 1.2) * len(texts) + 0.4))
-    figure, axes = pyplot.subplots(len(texts), 1, figsize=size, squeeze=False, layout="constrained")
-    highest = max((text.activity.shares * e).max().item() for text in texts)
-    for (name, activity, _), ax in zip(texts, axes[:, 0]):
-        image = ax.imshow((activity.shares * e).numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        ax.set(xlabel="expert", ylabel="layer", title=name)
-        ax.set_yticks(range(num_layers), activity.layers)
-    figure.colorbar(image, ax=axes[:, 0], label="choices, 1 if all experts are chosen evenly")
-    with whole_file(path) as place:
-        figure.savefig(place, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+    return save_loads

@@ -9,67 +9,28 @@ from rich.table import Column, Table
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
-from ..cache.format import CACHE_DTYPES
 from ..cache.latent_cache import LatentCache
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from ..conversion.checkpoint import local_or_hub, read_config
+from ..conversion.checkpoint import read_config
 from ..conversion.loading import load_model
-from ..conversion.size import expanded_width
+from ..conversion.places import folder_or_hub
+from ..conversion.size import EXPANDED, cached_elements_per_token
 from ..conversion.text import check_vocabulary, load_tokenizer
 from .chat import converse, encode_chat, messages_from_stdin
-from .terminal import DTYPES, number_between, quiet_transformers
+from .terminal import quiet_transformers
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser("generate", help="stream text and show the size of the cache")
-    parser.description = "Streams text to stdout, then writes the speed and the size of the cache to stderr."
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    parser.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="?",
-        help="with --chat it can be left out: each line of stdin is a message then",
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=number_between(int, 1, 1 << 20), default=128, metavar="N", help="default: 128"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number_between(float, 0, 100),
-        metavar="T",
-        help="sample at this temperature; default: take the most likely token",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number_between(float, 0, 1),
-        default=1.0,
-        metavar="P",
-        help="sample from the most likely tokens whose probabilities add up to P; default: 1",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="make sampling reproducible")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: that of the checkpoint")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda if available")
-    parser.add_argument(
-        "--cache-dtype", choices=CACHE_DTYPES[1:], help="quantize the cached latents; default: not quantized"
-    )
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    parser.set_defaults(action=_generate)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    if arguments.top_p < 1 and not arguments.temperature:
-        raise ValueError("--top-p needs a --temperature above 0; without one the most likely token is always taken.")
-    if arguments.prompt is None and not arguments.chat:
-        raise ValueError("expected a PROMPT; only with --chat it can be left out, and messages are read from stdin.")
+def generate(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
+        place = folder_or_hub(arguments.model)
         config = read_config(arguments.model)
-        place = local_or_hub(arguments.model)
         tokenizer = load_tokenizer(place)
         if arguments.chat and tokenizer.chat_template is None:
             raise ValueError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out.")
         inputs = None
         if arguments.prompt is not None:
             inputs = _encode(tokenizer, arguments.prompt, arguments.chat)
+            # before the weights are loaded
             check_vocabulary(inputs["input_ids"], config.vocab_size)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
@@ -83,6 +44,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         streamer = _TimedStreamer(tokenizer)
 
         def write(inputs: BatchEncoding) -> Tensor:
+            check_vocabulary(inputs["input_ids"], config.vocab_size)
+            # a generic tokenizer adds token_type_ids, which this model does not have
+            inputs.pop("token_type_ids", None)
             streamer.start()
             return model.generate(
                 **inputs.to(model.device),
@@ -106,16 +70,22 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStreamer") -> Table:
     held, times, started = cache.nbytes, streamer.times, streamer.started
-    per_layer = cache.layers[0].dtype.itemsize * expanded_width(config)
-    expanded = cache.get_seq_length() * config.num_hidden_layers * per_layer
+    bytes_per_element = cache.get_seq_length() * cache.layers[0].dtype.itemsize
+    elements = cached_elements_per_token(config)
+    expanded = elements.pop(EXPANDED) * bytes_per_element
     table = Table("", Column(justify="right"), show_header=False)
     table.add_row("new tokens", f"{len(times):,}")
     table.add_row("time to first token", f"{times[0] - started:.3f} s")
     if len(times) > 1:
         table.add_row("decoding", f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
     table.add_row("cache held", f"{held:,} bytes")
-    table.add_row("as keys and values", f"{expanded:,} bytes")
+    table.add_row(f"as keys and values of all {config.num_attention_heads} heads", f"{expanded:,} bytes")
     table.add_row("ratio", f"{expanded / held:.1f}")
+    # GQA is what a model without latent attention would have; if the model was converted, it had this one
+    for name, per_token in elements.items():
+        if name.startswith("GQA"):
+            table.add_row(f"as keys and values, {name}", f"{per_token * bytes_per_element:,} bytes")
+            table.add_row("ratio to GQA", f"{per_token * bytes_per_element / held:.2f}")
     return table
 
 
@@ -142,8 +112,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, is_chat: bool) -> B
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:
         raise ValueError("expected a prompt of at least one token, got none; write a longer prompt.")
-    # a generic tokenizer adds token_type_ids, which this model does not have
-    inputs.pop("token_type_ids", None)
     return inputs
 
 

@@ -16,19 +16,7 @@ from .terminal import print_tables, quiet_transformers
 MAX_PROBLEMS_SHOWN = 40
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser("inspect", help="count parameters and cache, check a checkpoint's files")
-    parser.description = (
-        "Counts parameters and cache without loading weights. For a folder, also compares every tensor's name, shape "
-        "and dtype with config.json, from the files' headers. Exit code 0: the files fit, 1: they do not, 2: unusable "
-        "input."
-    )
-    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json or a hub id")
-    parser.add_argument("--all", action="store_true", help=f"list all problems, not the first {MAX_PROBLEMS_SHOWN}")
-    parser.set_defaults(action=_inspect)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
+def inspect(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
         config = read_config(arguments.model)
     print_tables(_parameter_table(config), _cache_table(config))

@@ -7,29 +7,13 @@ import sys
 from pathlib import Path
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser(
-        "run", usage="%(prog)s [-h] (-m MODULE | SCRIPT.py) ...", help="run another tool with DeepSeek-V2 registered"
-    )
-    parser.description = (
-        "Runs a module or script as python would, with DeepSeek-V2 registered, and exits with its exit code."
-    )
-    parser.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module and its arguments"
-    )
-    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
-    parser.set_defaults(action=_prepare_tool)
-
-
-def _prepare_tool(arguments: argparse.Namespace) -> int:
+def prepare_tool(arguments: argparse.Namespace) -> int:
     """Sets sys.argv and sys.path as Python does for `python -m MODULE` or `python SCRIPT`, each with its arguments.
 
     Raises ValueError if there is no such module or script.
     """
     module, script = arguments.module, arguments.script
     sys.argv = module or script
-    if not sys.argv:
-        raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
     tool = sys.argv[0]
     sys.path.insert(0, str(Path.cwd() if module else Path(tool).resolve().parent))
     if module and not _is_runnable(tool):

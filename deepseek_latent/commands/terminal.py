@@ -1,12 +1,11 @@
-"""What all commands share: argument types, quiet loading, printed reports and exit codes."""
+"""What all commands share: quiet loading, printed reports and exit codes."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
@@ -15,30 +14,33 @@ from transformers.utils import logging
 
 from ..conversion.escaping import printable, shortened
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ERROR_LENGTH = 900
-BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, int]:
-    """Parses a command line and runs its command. Returns the arguments and the exit code.
+def run_action(arguments: argparse.Namespace, name: str) -> int:
+    """Runs the command that was parsed and returns its exit code.
 
-    Each command sets `action`, which takes the arguments and returns the exit code. Unusable input, which is any
-    ValueError or OSError of the action, is reported in one sentence and has exit code 2.
+    Unusable input, which is any ValueError or OSError of the command, is reported in one sentence after the `name` of
+    the command, and has exit code 2.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(argv)
-    arguments.argv = argv
     try:
-        return arguments, arguments.action(arguments)
+        return arguments.action(arguments)
     except BrokenPipeError:
         # of the output, not of the input
         raise
     except (ValueError, OSError, StrictDataclassError) as error:
         # it may quote a name from a file of a stranger
-        reason = shortened(printable(" ".join(str(error).split())), MAX_ERROR_LENGTH)
-        print(f"{parser.prog} {arguments.command}: {reason}", file=sys.stderr)
-        return arguments, 2
+        reason = shortened(printable(" ".join(_reason(error).split())), MAX_ERROR_LENGTH)
+        print(f"{name}: {reason}", file=sys.stderr)
+        return 2
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error. That of the system's own begins with a number, such as "[Errno 2]", which is left out."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    names = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
+    return f"{error.strerror}{': ' if names else ''}{' and '.join(names)}."
 
 
 @contextmanager
@@ -82,25 +84,3 @@ def _format(value: list | float | int | str) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if 0.01 < abs(value) < 1e6 else f"{value:.2e}"
     return f"{value:,}" if isinstance(value, int) else printable(value)
-
-
-def number_between(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argument type: a number of type `kind` from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        if not low <= (number := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
-        return number
-
-    # argparse writes "invalid int value"
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def byte_size(text: str) -> int:
-    """An argument type: a number of bytes such as 500MB."""
-    for unit, num_bytes in BYTE_UNITS.items():
-        number = text.upper().removesuffix(unit)
-        if number != text.upper() and number.isdigit() and int(number):
-            return int(number) * num_bytes
-    raise argparse.ArgumentTypeError(f"expected a whole number of KB, MB, GB or TB, such as 500MB, got {text}")

@@ -29,7 +29,12 @@ SIZES = dict.fromkeys(WIDTHS.split(), MAX_WIDTH) | {
     "moe_layer_freq": MAX_LENGTH,
     "max_position_embeddings": MAX_LENGTH,
 }
-OPTIONAL_SIZES = {"q_lora_rank": MAX_WIDTH, "n_routed_experts": MAX_EXPERTS_IN_ALL_LAYERS, "n_shared_experts": 1_000}
+OPTIONAL_SIZES = {
+    "q_lora_rank": MAX_WIDTH,
+    "source_cached_width": MAX_WIDTH,
+    "n_routed_experts": MAX_EXPERTS_IN_ALL_LAYERS,
+    "n_shared_experts": 1_000,
+}
 
 
 def check_size(name: str, value: Any, most: int, otherwise: str = "") -> None:

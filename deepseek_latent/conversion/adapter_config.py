@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ..compat.peft_config import is_target_module, is_target_parameter, lora_config_of, value_for
@@ -96,8 +97,9 @@ class AdapterConfig:
             config = cls(fields)
             config._check_patterns()
         except (TypeError, ValueError, re.error, OverflowError, RecursionError) as error:
+            reason = shorten(str(error), 300, placeholder=" ...")
             raise ValueError(
-                f"expected a {CONFIG_FILE} that peft reads in {folder}, got {type(error).__name__}: {error!s:.300}; "
+                f"expected a {CONFIG_FILE} that peft reads in {folder}, got {type(error).__name__}: {reason}; "
                 "correct it."
             ) from error
         return config

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
@@ -20,6 +18,7 @@ from ..modeling_deepseek_v2 import (
     DeepseekV2ForTokenClassification,
     DeepseekV2Model,
 )
+from .places import download, local_or_hub
 from .progress import track_briefly
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -58,13 +57,8 @@ class CheckpointReport(NamedTuple):
 def read_config(source: str) -> DeepseekV2Config:
     """The config of a folder, a config.json or a hub id. Raises ValueError if it is not that of a DeepSeek-V2."""
     place = local_or_hub(source)
-    if isinstance(place, Path):
-        file = place / "config.json" if place.is_dir() else place
-    else:
-        try:
-            file = Path(hf_hub_download(place, "config.json"))
-        except (OSError, HFValidationError) as error:
-            raise not_found_error(source, error) from error
+    place = place if isinstance(place, Path) else download(place, ["config.json"])
+    file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
         raise ValueError(f"expected a checkpoint folder, got {source}, which has no config.json; copy it there.")
     return config_from_json(read_json(file), source)
@@ -80,23 +74,6 @@ def config_from_json(given: dict, place: str | Path) -> DeepseekV2Config:
         return DeepseekV2Config.from_dict(given)
     except ValueError as error:
         raise ValueError(f"expected a config.json of DeepSeek-V2 in {place}, got: {error}") from error
-
-
-def local_or_hub(source: str) -> Path | str:
-    """A path if it exists, else the hub id. Raises ValueError for a path that does not exist."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if path.is_absolute() or source.startswith(".") or source.endswith(".json") or source.count("/") > 1:
-        raise ValueError(f"expected a folder, a config.json or a hub id, got {source}, which does not exist.")
-    return source
-
-
-def not_found_error(source: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"expected a folder or a hub id, got {source}: there is no such folder in {Path.cwd()}, and the hub does "
-        f"not have it or was not reached ({' '.join(str(error).split())[:120]}...)."
-    )
 
 
 def architecture_of(config: DeepseekV2Config) -> str:

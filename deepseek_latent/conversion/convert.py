@@ -96,6 +96,7 @@ def convert(
     written = target.write(shards, texts, files.companion_files(), origin=origin, check=check)
     if push_to_hub:
         # by name, so that nothing is published that another program put there in the meantime
+        announce(f"uploading {target.out.name} to {push_to_hub}")
         names = [glob.escape(name) for name in written]
         HfApi().upload_folder(repo_id=push_to_hub, folder_path=target.out, allow_patterns=names, commit_message=command)
         report["pushed to"] = push_to_hub

@@ -11,9 +11,12 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """`text` without its middle if it is longer than `length`."""
+    """`text` without its middle if it is longer than `length`, and without a part of a word if it has several."""
+    if len(text) <= length:
+        return text
     half = (length - 5) // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+    beginning, end = text[:half], text[-half:]
+    return f"{beginning.rpartition(' ')[0] or beginning} ... {end.partition(' ')[2] or end}"
 
 
 def code_span(text: str) -> str:

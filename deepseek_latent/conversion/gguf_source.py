@@ -1,5 +1,6 @@
 """A GGUF file as a source: the folder with safetensors files that it would be, made for as long as it is read."""
 
+import glob
 import os
 import shutil
 import struct
@@ -9,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData, hf_hub_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 
 from ..configuration.checks import SIZES, check_size
-from .checkpoint import local_or_hub, not_found_error
+from .places import download, local_or_hub
+from .progress import announce
 from .source import fetch_source
 from .text import load_tokenizer
 
@@ -47,18 +49,20 @@ def _find(given: str, gguf_file: str | None) -> Path | None:
     """The GGUF file that is meant, or None for a source without one."""
     if gguf_file is None and not given.endswith(".gguf"):
         return None
+    if gguf_file is None and not Path(given).expanduser().exists():
+        raise ValueError(
+            f"expected a GGUF file, got {given}, which does not exist; one on the hub is SRC --gguf-file NAME."
+        )
     place = local_or_hub(given)
     if isinstance(place, Path):
         file = place / gguf_file if gguf_file else place
         if not file.is_file():
             raise ValueError(f"expected a GGUF file, got {file}, which is not a file; correct its name.")
         return file
-    if gguf_file is None:
-        raise ValueError(f"expected a GGUF file, got {given}, which does not exist; one on the hub is SRC --gguf-file.")
-    try:
-        return Path(hf_hub_download(place, gguf_file))
-    except (OSError, HFValidationError) as error:
-        raise not_found_error(given, error) from error
+    file = download(place, [glob.escape(gguf_file)]) / gguf_file
+    if not file.is_file():
+        raise ValueError(f"expected a GGUF file in {place} on the hub, got no {gguf_file} there; correct its name.")
+    return file
 
 
 def write_dequantized(file: Path, folder: Path) -> None:
@@ -102,6 +106,7 @@ def write_dequantized(file: Path, folder: Path) -> None:
         raise ValueError(
             f"expected a tokenizer that transformers can read, got: {error.__cause__} ({file})."
         ) from error
+    announce(f"reading {file.name} and writing its weights in {str(dtype).removeprefix('torch.')} to {folder.parent}")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -87,6 +87,7 @@ class GqaToMla:
             v_head_dim=self.w,
             attention_bias=not self.bias_free,
             num_unquantized_channels=self.num_unquantized,
+            source_cached_width=self.source.cached_elements // origin.num_hidden_layers,
             rope_parameters=self.rope_parameters(),
             # all layers are dense, but transformers' own class needs the numbers of experts
             first_k_dense_replace=origin.num_hidden_layers,

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 def track(items: Sequence, description: str) -> tqdm:
     """Iterates over items with a bar, or after a line with the description if stderr is not a terminal."""
-    _announce_without_terminal(description)
+    announce_without_terminal(description)
     return _bar(items, desc=description)
 
 
@@ -19,7 +19,7 @@ def track_briefly(items: Sequence, description: str) -> tqdm:
 
 def track_bytes(total: int, description: str, done: int = 0) -> tqdm:
     """A bar of bytes that the caller updates, or a line with the description if stderr is not a terminal."""
-    _announce_without_terminal(description)
+    announce_without_terminal(description)
     return _bar(desc=description, total=total, initial=done, unit="B", unit_scale=True)
 
 
@@ -33,7 +33,7 @@ def announce_on_terminal(stage: str) -> None:
         announce(stage)
 
 
-def _announce_without_terminal(stage: str) -> None:
+def announce_without_terminal(stage: str) -> None:
     if not sys.stderr.isatty():
         announce(stage)
 

@@ -25,6 +25,7 @@ _PARTS = {
     "score": "classifier",
 }
 NUM_GQA_GROUPS = 8  # n_g in the paper's comparison
+EXPANDED = "MLA, expanded to keys and values"
 
 
 def parameters_by_part(tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -53,17 +54,20 @@ def expanded_width(config: DeepseekV2Config) -> int:
 def cached_elements_per_token(config: DeepseekV2Config) -> dict[str, int]:
     """Cache elements per token over all layers, of this package and of the kinds of attention in the paper's Table 1.
 
-    The paper has one width d_h for keys and values. Here these widths are n and v.
+    The paper has one width d_h for keys and values. Here these widths are n and v. For a converted model, GQA is that
+    of its source.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.4, Table 1.
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     pair = config.qk_nope_head_dim + config.v_head_dim
     elements = {
         "MLA, compressed (this package)": config.cached_width * layers,
-        "MLA, expanded to keys and values": expanded_width(config) * layers,
+        EXPANDED: expanded_width(config) * layers,
         "MHA": heads * pair * layers,
     }
-    if heads % NUM_GQA_GROUPS == 0:
+    if config.source_cached_width is not None:
+        elements["GQA, before the conversion"] = config.source_cached_width * layers
+    elif heads % NUM_GQA_GROUPS == 0:
         elements[f"GQA, {NUM_GQA_GROUPS} groups"] = NUM_GQA_GROUPS * pair * layers
     return elements | {"MQA": pair * layers}
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,12 +16,11 @@ from .boundaries import file_inside
 from .checkpoint import (
     SAFETENSORS_DTYPES,
     StoredTensor,
-    local_or_hub,
     merge_headers,
-    not_found_error,
     read_generation_config,
     read_headers,
 )
+from .places import download, folder_or_hub
 from .source_card import read_card
 from .target import Piece
 
@@ -152,11 +149,6 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def fetch_source(given: str) -> Path:
-    """The folder of a path, or of a hub id after downloading it. Raises ValueError if neither exists."""
-    place = local_or_hub(given)
-    if isinstance(place, Path):
-        return place
-    try:
-        return Path(snapshot_download(given, allow_patterns=[*READ_PATTERNS]))
-    except (OSError, HFValidationError) as error:
-        raise not_found_error(given, error) from error
+    """A folder, or that of a hub id after downloading it. Raises ValueError if neither exists."""
+    place = folder_or_hub(given)
+    return place if isinstance(place, Path) else download(place, [*READ_PATTERNS])

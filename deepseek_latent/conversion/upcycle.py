@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .target import Piece
 
-SCHEMES = ("M0", "M1", "M2", "M3", "M4", "M5")
 WIDTH_MULTIPLE = 8
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -44,20 +43,21 @@ def expert_layout(scheme: str, dense_width: int, *, e: int, shared: int, k: int,
     Raises ValueError for numbers that do not fit the scheme.
     """
     if e < 1:
-        raise ValueError(f"expected at least one routed expert, got {e}.")
+        raise ValueError(f"expected --routed-experts of at least 1, got {e}.")
     gating = {"norm_topk_prob": scheme == "M4"}
     is_grouped = scheme in ("M3", "M4", "M5")
     if (shared > 0) != (scheme in ("M0", "M5")):
-        raise ValueError(f"scheme {scheme} has {'at least one' if shared == 0 else 'no'} shared expert, got {shared}.")
+        wanted, what_to_do = ("at least one", "add") if shared == 0 else ("no", "leave out")
+        raise ValueError(f"scheme {scheme} has {wanted} shared expert, got {shared}; {what_to_do} --shared-experts.")
     if is_grouped and (groups < 1 or e % groups or k % (e // groups) or k > e):
         raise ValueError(
             f"scheme {scheme} chooses whole groups: expected {e} routed experts in equal groups and a top-k that is a "
-            f"multiple of their size, got {groups} groups and a top-k of {k}."
+            f"multiple of their size, got {groups} groups and a top-k of {k}; change --groups or --top-k."
         )
     if not is_grouped and groups != 1:
-        raise ValueError(f"scheme {scheme} has no groups, got {groups}.")
+        raise ValueError(f"scheme {scheme} has no groups, got {groups}; leave out --groups.")
     if not 1 <= k <= e or (scheme == "M1" and k != e):
-        raise ValueError(f"expected a top-k of {e if scheme == 'M1' else f'1 to {e}'}, got {k}.")
+        raise ValueError(f"expected a top-k of {e if scheme == 'M1' else f'1 to {e}'}, got {k}; change --top-k.")
     parts = e // groups
     part_of_expert = [i % parts for i in range(e)]
     if scheme == "M0":

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
+from textwrap import shorten
 
 from ..json_files import read_json
 from ..whole_files import save_text, whole_file
@@ -59,7 +60,7 @@ class ExpertSelection:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'expected {{"experts": {{layer: [ids]}}, "shared_experts": .., "non_expert_modules": ..}} in {path}, '
-                f"got something else ({type(error).__name__}: {error!s:.400})."
+                f"got something else ({type(error).__name__}: {shorten(str(error), 400, placeholder=' ...')})."
             ) from error
 
     def save(self, path: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Packs the routed experts of a model in 8 or 4 bits, and unpacks them to stacked weights."""
 
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..compat.peft import has_merged_adapters
@@ -41,7 +42,8 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
                 "expected experts of even widths, since two elements are packed in a byte, got an odd width."
             )
         found.append(experts)
-    for experts in found:
+    # as in huggingface_hub, None means no bar if stderr is not a terminal
+    for experts in tqdm(found, f"packing experts in {bits} bits", disable=None, leave=False):
         experts.weights = PackedWeights(bits)
 
 

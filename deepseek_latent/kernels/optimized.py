@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from ..compat.accelerate import is_offloaded
@@ -108,7 +109,9 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
         _check_can_be_rounded(name, module)
     if rounded:
         _check_is_not_in_training(model)
-    for name, module in chosen.items():
+    # binding takes no time, rounding does; as in huggingface_hub, None means no bar if stderr is not a terminal
+    has_no_bar = None if rounded else True
+    for name, module in tqdm(chosen.items(), "rounding weights to int8", disable=has_no_bar, leave=False):
         if isinstance(module, DeepseekV2Experts):
             if name in rounded:
                 module.weights = PackedWeights(8, group=None, saves_dense=True)

@@ -11,7 +11,8 @@ from tests.support import random_ids, seeded, tiny_model
 @pytest.fixture
 def warned(monkeypatch):
     messages = []
-    monkeypatch.setattr(quantization_error.logger, "warning_once", messages.append)
+    monkeypatch.setattr(quantization_error.logger, "warning", messages.append)
+    monkeypatch.setattr(quantization_error, "_warned", set())
     return messages
 
 
@@ -31,6 +32,20 @@ def test_codes_that_hold_nothing_of_most_channels_are_reported_once_with_the_err
     assert len(warned) == 1
     assert warned[0].startswith("cache_dtype='int4' holds the latents of this model badly: the error of a token is ")
     assert "use more bits per channel or cache_dtype=None" in warned[0]
+
+
+def test_each_model_and_format_is_reported_once_whatever_number_of_caches(warned):
+    config = tiny_model().config
+    other = tiny_model().config
+    other.name_or_path = "another/model"
+    for i in range(6):
+        latent = torch.randn(1, 1, 20, 40, generator=seeded(i)) * 0.01 * (i + 1)
+        latent[..., 0] = 50
+        for each in (config, other):
+            for cache_dtype in ("int4", "int5"):
+                LatentCache(each, cache_dtype=cache_dtype).append(latent, torch.zeros(1, 1, 20, 8), 0)
+    assert len(warned) == 4
+    assert [sum(f"cache_dtype='{name}'" in message for message in warned) for name in ("int4", "int5")] == [2, 2]
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "int6", "int5", "int4", "fp8"], ids=str)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.commands.expert_plot import draw_loads
 from deepseek_latent.conversion.text import read_text, tokenize
 from deepseek_latent.finetuning.activity import Activity, activity_of, activity_of_halves
 from deepseek_latent.finetuning.expert_selection import ExpertSelection, expert_scores, select_experts
@@ -75,6 +76,7 @@ def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
         assert sum(scores) >= 0.3 > sum(scores[:-1])
     printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
     assert "2202.01169" in printed.out
+    assert "reading texts ...\n" in printed.err
     assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
 
 
@@ -101,6 +103,24 @@ def test_the_command_says_whether_texts_differ_more_than_halves_of_one_text(tmp_
     assert same["within"] < different["between"]
     for row in report["layers"]:
         assert row["distance"] == row["distances"][0] == 0 < row["distances"][1]
+
+
+@pytest.mark.parametrize("uneven", [0.0, 0.05, 0.125], ids="uneven{}".format)
+def test_the_map_is_white_at_an_even_load_and_black_where_an_expert_is_never_chosen(uneven):
+    shares = torch.full((2, 8), 0.125, dtype=torch.float64)
+    shares[1, :2] += torch.tensor([uneven, -uneven])
+    zeros = torch.zeros_like(shares)
+    figure = draw_loads([("text", Activity([1, 2], shares, zeros, zeros))])
+    (image,) = figure.axes[0].images
+    colors = image.to_rgba(image.get_array())[..., :3]
+    assert colors[0].min() > 0.95
+    assert colors[1, 2:].min() > 0.95
+    more, less = colors[1, 0], colors[1, 1]
+    if uneven == 0:
+        assert min(more.min(), less.min()) > 0.95
+    else:
+        assert more[0] > more[2] + 0.1
+        assert less.max() == 0 if uneven == 0.125 else less[2] > less[1] + 0.05
 
 
 @pytest.mark.parametrize("length", [2048, 4200])
@@ -138,6 +158,8 @@ def test_each_way_of_scoring_has_the_threshold_of_the_paper(tmp_path, by):
         (["--text", "empty.txt"], "empty.txt, which is empty"),
         (["--text", "text.txt", "--esft", "nowhere/expert_cfg.json"], "expected a folder to write into"),
         (["--text", "text.txt", "--plot", "nowhere/plot.png"], "expected a folder to write into"),
+        (["--text", "text.txt", "--plot", "plot.pdf"], "expected a name that ends with .png, got plot.pdf"),
+        (["--text", "text.txt", "--plot", "."], "expected a file for --plot, got the folder"),
         (["--text", "text.txt", "--by", "token"], "--by and --threshold say how --esft chooses"),
         (["--text", "text.txt", "--threshold", "0.2"], "give --esft a file to write, or leave them"),
     ],
@@ -152,7 +174,7 @@ def test_unusable_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys
 
 
 def test_a_model_on_the_hub_is_downloaded(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
+    monkeypatch.setattr("deepseek_latent.conversion.places.snapshot_download", lambda repo, allow_patterns: str(FOLDER))
     config = DeepseekV2Config.from_pretrained(FOLDER)
     monkeypatch.setattr("deepseek_latent.commands.experts.read_config", lambda source: config)
     (tmp_path / "text.txt").write_text("a text")

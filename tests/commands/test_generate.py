@@ -7,12 +7,14 @@ from io import StringIO
 
 import pytest
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, LlamaConfig, TextStreamer
 from transformers.utils import logging
 
 import deepseek_latent
+from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
 from tests.commands.terminal import NUM_IDS, assert_refused, byte_tokenizer, printed, row
+from tests.conversion.sources import convert_to_mla, save_source
 from tests.support import V2, tiny_model
 
 
@@ -54,6 +56,30 @@ def test_generate_shows_the_size_of_the_cache_that_was_held(folder, capsys):
     assert row(err, "ratio") == [f"{expanded / held:.1f}"]
     assert re.fullmatch(r"\d+\.\d tokens/s", *row(err, "decoding"))
     assert re.fullmatch(r"\d+\.\d{3} s", *row(err, "time to first token"))
+
+
+def test_generate_compares_the_cache_of_a_converted_model_with_that_of_its_source(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig, vocab_size=NUM_IDS, num_key_value_heads=2, eos_token_id=None)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    byte_tokenizer().save_pretrained(out)
+    config = DeepseekV2Config.from_pretrained(out)
+    source = LlamaConfig.from_pretrained(tmp_path / "source")
+    assert config.source_cached_width == 2 * 2 * source.head_dim
+    capsys.readouterr()
+    _, _, err = printed(capsys, "generate", out, "latent", "--max-new-tokens", 9, "--device", "cpu")
+    held, before = ((6 + 9 - 1) * 3 * width * 4 for width in (config.cached_width, config.source_cached_width))
+    assert row(err, "cache held") == [f"{held:,} bytes"]
+    assert row(err, "as keys and values, GQA, before the conversion") == [f"{before:,} bytes"]
+    assert row(err, "ratio to GQA") == [f"{before / held:.2f}"]
+
+
+def test_generate_compares_the_cache_with_gqa_of_eight_groups(tmp_path, capsys):
+    tiny_model(vocab_size=NUM_IDS, eos_token_id=None, num_attention_heads=16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    _, _, err = printed(capsys, "generate", tmp_path, "latent", "--max-new-tokens", 9, "--device", "cpu")
+    elements = 8 * (V2["qk_nope_head_dim"] + V2["v_head_dim"]) * V2["num_hidden_layers"]
+    assert row(err, "as keys and values, GQA, 8 groups") == [f"{(6 + 9 - 1) * elements * 4:,} bytes"]
+    assert row(err, "as keys and values of all 16 heads")
 
 
 @pytest.mark.parametrize(("cache_dtype", "row_bytes"), [("int8", 58), ("int6", 50), ("int4", 38), ("fp8", 60)])
@@ -247,6 +273,27 @@ class TestAConversation:
         status, _, err = printed(capsys, "generate", place, "--chat", "--max-new-tokens", 3, "--device", "cpu")
         assert status == 2
         assert "the conversation has 47 tokens, expected fewer than 40; start a new one" in err
+
+    def test_the_tokenizer_of_another_model_is_refused(self, place, capsys, monkeypatch):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = self.TEMPLATE
+        tokenizer.add_tokens(["<beyond>"] + [f"<{i}>" for i in range(NUM_IDS)])
+        tokenizer.save_pretrained(place)
+        monkeypatch.setattr("sys.stdin", StringIO(f"<{NUM_IDS - 1}>\n"))
+        status, out, err = printed(capsys, "generate", place, "--chat", "--device", "cpu")
+        assert (status, out) == (2, "")
+        assert f"expected a tokenizer of at most {NUM_IDS:,} tokens" in err
+
+    def test_token_types_of_a_tokenizer_are_ignored(self, place, capsys, monkeypatch):
+        outputs = []
+        for options in ({}, {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}):
+            tokenizer = byte_tokenizer(**options)
+            tokenizer.chat_template = self.TEMPLATE
+            tokenizer.save_pretrained(place)
+            monkeypatch.setattr("sys.stdin", StringIO("hi\n"))
+            outputs.append(printed(capsys, "generate", place, "--chat", "--max-new-tokens", 5, "--device", "cpu")[:2])
+        assert outputs[0] == outputs[1]
+        assert outputs[0][0] == 0
 
     def test_nothing_to_answer_is_no_error(self, place, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", StringIO(""))

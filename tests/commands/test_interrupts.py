@@ -60,7 +60,7 @@ def test_an_interrupt_while_the_package_is_imported_leaves_no_traceback():
         "        if name == 'transformers': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Interrupting())\n"
         "from deepseek_latent_command import main\n"
-        "sys.exit(main())\n"
+        "sys.exit(main(['inspect', 'MODEL']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "deepseek-latent: interrupted\n")

@@ -1,6 +1,9 @@
 """`deepseek-latent run` runs a tool as python would."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +83,32 @@ def test_run_refuses_in_one_sentence(tmp_path, capsys, restored_process, monkeyp
     assert_refused(capsys, "run", "-m", "a_module_nobody_has", saying="not found")
     assert_refused(capsys, "run", "-m", "a_package_nobody_has.tool", saying="not found")
     assert_refused(capsys, "run", "-m", "mainless", saying="not found")
+
+
+# what `torchrun` and `accelerate launch` run, with the option for two processes
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+}
+ONE_MACHINE = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_process_of_a_launcher_has_the_plugin_and_the_scripts_arguments(launcher, tmp_path):
+    (tmp_path / "tool.py").write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "from transformers import AutoConfig\n"
+        "dist.init_process_group('gloo')\n"
+        "sum_of_ranks = torch.tensor(dist.get_rank() + 1)\n"
+        "dist.all_reduce(sum_of_ranks)\n"
+        "module = type(AutoConfig.for_model('deepseek_v2')).__module__\n"
+        "open(f'rank{dist.get_rank()}', 'w').write(f'{sum_of_ranks} {module} {sys.argv[1:]}')\n"
+        "dist.destroy_process_group()\n"
+    )
+    options = LAUNCHERS[launcher] + (ONE_MACHINE if launcher == "accelerate" else [])
+    command = [sys.executable, "-m", *options, "-m", "deepseek_latent", "run", "tool.py", "--lr", "1"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths})
+    expected = "3 deepseek_latent.configuration_deepseek_v2 ['--lr', '1']"
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [expected, expected]

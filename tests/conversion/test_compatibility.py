@@ -13,7 +13,12 @@ from tests.support import LITE, V2, YARN, tiny_model
 
 def test_the_published_checkpoint_is_compatible_with_all_programs():
     lite = DeepseekV2Config(
-        num_hidden_layers=27, kv_lora_rank=512, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6
+        num_hidden_layers=27,
+        kv_lora_rank=512,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        rope_scaling=YARN,
     )
     assert find_incompatibilities(lite, lite.to_dict(), {"lm_head.weight"}) == []
 
@@ -28,11 +33,18 @@ def test_the_published_checkpoint_is_compatible_with_all_programs():
             "rope_scaling, of type",
         ),
         ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "vLLM", "rope_scaling, with an attention_factor"),
+        ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "mlx-lm", "rope_scaling, with an attention_factor"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "mlx-lm", "rope_scaling, with truncate false"),
+        ({"rope_scaling": None}, "mlx-lm", "rope_scaling null, which it cannot open without"),
         ({"norm_topk_prob": True}, "transformers", "norm_topk_prob true"),
-        ({"n_shared_experts": None}, "transformers, llama.cpp", "n_shared_experts null"),
+        ({"norm_topk_prob": True}, "mlx-lm", "norm_topk_prob true"),
+        ({"norm_topk_prob": True}, "vLLM", "norm_topk_prob true, but with groups of experts"),
+        ({"n_shared_experts": None}, "transformers, vLLM, llama.cpp", "n_shared_experts null"),
+        ({"n_routed_experts": None}, "vLLM", "n_routed_experts null"),
         ({"rms_norm_eps": 1e-5}, "vLLM, SGLang, llama.cpp", "rms_norm_eps 1e-05"),
-        ({"tie_word_embeddings": True}, "vLLM", "tie_word_embeddings true"),
+        ({"tie_word_embeddings": True}, "vLLM, mlx-lm", "tie_word_embeddings true"),
         ({"hidden_act": "gelu"}, "vLLM, SGLang, llama.cpp", 'hidden_act "gelu"'),
+        ({"hidden_act": "gelu"}, "mlx-lm", 'hidden_act "gelu", which it ignores'),
         (LITE, "llama.cpp", "q_lora_rank null"),
         ({}, "llama.cpp", "topk_method"),
         ({"topk_method": "greedy"}, "vLLM, SGLang, llama.cpp", "n_group 4, but they route by groups"),
@@ -48,7 +60,7 @@ def test_every_incompatibility_names_programs_and_field(options, programs, field
 
 @pytest.mark.parametrize(
     ("field", "value", "programs"),
-    [("n_group", None, "vLLM, SGLang"), ("scoring_func", ..., "SGLang"), ("auto_map", {}, "vLLM, SGLang")],
+    [("n_group", None, "vLLM, SGLang"), ("scoring_func", ..., "SGLang"), ("auto_map", {}, "SGLang")],
 )
 def test_fields_are_checked_as_config_json_writes_them(field, value, programs):
     config = DeepseekV2Config(**V2)
@@ -58,6 +70,21 @@ def test_fields_are_checked_as_config_json_writes_them(field, value, programs):
     before, after = (find_incompatibilities(config, x, ()) for x in (config.to_dict(), written))
     (new,) = set(after) - set(before)
     assert new.startswith(f"{programs}: {field}")
+
+
+@pytest.mark.parametrize(("rope_type", "program"), [("linear", "vLLM"), ("longrope", "mlx-lm")])
+def test_a_program_that_takes_one_rope_for_another_is_named(rope_type, program):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "original_max_position_embeddings": 64}
+    scaling = {"type": rope_type, "factor": 2.0} | (factors if rope_type == "longrope" else {})
+    config = DeepseekV2Config(**V2 | {"rope_scaling": scaling})
+    (line,) = [x for x in find_incompatibilities(config, config.to_dict(), ()) if f"of type {rope_type}" in x]
+    assert line.endswith(f"({program} does not refuse it)")
+
+
+def test_vllm_is_not_said_to_differ_where_gates_are_normalized_without_groups():
+    config = DeepseekV2Config(**V2 | {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "topk_method": "greedy"})
+    found = find_incompatibilities(config, config.to_dict(), ())
+    assert not any(line.startswith("vLLM: norm_topk_prob") for line in found)
 
 
 def test_verify_reports_incompatibilities_and_passes(tmp_path, capsys):

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion import places
 from deepseek_latent.conversion import verify as verification
 from deepseek_latent.conversion.cast import Cast
 from tests.conversion.sources import convert_to_mla, save_source
@@ -41,6 +42,57 @@ def test_verify_passes_an_equal_checkpoint_and_fails_a_changed_one(tmp_path, cap
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     assert main(check) == 1
     assert json.loads(capsys.readouterr().out)["problems"] == ["model.norm.weight is missing"]
+
+
+def test_verify_says_dtype_allowance_and_verdict(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out")
+    capsys.readouterr()
+    reports = {}
+    for dtype in ("float32", "bfloat16"):
+        assert main(["verify", str(out), "--against", str(tmp_path / "source"), "--dtype", dtype, "--json"]) == 0
+        reports[dtype] = json.loads(capsys.readouterr().out)
+        assert reports[dtype]["dtype"] == dtype
+    exact, rounded = reports.values()
+    assert (exact["allowed_logits_error"], rounded["allowed_logits_error"]) == (1e-3, 0.1)
+    assert exact["verdict"].startswith("passed: a logits error of ")
+    assert exact["verdict"].endswith(", and 0.001 is allowed in float32")
+    assert "0.1 is allowed in bfloat16; rounding alone makes about 1e-2" in rounded["verdict"]
+    (out / "model.safetensors").write_bytes(b"")
+    assert main(["verify", str(out), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"] == "failed: the files do not fit their config.json"
+
+
+def test_the_verdict_says_that_nothing_was_compared(tmp_path, capsys):
+    tiny_model(n_shared_experts=None).save_pretrained(tmp_path)
+    assert main(["verify", str(tmp_path), "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert verdict.endswith("compared with nothing; name the source with --against")
+
+
+def test_an_intact_bias_free_conversion_is_allowed_the_error_of_its_eps_and_a_changed_one_is_not(tmp_path, capsys):
+    save_source(tmp_path / "source", LlamaConfig, rms_norm_eps=1e-5)
+    out = convert_to_mla(tmp_path / "source", tmp_path / "out", "--bias-free")
+    capsys.readouterr()
+    check = ["verify", str(out), "--against", str(tmp_path / "source"), "--json"]
+    assert main(check) == 0
+    assert json.loads(capsys.readouterr().out)["allowed_logits_error"] == pytest.approx(3e-3)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.self_attn.kv_b_proj.weight"] *= 1.1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert main(check) == 1
+    assert json.loads(capsys.readouterr().out)["verdict"].startswith("failed: a logits error of ")
+    # the conversion with biases is exact, whatever the eps
+    assert verification._allowed_error(tiny_model(rms_norm_eps=1e-5).config, torch.float32) == 1e-3
+
+
+def test_verify_takes_hub_ids(tmp_path, capsys, monkeypatch):
+    save_source(tmp_path / "source", LlamaConfig)
+    convert_to_mla(tmp_path / "source", tmp_path / "out")
+    folders = {"owner/mla": tmp_path / "out", "owner/llama": tmp_path / "source"}
+    monkeypatch.setattr(places, "snapshot_download", lambda hub_id, allow_patterns: str(folders[hub_id]))
+    assert main(["verify", "owner/mla", "--against", "owner/llama"]) == 0
+    assert "passed" in capsys.readouterr().out
 
 
 def test_verify_counts_greedy_tokens_only_up_to_the_first_that_differs(tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import pytest
 from transformers import LlamaConfig
 from transformers.utils import logging
 
+from deepseek_latent import optimize_for_inference, pack_experts
 from deepseek_latent.commands.__main__ import main
 from deepseek_latent.commands.terminal import quiet_transformers
 from deepseek_latent.conversion.progress import announce, track, track_briefly, track_bytes
 from tests.commands.terminal import byte_tokenizer
 from tests.conversion.sources import save_source
+from tests.support import needs_compiler, tiny_model
 
 
 class Terminal(io.StringIO):
@@ -76,6 +78,26 @@ def test_every_long_stage_of_a_compression_and_its_check_is_shown(tmp_path, monk
     for stage in ("reading every tensor", "computing logits in transformers", "reading headers", "Loading weights"):
         assert (stage in shown) == is_terminal
     assert ("%|" in shown) == is_terminal
+
+
+def round_to_int8(model):
+    optimize_for_inference(model, weights="int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (pack_experts, "packing experts in 4 bits"),
+        pytest.param(round_to_int8, "rounding weights to int8", marks=needs_compiler),
+    ],
+)
+def test_rounding_the_weights_of_a_model_is_shown_on_a_terminal(monkeypatch, change, shown):
+    terminal = replaced_stderr(monkeypatch, Terminal())
+    change(tiny_model())
+    assert f"{shown}: 100%" in terminal.getvalue()
+    file = replaced_stderr(monkeypatch, io.StringIO())
+    change(tiny_model())
+    assert file.getvalue() == ""
 
 
 def test_quiet_loading_restores_the_bars_of_transformers(monkeypatch):

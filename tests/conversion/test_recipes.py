@@ -180,7 +180,9 @@ def test_rows_replace_those_of_the_same_method_and_size_and_refuse_other_texts(t
         texts = {"wiki": {"ratio": ratio, "standard_error": 0.1}}
         return {"method": method, "cached": cached, "fraction": cached / 64, "texts": texts}
 
-    out, result = tmp_path / "rows.json", {"setting": {"evaluation": {"wiki": {}}}}
+    texts = {"wiki": {"tokens": 512, "perplexity of the source": 20.0}}
+    result = {"date": "2026-11-27", "setting": {"model": "a Llama", "evaluation": texts}}
+    out = tmp_path / "rows.json"
     for new in (row("mha2mla", 32, 2.0), row("ours", 32, 1.5), row("ours", 48, 1.2), row("ours", 32, 1.4)):
         add_row(result, new, out)
     rows = [(x["method"], x["cached"], x["texts"]["wiki"]["ratio"]) for x in json.loads(out.read_text())["rows"]]

@@ -283,7 +283,7 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
         asked[repo] = allow_patterns
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", download)
+    monkeypatch.setattr("deepseek_latent.conversion.places.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "gqa-to-mla", "somebody/llama", "out"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -296,7 +296,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_in_one_senten
     def download(repo: str, allow_patterns: list[str]) -> str:
         raise OSError("offline")
 
-    monkeypatch.setattr("deepseek_latent.conversion.source.snapshot_download", download)
+    monkeypatch.setattr("deepseek_latent.conversion.places.snapshot_download", download)
     assert main(["convert", "gqa-to-mla", "somebody/llama", str(tmp_path / "out")]) == 2
     assert "expected a folder or a hub id, got somebody/llama" in capsys.readouterr().err
 

@@ -101,10 +101,16 @@ def test_a_llama_becomes_latent_attention_and_experts_in_one_step_and_learns(tmp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("M3", "--routed-experts", "10", "--groups", "3", "--top-k", "4"), ("whole groups", "3 groups")),
-        (("M5", "--routed-experts", "12", "--groups", "3", "--top-k", "4"), ("at least one shared",)),
-        (("M1", "--routed-experts", "5", "--top-k", "4"), ("top-k of 5",)),
-        (("M2", "--routed-experts", "5", "--top-k", "4", "--groups", "5"), ("no groups",)),
+        (
+            ("M3", "--routed-experts", "10", "--groups", "3", "--top-k", "4"),
+            ("whole groups", "3 groups", "change --groups or --top-k"),
+        ),
+        (
+            ("M5", "--routed-experts", "12", "--groups", "3", "--top-k", "4"),
+            ("at least one shared", "add --shared-experts"),
+        ),
+        (("M1", "--routed-experts", "5", "--top-k", "4"), ("top-k of 5", "change --top-k")),
+        (("M2", "--routed-experts", "5", "--top-k", "4", "--groups", "5"), ("no groups", "leave out --groups")),
         (("M2", "--routed-experts", "5", "--top-k", "4", "--dense-layers", "3"), ("layers that stay dense",)),
     ],
     ids=str,

@@ -16,6 +16,7 @@ from deepseek_latent import (
     DeepseekV2ForTokenClassification,
     LatentCache,
 )
+from deepseek_latent.conversion.size import cached_elements_per_token
 from tests.support import V2, random_ids, tiny_model
 
 
@@ -102,6 +103,10 @@ def bytes_of_int4_cache(fields: dict[str, Any]) -> int:
     return cache.nbytes
 
 
+def cached_elements(fields: dict[str, Any]) -> dict[str, int]:
+    return cached_elements_per_token(DeepseekV2Config(**V2 | fields))
+
+
 class Effect(NamedTuple):
     value: Any
     observe: Callable[[dict[str, Any]], Any]
@@ -133,6 +138,7 @@ EFFECTS = {
     "v_head_dim": Effect(16, shapes),
     "attention_bias": Effect(True, shapes),
     "num_unquantized_channels": Effect(4, bytes_of_int4_cache),
+    "source_cached_width": Effect(384, cached_elements),
     "attention_dropout": Effect(0.5, train_logits),
     "hidden_act": Effect("gelu", logits),
     "intermediate_size": Effect(96, shapes),

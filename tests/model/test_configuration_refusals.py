@@ -86,6 +86,7 @@ REFUSED = {
         {"num_unquantized_channels": 512},
         r"num_unquantized_channels must be even, 0 or more and below kv_lora_rank \(512\), got 512; leave it out",
     ),
+    "cache of the source": ({"source_cached_width": 0}, r"source_cached_width must be at least 1, or null .* got 0"),
     "dense layers": ({"first_k_dense_replace": -1}, r"first_k_dense_replace must be 0 or more, got -1"),
     "q_lora_rank": ({"q_lora_rank": 0}, r"q_lora_rank must be at least 1, or null to leave it out, got 0"),
     "n_routed_experts": ({"n_routed_experts": 0}, r"n_routed_experts must be at least 1, or null .* got 0"),

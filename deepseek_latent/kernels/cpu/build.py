@@ -10,6 +10,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_library() -> None:
         stacklevel=2,
     )
     with tempfile.TemporaryDirectory() as folder:
-        _build_and_load(compiler, Path(folder, path.name))
+        _build_and_load(compiler, Path(folder, path.name), "for this process alone")
 
 
 def why_not_whole(path: Path) -> str | None:
@@ -114,7 +115,7 @@ def _build_kept(compiler: str, path: Path) -> str | None:
             # such as a pipe, which no writer of this package replaces
             path.unlink()
         with whole_file(path, private=True) as unfinished:
-            _build_and_load(compiler, unfinished)
+            _build_and_load(compiler, unfinished, f"once, since they are kept in {folder}")
             is_loaded = True
         # others may load it, such as the user of a container whose image was built by root
         path.chmod(0o644)
@@ -125,8 +126,14 @@ def _build_kept(compiler: str, path: Path) -> str | None:
     return None
 
 
-def _build_and_load(compiler: str, path: Path) -> None:
+def _build_and_load(compiler: str, path: Path, how_often: str) -> None:
     """Builds a library at `path`, in a folder that nobody else uses, and loads it."""
+    # nothing else is printed in the half minute that this takes
+    print(
+        f"compiling the operators of deepseek_latent for this CPU, about half a minute, {how_often} ...",
+        file=sys.stderr,
+        flush=True,
+    )
     folder, torch_folder = path.parent, Path(torch.__file__).parent
     objects = {HERE / name: folder / f"{name}.o" for name in SOURCES}
     include = f"-I{torch_folder / 'include'}"
