@@ -36,7 +36,7 @@ def command_of(recipe: str) -> list[str]:
     """The recipe's command, with this process's Python instead of the console script."""
     words = blocks(RECIPES[recipe], "bash")[0].split()
     assert words[0] == "deepseek-latent"
-    return [sys.executable, "-m", "deepseek_latent.commands", *words[1:]]
+    return [sys.executable, "-m", "deepseek_latent", *words[1:]]
 
 
 @pytest.fixture(autouse=True)
