@@ -17,6 +17,8 @@ from .run import add_command as add_run
 from .verify import add_command as add_verify
 
 NAME = "deepseek-latent"
+# that of the package, which is not imported for it
+VERSION = "0.2.0"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of a command line. They hold the function that runs the command, `action`.
+    """The options of a command line, with two functions that take them.
 
-    `check`, if a command has one, raises ValueError for options that do not go together.
+    `check` raises ValueError for options that do not go together, `action` runs the command and returns its exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=NAME,
         description="Generates text, inspects and converts checkpoints, and runs other tools with the plugin.",
     )
-    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.set_defaults(check=lambda arguments: None)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes the prompt of `generate` after an option too, as argparse itself does since Python 3.12.7."""
+    """Takes the prompt of `generate` after an option too, which argparse in older versions of Python does not."""
 
     def parse_known_args(self, args=None, namespace=None):
         arguments, rest = super().parse_known_args(args, namespace)
@@ -104,12 +106,3 @@ class _Parser(argparse.ArgumentParser):
         if is_without_prompt and rest and not rest[0].startswith("-"):
             arguments.prompt, *rest = rest
         return arguments, rest
-
-
-class _PrintVersion(argparse.Action):
-    # the action of argparse takes the version itself, which this one looks up only if it is asked for
-    def __call__(self, parser, *_):
-        from importlib.metadata import version
-
-        print(f"{parser.prog} {version(NAME)}")
-        parser.exit()

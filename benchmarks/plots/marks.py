@@ -147,8 +147,8 @@ def name_points(axes: Axes, points: Sequence[Point]) -> None:
         others = [box_around(place, 14) for k, place in enumerate(places) if k != i]
         costs = []
         for box in (candidate.get_window_extent() for candidate in candidates):
-            hidden = sum(area(Bbox.intersection(box, other)) for other in taken + others)
-            costs.append(hidden + area(box) - area(Bbox.intersection(box, frame)))
+            outside = box.width * box.height - covered(box, [frame])
+            costs.append(outside + covered(box, taken + others))
         best = candidates.pop(costs.index(min(costs)))
         taken.append(best.get_window_extent())
         for candidate in candidates:
@@ -176,5 +176,9 @@ def name_at(axes: Axes, point: Point, horizontal: str, vertical: str) -> Annotat
     return axes.annotate(point.name, point[:2], offset, textcoords="offset points", **style)
 
 
-def area(box: Bbox | None) -> float:
-    return 0.0 if box is None else box.width * box.height
+def covered(box: Bbox, others: Sequence[Bbox]) -> float:
+    """The area of a box that others cover, in square pixels, counted for each of them."""
+    x0, y0, x1, y1 = np.array([other.extents for other in others]).T
+    widths = np.minimum(x1, box.x1) - np.maximum(x0, box.x0)
+    heights = np.minimum(y1, box.y1) - np.maximum(y0, box.y0)
+    return (widths.clip(0) * heights.clip(0)).sum()

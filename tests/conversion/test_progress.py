@@ -94,7 +94,7 @@ def round_to_int8(model):
 def test_rounding_the_weights_of_a_model_is_shown_on_a_terminal(monkeypatch, change, shown):
     terminal = replaced_stderr(monkeypatch, Terminal())
     change(tiny_model())
-    assert f"{shown}: 100%" in terminal.getvalue()
+    assert f"{shown}:   0%|" in terminal.getvalue()
     file = replaced_stderr(monkeypatch, io.StringIO())
     change(tiny_model())
     assert file.getvalue() == ""
