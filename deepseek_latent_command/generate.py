@@ -49,6 +49,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.generate import generate
+    from deepseek_latent.commands.generate import generate_text
 
-    return generate(arguments)
+    return generate_text(arguments)

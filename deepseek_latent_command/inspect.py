@@ -16,6 +16,6 @@ def add_command(commands) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.inspect import inspect
+    from deepseek_latent.commands.inspect import inspect_checkpoint
 
-    return inspect(arguments)
+    return inspect_checkpoint(arguments)

@@ -20,7 +20,7 @@ from .chat import converse, encode_chat, messages_from_stdin
 from .terminal import quiet_transformers
 
 
-def generate(arguments: argparse.Namespace) -> int:
+def generate_text(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
         place = folder_or_hub(arguments.model)
         config = read_config(arguments.model)

@@ -16,7 +16,7 @@ from .terminal import print_tables, quiet_transformers
 MAX_PROBLEMS_SHOWN = 40
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     with quiet_transformers():
         config = read_config(arguments.model)
     print_tables(_parameter_table(config), _cache_table(config))
