@@ -26,7 +26,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check bench finetune dist clean
+.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check docs bench finetune dist clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -51,6 +51,11 @@ NOT_FAST := compile or import or process or train or (no_output and not greedy a
 	@$(PYTHON) -m venv .venv-tools
 	.venv-tools/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-tools/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,train,tools]"
+	touch $@
+
+.venv-docs/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --constraint constraints.txt $$($(PYTHON) -m tests.versions docs)
 	touch $@
 
 demo: .venv/installed  ## a trained DeepSeek-V2 generates text with a cache of latents (MODEL=folder or hub id)
@@ -83,8 +88,8 @@ test-slow: .venv/installed  ## slow tests: compilation with inductor, training, 
 torture: .venv/installed  ## attacks for an hour: fuzzed files, killed writers, bad calls (MINUTES=60 PARTS="kill_points ...")
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.torture $(PARTS) --minutes $(MINUTES)
 
-test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao and TRL, in an environment of their own, since peft imports these wherever it finds them
-	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py
+test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao, TRL, servers, lm-eval and the notebook, in an environment of their own, since peft imports these wherever it finds them
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py tests/test_recipes.py tests/test_notebook.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions that pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)
@@ -125,6 +130,9 @@ finetune: .venv/installed  ## what LoRA and ESFT learn of a new text and forget 
 	.venv/bin/python examples/finetune_lora.py
 	.venv/bin/python examples/finetune_esft.py
 
+docs: .venv-docs/installed  ## the documentation as a site in build/site; a link or a name that is broken fails
+	.venv-docs/bin/mkdocs build --strict --quiet
+
 dist: .venv/installed  ## wheel and source distribution in dist/; the wheel writes text in an environment of its own
 	rm -rf dist .venv-dist
 	.venv/bin/python -m build --outdir dist
@@ -135,4 +143,4 @@ dist: .venv/installed  ## wheel and source distribution in dist/; the wheel writ
 	rm -rf .venv-dist
 
 clean:
-	rm -rf dist .real .venv .venv-tools .venv-oldest .venv-middle .venv-newest .venv-dist
+	rm -rf dist build/site .real .venv .venv-docs .venv-tools .venv-oldest .venv-middle .venv-newest .venv-dist

@@ -47,6 +47,7 @@ def test_a_screen_is_enough():
 @pytest.mark.parametrize(
     ("name", "count"),
     [
+        ("index.md", 1),
         ("caches.md", 7),
         ("fine-tuning.md", 9),
         pytest.param("speed.md", 2, marks=needs_compiler),

@@ -1,6 +1,7 @@
-"""Versions of other libraries: `python -m tests.versions newest | installed | outdated` (see the Makefile).
+"""Versions of other libraries: `python -m tests.versions newest | docs | installed | outdated` (see the Makefile).
 
 newest     prints the requirements of pyproject.toml without bounds, so that pip installs the newest releases
+docs       prints the requirements of the documentation site, which needs neither torch nor this package
 installed  prints their installed versions
 outdated   prints which entries of constraints.txt have a newer release, and exits with 1 if any has
 """
@@ -21,6 +22,11 @@ def required() -> list[str]:
     lists = [re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1] for name in ("dependencies", "dev")]
     names = [re.match(r"[\w.-]+", entry)[0] for found in lists for entry in re.findall(r'"([^"]+)"', found)]
     return sorted({*names} - {"torch"})
+
+
+def docs() -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.findall(r'"([^"]+)"', re.search(r"^docs = \[(.*)\]", text, re.MULTILINE)[1])
 
 
 def installed() -> list[str]:
@@ -48,6 +54,6 @@ def outdated() -> list[str]:
 
 
 if __name__ == "__main__":
-    lines = {"newest": required, "installed": installed, "outdated": outdated}[sys.argv[1]]()
+    lines = {"newest": required, "docs": docs, "installed": installed, "outdated": outdated}[sys.argv[1]]()
     print("\n".join(lines))
     sys.exit(sys.argv[1] == "outdated" and bool(lines))

@@ -96,12 +96,14 @@ class RouterCounts:
 
 
 class Activity(NamedTuple):
-    """How the gates of all layers with experts respond to a text; rows are layers.
+    """How the gates of all layers with experts respond to a text.
 
-    layers   [l]    their numbers
-    shares   [l e]  each expert's share of all choices; 1/e where choices are even
-    weights  [l e]  the mean weight with which an expert was chosen, 0 where it never was
-    gates    [l e]  the mean gate value over all tokens, 0 where not chosen, without `routed_scaling_factor`
+        layers   [l]    their numbers
+        shares   [l e]  each expert's share of all choices; 1/e where choices are even
+        weights  [l e]  the mean weight with which an expert was chosen, 0 where it never was
+        gates    [l e]  the mean gate value over all tokens, 0 where not chosen, without `routed_scaling_factor`
+
+    Rows are layers.
     """
 
     layers: list[int]

@@ -16,13 +16,13 @@ class RouterStatistics(TrainerCallback):
 
     All values are means over layers, and count the tokens of all processes:
 
-    router/load              the choices of the busiest expert divided by an even share; 1 is even
-    router/device_load       the same for devices, the groups of experts
-    router/device_traffic    the same for the tokens that are sent to a device
-    router/devices_per_token the number of devices that a token is sent to
-    router/entropy           the entropy of the experts' shares divided by that of even shares
-    router/unused            the number of experts that were never chosen
-    router/dropped           the share of choices that were dropped
+        router/load              the choices of the busiest expert divided by an even share; 1 is even
+        router/device_load       the same for devices, the groups of experts
+        router/device_traffic    the same for the tokens that are sent to a device
+        router/devices_per_token the number of devices that a token is sent to
+        router/entropy           the entropy of the experts' shares divided by that of even shares
+        router/unused            the number of experts that were never chosen
+        router/dropped           the share of choices that were dropped
 
     `router/load_of_worst_layer` is the greatest load of any layer.
 
