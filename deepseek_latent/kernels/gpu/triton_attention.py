@@ -109,10 +109,15 @@ def attend_in_splits(
     # `length` belongs to the last segment, so it means nothing if that segment is empty and was dropped above
     length = length if latents[-1].shape[1] > 0 else None
 
+    (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
     capacity = sum(latent.shape[1] for latent, _ in pairs)
     cut = cut or tiling(s * h, bits, q_absorbed.dtype, capacity)
-    # of a product of as many rows as columns or more, Triton lets every warp compute all if there are only 16 rows
+    # Triton cuts a product with no more columns than rows by its rows, so that every warp would compute all 16 of them
     form = layout(bits, c, u, least=2 * cut.rows)
+    words = bool(bits) and has_words(form, r, u, alignment(latent_0, latent_1, rotary_0, rotary_1))
+    if u and not words:
+        # single bytes and channels take a register each, and those of 32 tokens fill the registers
+        cut = cut._replace(tokens=min(cut.tokens, 32))
     num_tiles = triton.cdiv(s * h, cut.rows)
     splits = num_splits(b * num_tiles, capacity, cut, q_absorbed.device)
     if splits > 1:
@@ -121,7 +126,6 @@ def attend_in_splits(
     else:
         parts, sizes = q_absorbed.new_empty(b, s, h, c), None
 
-    (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
     _attend_to_splits[(num_tiles * splits * b,)](
         q_absorbed,
         q_rotary,
@@ -159,7 +163,7 @@ def attend_in_splits(
         LATENT_ALIGNMENT=alignment(latent_0, latent_1),
         ROTARY_ALIGNMENT=alignment(rotary_0, rotary_1),
         DOT=dot_dtype(q_absorbed),
-        WORDS=bool(bits) and has_words(form, r, u, alignment(latent_0, latent_1, rotary_0, rotary_1)),
+        WORDS=words,
         PTX=q_absorbed.is_cuda and torch.version.hip is None,
         BM=cut.rows,
         BN=cut.tokens,

@@ -4,7 +4,7 @@ For one token, each launch takes as long as reading a megabyte of weights. So st
 share a grid, and a result that is cheap to compute is computed again by each program that needs it. With `overlap`,
 weights are loaded before the kernel ahead has ended (`launch_options`).
 
-Letters: h heads, n/r/v content, rotary and value width per head, c latent width.
+Letters: h heads, n/r/v content, rotary and value width per head, c latent width, u unquantized channels.
 """
 
 import torch

@@ -35,10 +35,10 @@ def norm_rotate_write(
 ) -> None:
     """Rotates queries, and writes normalized latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
 
-    Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, `IntegerFormat`. `start` is a number or an
-    integer on the device; on the device it cannot be checked, so rows past the end of the buffer are not written.
-    Norm and rotation run in float32 and are each rounded once to the dtype of the inputs, as `nn.RMSNorm` and `rotate`
-    do.
+    Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, what `IntegerFormat` writes with these bits
+    and `num_unquantized`. `start` is a number or an integer on the device; on the device it cannot be checked, so rows
+    past the end of the buffer are not written. Norm and rotation run in float32 and are each rounded once to the dtype
+    of the inputs, as `nn.RMSNorm` and `rotate` do.
     """
     c = norm_weight.shape[0]
     r = compressed.shape[-1] - c
