@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_codes import has_words, layout
+from .triton_layout import has_words, layout
 from .triton_overlap import launch_options
 from .triton_splits import _attend_to_splits, _combine
 from .triton_tiles import dot_dtype
@@ -158,7 +158,7 @@ def attend_in_splits(
         CODE_PLANES=form.code_planes,
         BOUNDS=form.bounds,
         PIECES=form.pieces,
-        LEAST=2 * cut.rows,
+        LEAST=form.least,
         SCALES=form.scales,
         LATENT_ALIGNMENT=alignment(latent_0, latent_1),
         ROTARY_ALIGNMENT=alignment(rotary_0, rotary_1),
