@@ -139,6 +139,34 @@ def test_codes_equal_what_they_stand_for(bits, c, r):
     assert error(out, truth) < BUDGET[dtype]
 
 
+WIDTHS = [(x, c, 8) for x in ("int8", "int6", "int5", "int4", "fp8") for c in (88, 144)]
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "c", "u"), [*WIDTHS, ("int5", 9, 6), ("int4", 135, 6), ("int8", 196, 0), ("int4", 196, 0)]
+)
+def test_rows_with_unquantized_channels_equal_what_they_stand_for(cache_dtype, c, u):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    queries, form = random_queries(2, 2, 3, c, 32, dtype), latent_format(cache_dtype, c, 32, torch.float32, u)
+    # the first segment is a prefix that both sequences share, the second has room for more tokens than it holds
+    values = random_rows(2, 37, c, 32)
+    values[1, :20] = values[0, :20]
+    values[..., 128 : c - u] *= 2
+    values[..., c - u : c] *= 16
+    rows = form.encode(*values.split((c, 32), dim=-1))
+    first = torch.tensor([3, 23], device=DEVICE)
+    truth = form.decode(rows, torch.float64).split((c, 32), dim=-1)
+    truth = exact(*queries, *truth, causal(2, 2, 37, first=first))
+    beyond = torch.full((2, 9, form.row_width), 0xFF, dtype=torch.uint8, device=DEVICE)
+    segments = rows[:1, :20], torch.cat((rows[:, 20:], beyond), dim=1)
+    num_bytes = 2 * (u + 32)
+    latents = [x[..., :-num_bytes] for x in segments]
+    in_bfloat16 = [x[..., -num_bytes:].view(torch.bfloat16) for x in segments]
+    given = {"bits": cache_dtype.removeprefix("int"), "length": torch.tensor([17], device=DEVICE), "first": first}
+    out = attend(*queries, latents, in_bfloat16, scale=SCALE, **given, cut=CUT)
+    assert error(out, truth) < BUDGET[dtype]
+
+
 @pytest.mark.parametrize("bits", ["", "4"], ids=["as stored", "codes"])
 @pytest.mark.parametrize("held", [0, 3, 40], ids="held{}".format)
 def test_codes_and_elements_of_no_token_behind_length_are_read(bits, held):

@@ -98,21 +98,22 @@ def test_overlapping_launches_give_the_same_bytes():
 
 
 @pytest.mark.parametrize("on_device", [True, False], ids=["tensor", "int"])
-@pytest.mark.parametrize("bits", [None, 8, 4], ids="bits{}".format)
+@pytest.mark.parametrize(("bits", "u"), [(None, 0), (8, 0), (4, 0), (8, 6), (4, 6)], ids=str)
 @pytest.mark.parametrize(("h", "n", "r", "c"), [(3, 12, 8, 40), (17, 16, 4, 300)], ids=str)
-def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, on_device):
+def test_one_launch_writes_rotates_and_absorbs(h, n, r, c, bits, u, on_device):
     dtype = torch.bfloat16
     queries, compressed = random(1, 1, h, n + r, dtype=dtype), random(1, 1, c + r, dtype=dtype)
     norm, angles = Norm(random(c, dtype=dtype), EPS), random(1, 1, r // 2) * 9
     # a view of both up-projections, whose other half is not to be read
     up = torch.full((h, n + 5, c), torch.nan, device=DEVICE, dtype=dtype)
     up[:, :n] = random(h, n, c, dtype=dtype)
-    format = latent_format(bits and f"int{bits}", c, r, dtype)
+    format = latent_format(bits and f"int{bits}", c, r, dtype, u)
+    coded = {"bits": bits, "num_unquantized": u}
     rows = torch.full((2, 1, 9, format.row_width), 77, device=DEVICE, dtype=format.storage_dtype)
     start, turned = torch.tensor(4, device=DEVICE) if on_device else 4, queries.clone()
     rotation = angles.cos(), angles.sin()
-    norm_rotate_write(turned, compressed, *norm, *rotation, rows[0], start, bits=bits)
-    out = rotate_write_absorb(queries, compressed, norm, *rotation, rows[1], start, up[:, :n], bits=bits)
+    norm_rotate_write(turned, compressed, *norm, *rotation, rows[0], start, **coded)
+    out = rotate_write_absorb(queries, compressed, norm, *rotation, rows[1], start, up[:, :n], **coded)
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(queries, turned)
     truth = torch.einsum("bshn,hnc->bshc", queries[..., :n].double(), up[:, :n].double())
@@ -224,12 +225,57 @@ def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrid
     assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
 
 
-def test_latents_with_channels_in_bfloat16_are_left_to_torch(counted):
-    ids = random_ids(1, PROMPT + 1).to(DEVICE)
-    model, expected = optimized(num_unquantized_channels=6), plain(num_unquantized_channels=6)
-    out, expected = (steps(x, ids, LatentCache(x.config, cache_dtype="int8")) for x in (model, expected))
-    assert counted == {}
-    assert relative_error(out, expected) < 1e-2
+@pytest.mark.parametrize(
+    ("cache_dtype", "c", "static"), [("int8", 88, None), ("int4", 144, PROMPT + 3), (None, 88, None)]
+)
+def test_a_token_with_unquantized_channels_takes_the_short_way_too(cache_dtype, c, static, counted):
+    compressed = {"kv_lora_rank": c, "num_unquantized_channels": 8}
+    model, num_new = optimized(**compressed), 1 if static is None else 2
+    ids = random_ids(1, PROMPT + num_new).to(DEVICE)
+    out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=static))
+    expected = steps(plain(**compressed), ids, LatentCache(model.config, cache_dtype=cache_dtype))
+    assert set(counted.values()) == {num_new * model.config.num_hidden_layers}
+    assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "c", "static"),
+    [("int8", 88, 20), ("int6", 144, None), ("int5", 88, 20), ("int4", 144, None), ("fp8", 144, 20)],
+)
+def test_padded_sequences_with_unquantized_channels_are_computed_by_kernels(
+    cache_dtype, c, static, counted, monkeypatch
+):
+    compressed, attended = {"kv_lora_rank": c, "num_unquantized_channels": 8}, []
+    monkeypatch.setattr(gpu_layers, "attend", lambda *args, **given: attended.append(1) or attend(*args, **given))
+    logits = []
+    for model, max_cache_len in ((optimized(**compressed), static), (plain(**compressed), None)):
+        cache = LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=max_cache_len)
+        ids, outputs = random_ids(2, 20).to(DEVICE), []
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        with torch.no_grad():
+            for first, last in ((0, PROMPT), (PROMPT, PROMPT + 2), (PROMPT + 2, 20)):
+                given = {"attention_mask": mask[:, :last], "cache": cache}
+                outputs.append(model(ids[:, first:last], **given).logits[:, -1])
+        logits.append(torch.stack(outputs))
+    assert len(attended) == 2 * model.config.num_hidden_layers
+    assert relative_error(*logits) < 1e-2
+
+
+def test_a_shared_prefix_with_unquantized_channels_is_computed_by_kernels(counted, monkeypatch):
+    compressed, segments = {"kv_lora_rank": 144, "num_unquantized_channels": 8}, []
+    monkeypatch.setattr(
+        gpu_layers, "attend", lambda *args, **given: segments.append(len(given["latents"])) or attend(*args, **given)
+    )
+    logits = []
+    for model in (optimized(**compressed), plain(**compressed)):
+        ids, cache = random_ids(3, 4).to(DEVICE), LatentCache(model.config, cache_dtype="int8")
+        with torch.no_grad():
+            model(random_ids(1, PROMPT).to(DEVICE), cache=cache)
+            cache.batch_repeat_interleave(3)
+            logits.append(torch.stack([model(x, cache=cache).logits[:, -1] for x in ids.split((3, 1), dim=1)]))
+    assert segments == 2 * model.config.num_hidden_layers * [2]
+    assert relative_error(*logits) < 1e-2
 
 
 @MODELS

@@ -143,6 +143,20 @@ def test_rows_are_those_of_the_format_and_no_other_row_changes(c, bits, start, o
     assert torch.equal(layer.queries, again.queries)
 
 
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 4], ids="bits{}".format)
+@pytest.mark.parametrize(("c", "u"), [(88, 8), (144, 8), (9, 6), (135, 6), (136, 8)], ids=str)
+def test_rows_with_unquantized_channels_are_those_of_the_format(c, u, bits, dtype):
+    layer, again = (Layer(2, 3, dtype, c=c) for _ in range(2))
+    format = latent_format(f"int{bits}", c, layer.r, dtype, u)
+    memory = torch.full((2, 9, format.row_width), 77, device=DEVICE, dtype=torch.uint8)
+    before = memory.clone()
+    norm_rotate_write(*layer.arguments(), memory[:, 1:], 4, bits=bits, num_unquantized=u)
+    before[:, 5:8] = format.encode(*norm_rotate(*again.arguments()))
+    assert torch.equal(memory, before)
+    assert torch.equal(layer.queries, again.queries)
+
+
 @pytest.mark.parametrize("bits", [8, 4], ids="bits{}".format)
 def test_latents_of_zeros_and_of_one_large_element_get_the_codes_of_the_format(bits):
     layer = Layer(1, 2, torch.bfloat16, c=300)

@@ -18,7 +18,7 @@ from ...experts.dropping import TokenDropping
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
-from .one_token import BITS_WRITTEN_BY_KERNELS, attend_one_token, feed_forward_one_token, router_options
+from .one_token import BITS_WRITTEN_BY_KERNELS, attend_one_token, feed_forward_one_token, router_options, row_options
 from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
@@ -102,9 +102,6 @@ def _kernels_support(layer: DeepseekV2DecoderLayer, x: Tensor, mask: Tensor | Bl
         return False
     if not isinstance(cache, LatentCache) or not _is_readable(mask):
         return False
-    # TODO: read the channels that a quantized cache keeps in bfloat16, when a converted model is timed on a GPU
-    if cache.cache_dtype is not None and cache.layers[0].num_unquantized:
-        return False
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     if attention.config.output_attentions or has_hooks(attention) or has_hooks(layer.mlp):
         return False
@@ -147,8 +144,7 @@ def write(
     norm, layer = module.kv_a_layernorm, cache.layers[module.layer_idx]
     if layer.cache_dtype in BITS_WRITTEN_BY_KERNELS and not cache.offloading:
         rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
-        bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
-        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, bits=bits)
+        norm_rotate_write(queries, compressed, norm.weight, norm.eps, *rotation, rows, start, **row_options(layer))
         return layer.latents
     latent, k_rotary = norm_rotate(queries, compressed, norm.weight, norm.eps, *rotation)
     return cache.append(latent[:, None], k_rotary[:, None], module.layer_idx)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...attention.attention import DeepseekV2Attention
 from ...attention.ops import UpProjection
 from ...cache.latent_cache import LatentCache
+from ...cache.layer import LatentCacheLayer
 from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from .plain import (
@@ -61,8 +62,8 @@ def attend_one_token(
     rows, start = layer.claim(*compressed[:, None].split((module.kv_lora_rank, module.qk_rope_head_dim), dim=-1))
     written = rows, start, w_uk.weight
     kv_a_norm = Norm(kv_a_norm.weight, kv_a_norm.eps)
-    bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
-    q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, bits=bits, **options)
+    given = row_options(layer) | options
+    q_absorbed = rotate_write_absorb(queries, compressed, kv_a_norm, *rotation, *written, **given)
     q_rotary, cached = queries[..., module.qk_nope_head_dim :], attention_inputs(layer.latents)
     parts, sizes = attend_in_splits(q_absorbed, q_rotary, scale=module.scaling, mask=mask, **cached, **options)
     if sizes is not None and not is_combined_by_expand(parts, w_uv.weight):
@@ -70,6 +71,12 @@ def attend_one_token(
     context = expand(parts, sizes, w_uv.weight, **options)
     (out,) = project(context, [o_proj], residual=row, **options)
     return out.view_as(x)
+
+
+def row_options(layer: LatentCacheLayer) -> dict:
+    """The arguments of `norm_rotate_write` and `rotate_write_absorb` that describe the rows of this layer's cache."""
+    bits = BITS_WRITTEN_BY_KERNELS[layer.cache_dtype]
+    return {"bits": bits, "num_unquantized": layer.num_unquantized if bits else 0}
 
 
 def feed_forward_one_token(

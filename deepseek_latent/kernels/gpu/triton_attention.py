@@ -1,14 +1,15 @@
 """Absorbed attention of few query tokens over cached latents on a GPU; latents are read once, as they are stored.
 
-Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
-query token; all rows of a sequence read the same latents. The cache is cut into splits, a program attends to each of
-them, and their partial sums are combined. The grid depends on shapes only, so a captured graph stays correct while
-`length` grows.
+Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width, u unquantized channels.
 
-A piece is a group of a latent's elements that share one scale, 128 of them at DeepSeek-V2's widths. Programs keep one
-accumulator per piece, since Triton's shapes are powers of two and 512 + 64 would be padded to 1024. Scales multiply
-scores and weights, never elements. The softmax has base 2 and a running maximum (Milakov and Gimelshein,
-arXiv:1805.02867). Everything but the operands of products is in float32.
+A row is one head of one query token; all rows of a sequence read the same latents. The cache is cut into splits, a
+program attends to each of them, and their partial sums are combined. The grid depends on shapes only, so a captured
+graph stays correct while `length` grows.
+
+A piece is a group of a latent's elements that share one scale, 128 of them at DeepSeek-V2's widths, or the unquantized
+channels, which have no scale. Programs keep one accumulator per piece, since Triton's shapes are powers of two and
+512 + 64 would be padded to 1024. Scales multiply scores and weights, never elements. The softmax has base 2 and a
+running maximum (Milakov and Gimelshein, arXiv:1805.02867). Everything but the operands of products is in float32.
 Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2; splits as in Flash-Decoding (Dao et al., 2023).
 """
 
@@ -20,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_codes import has_words, layout
+from .triton_layout import has_words, layout
 from .triton_overlap import launch_options
 from .triton_splits import _attend_to_splits, _combine
 from .triton_tiles import dot_dtype
@@ -56,7 +57,7 @@ def attend(
     q_absorbed: Tensor,  # [b s h c]
     q_rotary: Tensor,  # [b s h r]  rotated
     latents: list[Tensor],  # one or two segments of tokens, [b t c] or [1 t c], or bytes of codes and scales
-    k_rotary: list[Tensor],  # [b t r]  of the same tokens
+    k_rotary: list[Tensor],  # [b t u+r]  of the same tokens; with codes, the last u channels of the latents come first
     *,
     scale: float,
     mask: Tensor | None = None,  # [b 1 s t] or [1 1 s t]  bool, True where a query may look
@@ -92,22 +93,31 @@ def attend_in_splits(
     overlap: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` without its last step: parts and sizes for `combine`, or with a single split the result and None."""
-    b, s, h, c = q_absorbed.shape
+    (b, s, h, c), r = q_absorbed.shape, q_rotary.shape[3]
     pairs = [pair for pair in zip(latents, k_rotary) if pair[0].shape[1] > 0]
+    u = pairs[0][1].shape[2] - r
+    assert 0 <= u < c if bits else u == 0
     assert len(pairs) <= 2
     assert q_rotary.shape[:3] == (b, s, h)
     for latent, rotary in pairs:
         assert latent.shape[1] == rotary.shape[1]
         assert {latent.shape[0], rotary.shape[0]} <= {1, b}
-        assert rotary.shape[2] == q_rotary.shape[3]
+        assert rotary.shape[2] == r + u
         assert bits or latent.shape[2] == c
     assert all(x.stride(-1) == 1 for x in (q_absorbed, q_rotary, *pairs[0], *pairs[-1]))
     assert mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
     # `length` belongs to the last segment, so it means nothing if that segment is empty and was dropped above
     length = length if latents[-1].shape[1] > 0 else None
 
+    (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
     capacity = sum(latent.shape[1] for latent, _ in pairs)
-    form, cut = layout(bits, c), cut or tiling(s * h, bits, q_absorbed.dtype, capacity)
+    cut = cut or tiling(s * h, bits, q_absorbed.dtype, capacity)
+    # Triton cuts a product with no more columns than rows by its rows, so that every warp would compute all 16 of them
+    form = layout(bits, c, u, least=2 * cut.rows)
+    words = bool(bits) and has_words(form, r, u, alignment(latent_0, latent_1, rotary_0, rotary_1))
+    if u and not words:
+        # single bytes and channels take a register each, and those of 32 tokens fill the registers
+        cut = cut._replace(tokens=min(cut.tokens, 32))
     num_tiles = triton.cdiv(s * h, cut.rows)
     splits = num_splits(b * num_tiles, capacity, cut, q_absorbed.device)
     if splits > 1:
@@ -116,7 +126,6 @@ def attend_in_splits(
     else:
         parts, sizes = q_absorbed.new_empty(b, s, h, c), None
 
-    (latent_0, rotary_0), (latent_1, rotary_1) = pairs[0], pairs[-1]
     _attend_to_splits[(num_tiles * splits * b,)](
         q_absorbed,
         q_rotary,
@@ -141,18 +150,20 @@ def attend_in_splits(
         *((mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[2:]) if mask is not None else (0, 0, 0)),
         H=h,
         C=c,
-        R=q_rotary.shape[3],
+        R=r,
+        U=u,
         HAS_TWO=len(pairs) > 1,
         BITS=form.bits,
         BYTE_PLANES=form.byte_planes,
         CODE_PLANES=form.code_planes,
-        CODE_PLANE=form.plane,
-        PIECE=form.piece,
+        BOUNDS=form.bounds,
+        PIECES=form.pieces,
+        LEAST=form.least,
         SCALES=form.scales,
         LATENT_ALIGNMENT=alignment(latent_0, latent_1),
         ROTARY_ALIGNMENT=alignment(rotary_0, rotary_1),
         DOT=dot_dtype(q_absorbed),
-        WORDS=bool(bits) and has_words(form, q_rotary.shape[3], alignment(latent_0, latent_1, rotary_0, rotary_1)),
+        WORDS=words,
         PTX=q_absorbed.is_cuda and torch.version.hip is None,
         BM=cut.rows,
         BN=cut.tokens,

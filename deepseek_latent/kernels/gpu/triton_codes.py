@@ -8,44 +8,8 @@ elements.
 # Triton cannot compile (*tuple, x)
 # ruff: noqa: RUF005, SIM300
 
-import math
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-
-from ...cache.format import PLANE
-
-
-class Layout(NamedTuple):
-    """Where a cached row holds its codes and scales, as `latent_format` writes them."""
-
-    bits: int  # of a code; 9 for fp8, and 0 for elements that are not coded
-    byte_planes: int
-    code_planes: int
-    plane: int  # elements of a code plane
-    piece: int  # elements that share a scale and are multiplied at once
-    scales: int  # offset of the scales, bytes
-
-
-def layout(bits: str, c: int) -> Layout:
-    """The layout of rows of `bits` ("", "8", "6", "5", "4" or "fp8") with latents of width c."""
-    if not bits:
-        return Layout(0, 1, 1, c, min(c, PLANE), 0)
-    width = 8 if bits == "fp8" else int(bits)
-    shared = math.gcd(width, 8)
-    plane = -(-c * shared // 8)
-    piece = plane if c <= PLANE else math.gcd(plane, PLANE)
-    if piece < 16 and c > PLANE:
-        raise ValueError(f"latents in {bits} bits need a width that is a multiple of 128, or at most 128, got {c}.")
-    num_bytes = plane * width // shared
-    return Layout(9 if bits == "fp8" else width, width // shared, 8 // shared, plane, piece, -(-num_bytes // 4) * 4)
-
-
-def has_words(form: Layout, r: int, aligned_to: int) -> bool:
-    """True if rows can be read as words of four bytes, in pieces and rotary keys whose widths are powers of two."""
-    is_whole = form.piece >= 16 and form.piece & (form.piece - 1) == 0 and form.plane % form.piece == 0
-    return is_whole and r >= 32 and r & (r - 1) == 0 and aligned_to % 4 == 0
 
 
 @triton.jit
@@ -183,52 +147,57 @@ def _float8_by_ptx(words):
 
 @triton.jit
 def _convert(
-    loaded, BITS: tl.constexpr, PIECES: tl.constexpr, BYTE_PLANES: tl.constexpr, CODE_PLANES: tl.constexpr,
+    loaded, BITS: tl.constexpr, BYTE_PLANES: tl.constexpr, CODE_PLANES: tl.constexpr,
     DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Converts loaded tiles of elements, bytes or words to the operands of products, one per piece and code plane."""
+    """Converts loaded tiles of bytes or words to the operands of products, one per piece and code plane."""
     pieces = ()
-    for j in tl.static_range(PIECES):
+    for j in tl.static_range(len(loaded) // BYTE_PLANES):
         for k in tl.static_range(CODE_PLANES):
-            if BITS == 0:
-                pieces = pieces + (loaded[j].to(DOT),)
-            else:
-                codes = loaded[j]
-                if BITS < 8:
-                    of_piece = loaded[j * BYTE_PLANES : (j + 1) * BYTE_PLANES]
-                    codes = _code_plane(of_piece, k, BITS, BYTE_PLANES, 0x01010101 if WORDS else 1)
-                pieces = pieces + (_values(codes, BITS, DOT, PTX) if WORDS else _value(codes, BITS, DOT),)
+            codes = loaded[j]
+            if BITS < 8:
+                of_piece = loaded[j * BYTE_PLANES : (j + 1) * BYTE_PLANES]
+                codes = _code_plane(of_piece, k, BITS, BYTE_PLANES, 0x01010101 if WORDS else 1)
+            pieces = pieces + (_values(codes, BITS, DOT, PTX) if WORDS else _value(codes, BITS, DOT),)
     return pieces
 
 
 @triton.jit
-def _load_codes(
-    rows, shown, column, BYTE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr, PIECE: tl.constexpr,
-    WORDS: tl.constexpr, ALIGNMENT: tl.constexpr,
+def _load_pieces(
+    rows, shown, BOUNDS: tl.constexpr, LEAST: tl.constexpr, BYTE_PLANES: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Loads byte planes, as words if possible, since each single byte would occupy a register of its own."""
+    """Loads the first piece of each byte plane, then the second of each, and so on, each as one tile.
+
+    Bytes are loaded as words if possible, since each single byte would occupy a register of its own.
+    """
+    IN_ONE: tl.constexpr = 4 if WORDS else 1
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
-        return _load(rows, shown, tl.arange(0, PIECE // 4), BYTE_PLANES, CODE_PLANE // 4, PIECE // 4)
-    else:
-        return _load(rows, shown, column, BYTE_PLANES, CODE_PLANE, PIECE)
+    tiles = ()
+    for j in tl.static_range(len(BOUNDS) - 1):
+        for i in tl.static_range(BYTE_PLANES):
+            first = (i * BOUNDS[len(BOUNDS) - 1] + BOUNDS[j]) // IN_ONE
+            tiles = tiles + (_load(rows, shown, first, (BOUNDS[j + 1] - BOUNDS[j]) // IN_ONE, LEAST // IN_ONE),)
+    return tiles
 
 
 @triton.jit
-def _load_keys(
-    rows, shown, rotary, R: tl.constexpr, WORDS: tl.constexpr, ALIGNMENT: tl.constexpr
+def _load_bfloat16(
+    rows, shown, START: tl.constexpr, COUNT: tl.constexpr, LEAST: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Loads rotary keys in bfloat16, as words of two if possible."""
+    """Loads what rows hold in bfloat16, unquantized channels or rotary keys, as words of two if possible."""
     if WORDS:
         rows = tl.multiple_of(rows.to(tl.pointer_type(tl.uint32)), ALIGNMENT)
-        return _load(rows, shown, tl.arange(0, R // 2), 1, R // 2, R // 2)[0]
+        return _load(rows, shown, START // 2, COUNT // 2, LEAST // 2)
     else:
-        return _load(rows, shown, rotary, 1, R, R)[0]
+        return _load(rows, shown, START, COUNT, LEAST)
 
 
 @triton.jit
 def _unpack(keys, DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
-    """Converts what `_load_keys` loaded to an operand of products."""
+    """Converts what `_load_bfloat16` loaded to an operand of products."""
     if WORDS:
         if PTX and DOT == tl.bfloat16:
             a, b = tl.inline_asm_elementwise(
@@ -244,31 +213,26 @@ def _unpack(keys, DOT: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _load(rows, shown, column, PLANES: tl.constexpr, PLANE_WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """Loads the first piece of each of PLANES planes, then the second of each, and so on, each as one tile."""
-    tiles = ()
-    for j in tl.static_range((PLANE_WIDTH + PIECE - 1) // PIECE):
-        for i in tl.static_range(PLANES):
-            at = rows[:, None] + (i * PLANE_WIDTH + j * PIECE + column)[None, :]
-            if column.shape[0] == PIECE and PLANE_WIDTH % PIECE == 0:
-                tiles = tiles + (tl.load(at, shown[:, None], 0),)
-            else:
-                inside = (column < PIECE) & (j * PIECE + column < PLANE_WIDTH)
-                tiles = tiles + (tl.load(at, shown[:, None] & inside[None, :], 0),)
-    return tiles
+def _load(rows, shown, first, COUNT: tl.constexpr, LEAST: tl.constexpr):
+    """Loads COUNT columns of rows as a tile [BN w], with zeros behind them; w is a power of two, LEAST or more."""
+    WIDTH: tl.constexpr = max(triton.next_power_of_2(COUNT), LEAST)
+    column = tl.arange(0, WIDTH)
+    at = rows[:, None] + (first + column)[None, :]
+    if COUNT == WIDTH:
+        return tl.load(at, shown[:, None], 0)
+    else:
+        return tl.load(at, shown[:, None] & (column < COUNT)[None, :], 0)
 
 
 @triton.jit
 def _load_scales(
-    rows, shown, BITS: tl.constexpr, SCALES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-    CODE_PLANES: tl.constexpr, CODE_PLANE: tl.constexpr,
+    rows, shown, BITS: tl.constexpr, SCALES: tl.constexpr, PIECES: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
-    """Loads the scales [BN] of each piece, in the dtype in which they are stored."""
+    """Loads the scales [BN] of the first SCALED pieces, in the dtype in which they are stored."""
     scales = ()
-    for j in tl.static_range(PIECES if BITS else 0):
-        for k in tl.static_range(CODE_PLANES):
-            of_plane = (rows + SCALES).to(tl.pointer_type(tl.float32 if BITS == 9 else tl.uint16))
-            scales = scales + (tl.load(of_plane + (k * CODE_PLANE + j * PIECE) // 128, shown, 0),)
+    for n in tl.static_range(SCALED):
+        of_plane = (rows + SCALES).to(tl.pointer_type(tl.float32 if BITS == 9 else tl.uint16))
+        scales = scales + (tl.load(of_plane + PIECES[n][0] // 128, shown, 0),)
     return scales
 
 

@@ -4,7 +4,7 @@ For one token, each launch takes as long as reading a megabyte of weights. So st
 share a grid, and a result that is cheap to compute is computed again by each program that needs it. With `overlap`,
 weights are loaded before the kernel ahead has ended (`launch_options`).
 
-Letters: h heads, n/r/v content, rotary and value width per head, c latent width.
+Letters: h heads, n/r/v content, rotary and value width per head, c latent width, u unquantized channels.
 """
 
 import torch
@@ -38,12 +38,13 @@ def rotate_write_absorb(
     w_uk: Tensor,  # [h n c]
     *,
     bits: int | None = None,
+    num_unquantized: int = 0,
     overlap: bool = False,
 ) -> Tensor:  # [1 1 h c]
     """Does what `norm_rotate_write` does for one token, and returns q_content W^UK; neither depends on the other."""
     (h, n, c), width = w_uk.shape, queries.shape[3]
     r = width - n
-    latent, scales, k_rotary = parts_of_rows(rows, c, r, compressed.dtype, bits)
+    latent, scales, in_bfloat16 = parts_of_rows(rows, c, r, compressed.dtype, bits, num_unquantized)
     assert queries.shape[:3] == (1, 1, h)
     assert compressed.shape == (1, 1, c + r)
     assert norm.weight.shape == (c,)
@@ -52,7 +53,7 @@ def rotate_write_absorb(
     assert queries.stride()[2:] == (width, 1)
     assert compressed.stride(2) == norm.weight.stride(0) == cos.stride(2) == sin.stride(2) == w_uk.stride(2) == 1
     assert queries.dtype == compressed.dtype == w_uk.dtype
-    assert latent.stride(2) == scales.stride(2) == k_rotary.stride(2) == 1
+    assert latent.stride(2) == scales.stride(2) == in_bfloat16.stride(2) == 1
     q_absorbed = queries.new_empty(1, 1, h, c)
     columns, heads = min(COLUMNS, triton.next_power_of_2(c)), min(HEADS, triton.next_power_of_2(h))
     _rotate_write_absorb_kernel[(1 + triton.cdiv(h, heads) + h * triton.cdiv(c, columns),)](
@@ -63,7 +64,7 @@ def rotate_write_absorb(
         sin,
         latent,
         scales,
-        k_rotary,
+        in_bfloat16,
         start,
         latent.shape[1],
         w_uk,
@@ -73,12 +74,13 @@ def rotate_write_absorb(
         norm.eps,
         LATENT_STRIDE=latent.stride(1),
         SCALES_STRIDE=scales.stride(1),
-        KEY_STRIDE=k_rotary.stride(1),
+        KEY_STRIDE=in_bfloat16.stride(1),
         START_IS_POINTER=isinstance(start, Tensor),
         H=h,
         N=n,
         R=r,
         C=c,
+        U=num_unquantized,
         BITS=bits or 0,
         PLANE=PLANE,
         PLANES=triton.next_power_of_2(triton.cdiv(c, PLANE)),
@@ -104,7 +106,7 @@ def _rotate_write_absorb_kernel(
     sin,
     latent,
     scales,
-    k_rotary,
+    in_bfloat16,
     start,
     num_rows,
     w_uk,
@@ -120,6 +122,7 @@ def _rotate_write_absorb_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    U: tl.constexpr,
     BITS: tl.constexpr,
     PLANE: tl.constexpr,
     PLANES: tl.constexpr,
@@ -140,7 +143,7 @@ def _rotate_write_absorb_kernel(
             sin,
             latent,
             scales,
-            k_rotary,
+            in_bfloat16,
             start,
             0,
             num_rows,
@@ -151,6 +154,7 @@ def _rotate_write_absorb_kernel(
             START_IS_POINTER,
             R,
             C,
+            U,
             BITS,
             PLANE,
             PLANES,

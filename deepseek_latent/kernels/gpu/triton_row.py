@@ -1,6 +1,7 @@
 """What kernels do with one new token: normalize its latent, rotate its queries and key, and write its cache row.
 
-Letters: h heads, n/r content and rotary width per head, c latent width. A plane is 128 elements that share a scale.
+Letters: h heads, n/r content and rotary width per head, c latent width, u unquantized channels. A plane is 128 elements
+that share a scale.
 """
 
 import triton
@@ -17,7 +18,7 @@ def write_row(
     sin,
     latent,
     scales,
-    k_rotary,
+    in_bfloat16,
     start,
     token,
     num_rows,
@@ -28,13 +29,17 @@ def write_row(
     START_IS_POINTER: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    U: tl.constexpr,
     BITS: tl.constexpr,
     PLANE: tl.constexpr,
     PLANES: tl.constexpr,
     R_BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Writes the normalized latent and the rotated key of one token to its row of one sequence's buffer."""
+    """Writes the normalized latent and the rotated key of one token to its row of one sequence's buffer.
+
+    At `in_bfloat16` are the unquantized channels, if there are any, and after them the rotated key.
+    """
     column = tl.arange(0, PLANES)[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
     weight = tl.load(norm_weight + column, mask=column < C, other=0.0)
     wait_for_inputs(OVERLAPS)
@@ -42,10 +47,11 @@ def write_row(
     is_inside = (position >= 0) & (position < num_rows)
     # loaded before the first store, since no load is moved ahead of a store
     value = tl.load(source + column, mask=column < C, other=0.0)
-    _write_key(source + C, cos, sin, k_rotary + position * KEY_STRIDE, is_inside, R, R_BLOCK)
+    in_bfloat16 += position * KEY_STRIDE
+    _write_key(source + C, cos, sin, in_bfloat16 + U, is_inside, R, R_BLOCK)
     latent += position * LATENT_STRIDE
     scales += position * SCALES_STRIDE
-    _write_latent(value, weight, eps, latent, scales, column, is_inside, C, BITS, PLANE)
+    _write_latent(value, weight, eps, latent, scales, in_bfloat16, column, is_inside, C, U, BITS, PLANE)
 
 
 @triton.jit
@@ -82,19 +88,26 @@ def _write_key(source, cos, sin, out, is_inside, R: tl.constexpr, R_BLOCK: tl.co
 
 @triton.jit
 def _write_latent(
-    value, weight, eps, out, scales, column, is_inside, C: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr
-):
-    """Normalizes a latent loaded as [PLANES PLANE], and stores its elements, or their codes and scales."""
+    value, weight, eps, out, scales, unquantized, column, is_inside,
+    C: tl.constexpr, U: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr,
+):  # fmt: skip
+    """Normalizes a latent loaded as [PLANES PLANE], and stores it, or codes, scales and unquantized channels of it."""
     wide = value.to(tl.float32)
     root = tl.rsqrt(tl.sum(tl.sum(wide * wide, axis=1), axis=0) / C + eps)
     latent = (wide * root * weight.to(tl.float32)).to(value.dtype)
     if BITS == 0:
         tl.store(out + column, latent, mask=(column < C) & is_inside)
     else:
-        codes, scale = _encode(latent.to(tl.float32), BITS)
+        CODED: tl.constexpr = C - U
+        coded = latent.to(tl.float32)
+        if U:
+            last = (column >= CODED) & (column < C)
+            tl.store(unquantized + (column - CODED), coded.to(unquantized.dtype.element_ty), mask=last & is_inside)
+            coded = tl.where(column < CODED, coded, 0.0)
+        codes, scale = _encode(coded, BITS)
         plane = tl.arange(0, value.shape[0])
-        tl.store(scales + plane, scale, mask=(plane * PLANE < C) & is_inside)
-        _write_codes(tl.where(column < C, codes, 0), column, out, is_inside, C, BITS)
+        tl.store(scales + plane, scale, mask=(plane * PLANE < CODED) & is_inside)
+        _write_codes(tl.where(column < CODED, codes, 0), column, out, is_inside, CODED, BITS)
 
 
 @triton.jit

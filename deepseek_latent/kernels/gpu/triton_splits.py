@@ -1,7 +1,8 @@
 """The kernels of absorbed attention: each program of one attends to a split of the cache, the other combines splits.
 
-Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width. A row is one head of one
-query token; all rows of a sequence read the same latents.
+Letters: b batch, s query tokens, h heads, t cached tokens, c latent width, r rotary width, u unquantized channels.
+
+A row is one head of one query token; all rows of a sequence read the same latents.
 """
 
 # Triton compiles neither (*tuple, x) nor a return under `a and b` where only one of the two is known when it compiles
@@ -10,7 +11,7 @@ query token; all rows of a sequence read the same latents.
 import triton
 import triton.language as tl
 
-from .triton_codes import _convert, _load, _load_codes, _load_keys, _load_scales, _scale, _unpack
+from .triton_codes import _convert, _load, _load_bfloat16, _load_pieces, _load_scales, _scale, _unpack
 from .triton_overlap import wait_for_inputs
 
 # where the running maximum starts: below any score, but finite, so that a row that sees no token gives zeros, not NaN
@@ -48,11 +49,11 @@ def _find(tile, tiles_0, one, two, hidden, token, latent_alignment: tl.constexpr
 
 @triton.jit
 def _scores(queries, queries_rotary, pieces, keys, scales, BITS: tl.constexpr):
-    """Scores [BM BN] of one tile of tokens, before the softmax scale."""
+    """Scores [BM BN] of one tile of tokens, before the softmax scale; pieces behind those with a scale have none."""
     scores = tl.dot(queries_rotary, tl.trans(keys), input_precision="ieee")
     for n in tl.static_range(len(pieces)):
         keys_of_piece = tl.trans(pieces[n].to(queries[n].dtype))
-        if BITS:
+        if n < len(scales):
             product = tl.dot(queries[n], keys_of_piece, input_precision="ieee")
             scores += product * _scale(scales[n], BITS)[None, :]
         else:
@@ -68,12 +69,14 @@ def _add_weighted(scores, pieces, scales, largest, total, context, BITS: tl.cons
     kept = tl.exp2(largest - larger)[:, None]
     # all scaled weights come before the first product, so that one barrier serves all products
     scaled = ()
-    for n in tl.static_range(len(pieces) if BITS else 1):
-        by_scale = weights * _scale(scales[n], BITS)[None, :] if BITS else weights
-        scaled = scaled + (by_scale.to(DOT),)
+    for n in tl.static_range(len(scales)):
+        scaled = scaled + ((weights * _scale(scales[n], BITS)[None, :]).to(DOT),)
+    if len(scales) < len(pieces):
+        scaled = scaled + (weights.to(DOT),)
     added = ()
     for n in tl.static_range(len(pieces)):
-        product = tl.dot(scaled[n if BITS else 0], pieces[n].to(DOT), context[n] * kept, input_precision="ieee")
+        by_scale = scaled[n if n < len(scales) else len(scales)]
+        product = tl.dot(by_scale, pieces[n].to(DOT), context[n] * kept, input_precision="ieee")
         added = added + (product,)
     return larger, total * kept + weights, added
 
@@ -119,12 +122,14 @@ def _attend_to_splits(
     H: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
+    U: tl.constexpr,
     HAS_TWO: tl.constexpr,
     BITS: tl.constexpr,
     BYTE_PLANES: tl.constexpr,
     CODE_PLANES: tl.constexpr,
-    CODE_PLANE: tl.constexpr,
-    PIECE: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    PIECES: tl.constexpr,
+    LEAST: tl.constexpr,
     SCALES: tl.constexpr,
     LATENT_ALIGNMENT: tl.constexpr,
     ROTARY_ALIGNMENT: tl.constexpr,
@@ -137,9 +142,7 @@ def _attend_to_splits(
 ):
     """BM rows of one sequence attend to one split, a tile of BN tokens at a time."""
     wait_for_inputs(OVERLAPS)
-    BP: tl.constexpr = max(triton.next_power_of_2(PIECE), 16)
-    BR: tl.constexpr = max(triton.next_power_of_2(R), 16)
-    PIECES: tl.constexpr = (CODE_PLANE + PIECE - 1) // PIECE  # of a code plane
+    SCALED: tl.constexpr = len(PIECES) - (U > 0)
     # programs that read the same tokens are neighbors in the grid, so that all but the first find them in the L2 cache
     num_tiles = tl.cdiv(s * H, BM)
     program = tl.program_id(0)
@@ -148,20 +151,13 @@ def _attend_to_splits(
     sequence = (program // num_tiles // num_splits).to(tl.int64)
     is_row = row < s * H
     query, head = row // H, row % H
-    piece = tl.arange(0, BP)
-    rotary = tl.arange(0, BR)
-    rotary_inside = rotary < R
 
     # queries are loaded once per split, and before `length` is used, so that neither load waits for the other
-    q_base = q_absorbed + sequence * qa_b + query * qa_s + head * qa_h
+    q_rows = q_absorbed + sequence * qa_b + query * qa_s + head * qa_h
     queries = ()
-    for j in tl.static_range(PIECES):
-        for k in tl.static_range(CODE_PLANES):
-            q_inside = (piece < PIECE) & (j * PIECE + piece < CODE_PLANE) & (k * CODE_PLANE + j * PIECE + piece < C)
-            q_at = q_base[:, None] + (k * CODE_PLANE + j * PIECE + piece)[None, :]
-            queries = queries + (tl.load(q_at, is_row[:, None] & q_inside[None, :], 0.0).to(DOT),)
-    qr_at = (q_rotary + sequence * qr_b + query * qr_s + head * qr_h)[:, None] + rotary[None, :]
-    queries_rotary = tl.load(qr_at, is_row[:, None] & rotary_inside[None, :], 0.0).to(DOT)
+    for n in tl.static_range(len(PIECES)):
+        queries = queries + (_load(q_rows, is_row, PIECES[n][0], PIECES[n][1], PIECES[n][2]).to(DOT),)
+    queries_rotary = _load(q_rotary + sequence * qr_b + query * qr_s + head * qr_h, is_row, 0, R, 16).to(DOT)
 
     held_0 = t_0
     held_1 = t_1
@@ -194,8 +190,8 @@ def _attend_to_splits(
     largest = tl.full([BM], LOWEST, tl.float32)
     weights = tl.zeros([BM, BN], tl.float32)
     context = ()
-    for _ in tl.static_range(PIECES * CODE_PLANES):
-        context = context + (tl.zeros([BM, BP], tl.float32),)
+    for n in tl.static_range(len(PIECES)):
+        context = context + (tl.zeros([BM, queries[n].shape[1]], tl.float32),)
 
     one = (latent_0 + sequence * l0_b, l0_t, rotary_0 + sequence * r0_b, r0_t, held_0)
     two = (latent_1 + sequence * l1_b, l1_t, rotary_1 + sequence * r1_b, r1_t, held_1) if HAS_TWO else None
@@ -206,9 +202,10 @@ def _attend_to_splits(
             first_tile, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT
         )
         shown = shown & (first_tile < last_tile)
-        codes = _load_codes(rows, shown, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
-        packed_keys = _load_keys(rows_of_keys, shown, rotary, R, WORDS, ROTARY_ALIGNMENT)
-        scales_ahead = _load_scales(rows, shown, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
+        codes = _load_pieces(rows, shown, BOUNDS, LEAST, BYTE_PLANES, WORDS, LATENT_ALIGNMENT)
+        packed_keys = _load_bfloat16(rows_of_keys, shown, U, R, 16, WORDS, ROTARY_ALIGNMENT)
+        unquantized = _load_bfloat16(rows_of_keys, shown, 0, U, LEAST, WORDS, ROTARY_ALIGNMENT) if U else None
+        scales_ahead = _load_scales(rows, shown, BITS, SCALES, PIECES, SCALED)
 
     for tile in range(first_tile, last_tile):
         here = _find(tile, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
@@ -221,32 +218,35 @@ def _attend_to_splits(
             visible = visible & (position[None, :] <= (total - s + query)[:, None])
 
         if BITS:
-            pieces = _convert(codes, BITS, PIECES, BYTE_PLANES, CODE_PLANES, DOT, WORDS, PTX)
+            pieces = _convert(codes, BITS, BYTE_PLANES, CODE_PLANES, DOT, WORDS, PTX)
             keys = _unpack(packed_keys, DOT, WORDS, PTX)
+            if U:
+                pieces = pieces + (_unpack(unquantized, DOT, WORDS, PTX),)
             scales = scales_ahead
             ahead = _find(tile + 1, tiles_0, one, two, before, token, LATENT_ALIGNMENT, ROTARY_ALIGNMENT)
             is_ahead = ahead[2] & (tile + 1 < last_tile)
-            scales_ahead = _load_scales(ahead[0], is_ahead, BITS, SCALES, PIECES, PIECE, CODE_PLANES, CODE_PLANE)
+            scales_ahead = _load_scales(ahead[0], is_ahead, BITS, SCALES, PIECES, SCALED)
             scores = _scores(queries, queries_rotary, pieces, keys, scales, BITS)
             # after the scores, the registers that held this tile's codes are free for those of the next
-            codes = _load_codes(ahead[0], is_ahead, piece, BYTE_PLANES, CODE_PLANE, PIECE, WORDS, LATENT_ALIGNMENT)
-            packed_keys = _load_keys(ahead[1], is_ahead, rotary, R, WORDS, ROTARY_ALIGNMENT)
+            codes = _load_pieces(ahead[0], is_ahead, BOUNDS, LEAST, BYTE_PLANES, WORDS, LATENT_ALIGNMENT)
+            packed_keys = _load_bfloat16(ahead[1], is_ahead, U, R, 16, WORDS, ROTARY_ALIGNMENT)
+            if U:
+                unquantized = _load_bfloat16(ahead[1], is_ahead, 0, U, LEAST, WORDS, ROTARY_ALIGNMENT)
             scores = tl.where(visible, scores * scale, -float("inf"))
             largest, weights, context = _add_weighted(scores, pieces, scales, largest, weights, context, BITS, DOT)
         else:
-            keys = _load(rotary_rows, shown, rotary, 1, R, R)[0].to(DOT)
-            pieces = _load(latent_rows, shown, piece, 1, C, PIECE)
+            keys = _load(rotary_rows, shown, 0, R, 16).to(DOT)
+            pieces = _load_pieces(latent_rows, shown, BOUNDS, LEAST, 1, False, LATENT_ALIGNMENT)
             scores = _scores(queries, queries_rotary, pieces, keys, (), BITS)
             scores = tl.where(visible, scores * scale, -float("inf"))
             largest, weights, context = _add_weighted(scores, pieces, (), largest, weights, context, BITS, DOT)
     weight = tl.sum(weights, 1)
     share = 1.0 / tl.where(weight > 0, weight, 1.0)
-    for j in tl.static_range(PIECES):
-        for k in tl.static_range(CODE_PLANES):
-            out_inside = (piece < PIECE) & (j * PIECE + piece < CODE_PLANE) & (k * CODE_PLANE + j * PIECE + piece < C)
-            out_at = parts + part[:, None] * C + (k * CODE_PLANE + j * PIECE + piece)[None, :]
-            value = context[j * CODE_PLANES + k] * share[:, None]
-            tl.store(out_at, value.to(parts.dtype.element_ty), is_row[:, None] & out_inside[None, :])
+    for n in tl.static_range(len(PIECES)):
+        column = tl.arange(0, context[n].shape[1])
+        out_at = parts + part[:, None] * C + (PIECES[n][0] + column)[None, :]
+        value = (context[n] * share[:, None]).to(parts.dtype.element_ty)
+        tl.store(out_at, value, is_row[:, None] & (column < PIECES[n][1])[None, :])
     if sizes is not None:
         size = tl.where(weight > 0, largest + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
         tl.store(sizes + part, size, is_row)

@@ -1,7 +1,7 @@
 """Normalizes latents, rotates queries and keys, and writes rows to the cache, in one launch.
 
-Letters: b batch, s tokens of a sequence, h heads, n/r content and rotary width per head, c latent width, t rows of the
-cache's buffer.
+Letters: b batch, s tokens of a sequence, h heads, n/r content and rotary width per head, c latent width, u unquantized
+channels, t rows of the cache's buffer.
 
 The kernel moves a few kilobytes, so its cost is latency: a program issues all its loads before the first use, and
 nothing waits for the host. Grids depend on shapes only, so every launch can be captured in a CUDA graph.
@@ -31,20 +31,21 @@ def norm_rotate_write(
     start: Tensor | int,
     *,
     bits: int | None = None,
+    num_unquantized: int = 0,
 ) -> None:
     """Rotates queries, and writes normalized latents and rotated keys to rows start .. start+s-1 of a cache's buffer.
 
-    Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, `IntegerFormat`. `start` is a number or an
-    integer on the device; on the device it cannot be checked, so rows past the end of the buffer are not written.
-    Norm and rotation run in float32 and are each rounded once to the dtype of the inputs, as `nn.RMSNorm` and `rotate`
-    do.
+    Rows are bit for bit what `LatentFormat` writes or, with bits 8 or 4, what `IntegerFormat` writes with these bits
+    and `num_unquantized`. `start` is a number or an integer on the device; on the device it cannot be checked, so rows
+    past the end of the buffer are not written. Norm and rotation run in float32 and are each rounded once to the dtype
+    of the inputs, as `nn.RMSNorm` and `rotate` do.
     """
     c = norm_weight.shape[0]
     r = compressed.shape[-1] - c
     s = compressed.shape[1]
     assert start.numel() == 1 if isinstance(start, Tensor) else 0 <= start <= rows.shape[1] - s
-    outputs = parts_of_rows(rows, c, r, compressed.dtype, bits)
-    _launch_norm_rotate((queries, compressed, norm_weight, cos, sin), outputs, eps, start, bits)
+    outputs = parts_of_rows(rows, c, r, compressed.dtype, bits, num_unquantized)
+    _launch_norm_rotate((queries, compressed, norm_weight, cos, sin), outputs, eps, start, bits, num_unquantized)
 
 
 def norm_rotate(
@@ -64,16 +65,19 @@ def norm_rotate(
     return latent, k_rotary
 
 
-def parts_of_rows(rows: Tensor, c: int, r: int, dtype: torch.dtype, bits: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of latents or codes [b t ..], of scales [b t planes] and of rotary keys [b t r]."""
+def parts_of_rows(
+    rows: Tensor, c: int, r: int, dtype: torch.dtype, bits: int | None, u: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of latents or codes [b t ..], of scales [b t planes] and of what is in bfloat16 beside codes [b t u+r]."""
     if bits is None:
+        assert u == 0
         assert rows.dtype == dtype
         assert rows.shape[2] == c + r
         # without bits, no scales are written, so any tensor can take their place
         return rows[..., :c], rows, rows[..., c:]
     assert rows.dtype == torch.uint8
     assert bits in (8, 4)
-    format = IntegerFormat(c, r, dtype, bits=bits)
+    format = IntegerFormat(c, r, dtype, u, bits)
     assert rows.shape[2] == format.row_width
     scales = format._scales
     return rows, rows[..., scales].view(torch.bfloat16), rows[..., scales.stop :].view(torch.bfloat16)
@@ -85,9 +89,10 @@ def _launch_norm_rotate(
     eps: float,
     start: Tensor | int,
     bits: int | None,
+    u: int = 0,
 ) -> None:
     queries, compressed, norm_weight, cos, sin = inputs
-    latent, scales, k_rotary = outputs
+    latent, scales, in_bfloat16 = outputs
     (b, s, h, width), c = queries.shape, norm_weight.shape[0]
     r = compressed.shape[-1] - c
     assert compressed.shape == (b, s, c + r)
@@ -101,7 +106,7 @@ def _launch_norm_rotate(
     assert cos.stride() == sin.stride()
     assert cos.stride(2) == 1
     assert cos.dtype == sin.dtype == torch.float32
-    assert latent.stride(2) == scales.stride(2) == k_rotary.stride(2) == 1
+    assert latent.stride(2) == scales.stride(2) == in_bfloat16.stride(2) == 1
     if b * s == 0:
         return
     heads = min(HEADS, triton.next_power_of_2(h))
@@ -116,16 +121,17 @@ def _launch_norm_rotate(
         cos.stride(1),
         latent.stride(0),
         scales.stride(0),
-        k_rotary.stride(0),
+        in_bfloat16.stride(0),
         eps,
         LATENT_STRIDE=latent.stride(1),
         SCALES_STRIDE=scales.stride(1),
-        KEY_STRIDE=k_rotary.stride(1),
+        KEY_STRIDE=in_bfloat16.stride(1),
         START_IS_POINTER=isinstance(start, Tensor),
         H=h,
         N=width - r,
         R=r,
         C=c,
+        U=u,
         BITS=bits or 0,
         PLANE=PLANE,
         PLANES=triton.next_power_of_2(triton.cdiv(c, PLANE)),
@@ -148,7 +154,7 @@ def _norm_rotate_kernel(
     sin,
     latent,
     scales,
-    k_rotary,
+    in_bfloat16,
     start,
     num_rows,
     queries_b,
@@ -169,6 +175,7 @@ def _norm_rotate_kernel(
     N: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    U: tl.constexpr,
     BITS: tl.constexpr,
     PLANE: tl.constexpr,
     PLANES: tl.constexpr,
@@ -188,7 +195,7 @@ def _norm_rotate_kernel(
         source = compressed + sequence * compressed_b + token * compressed_s
         latent += sequence * latent_b
         scales += sequence * scales_b
-        k_rotary += sequence * key_b
+        in_bfloat16 += sequence * key_b
         write_row(
             source,
             norm_weight,
@@ -196,7 +203,7 @@ def _norm_rotate_kernel(
             sin + angle,
             latent,
             scales,
-            k_rotary,
+            in_bfloat16,
             start,
             token,
             num_rows,
@@ -207,6 +214,7 @@ def _norm_rotate_kernel(
             START_IS_POINTER,
             R,
             C,
+            U,
             BITS,
             PLANE,
             PLANES,
