@@ -348,13 +348,13 @@ def test_in_bfloat16_compression_at_full_width_keeps_the_perplexity(tmp_path, so
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--kv-lora-rank", "16"], "takes --kv-lora-rank, --qk-rope-head-dim and --calibrate"),
+        (["--kv-lora-rank", "16"], "add --qk-rope-head-dim and --calibrate"),
         (["--kv-lora-rank", "16", "--qk-rope-head-dim", "15", "--calibrate", "text.txt"], "must be even and 2 to 32"),
         (["--kv-lora-rank", "60", "--qk-rope-head-dim", "16", "--calibrate", "text.txt"], "must be even and 2 to 50"),
         (["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", "none.txt"], "which does not exist"),
         (
             ["--kv-lora-rank", "8", "--qk-rope-head-dim", "8", "--calibrate", "text.txt", "--bias-free"],
-            "no --bias-free",
+            "--bias-free is for an exact conversion",
         ),
     ],
     ids=str,
