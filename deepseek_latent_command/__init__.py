@@ -98,11 +98,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes the prompt of `generate` after an option too, which argparse in older versions of Python does not."""
+    """Takes the prompt of `generate` after an option or `--` too, which argparse of older Pythons does not."""
 
     def parse_known_args(self, args=None, namespace=None):
         arguments, rest = super().parse_known_args(args, namespace)
         is_without_prompt = arguments.command == "generate" and arguments.prompt is None
-        if is_without_prompt and rest and not rest[0].startswith("-"):
+        if is_without_prompt and rest[:1] == ["--"]:
+            # after it, a prompt may start with -
+            arguments.prompt, *rest = rest[1:] or [None]
+        elif is_without_prompt and rest and not rest[0].startswith("-"):
             arguments.prompt, *rest = rest
         return arguments, rest

@@ -149,12 +149,14 @@ def draw_reading(result: dict) -> Figure:
     runs = {side: {} for side in ("native", "plain", "kernels")}
     for run in result["runs"]:
         runs[run["side"]][run["tokens"]] = run
-    last = max(runs["kernels"].keys() & runs["native"].keys())
-    own, native = runs["kernels"][last], runs["native"][last]
+    ours = "kernels" if runs["kernels"] else "plain"
+    last = max(runs[ours].keys() & runs["native"].keys())
+    own, native = runs[ours][last], runs["native"][last]
     speed = native["seconds"] / own["seconds"]
     memory = own["memory_above_weights_bytes"] / native["memory_above_weights_bytes"]
     dtype = result["model"].split(", ")[1]
-    title = f"deepseek-latent's kernels read {tokens(last)} tokens {times(speed)} times as fast as transformers' own "
+    title = "deepseek-latent's kernels read" if runs["kernels"] else "deepseek-latent reads"
+    title += f" {tokens(last)} tokens {times(speed)} times as fast as transformers' own "
     title += f"class, in {percent(memory)} of its memory ({dtype})"
     note = f"{LITE_4} {OURS} Memory is the peak of the process while it reads a prompt, above the weights. "
     note += f"{'' if runs['plain'] else 'Plain torch was not measured. '}{dtype}. {machine(result)}"

@@ -192,10 +192,7 @@ class DeepseekV2Attention(nn.Module):
         return self.kv_a_layernorm(latent), k_rotary
 
     def expand_kv(self, latent: Tensor, k_rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Expands [b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v] by `kv_b_proj` (eqs. 10-11, 17).
-
-        vLLM's transformers backend recognizes this signature, two tensors in and two out, and puts its own MLA here.
-        """
+        """Expands [b 1 t c] and [b 1 t r] to keys [b h t n+r] and values [b h t v] by `kv_b_proj` (eqs. 10-11, 17)."""
         widths = (self.qk_nope_head_dim, self.v_head_dim)
         expanded = torch.unflatten(self.kv_b_proj(latent[:, 0]), -1, (-1, sum(widths))).transpose(1, 2)
         k_content, values = expanded.split(widths, dim=-1)

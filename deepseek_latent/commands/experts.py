@@ -25,6 +25,9 @@ from ..finetuning.activity import WINDOW, Activity, activity_of, activity_of_hal
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
 from .terminal import print_tables, quiet_transformers
 
+# two texts use different experts if their halves differ this many times as much as the halves of one text
+SPECIALIZED = 1.2
+
 
 @quiet_transformers()
 def show_experts(arguments: argparse.Namespace) -> int:
@@ -55,6 +58,7 @@ def show_experts(arguments: argparse.Namespace) -> int:
         print(f"{num_selected} of {num_experts} experts to fine-tune written to {arguments.esft}", file=sys.stderr)
     if save_loads is not None:
         save_loads(arguments.plot, [(text.name, text.activity) for text in texts])
+        print(f"the plot is in {arguments.plot}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
@@ -88,7 +92,7 @@ class _Comparison(NamedTuple):
         if self.between is None:
             return f"{names}: one has less than {2 * WINDOW:,} tokens, too few to tell specialization from chance."
         figures = f"choices on halves of {names} differ by {self.between:.3f}, on two halves of one text by "
-        if self.between > self.within:
+        if self.between > SPECIALIZED * self.within:
             return f"{figures}{self.within:.3f} or less: these texts use different experts."
         return f"{figures}up to {self.within:.3f}: this shows no specialization on these texts."
 

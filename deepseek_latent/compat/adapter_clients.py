@@ -15,11 +15,16 @@ def _advice(client: str) -> str:
 
 
 class Client(NamedTuple):
-    """A program that loads adapters: its name in a sentence, what has no effect there, and what helps."""
+    """A program that loads adapters: its name in a sentence, what has no effect there, and what helps.
+
+    `needs_options` are targets that it loads only with options of its own, which `options` names.
+    """
 
     name: str
     dropped: frozenset[str]
     advice: str
+    needs_options: frozenset[str] = frozenset()
+    options: str = ""
 
 
 CLIENTS = {
@@ -28,7 +33,13 @@ CLIENTS = {
         frozenset(_MLPS),
         "import deepseek_latent before the model is loaded, or merge the adapter",
     ),
-    "vllm": Client("vLLM", frozenset({"kv_b_proj"}), _advice("vllm")),
+    "vllm": Client(
+        "vLLM",
+        frozenset({"kv_b_proj"}),
+        _advice("vllm"),
+        frozenset(_EXPERTS),
+        "give vLLM the options enable_mixed_moe_lora_format=True and is_3d_lora_weight=True, or merge the adapter",
+    ),
     "llama.cpp": Client(
         "llama.cpp",
         frozenset({"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"} | _EXPERTS),
@@ -44,6 +55,12 @@ def dropped_targets(targets: Iterable[str]) -> dict[str, list[str]]:
     """Which of `targets` have no effect in a client, by the names in `CLIENTS` of those clients that drop any."""
     found = {name: sorted(client.dropped.intersection(targets)) for name, client in CLIENTS.items()}
     return {name: dropped for name, dropped in found.items() if dropped}
+
+
+def targets_that_need_options(targets: Iterable[str]) -> dict[str, list[str]]:
+    """Which of `targets` a client loads only with options of its own, by the names in `CLIENTS`."""
+    found = {name: sorted(client.needs_options.intersection(targets)) for name, client in CLIENTS.items()}
+    return {name: needing for name, needing in found.items() if needing}
 
 
 def target_of(name: str) -> str:

@@ -8,7 +8,7 @@ from importlib import import_module
 from huggingface_hub import ModelCard
 from torch import nn
 
-from .adapter_clients import APPLIED_EVERYWHERE, CLIENTS, dropped_targets, target_of
+from .adapter_clients import APPLIED_EVERYWHERE, CLIENTS, dropped_targets, target_of, targets_that_need_options
 from .peft import adapted_layers, is_lora_parameter
 
 _HEADING = "## Where this adapter acts"
@@ -66,6 +66,8 @@ def _section(targets: set[str]) -> str:
 
     dropped = dropped_targets(targets)
     rows = [f"| {CLIENTS[name].name} | {listed(names)} | {CLIENTS[name].advice} |" for name, names in dropped.items()]
+    for name, names in targets_that_need_options(targets).items():
+        rows.append(f"| {CLIENTS[name].name}, without options for them | {listed(names)} | {CLIENTS[name].options} |")
     lines = [_HEADING, "", f"It was trained with the Python package deepseek_latent, on {listed(targets)}."]
     if rows:
         lines[-1] += " Some programs leave some of these out, mostly without an error, and then compute something else:"

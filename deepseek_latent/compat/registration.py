@@ -37,7 +37,7 @@ def backbone_of_native_config(backbone: type) -> type:
     """What AutoModel takes for a config of transformers' own class, which was made before this package was imported.
 
     `from_pretrained` gives `backbone`. The heads of transformers' own class make their backbone by `from_config`
-    (5.17 to 5.24), so that gives transformers' own, as before.
+    (5.17 to 5.24), so `from_config` gives transformers' own.
     """
 
     class NativeConfigBackbone:

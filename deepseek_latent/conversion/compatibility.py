@@ -49,7 +49,7 @@ def find_incompatibilities(config: DeepseekV2Config, config_json: dict, tensor_n
     if rope["rope_type"] == "yarn" and not rope.get("truncate", True):
         report("mlx-lm", "rope_scaling", "with truncate false, which it ignores")
     if rope["rope_type"] == "default":
-        report("mlx-lm", "rope_scaling", "which it cannot open without")
+        report("mlx-lm", "rope_scaling", "but it opens no file without one")
     if rope["rope_type"] != "default" and not config_json.get("rope_scaling"):
         report("mlx-lm", "rope_scaling", "but it does not read rope_parameters")
     for field in ("n_group", "topk_group"):
@@ -59,7 +59,7 @@ def find_incompatibilities(config: DeepseekV2Config, config_json: dict, tensor_n
         if has_experts and field not in config_json:
             report("SGLang", field, "but it has no default for it")
     if config.n_routed_experts is None:
-        report("vLLM", "n_routed_experts", "which it needs, also where all layers are dense")
+        report("vLLM", "n_routed_experts", "but it needs a number, also where all layers are dense")
     if has_experts and config.norm_topk_prob:
         report("transformers", "norm_topk_prob", "which its class ignores")
         report("mlx-lm", "norm_topk_prob", "which it ignores")

@@ -1,5 +1,6 @@
 """Where a checkpoint is: in a folder, or on the hub, from which it is downloaded."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -17,7 +18,8 @@ def local_or_hub(source: str) -> Path | str:
 
     A hub id is OWNER/NAME here, as all models are that this package reads. If OWNER is a folder, NAME was mistyped.
     """
-    path = Path(source).expanduser()
+    # unlike that of Path, it leaves the ~ of an unknown user
+    path = Path(os.path.expanduser(source))
     if path.exists():
         return path
     if not _can_be_hub_id(source):
@@ -38,7 +40,7 @@ def folder_or_hub(source: str) -> Path | str:
 
 def _can_be_hub_id(source: str) -> bool:
     owner, _, name = source.partition("/")
-    if not name or "/" in name or source.endswith(_SUFFIXES_OF_FILES) or Path(owner).expanduser().is_dir():
+    if not name or "/" in name or source.endswith(_SUFFIXES_OF_FILES) or os.path.isdir(os.path.expanduser(owner)):
         return False
     try:
         validate_repo_id(source)
@@ -57,6 +59,9 @@ def download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except OSError as error:
+        if error.errno is not None:
+            # of the system, such as a full disk
+            raise
         raise ValueError(
             f"expected a folder or a hub id, got {hub_id}: there is no such folder in {Path.cwd()}, and "
             f"{_why_not_downloaded(error)}."

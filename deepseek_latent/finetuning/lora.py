@@ -88,13 +88,16 @@ def _task_of(model: PreTrainedModel | DeepseekV2Config) -> TaskType | None:
 
 
 def _check_programs(programs: list[str], routed_experts: bool, options: dict) -> None:
-    """Refuses unknown programs, targets given beside them, and what llama.cpp does not load."""
+    """Refuses unknown programs, targets given beside them, and what vLLM and llama.cpp do not load."""
     unknown = [name for name in programs if name not in CLIENTS]
     if unknown:
         raise ValueError(f"serve_with takes {', '.join(map(repr, CLIENTS))}, got {unknown[0]!r}.")
     given = [name for name in ("target_modules", "target_parameters") if name in options]
     if programs and given:
         raise ValueError(f"serve_with chooses the targets, and {given[0]} names others; leave one of them out.")
+    refusing = [CLIENTS[name].name for name in ("vllm", "llama.cpp") if name in programs]
+    if refusing and options.get("use_dora"):
+        raise ValueError(f"{' and '.join(refusing)} cannot load DoRA; leave use_dora out, or merge the adapter.")
     if "llama.cpp" in programs and routed_experts:
         raise ValueError("llama.cpp refuses LoRA on routed experts; leave routed_experts out, or merge the adapter.")
     if "llama.cpp" in programs and options.get("use_rslora"):

@@ -290,7 +290,7 @@ def test_decoding_absorbs_and_prefill_expands(monkeypatch):
     assert calls[3:] == ["absorbed_attention"] * 3
 
 
-def test_expand_kv_has_the_signature_that_vllm_looks_for():
+def test_expand_kv_gives_keys_and_values_of_all_heads():
     attention = tiny_model().model.layers[0].self_attn
     assert isinstance(attention, DeepseekV2Attention)
     keys, values = attention.expand_kv(torch.randn(2, 1, 5, 40), torch.randn(2, 1, 5, 8))

@@ -35,7 +35,7 @@ def test_the_published_checkpoint_is_compatible_with_all_programs():
         ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "vLLM", "rope_scaling, with an attention_factor"),
         ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "mlx-lm", "rope_scaling, with an attention_factor"),
         ({"rope_scaling": YARN | {"truncate": False}}, "mlx-lm", "rope_scaling, with truncate false"),
-        ({"rope_scaling": None}, "mlx-lm", "rope_scaling null, which it cannot open without"),
+        ({"rope_scaling": None}, "mlx-lm", "rope_scaling null, but it opens no file without one"),
         ({"norm_topk_prob": True}, "transformers", "norm_topk_prob true"),
         ({"norm_topk_prob": True}, "mlx-lm", "norm_topk_prob true"),
         ({"norm_topk_prob": True}, "vLLM", "norm_topk_prob true, but with groups of experts"),

@@ -36,6 +36,7 @@ def test_the_card_names_targets_without_effect_in_other_programs(tmp_path):
     assert rows_of(section) == {
         "transformers and peft without deepseek_latent": mlps,
         "vLLM": "`kv_b_proj`",
+        "vLLM, without options for them": experts,
         "llama.cpp": f"{experts}, `kv_a_proj_with_mqa`, `kv_b_proj`, `q_a_proj`, `q_b_proj`",
     }
     for advice in ("import deepseek_latent before the model is loaded", 'serve_with="vllm"', "merge_and_unload()"):
