@@ -85,6 +85,8 @@ def test_the_prompt_may_follow_an_option():
     for options in (["M", "hi", "--chat"], ["M", "--chat", "hi"], ["--chat", "M", "hi"], ["M", "--seed", "1", "hi"]):
         arguments = parse(["generate", *options])
         assert (arguments.model, arguments.prompt) == ("M", "hi")
+    for options in (["M", "--", "-x is"], ["M", "--seed", "1", "--", "-x is"]):
+        assert parse(["generate", *options]).prompt == "-x is"
 
 
 @pytest.mark.parametrize(

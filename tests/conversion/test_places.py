@@ -7,7 +7,7 @@ from deepseek_latent.conversion import places
 from deepseek_latent.conversion.places import download, folder_or_hub, local_or_hub
 
 NO_HUB_IDS = ["absent", "absent/", "models/absent", "a/b/c", "./absent", "../absent", "/absent", "~/absent"]
-NO_HUB_IDS += ["a/b.gguf", "a/config.json", "a b/c", "-a/b"]
+NO_HUB_IDS += ["~no-such-user/x", "a/b.gguf", "a/config.json", "a b/c", "-a/b"]
 
 
 @pytest.mark.parametrize("name", NO_HUB_IDS)
@@ -55,3 +55,12 @@ def test_why_nothing_was_downloaded_is_one_whole_sentence(error, words, monkeypa
     with pytest.raises(ValueError, match=f"^expected a folder or a hub id, got owner/name: .*{words}.*\\.$") as refused:
         download("owner/name", ["config.json"])
     assert "Errno" not in str(refused.value)
+
+
+def test_an_error_of_the_system_is_not_taken_for_one_of_the_hub(monkeypatch):
+    def fail(hub_id, allow_patterns):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(places, "snapshot_download", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        download("owner/name", ["config.json"])

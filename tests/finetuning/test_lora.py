@@ -202,6 +202,8 @@ def test_what_no_program_serves_is_refused():
         lora_config(model, serve_with="llama.cpp", routed_experts=True)
     with pytest.raises(ValueError, match=r"llama\.cpp ignores the scaling of use_rslora"):
         lora_config(model, serve_with=["llama.cpp"], use_rslora=True)
+    with pytest.raises(ValueError, match="vLLM cannot load DoRA; leave use_dora out, or merge the adapter"):
+        lora_config(model, serve_with="vllm", use_dora=True)
 
 
 def warnings_of_patterns(model, config) -> list[str]:
