@@ -1,12 +1,13 @@
 """The command `deepseek-latent`: its options, apart from the package `deepseek_latent`, whose import takes seconds.
 
-Each file has the options of one command. It imports what does the work, in `deepseek_latent.commands`, when the command
-runs. So help, the version and errors in the use of options are printed at once.
+Each file has the options of one command. What does the work, in `deepseek_latent.commands`, is imported when the
+command runs. So help, the version and errors in the use of options are printed at once.
 """
 
 import argparse
 import os
 import sys
+from importlib import import_module
 
 from .convert import add_command as add_convert
 from .experts import add_command as add_experts
@@ -53,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of a command line, with two functions that take them.
+    """The options of a command line, with what else their command has.
 
-    `check` raises ValueError for options that do not go together, `action` runs the command and returns its exit code.
+    `check` is a function of them that raises ValueError for options that do not go together. `action` names what runs
+    the command and returns its exit code, as "FILE:FUNCTION" in `deepseek_latent.commands`.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
@@ -71,7 +73,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     from deepseek_latent.commands.terminal import run_action
 
-    return run_action(arguments, name=f"{NAME} {arguments.command}")
+    file, _, function = arguments.action.partition(":")
+    action = getattr(import_module(f"deepseek_latent.commands.{file}"), function)
+    return run_action(action, arguments, name=f"{NAME} {arguments.command}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -111,7 +111,7 @@ def _add_adapter(kinds) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="a folder with adapter_config.json")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(action=_convert_adapter)
+    parser.set_defaults(action="convert:print_converted_adapter")
 
 
 def _add_files(kind: argparse.ArgumentParser, *, reads_gguf: bool = False) -> None:
@@ -127,7 +127,7 @@ def _add_files(kind: argparse.ArgumentParser, *, reads_gguf: bool = False) -> No
     kind.add_argument("--replace-any-folder", action="store_true", help="with --force: replace OUT whatever it holds")
     kind.add_argument("--dry-run", action="store_true", help="only report what would be written")
     kind.add_argument("--json", action="store_true", help="print the report as JSON")
-    kind.set_defaults(check=_check_files, action=_convert)
+    kind.set_defaults(check=_check_files, action="convert:convert_checkpoint")
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
@@ -137,15 +137,3 @@ def _check_files(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"expected a folder or a hub id, got {arguments.source!r}; only gqa-to-mla and upcycle read GGUF files."
         )
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.convert import convert_checkpoint
-
-    return convert_checkpoint(arguments)
-
-
-def _convert_adapter(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.convert import print_converted_adapter
-
-    return print_converted_adapter(arguments)

@@ -26,7 +26,7 @@ def add_command(commands) -> None:
         help="--esft takes experts of a layer until their scores add up to P (default: 0.2; by gate 0.1)",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.set_defaults(check=_check, action=_experts)
+    parser.set_defaults(check=_check, action="experts:show_experts")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -36,9 +36,3 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
         raise ValueError(f"--threshold must be above 0 and at most 1, got {arguments.threshold}.")
-
-
-def _experts(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.experts import show_experts
-
-    return show_experts(arguments)

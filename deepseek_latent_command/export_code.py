@@ -1,7 +1,5 @@
 """Options of `deepseek-latent export-code`."""
 
-import argparse
-
 
 def add_command(commands) -> None:
     parser = commands.add_parser("export-code", help="make a checkpoint load where this package is not installed")
@@ -11,10 +9,4 @@ def add_command(commands) -> None:
     )
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--subfolder", default="", metavar="NAME", help="put the code there, not beside the weights")
-    parser.set_defaults(action=_export_code)
-
-
-def _export_code(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.export_code import write_code
-
-    return write_code(arguments)
+    parser.set_defaults(action="export_code:write_code")

@@ -38,7 +38,7 @@ def add_command(commands) -> None:
         "--cache-dtype", choices=CACHE_DTYPES, help="quantize the cached latents; default: not quantized"
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    parser.set_defaults(check=_check, action=_generate)
+    parser.set_defaults(check=_check, action="generate:generate_text")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -46,9 +46,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--top-p needs a --temperature above 0; without one the most likely token is always taken.")
     if arguments.prompt is None and not arguments.chat:
         raise ValueError("expected a PROMPT; only with --chat it can be left out, and messages are read from stdin.")
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.generate import generate_text
-
-    return generate_text(arguments)

@@ -1,7 +1,5 @@
 """Options of `deepseek-latent inspect`."""
 
-import argparse
-
 
 def add_command(commands) -> None:
     parser = commands.add_parser("inspect", help="count parameters and cache, check a checkpoint's files")
@@ -12,10 +10,4 @@ def add_command(commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json or a hub id")
     parser.add_argument("--all", action="store_true", help="list all problems, not only the first ones")
-    parser.set_defaults(action=_inspect)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.inspect import inspect_checkpoint
-
-    return inspect_checkpoint(arguments)
+    parser.set_defaults(action="inspect:inspect_checkpoint")

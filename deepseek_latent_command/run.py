@@ -16,15 +16,9 @@ def add_command(commands) -> None:
         "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module and its arguments"
     )
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py", help="a script and its arguments")
-    parser.set_defaults(check=_check, action=_run)
+    parser.set_defaults(check=_check, action="run:prepare_tool")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.module or arguments.script):
         raise ValueError("expected -m MODULE or a script, got neither; name what to run.")
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.run import prepare_tool
-
-    return prepare_tool(arguments)

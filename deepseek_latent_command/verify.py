@@ -14,15 +14,9 @@ def add_command(commands) -> None:
     parser.add_argument("--text", metavar="FILE", type=Path, help="a text to compare on; default: random tokens")
     parser.add_argument("--dtype", choices=DTYPES, help="the dtype to compute in; default: as stored")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(check=_check, action=_verify)
+    parser.set_defaults(check=_check, action="verify:verify_checkpoint")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.gguf_file is not None and arguments.against is None:
         raise ValueError("--gguf-file names a file of the folder or hub id that --against gives; add --against.")
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from deepseek_latent.commands.verify import verify_checkpoint
-
-    return verify_checkpoint(arguments)

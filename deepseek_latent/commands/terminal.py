@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,14 +17,14 @@ from ..conversion.escaping import printable, shortened
 MAX_ERROR_LENGTH = 900
 
 
-def run_action(arguments: argparse.Namespace, name: str) -> int:
+def run_action(action: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, name: str) -> int:
     """Runs the command that was parsed and returns its exit code.
 
     Unusable input, which is any ValueError or OSError of the command, is reported in one sentence after the `name` of
     the command, and has exit code 2.
     """
     try:
-        return arguments.action(arguments)
+        return action(arguments)
     except BrokenPipeError:
         # of the output, not of the input
         raise

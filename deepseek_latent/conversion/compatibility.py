@@ -1,8 +1,8 @@
 """Which fields of config.json other programs refuse or interpret differently.
 
-Found by reading vLLM 0.33, SGLang 0.5.23, llama.cpp 0c1e57098, mlx-lm d78bf58 and transformers 5.23, and corrected by
-running vLLM 0.32, mlx-lm, llama.cpp and transformers on files with these fields. A field that a program ignores or
-reads as something else gives other logits without an error.
+Found by reading vLLM 0.33, SGLang 0.5.23, llama.cpp 0c1e57098, mlx-lm d78bf58 and transformers 5.23, and corrected
+by reported runs of vLLM 0.32, mlx-lm, llama.cpp and transformers on files with these fields. A field that a program
+ignores or reads as something else gives other logits without an error.
 """
 
 import json

@@ -121,7 +121,7 @@ def test_errors_of_the_system_are_told_without_their_number(error, told, capsys)
     def act(arguments):
         raise error
 
-    assert run_action(Namespace(action=act), "deepseek-latent x") == 2
+    assert run_action(act, Namespace(), "deepseek-latent x") == 2
     assert capsys.readouterr().err == f"deepseek-latent x: {told}\n"
 
 
@@ -131,7 +131,7 @@ def test_a_long_error_loses_its_middle_and_no_part_of_a_word(capsys):
     def act(arguments):
         raise ValueError(" ".join(words))
 
-    run_action(Namespace(action=act), "deepseek-latent x")
+    run_action(act, Namespace(), "deepseek-latent x")
     told = capsys.readouterr().err.split()[2:]
     assert (told[0], told[-1]) == ("word0", "word399")
     assert {*told} <= {*words, "..."}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,9 +35,10 @@ def interrupted(monkeypatch):
 
     def parse_and_interrupt(self, argv):
         arguments = parse(self, argv)
-        arguments.action = interrupt
+        arguments.action = "interrupted:interrupt"
         return arguments
 
+    monkeypatch.setitem(sys.modules, "deepseek_latent.commands.interrupted", SimpleNamespace(interrupt=interrupt))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_interrupt)
 
 

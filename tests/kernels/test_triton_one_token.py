@@ -212,10 +212,7 @@ def steps(model, ids, cache, mask=None):
     return torch.cat([x[:, -1:] for x in out[1:]], dim=1)
 
 
-@MODELS
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"], ids=str)
-@pytest.mark.parametrize("static", [None, PROMPT + 3], ids=["growing", "static"])
-def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrides, counted):
+def assert_short_way_gives_the_same_token(overrides, cache_dtype, static, counted):
     model, num_new = optimized(**overrides), 1 if static is None else 2
     ids = random_ids(1, PROMPT + num_new).to(DEVICE)
     out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=static))
@@ -225,17 +222,19 @@ def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrid
     assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
 
 
+@MODELS
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"], ids=str)
+@pytest.mark.parametrize("static", [None, PROMPT + 3], ids=["growing", "static"])
+def test_a_token_by_the_short_way_is_the_same_token(static, cache_dtype, overrides, counted):
+    assert_short_way_gives_the_same_token(overrides, cache_dtype, static, counted)
+
+
 @pytest.mark.parametrize(
     ("cache_dtype", "c", "static"), [("int8", 88, None), ("int4", 144, PROMPT + 3), (None, 88, None)]
 )
 def test_a_token_with_unquantized_channels_takes_the_short_way_too(cache_dtype, c, static, counted):
     compressed = {"kv_lora_rank": c, "num_unquantized_channels": 8}
-    model, num_new = optimized(**compressed), 1 if static is None else 2
-    ids = random_ids(1, PROMPT + num_new).to(DEVICE)
-    out = steps(model, ids, LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=static))
-    expected = steps(plain(**compressed), ids, LatentCache(model.config, cache_dtype=cache_dtype))
-    assert set(counted.values()) == {num_new * model.config.num_hidden_layers}
-    assert relative_error(out, expected) < (5e-6 if cache_dtype is None else 1e-2)
+    assert_short_way_gives_the_same_token(compressed, cache_dtype, static, counted)
 
 
 @pytest.mark.parametrize(
