@@ -9,16 +9,14 @@ tests on the device.
 import argparse
 import gc
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from deepseek_latent import LatentCache
 from deepseek_latent.compat.cache_name import CACHE
@@ -26,6 +24,7 @@ from deepseek_latent.kernels import optimize_for_inference
 
 from .decode import as_native, weight_bytes_per_token
 from .expert_lora import LAYERS, LORA
+from .gpu_machine import copy_bandwidth, launches, machine, milliseconds
 from .lite4 import build, twin
 from .machine import described
 from .plots import draw_beside
@@ -33,105 +32,8 @@ from .plots.speed import draw_gpu_decoding
 from .train import adapted
 
 LITE = {"num_hidden_layers": 27}
-
-
-def milliseconds(work: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
-    """Median of the time between two events around one call, including what the host does between launches."""
-    for _ in range(warm_up):
-        work()
-    taken = []
-    for _ in range(repetitions):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return statistics.median(taken)
-
-
-def graphed_milliseconds(work: Callable[[], object], calls: int = 10, repetitions: int = 10) -> float:
-    """Median time of one call in a captured graph of several calls, where launches take less time."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    return milliseconds(graph.replay, repetitions) / calls
-
-
-def launches(work: Callable[[], object]) -> dict[str, int]:
-    """Counts the kernels and copies that one call starts on the device, and how often the host waits for it."""
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
-        work()
-        torch.cuda.synchronize()
-    events = profile.events()
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    waits = sum("Synchronize" in e.name for e in events) - 1
-    return {
-        "kernels": len(on_device),
-        "waits": waits,
-        "busy_microseconds": round(sum(e.device_time for e in on_device)),
-    }
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 4 GB."""
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source)) / 1e3)
-
-
-def machine() -> dict:
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    result = {
-        "copy_bytes_per_second": round(copy_bandwidth()),
-        "bf16_product_flop_per_second": round(2 * 8192**3 / (milliseconds(lambda: square @ square) / 1e3)),
-        "attention_backends": attention_backends(),
-        "products_of_one_row": [product_of_rows(1, n, k) for n, k in PROJECTIONS],
-        "products_of_eight_rows": [product_of_rows(8, n, k) for n, k in PROJECTIONS],
-    }
-    return result
-
-
-# out and in widths: q, kv_a, o, lm_head, gate of the dense layer and its down
-PROJECTIONS = [(3072, 2048), (576, 2048), (2048, 2048), (102400, 2048), (10944, 2048), (2048, 10944)]
-
-
-def product_of_rows(m: int, n: int, k: int) -> dict:
-    weights = [
-        torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, 200_000_000 // (2 * n * k)))
-    ]
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    taken = graphed_milliseconds(lambda: [F.linear(x, w) for w in weights], calls=1) / len(weights)
-    return {"rows": m, "out": n, "in": k, "microseconds": round(1e3 * taken, 2), "GB/s": round(2 * n * k / taken / 1e6)}
-
-
-def attention_backends() -> list[dict]:
-    """The backend that torch picks for our shapes, and how long it takes."""
-    rows = []
-    for name, (b, h, s, t, qk, v, masked) in {
-        "prefill 192/128": (1, 16, 4096, 4096, 192, 128, False),
-        "prefill 192/192, padded values": (1, 16, 4096, 4096, 192, 192, False),
-        "prefill 192/128 with a mask": (1, 16, 2048, 4096, 192, 128, True),
-        "prefill 192/192, padded values, with a mask": (1, 16, 2048, 4096, 192, 192, True),
-        "absorbed 576/512": (1, 1, 16, 32768, 576, 512, False),
-    }.items():
-        q, k = (torch.randn(b, h, n, qk, device="cuda", dtype=torch.bfloat16) for n in (s, t))
-        value = torch.randn(b, h, t, v, device="cuda", dtype=torch.bfloat16)
-        mask = torch.ones(s, t, device="cuda", dtype=torch.bool).tril(t - s)[None, None] if masked else None
-        causal = not masked and s == t
-        choice = torch._fused_sdp_choice(q, k, value, mask, 0.0, causal)
-        taken = milliseconds(lambda: F.scaled_dot_product_attention(q, k, value, mask, is_causal=causal))  # noqa: B023
-        rows.append(
-            {"case": name, "backend": torch.nn.attention.SDPBackend(choice).name, "milliseconds": round(taken, 3)}
-        )
-    return rows
+# a prompt that is read in chunks, and the tokens of one chunk
+LONG_PROMPT, CHUNK = 131072, 4096
 
 
 def random_cache(model: PreTrainedModel, batch: int, tokens: int, cache_dtype: str | None = None) -> LatentCache:
@@ -152,12 +54,13 @@ def static(cache: LatentCache, model: PreTrainedModel, room: int = 64) -> Latent
 
 
 def stepping(name: str, model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Callable[[], Tensor]:
-    """Decodes one token, and removes it from the cache again."""
+    """Decodes one token; where cropping takes no launches, it is removed from the cache again."""
     call = model.get_compiled_call(None) if name == "graphs" else model
 
     def step() -> Tensor:
         logits = call(input_ids=tokens, **{CACHE: cache}).logits
-        cache.crop(-1)
+        if name != "graphs":
+            cache.crop(-1)
         return logits
 
     return step
@@ -220,39 +123,55 @@ def kernels(model: PreTrainedModel) -> list[dict]:
     return rows
 
 
-@torch.inference_mode()
-def generate(models: dict[str, PreTrainedModel], prompt: int = 1024, new: int = 32) -> list[dict]:
-    """Milliseconds per token of `generate()` after the prompt, everything included, and seconds of the first call."""
-    ids, rows = torch.arange(prompt, device="cuda")[None], []
+def generate(models: dict[str, PreTrainedModel]) -> list[dict]:
+    rows = []
     for name, model in models.items():
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-        def seconds(tokens: int, model=model, options=options) -> float:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, **options
-            )
-            torch.cuda.synchronize()
-            return time.perf_counter() - began
-
-        first = seconds(2)
-        short, long = (min(seconds(tokens) for _ in range(2)) for tokens in (2, 2 + new))
-        rows.append(
-            {
-                "side": name,
-                "first_call_seconds": round(first, 2),
-                "milliseconds_per_token": round(1e3 * (long - short) / new, 2),
-            }
-        )
+        rows.append(per_token(name, model))
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def compiled() -> list[dict]:
+    """`generate()` of four layers next to transformers' class over a static cache, compiled as by default."""
+    ours = build("ours", device="cuda")
+    native = build("native", torch.bfloat16, ours, device="cuda")
+    compiles = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    rows = [per_token("native", native), per_token("native, static and compiled", native, **compiles)]
+    optimize_for_inference(ours, graphs=True)
+    rows.append(per_token("graphs", ours))
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def generating(model: PreTrainedModel, ids: Tensor, tokens: int, **options) -> Callable[[], object]:
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return lambda: model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **given, **options)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def per_token(name: str, model: PreTrainedModel, prompt: int = 1024, new: int = 32, **options) -> dict:
+    """Milliseconds per token of `generate()` after the prompt, everything included, and seconds of the first call."""
+    ids = torch.arange(prompt, device="cuda")[None]
+    works = [generating(model, ids, tokens, **options) for tokens in (new, 2 * new)]
+    first = seconds_of(works[0])
+    works[1]()
+    short, long = (min(seconds_of(work) for _ in range(2)) for work in works)
+    row = {"side": name, "first_call_seconds": round(first, 2)}
+    return row | {"milliseconds_per_token": round(1e3 * (long - short) / new, 2)}
 
 
 @torch.inference_mode()
 def prefill(models: dict[str, PreTrainedModel]) -> list[dict]:
     rows = []
-    for tokens in (512, 8192, 32768):
+    for tokens in (512, 8192, 32768, LONG_PROMPT):
         ids, row = torch.arange(tokens, device="cuda")[None] % 100_000, {"tokens": tokens}
         for name, model in models.items():
             gc.collect()
@@ -263,7 +182,13 @@ def prefill(models: dict[str, PreTrainedModel]) -> list[dict]:
             def read(model=model, ids=ids) -> None:
                 model(ids, use_cache=True, logits_to_keep=1)
 
-            row[f"{name}_milliseconds"] = round(milliseconds(read, 3, 1), 1)
+            if tokens == LONG_PROMPT:
+                # transformers' class keeps expanded keys and values in chunked reading too; only ours is measured here
+                if name == "native":
+                    continue
+                row["chunk"], read = CHUNK, generating(model, ids, 1, prefill_chunk_size=CHUNK)
+                row["cache_gigabytes"] = round(tokens * 2 * 576 * model.config.num_hidden_layers / 1e9, 2)
+            row[f"{name}_milliseconds"] = round(milliseconds(read, 1 if tokens == LONG_PROMPT else 3, 1), 1)
             row[f"{name}_peak_gigabytes_over_weights"] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -295,7 +220,9 @@ def lora(tokens: int = 4096) -> list[dict]:
     return rows
 
 
-PARTS = ("machine", "decode", "kernels", "generate", "prefill", "lora")
+PARTS = ("machine", "decode", "kernels", "generate", "prefill", "lora", "compiled")
+# parts that do not measure the model at full size
+WITHOUT_LITE = ("machine", "lora", "compiled")
 
 
 def sides() -> dict[str, PreTrainedModel]:
@@ -317,7 +244,10 @@ def main() -> None:
     for part in options.parts:
         began, result = time.perf_counter(), dict(header)
         try:
-            if part not in ("machine", "lora") and not models:
+            if part in WITHOUT_LITE:
+                models.clear()
+                gc.collect()
+            elif not models:
                 models = sides()
             if part == "machine":
                 result |= machine()
@@ -328,9 +258,9 @@ def main() -> None:
             elif part == "generate":
                 result["rows"] = generate(models)
             elif part == "lora":
-                models.clear()
-                gc.collect()
                 result["rows"] = lora()
+            elif part == "compiled":
+                result["rows"] = compiled()
             else:
                 result["rows"] = prefill({name: models[name] for name in ("ours", "native")})
         except Exception:

@@ -98,6 +98,17 @@ def test_every_call_uses_the_adapters_that_are_active_then():
     assert torch.equal(adapted[0].generate(input_ids=ids(), **NEW), with_adapter)
 
 
+@pytest.mark.filterwarnings("error:steps are computed")
+def test_adapters_on_routed_experts_are_replayed_in_bfloat16():
+    tokens = []
+    for graphs in (True, False):
+        torch.manual_seed(7)
+        model = optimized(graphs, torch.bfloat16, lite=True)
+        adapted = peft.get_peft_model(model, lora_config(model.config, routed_experts=True, init_lora_weights=False))
+        tokens.append(adapted.eval().generate(input_ids=ids(), **NEW))
+    assert torch.equal(*tokens)
+
+
 def test_undo_gives_the_methods_back():
     model = copy.deepcopy(plain())
     attributes = [{**vars(module)} for module in model.model.modules()]
