@@ -190,6 +190,11 @@ class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
         )
 
     @property
+    def moe_layers(self) -> list[int]:
+        """The indices of the layers that have experts."""
+        return [i for i in range(self.num_hidden_layers) if self.is_moe_layer(i)]
+
+    @property
     def normalizes_gates(self) -> bool:
         """Whether a token's gate values are normalized to sum to 1; DeepSeek's V2 code then does not scale them."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1

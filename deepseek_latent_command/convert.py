@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .options import DTYPES, byte_size
 
-# how an MLP is cut into experts; docs/conversion.md explains them
+# how an MLP is cut into experts; docs/experts.md explains them
 SCHEMES = ("M0", "M1", "M2", "M3", "M4", "M5")
 
 
@@ -57,7 +57,7 @@ def _check_gqa_to_mla(arguments: argparse.Namespace) -> None:
 
 def _add_upcycle(kinds) -> None:
     parser = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how the MLPs are cut; see docs/conversion.md")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how the MLPs are cut; see docs/experts.md")
     parser.add_argument("--routed-experts", type=int, required=True, metavar="N", help="routed experts per layer")
     parser.add_argument(
         "--shared-experts", type=int, default=0, metavar="S", help="shared experts per layer; default: none"

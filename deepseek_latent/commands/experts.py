@@ -33,7 +33,9 @@ SPECIALIZED = 1.2
 def show_experts(arguments: argparse.Namespace) -> int:
     folder = fetch_source(arguments.model)
     config = read_config(str(folder))
-    # a missing folder or package is reported before any work
+    # a model without experts, a missing folder or package is reported before any work
+    if not config.moe_layers:
+        raise ValueError(f"expected a model with experts, and no layer of {arguments.model} has any.")
     for file in filter(None, (arguments.plot, arguments.esft)):
         if not file.parent.is_dir():
             raise ValueError(f"expected a folder to write into, got {file.parent}; make it, or name another one.")

@@ -81,11 +81,11 @@ def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStream
     table.add_row("cache held", f"{held:,} bytes")
     table.add_row(f"as keys and values of all {config.num_attention_heads} heads", f"{expanded:,} bytes")
     table.add_row("ratio", f"{expanded / held:.1f}")
-    # GQA is what a model without latent attention would have; if the model was converted, it had this one
+    # what a model without latent attention would have, or, if this one was converted, what its source has
     for name, per_token in elements.items():
-        if name.startswith("GQA"):
+        if name.startswith(("GQA", "source")):
             table.add_row(f"as keys and values, {name}", f"{per_token * bytes_per_element:,} bytes")
-            table.add_row("ratio to GQA", f"{per_token * bytes_per_element / held:.2f}")
+            table.add_row(f"ratio to {name.partition(',')[0]}", f"{per_token * bytes_per_element / held:.2f}")
     return table
 
 

@@ -21,7 +21,7 @@ def find_incompatibilities(config: DeepseekV2Config, config_json: dict, tensor_n
 
     `config_json` is the content of config.json as it is written, `tensor_names` are the names in the files.
     """
-    has_experts = any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    has_experts = bool(config.moe_layers)
     rope = config.rope_parameters
     incompatibilities = []
 

@@ -67,7 +67,7 @@ class ExportDeepseek:
         self.config = config = self.base.config
         _check_exportable(config)
         names = ["num_attention_heads", "vocab_size", "intermediate_size"]
-        if any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+        if config.moe_layers:
             names += ["n_routed_experts", "moe_intermediate_size"]
         for name, number in ((name, getattr(config, name)) for name in names):
             if num_ranks < 1 or number % num_ranks:

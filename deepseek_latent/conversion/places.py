@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .progress import announce_without_terminal
@@ -74,4 +74,8 @@ def _why_not_downloaded(error: OSError) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "the hub does not have it either, or it is private; correct the name, or run hf auth login"
     # the text of these errors is long, and its cause is that of the HTTP library
-    return f"the hub was not reached ({type(error.__cause__ or error).__name__}); correct the name, or try again online"
+    cause = error.__cause__ or error
+    if isinstance(cause, HfHubHTTPError):
+        # it is overloaded, for instance, or has had too many requests from here
+        return f"the hub answered with status {cause.response.status_code}; try again later"
+    return f"the hub was not reached ({type(cause).__name__}); correct the name, or try again online"

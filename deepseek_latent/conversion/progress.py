@@ -28,11 +28,6 @@ def announce(stage: str) -> None:
     print(f"{stage} ...", file=sys.stderr)
 
 
-def announce_on_terminal(stage: str) -> None:
-    if sys.stderr.isatty():
-        announce(stage)
-
-
 def announce_without_terminal(stage: str) -> None:
     if not sys.stderr.isatty():
         announce(stage)

@@ -41,9 +41,8 @@ def idle_parameters(config: DeepseekV2Config) -> int:
     """Parameters of the (e - k) experts per MoE layer that a token does not use. Total minus idle is active."""
     if config.n_routed_experts is None:
         return 0
-    num_moe_layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     num_unused = config.n_routed_experts - config.num_experts_per_tok
-    return num_moe_layers * num_unused * 3 * config.hidden_size * config.moe_intermediate_size
+    return len(config.moe_layers) * num_unused * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def expanded_width(config: DeepseekV2Config) -> int:
@@ -54,8 +53,8 @@ def expanded_width(config: DeepseekV2Config) -> int:
 def cached_elements_per_token(config: DeepseekV2Config) -> dict[str, int]:
     """Cache elements per token over all layers, of this package and of the kinds of attention in the paper's Table 1.
 
-    The paper has one width d_h for keys and values. Here these widths are n and v. For a converted model, GQA is that
-    of its source.
+    The paper has one width d_h for keys and values. Here these widths are n and v. A converted model
+    has its source instead of GQA with 8 groups.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.4, Table 1.
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -66,7 +65,7 @@ def cached_elements_per_token(config: DeepseekV2Config) -> dict[str, int]:
         "MHA": heads * pair * layers,
     }
     if config.source_cached_width is not None:
-        elements["GQA, before the conversion"] = config.source_cached_width * layers
+        elements["source, before the conversion"] = config.source_cached_width * layers
     elif heads % NUM_GQA_GROUPS == 0:
         elements[f"GQA, {NUM_GQA_GROUPS} groups"] = NUM_GQA_GROUPS * pair * layers
     return elements | {"MQA": pair * layers}

@@ -116,7 +116,7 @@ class Upcycle:
         self._cached_weight: tuple[Piece, Tensor] | None = None
         config = base.config
         layers = config.num_hidden_layers
-        if any(config.is_moe_layer(i) for i in range(layers)):
+        if config.moe_layers:
             raise ValueError("expected a dense source, got one with experts; upcycle the model it was made from.")
         if not 0 <= dense_layers < layers:
             raise ValueError(f"expected 0 to {layers - 1} layers that stay dense, got {dense_layers}.")

@@ -14,7 +14,7 @@ from .checkpoint import check_checkpoint, read_config
 from .compatibility import find_incompatibilities
 from .llama_source import LlamaSource
 from .loading import load_model
-from .progress import announce_on_terminal, track_briefly
+from .progress import announce, track
 from .source import Source
 from .text import tokenize
 
@@ -48,11 +48,11 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
         _check_source(against, config.vocab_size)
     ids = _token_ids(folder, text, config.vocab_size)
     source = Source(folder)
-    for name in track_briefly([*source.tensors], "reading every tensor"):
+    for name in track([*source.tensors], "reading every tensor"):
         source[name]  # raises ValueError if it holds NaN or infinity
     report["incompatible_with_other_programs"] = find_incompatibilities(config, source.config, source.tensors)
     dtype = dtype or "auto"
-    announce_on_terminal(f"computing logits and a continuation of {folder}")
+    announce(f"computing logits and a continuation of {folder}")
     # only one model at a time is in memory
     logits, continuation = _logits_and_continuation(load_model(folder, dtype=dtype), ids)
     max_error = _allowed_error(config, logits.dtype)
@@ -63,13 +63,13 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     elif config.norm_topk_prob:
         report["logits_error_in_transformers"] = "not compared, its class does not normalize gate weights"
     else:
-        announce_on_terminal("computing logits in transformers' own class")
+        announce("computing logits in transformers' own class")
         stock = _logits(load_model(folder, NativeForCausalLM, dtype=dtype), ids)
         report["logits_error_in_transformers"] = _relative_error(stock, logits)
         if report["logits_error_in_transformers"] > max_error:
             report["problems"].append(f"logits in transformers differ by more than {max_error}")
     if against is not None:
-        announce_on_terminal(f"computing logits and a continuation of {against}")
+        announce(f"computing logits and a continuation of {against}")
         expected, expected_continuation = _logits_and_continuation(load_model(against, dtype=dtype), ids)
         report["logits_error_against_source"] = _relative_error(logits, expected)
         if report["logits_error_against_source"] > max_error:

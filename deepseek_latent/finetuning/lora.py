@@ -109,10 +109,9 @@ def _patterns_beside(patterns: dict, config: DeepseekV2Config, value: float, pre
 
     No weight is named by both, because peft takes the first pattern that matches, but sorts them when it saves them.
     """
-    layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
     made = {}
     for parameter in ROUTED_EXPERTS:
-        places = [f"{prefix}layers.{i}.mlp.{parameter}" for i in layers]
+        places = [f"{prefix}layers.{i}.mlp.{parameter}" for i in config.moe_layers]
         left = [place for place in places if value_for(place, patterns, None) is None]
         made |= dict.fromkeys([parameter] if left == places else left, value)
     return made
@@ -120,7 +119,7 @@ def _patterns_beside(patterns: dict, config: DeepseekV2Config, value: float, pre
 
 def _check_options_for_experts(config: DeepseekV2Config, options: dict) -> None:
     """Refuses options that peft does not have for the stacked weights of routed experts."""
-    if not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+    if not config.moe_layers:
         raise ValueError("expected a model with experts, and no layer of this one has any; leave routed_experts out.")
     refused = [name for name in ("lora_dropout", "use_dora", "lora_bias") if options.get(name)]
     initial = options.get("init_lora_weights")

@@ -69,8 +69,8 @@ def test_generate_compares_the_cache_of_a_converted_model_with_that_of_its_sourc
     _, _, err = printed(capsys, "generate", out, "latent", "--max-new-tokens", 9, "--device", "cpu")
     held, before = ((6 + 9 - 1) * 3 * width * 4 for width in (config.cached_width, config.source_cached_width))
     assert row(err, "cache held") == [f"{held:,} bytes"]
-    assert row(err, "as keys and values, GQA, before the conversion") == [f"{before:,} bytes"]
-    assert row(err, "ratio to GQA") == [f"{before / held:.2f}"]
+    assert row(err, "as keys and values, source, before the conversion") == [f"{before:,} bytes"]
+    assert row(err, "ratio to source") == [f"{before / held:.2f}"]
 
 
 def test_generate_compares_the_cache_with_gqa_of_eight_groups(tmp_path, capsys):

@@ -1,7 +1,14 @@
 """A checkpoint is a folder or a hub id; what is neither is refused at once, and what the hub says is told in full."""
 
+from types import SimpleNamespace
+
 import pytest
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from deepseek_latent.conversion import places
 from deepseek_latent.conversion.places import download, folder_or_hub, local_or_hub
@@ -38,9 +45,18 @@ def not_reached() -> OSError:
     return error
 
 
+def refused_for_now() -> OSError:
+    error = LocalEntryNotFoundError("a long text " * 40)
+    # a response is made by another library in each version of huggingface_hub
+    error.__cause__ = HfHubHTTPError.__new__(HfHubHTTPError)
+    error.__cause__.response = SimpleNamespace(status_code=429)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        (refused_for_now(), r"the hub answered with status 429; try again later"),
         (GatedRepoError.__new__(GatedRepoError), "its owner has to give you access"),
         (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "the hub does not have it either, or it is private"),
         (not_reached(), r"the hub was not reached \(ConnectionError\); correct the name, or try again online"),
