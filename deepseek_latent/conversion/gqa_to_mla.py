@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
-from .latent_basis import value_rotation
+from .latent_basis import hartley, value_rotation
 from .llama_source import LlamaSource
 from .rope_table import interleave, rope_frequencies, rope_parameters
 from .source import Source
@@ -188,11 +188,11 @@ class GqaToMla:
         return pad(resting, self.resting), pad(rotating, self.source.rotary_width)
 
     def _kv_a_weight(self, layer: int) -> Tensor:
-        """[c+r d]: the values, resting keys and zeros for the constant, or the input itself; then the rotary keys."""
+        """[c+r d]: the values, resting keys and zeros for the constant, or the rotated input; then the rotary keys."""
         keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
         resting, rotating = (part.flatten(0, 1) for part in self._split_heads(layer, keys))
         if self.bias_free:
-            return torch.cat((torch.eye(self.c), rotating))
+            return torch.cat((self._input_rotation, rotating))
         latent = torch.cat((self._rotate_values(self.source.weight(layer, "v_proj")), resting))
         return torch.cat((latent, latent.new_zeros(self.c - len(latent), self.d), rotating))
 
@@ -206,6 +206,11 @@ class GqaToMla:
         """Values [g w ..] of every head in the basis of the latent."""
         there, _ = value_rotation(self.w)
         return (there @ values.view(self.g, self.w, -1)).view_as(values)
+
+    @functools.cached_property
+    def _input_rotation(self) -> Tensor:
+        """[d d]: orthogonal, so that the norm stays the same; it spreads the input's few huge channels over all."""
+        return hartley(self.d).float()
 
     def _kv_norm_weight(self, layer: int) -> Tensor:
         if self.bias_free:
@@ -222,8 +227,9 @@ class GqaToMla:
     def _kv_b_weight(self, layer: int) -> Tensor:
         """[h(n+v) c]: values are rotated back from the latent and resting keys selected, or computed from the input."""
         if self.bias_free:
-            values = self._weight_with_norm(layer, "v_proj")
-            keys = self._weight_with_norm(layer, "k_proj").unflatten(0, (self.g, self.w))
+            back = self._input_rotation.T
+            values = self._weight_with_norm(layer, "v_proj") @ back
+            keys = (self._weight_with_norm(layer, "k_proj") @ back).unflatten(0, (self.g, self.w))
             keys = self._split_heads(layer, keys)[0].flatten(0, 1)
         else:
             values = torch.block_diag(*[value_rotation(self.w)[1]] * self.g)

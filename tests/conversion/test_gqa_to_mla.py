@@ -7,7 +7,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from deepseek_latent import LatentCache
@@ -61,10 +60,11 @@ def test_the_constant_channel_exceeds_any_latent_by_the_stated_ratio(tmp_path, n
 
 
 @torch.no_grad()
-def test_in_bfloat16_the_conversion_adds_little_to_the_rounding_error(tmp_path):
-    source = save_source(tmp_path / "source", Qwen2Config, dtype=torch.bfloat16)
-    ids, exact = random_ids(4, 60), Qwen2ForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(convert_to_mla(tmp_path / "source", tmp_path / "out"))
+@pytest.mark.parametrize(("config_class", "options"), [(Qwen2Config, ()), (LlamaConfig, ("--bias-free",))])
+def test_in_bfloat16_the_conversion_adds_little_to_the_rounding_error(tmp_path, config_class, options):
+    source = save_source(tmp_path / "source", config_class, dtype=torch.bfloat16)
+    ids, exact = random_ids(4, 60), AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(convert_to_mla(tmp_path / "source", tmp_path / "out", *options))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     errors = [(x(ids).logits.float() - exact(ids).logits).abs().mean() for x in (model, source)]
     assert errors[0] < 1.5 * errors[1]
@@ -81,6 +81,22 @@ def test_without_biases_the_error_grows_with_the_norms_eps(tmp_path):
     assert errors[0] < 1e-3
     # the norm before attention has this eps, the norm of the latent has 1e-6
     assert 3 < errors[1] / errors[0] < 12
+
+
+@torch.no_grad()
+def test_without_biases_the_latent_spreads_the_huge_channels_of_the_input(tmp_path):
+    source = save_source(tmp_path / "source", LlamaConfig)
+    source.model.embed_tokens.weight[:, 5] *= 100
+    source.save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(
+        convert_to_mla(tmp_path / "source", tmp_path / "out", "--bias-free")
+    ).eval()
+    ids, cache = random_ids(2, 40), LatentCache(model.config)
+    model(ids, cache=cache)
+    channels = cache.layers[0].keys.square().mean(dim=(0, 1, 2))
+    assert channels.max() < 5 * channels.mean()
+    inputs = source.model.layers[0].input_layernorm(source.model.embed_tokens(ids)).square().mean(dim=(0, 1))
+    assert inputs.max() > 0.9 * inputs.sum()
 
 
 def losses_while_learning(model, steps: int = 6) -> list[float]:
