@@ -44,8 +44,8 @@ def draw_compression(result: dict) -> Figure:
         found.append(f"{largest:.2f} with {percent(row['fraction'])}")
     title = "Perplexity over the source's" + (f", at most: {', '.join(found)} of the cache" if found else "")
     counts = listed([format(of_text["tokens"], ",") for of_text in texts.values()])
-    note = f"{setting['model']} per token and layer. Beside a point: the ratio of perplexities. Bars: its standard "
-    note += f"error over the windows of a text, of {counts} tokens. Nothing is trained after the conversion. "
+    note = f"{setting['model']} per token and layer. Bars: the standard error over the "
+    note += f"windows of a text, of {counts} tokens. Nothing is trained after the conversion. "
     note += f"{result['date']}."
     figure, axes = new_figure(title, note, columns=len(texts), height=4.4, sharey=True)
     fractions = sorted({1, *(row["fraction"] for row in rows)})
@@ -59,10 +59,8 @@ def draw_compression(result: dict) -> Figure:
             if not places:
                 continue
             ax.errorbar(*zip(*places), errors, color=COLORS[method], marker=marker, capsize=3)
-            # the smallest cache has the name of the method, and of the other methods nothing else
-            names = [f"{ratio:.2f}" if method == "ours" else "" for _, ratio in places]
-            names[-1] = f"{METHODS[method]}: {places[-1][1]:.2f}"
-            points[text] += [Point(*place, name, COLORS[method]) for place, name in zip(places, names) if name]
+            # the smallest cache has the name of the method and its ratio, where the lines are farthest apart
+            points[text].append(Point(*places[-1], f"{METHODS[method]}: {_short(places[-1][1])}", COLORS[method]))
         ax.plot(1, 1, "*", color=COLORS["reference"], markersize=10)
         ax.set_title(f"{text} (source: perplexity {of_text['perplexity of the source']:.2f})")
         ax.set_xlabel("cached elements, % of the source's")
@@ -74,6 +72,10 @@ def draw_compression(result: dict) -> Figure:
     for ax, of_text in zip(axes[0], points.values()):
         name_points(ax, of_text)
     return figure
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 @styled
