@@ -178,7 +178,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             begin_step(cache, is_here, num_held)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        # a slice of a ModuleList would be made anew for every token
+        for layer in [*self.layers][: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

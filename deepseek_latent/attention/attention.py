@@ -171,7 +171,7 @@ class DeepseekV2Attention(nn.Module):
         latent, k_rotary = self.project_latents(hidden_states)
         # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
-        return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, :, -1][:, None]
+        return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, None, :, -1]
 
     def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""
@@ -222,15 +222,14 @@ class DeepseekV2Attention(nn.Module):
         `attn_implementation` selects how expanded attention is computed, so our own is used for "sdpa" only. Absorbed
         attention is used with every implementation whose mask `dense_mask` can convert.
         """
-        implementation = attention_name(self.config)
         # flash attention's masks do not order several queries, and the masks of unknown functions cannot be read
-        readable = implementation in ("sdpa", "eager", "flex_attention") or s == 1
+        readable = s == 1 or attention_name(self.config) in ("sdpa", "eager", "flex_attention")
         # a static cache has more rows than its padding mask covers
         if isinstance(mask, Tensor) and mask.shape[-1] != t:
             readable = False
         if readable and absorbing_is_cheaper(s, t, c=self.kv_lora_rank, n=self.qk_nope_head_dim, v=self.v_head_dim):
             return absorbed_attention
-        return expanded_attention if implementation == "sdpa" else None
+        return expanded_attention if attention_name(self.config) == "sdpa" else None
 
     def attention_function(self, wants_weights: bool, mask: Tensor | BlockMask | None):
         name = attention_name(self.config)

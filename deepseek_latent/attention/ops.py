@@ -143,7 +143,7 @@ def _multiply_per_head(x: Tensor, weight: Tensor) -> Tensor:
     On a CPU the product is computed in float32, since half precision takes up to three times as long.
     """
     wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    product = x.flatten(0, 1).transpose(0, 1).to(wide) @ weight.to(wide)
+    product = torch.bmm(x.flatten(0, 1).transpose(0, 1).to(wide), weight.to(wide))
     return torch.unflatten(product.transpose(0, 1), 0, x.shape[:2]).to(x.dtype)
 
 
@@ -169,7 +169,9 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
     for block in latents.blocks(per_block, rows.dtype):
         last = first + block.shape[1]
         scores = _scores(rows, block) if scale == 1 else _scores(rows, block).mul_(scale)
-        scores = _mask_scores(torch.unflatten(scores, 1, (s, h)), mask, first, last, t).flatten(1, 2)
+        # only the last s tokens can come after a query
+        if mask is not None or (s > 1 and last > t - s + 1):
+            scores = _mask_scores(torch.unflatten(scores, 1, (s, h)), mask, first, last, t).flatten(1, 2)
         if last == t and not parts and mask is None:
             # there is one block and every query attends to part of it, so torch's own softmax will do
             return torch.unflatten(_weighted_sum(scores.softmax(dim=-1), block[..., :c]), 1, (s, h))
@@ -200,17 +202,19 @@ def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.devic
 
 def _scores(rows: Tensor, block: Tensor) -> Tensor:
     """Multiplies queries [b sh c+r] by tokens [b t' c+r] to [b sh t']; tokens [1 t' c+r] take one product for all b."""
-    folded = rows if block.shape[0] == rows.shape[0] else rows.flatten(0, 1)[None]
+    if block.shape[0] != rows.shape[0]:
+        return _scores(rows.flatten(0, 1)[None], block).view(*rows.shape[:2], -1)
     if rows.device.type != "cpu":
-        return _product_in_float32(folded, block.mT).view(*rows.shape[:2], -1)
+        return _product_in_float32(rows, block.mT)
     # a CPU multiplies many tokens by few queries faster than few queries by many tokens
-    return (block @ folded.mT).mT.contiguous().view(*rows.shape[:2], -1)
+    return torch.bmm(block, rows.mT).mT.contiguous()
 
 
 def _weighted_sum(weights: Tensor, block: Tensor) -> Tensor:
     """Multiplies weights [b sh t'] by latents [b t' c] to [b sh c]; latents [1 t' c] take one product for all b."""
-    folded = weights if block.shape[0] == weights.shape[0] else weights.flatten(0, 1)[None]
-    return _product_in_float32(folded.to(block.dtype), block).view(*weights.shape[:2], -1)
+    if block.shape[0] != weights.shape[0]:
+        return _weighted_sum(weights.flatten(0, 1)[None], block).view(*weights.shape[:2], -1)
+    return _product_in_float32(weights.to(block.dtype), block)
 
 
 def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
@@ -218,16 +222,13 @@ def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta"):
         return torch.bmm(x, y, out_dtype=torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.to(wide) @ y.to(wide)
+    return torch.bmm(x.to(wide), y.to(wide))
 
 
 def _mask_scores(scores: Tensor, mask: Tensor | None, first: int, last: int, t: int) -> Tensor:
     """Scores [b s h last-first] with -inf where a query may not attend."""
     s = scores.shape[1]
     if mask is None:
-        # only the last s tokens can come after a query
-        if s == 1 or last <= t - s + 1:
-            return scores
         queries, keys = torch.arange(t - s, t, device=scores.device), torch.arange(first, last, device=scores.device)
         return scores.masked_fill((keys > queries[:, None])[:, None], -torch.inf)
     mask = mask[..., first:last].transpose(1, 2)

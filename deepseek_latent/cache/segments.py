@@ -69,10 +69,7 @@ class Latents:
 
     def __init__(self, *segments: Segment | SplitSegment, num_held: Tensor | None = None):
         self.segments, self.num_held = segments, num_held
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(segment.num_tokens for segment in self.segments)
+        self.num_tokens = sum(segment.num_tokens for segment in segments)
 
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields latent and rotary key side by side, at most `num_tokens` at a time: [b t' c+r], or [1 t' c+r]."""

@@ -48,7 +48,7 @@ class DeepseekV2MoEGate(nn.Module):
         weights, experts = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         if self.normalizes_gates:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        else:
+        elif self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
         return weights, experts
 
