@@ -9,18 +9,23 @@ import torch.nn.functional as F
 
 def milliseconds(work: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
     """Median of the time between two events around one call, including what the host does between launches."""
-    for _ in range(warm_up):
-        work()
-    taken = []
-    for _ in range(repetitions):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return statistics.median(taken)
+    return alternated_milliseconds({"": work}, repetitions, warm_up)[""]
+
+
+def alternated_milliseconds(works: dict[str, Callable[[], object]], repetitions: int, warm_up: int) -> dict[str, float]:
+    """`milliseconds` of each work; they take turns, so that a machine that gets slower does so for all of them."""
+    taken = {name: [] for name in works}
+    for turn in range(warm_up + repetitions):
+        for name, work in works.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            if turn >= warm_up:
+                taken[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(x) for name, x in taken.items()}
 
 
 def graphed_milliseconds(work: Callable[[], object], calls: int = 10, repetitions: int = 10) -> float:
