@@ -165,7 +165,7 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
     # all heads read the same latents, so every token and head is a row of one product
     rows = queries.flatten(1, 2)
     first, parts, lowest = 0, [], torch.finfo(torch.float32).min
-    per_block = _tokens_per_block(b, s * h, width, queries.device)
+    per_block = _tokens_per_block(latents, b, s * h, width, queries.device)
     for block in latents.blocks(per_block, rows.dtype):
         last = first + block.shape[1]
         scores = _scores(rows, block) if scale == 1 else _scores(rows, block).mul_(scale)
@@ -195,9 +195,12 @@ def _merge_blocks(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, T
     return largest.amax(dim=0), (total * rescale).sum(dim=0), (context * rescale).sum(dim=0)
 
 
-def _tokens_per_block(batch: int, num_rows: int, width: int, device: torch.device) -> int:
-    wanted = TOKENS_PER_BLOCK if device.type == "cpu" else max(ELEMENTS_PER_BLOCK // (batch * width), 1)
-    return min(wanted, max(SCORES_PER_BLOCK // (batch * num_rows), 1))
+def _tokens_per_block(latents: Latents, batch: int, num_rows: int, width: int, device: torch.device) -> int:
+    most = max(SCORES_PER_BLOCK // (batch * num_rows), 1)
+    if device.type == "cpu":
+        return min(TOKENS_PER_BLOCK, most)
+    # on a GPU, each block takes more launches, and a block that is read in place takes no memory
+    return most if latents.is_read_in_place else min(max(ELEMENTS_PER_BLOCK // (batch * width), 1), most)
 
 
 def _scores(rows: Tensor, block: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Segment:
     def num_tokens(self) -> int:
         return self.rows.shape[1]
 
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether `blocks` gives views in the model's dtype, which take no memory."""
+        return self.format.cache_dtype is None
+
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         # torch.compile can trace `split` for any number of tokens up to the next block, but not a range
         return (self.format.decode(rows, dtype) for rows in self.rows.split(num_tokens, dim=1))
@@ -47,6 +52,7 @@ class SplitSegment:
 
     latent: Tensor
     k_rotary: Tensor
+    is_read_in_place = False
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +76,7 @@ class Latents:
     def __init__(self, *segments: Segment | SplitSegment, num_held: Tensor | None = None):
         self.segments, self.num_held = segments, num_held
         self.num_tokens = sum(segment.num_tokens for segment in segments)
+        self.is_read_in_place = all(segment.is_read_in_place for segment in segments)
 
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields latent and rotary key side by side, at most `num_tokens` at a time: [b t' c+r], or [1 t' c+r]."""

@@ -135,6 +135,21 @@ def test_no_mask_means_causal(attend, cached, tokens_per_block, monkeypatch):
     torch.testing.assert_close(attend(**inputs | {"mask": None}), attend(**inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("cache_dtype", "blocks"), [(None, 1), ("int8", 2)])
+def test_latents_that_need_no_decoding_are_one_block_on_a_gpu(cache_dtype, blocks):
+    b, h, c, r, t = 8, 16, 512, 64, 1 << 13
+    form = latent_format(cache_dtype, c, r, torch.bfloat16)
+    with torch.device("meta"):
+        rows = torch.empty(b, t, form.row_width, dtype=form.storage_dtype)
+        queries = torch.empty(b, 1, h, 128, dtype=torch.bfloat16), torch.empty(b, 1, h, r, dtype=torch.bfloat16)
+        w = UpProjection(torch.empty(h, 128, c, dtype=torch.bfloat16))
+    with torch.profiler.profile() as profile:
+        absorbed_attention(*queries, Latents(Segment(rows, form)), w, w, mask=None, scale=1.0)
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::bmm")
+    # two for each block, and one for each up-projection
+    assert products == 2 * blocks + 2
+
+
 @pytest.mark.parametrize("attend", [absorbed_attention, expanded_attention])
 @pytest.mark.parametrize("cache_dtype", [None, "int6"])
 def test_a_shared_prefix_is_read_as_if_every_sequence_had_its_own(attend, cache_dtype, monkeypatch):
