@@ -8,6 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_latent.commands.__main__ import main
+from deepseek_latent.conversion.calibration import Calibration
+from deepseek_latent.conversion.compress import CompressedMla
+from deepseek_latent.conversion.compression_report import build_model
+from deepseek_latent.conversion.llama_source import LlamaSource
+from deepseek_latent.conversion.source import Source
 
 ROOT = Path(__file__).parent.parent.parent
 LLAMA, MLA, TEXTS = (ROOT / ".real" / name for name in ("llama", "mla", "texts"))
@@ -64,6 +69,16 @@ def windows(tokenizer):
     text = (TEXTS / "wiki_eval.txt").read_text(encoding="utf-8")
     ids = tokenizer(text[:20_000], return_tensors="pt", verbose=False)["input_ids"][0]
     return ids[: 4 * 256].view(4, 256)
+
+
+@pytest.fixture(scope="session")
+def compressed(tokenizer):
+    """Half of the cache, by closed forms from a short text; `convert` refines it for another ten minutes."""
+    text = (TEXTS / "calibration.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text[:30_000], return_tensors="pt", verbose=False)["input_ids"][0]
+    eager = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, attn_implementation="eager").eval()
+    statistics = Calibration(eager, LlamaSource(Source(LLAMA)), ids[: 12 * 256].view(12, 256))
+    return build_model(CompressedMla(Source(LLAMA), statistics, r=48, c=144))
 
 
 @pytest.fixture(scope="session", params=UPCYCLES)
