@@ -83,6 +83,8 @@ def train(name: str, windows: Tensor, held_out: dict[str, Tensor], options: argp
         eval_steps=interval,
         eval_on_start=True,
         bf16=options.bfloat16,
+        # without it, transformers refuses bf16 where there is no GPU
+        use_cpu=not torch.cuda.is_available(),
         prediction_loss_only=True,
         save_steps=interval,
         save_total_limit=1,
