@@ -97,6 +97,10 @@ def draw_healing(runs: dict[str, dict]) -> Figure:
     note += "a text, which is not trained on. Minutes of processor time per thread, without evaluation; "
     note += machine(runs[best])
     figure, axes = new_figure(title, note, columns=len(texts), height=4.4, sharey=True)
+    # a shorter training of the same kind lies on the line of the longest, which alone has a name
+    longest: dict[str, str] = {}
+    for name in sorted(runs, key=lambda name: runs[name]["evaluated"][-1]["seconds"]):
+        longest["\n".join(name.split(", ")[:2])] = name
     lines = {text: [] for text in texts}
     for ax, text in zip(axes[0], texts):
         for (name, run), color, marker in zip(runs.items(), shades(COLORS["ours"], len(runs)), MARKERS):
@@ -104,8 +108,7 @@ def draw_healing(runs: dict[str, dict]) -> Figure:
             found = [point["texts"][text] for point in run["evaluated"]]
             ratios, errors = ([x[key] for x in found] for key in ("ratio", "standard_error_of_ratio"))
             line = ax.errorbar(minutes, ratios, errors, color=color, marker=marker, capsize=3).lines[0]
-            # the axis has the minutes
-            lines[text].append((line, "\n".join(name.split(", ")[:2])))
+            lines[text] += [(line, kind) for kind, named in longest.items() if named == name]
         ax.set_title(f"{text} (source: perplexity {first['texts'][text]['of_source']:.2f})")
         ax.set_xlabel("minutes of training")
         reference_line(ax, 1, max(run["evaluated"][-1]["seconds"] for run in runs.values()) / 60)
