@@ -44,6 +44,7 @@ ROOMS = {
         "configuration_deepseek_v2",
         "conversion",
         "finetuning",
+        "kernels",
         "modeling_deepseek_v2",
     },
 }

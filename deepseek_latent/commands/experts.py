@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from ..conversion.checkpoint import checkpoint_tensors, read_config
 from ..conversion.loading import load_model
-from ..conversion.progress import track
+from ..conversion.progress import announce_without_terminal
 from ..conversion.size import RoutedSize, routed_size
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text, tokenize
 from ..finetuning.activity import WINDOW, Activity, activity_of, activity_of_halves
 from ..finetuning.expert_selection import THRESHOLDS, ExpertSelection, expert_scores, select_experts
+from ..modeling_deepseek_v2 import moe_layers
 from .terminal import print_tables, quiet_transformers
 
 # two texts use different experts if their halves differ this many times as much as the halves of one text
@@ -47,10 +48,15 @@ def show_experts(arguments: argparse.Namespace) -> int:
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
-    texts = [_text(model, *text) for text in track([*zip([file.name for file in files], ids)], "reading texts")]
+    texts = []
+    for file, tokens in zip(files, ids):
+        # on a terminal, a bar counts its windows
+        announce_without_terminal(f"reading {tokens.numel():,} tokens of {file.name}")
+        texts.append(_text(model, file.name, tokens))
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
-    size = routed_size(config, checkpoint_tensors(config))
+    is_tied = not any(moe.gate.weight.any() for moe in moe_layers(model).values())
+    size = None if is_tied else routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"
         threshold = THRESHOLDS[by] if arguments.threshold is None else arguments.threshold
@@ -64,7 +70,9 @@ def show_experts(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
-        print_tables(_table(texts), _size_table(size))
+        print_tables(_table(texts), *([] if size is None else [_size_table(size)]))
+        if is_tied:
+            print("all routers are zero, so experts are chosen by ties: they are equal until they are trained.")
         for comparison in comparisons:
             print(comparison.sentence())
     return 0
@@ -115,7 +123,7 @@ def _compare(one: _Text, other: _Text) -> _Comparison:
     return _Comparison((one.name, other.name), between, within)
 
 
-def _report(first: Activity, others: list[Activity], comparisons: list[_Comparison], size: RoutedSize) -> dict:
+def _report(first: Activity, others: list[Activity], comparisons: list[_Comparison], size: RoutedSize | None) -> dict:
     layers = [
         {"layer": layer, "load": load, "entropy": entropy, "unused": unused, "shares": shares, "mean_weights": weights}
         for layer, load, entropy, unused, shares, weights in zip(
@@ -126,7 +134,7 @@ def _report(first: Activity, others: list[Activity], comparisons: list[_Comparis
     for row, *distances in zip(layers, *(first.distance(other).tolist() for other in others)):
         if distances:
             row |= {"distance": distances[0], "distances": distances}
-    return {"layers": layers, "comparisons": [x._asdict() for x in comparisons], "scaling_law": size._asdict()}
+    return {"layers": layers, "comparisons": [x._asdict() for x in comparisons], "scaling_law": size and size._asdict()}
 
 
 def _table(texts: list[_Text]) -> Table:

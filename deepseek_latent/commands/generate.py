@@ -1,6 +1,7 @@
 """`deepseek-latent generate`: streams text, then shows the speed and the size of the cache."""
 
 import argparse
+import sys
 import time
 
 import torch
@@ -16,6 +17,7 @@ from ..conversion.loading import load_model
 from ..conversion.places import folder_or_hub
 from ..conversion.size import EXPANDED, cached_elements_per_token
 from ..conversion.text import check_vocabulary, load_tokenizer
+from ..kernels import optimize_for_inference
 from .chat import converse, encode_chat, messages_from_stdin
 from .terminal import quiet_transformers
 
@@ -34,6 +36,8 @@ def generate_text(arguments: argparse.Namespace) -> int:
             check_vocabulary(inputs["input_ids"], config.vocab_size)
         placement = {"dtype": arguments.dtype, "device_map": _device(arguments.device)}
         model = load_model(place, config=config, **placement)
+        if arguments.optimize:
+            print(optimize_for_inference(model), file=sys.stderr)
         if arguments.seed is not None:
             torch.manual_seed(arguments.seed)
         # top_k 0, because transformers samples from 50 tokens by default

@@ -68,7 +68,8 @@ def config_from_json(given: dict, place: str | Path) -> DeepseekV2Config:
     """The config of a DeepSeek-V2 from the content of its config.json. Raises ValueError that names `place`."""
     if given.get("model_type") not in (DeepseekV2Config.model_type, DeepseekFirstUploadConfig.model_type):
         raise ValueError(
-            f"model_type must be 'deepseek_v2', got {given.get('model_type')!r} in {place}; name a DeepSeek-V2."
+            f"model_type must be 'deepseek_v2', got {given.get('model_type')!r} in {place}; name a DeepSeek-V2, "
+            "or convert this model to one (deepseek-latent convert gqa-to-mla)."
         )
     try:
         return DeepseekV2Config.from_dict(given)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_load_entropy_and_distance_follow_from_the_shares():
     assert activity.distance(other).tolist() == [0, 1, 0.5]
 
 
+def test_routers_of_zeros_are_named_and_no_law_of_trained_models_is_printed(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    for layer in model.model.layers[1:]:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    model.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(tmp_path / "tied")
+    text = tmp_path / "text.txt"
+    text.write_text("import os\n" * 40)
+    assert main(["experts", str(tmp_path / "tied"), "--text", str(text)]) == 0
+    printed = capsys.readouterr().out
+    assert "all routers are zero, so experts are chosen by ties" in printed
+    assert "2202.01169" not in printed
+    assert main(["experts", str(tmp_path / "tied"), "--text", str(text), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scaling_law"] is None
+
+
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="expected a model with experts"):
         activity_of(tiny_model(n_routed_experts=None), random_ids(1, 5))
@@ -76,7 +93,7 @@ def test_the_command_reports_and_draws_the_choices(tmp_path, capsys):
         assert sum(scores) >= 0.3 > sum(scores[:-1])
     printed, num_chosen = capsys.readouterr(), sum(len(experts) for experts in chosen.values())
     assert "2202.01169" in printed.out
-    assert "reading texts ...\n" in printed.err
+    assert re.search(r"^reading [\d,]+ tokens of held_out\.txt \.\.\.$", printed.err, re.MULTILINE)
     assert f"{num_chosen} of 48 experts to fine-tune written to {tmp_path}" in printed.err
 
 

@@ -15,7 +15,7 @@ from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
 from tests.commands.terminal import NUM_IDS, assert_refused, byte_tokenizer, printed, row
 from tests.conversion.sources import convert_to_mla, save_source
-from tests.support import V2, tiny_model
+from tests.support import V2, needs_compiler, tiny_model
 
 
 def reference_text(folder, prompt: str, num_tokens: int) -> str:
@@ -32,6 +32,16 @@ def test_generate_streams_exactly_the_models_greedy_text(folder, capsys):
     status, out, _ = printed(capsys, "generate", folder, "latent", "--max-new-tokens", 9, "--device", "cpu")
     assert status == 0
     assert out == "latent" + expected + "\n"
+
+
+@needs_compiler
+def test_generate_decodes_with_operators_where_asked(folder, capsys):
+    expected = reference_text(folder, "latent", 9)
+    capsys.readouterr()
+    options = ("--max-new-tokens", 9, "--device", "cpu", "--optimize")
+    _, out, err = printed(capsys, "generate", folder, "latent", *options)
+    assert out == "latent" + expected + "\n"
+    assert "Optimized(" in err
 
 
 def test_generate_names_unreadable_weights_in_one_sentence(folder, tmp_path, capsys):
