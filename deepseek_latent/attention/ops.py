@@ -161,11 +161,11 @@ def _attend_to_blocks(queries: Tensor, latents: Latents, mask: Tensor | None, c:
     Each block yields its largest score, and its total and context in units of exp(largest score); several blocks are
     merged at once. Source: Milakov and Gimelshein, arXiv:1805.02867, section 3.1.
     """
-    (b, s, h, width), t = queries.shape, latents.num_tokens
+    (b, s, h, _), t = queries.shape, latents.num_tokens
     # all heads read the same latents, so every token and head is a row of one product
     rows = queries.flatten(1, 2)
     first, parts, lowest = 0, [], torch.finfo(torch.float32).min
-    per_block = _tokens_per_block(latents, b, s * h, width, queries.device)
+    per_block = _tokens_per_block(rows, latents)
     for block in latents.blocks(per_block, rows.dtype):
         last = first + block.shape[1]
         scores = _scores(rows, block) if scale == 1 else _scores(rows, block).mul_(scale)
@@ -195,12 +195,15 @@ def _merge_blocks(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, T
     return largest.amax(dim=0), (total * rescale).sum(dim=0), (context * rescale).sum(dim=0)
 
 
-def _tokens_per_block(latents: Latents, batch: int, num_rows: int, width: int, device: torch.device) -> int:
-    most = max(SCORES_PER_BLOCK // (batch * num_rows), 1)
-    if device.type == "cpu":
+def _tokens_per_block(rows: Tensor, latents: Latents) -> int:
+    b, num_rows, width = rows.shape
+    most = max(SCORES_PER_BLOCK // (b * num_rows), 1)
+    if rows.device.type == "cpu":
         return min(TOKENS_PER_BLOCK, most)
-    # on a GPU, each block takes more launches, and a block that is read in place takes no memory
-    return most if latents.is_read_in_place else min(max(ELEMENTS_PER_BLOCK // (batch * width), 1), most)
+    # each block takes more launches, so what takes no memory is one block
+    if _multiplies_as_it_is(rows) and latents.is_read_in_place(rows.dtype):
+        return most
+    return min(max(ELEMENTS_PER_BLOCK // (b * width), 1), most)
 
 
 def _scores(rows: Tensor, block: Tensor) -> Tensor:
@@ -220,11 +223,16 @@ def _weighted_sum(weights: Tensor, block: Tensor) -> Tensor:
     return _product_in_float32(weights.to(block.dtype), block)
 
 
+def _multiplies_as_it_is(x: Tensor) -> bool:
+    """Whether `_product_in_float32` makes no wider copy of x."""
+    return x.device.type in ("cuda", "meta") or x.dtype not in (torch.bfloat16, torch.float16)
+
+
 def _product_in_float32(x: Tensor, y: Tensor) -> Tensor:
     """Multiplies two batches of matrices into float32 or wider; a GPU takes inputs in half precision as they are."""
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cuda", "meta"):
-        return torch.bmm(x, y, out_dtype=torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype != wide and _multiplies_as_it_is(x):
+        return torch.bmm(x, y, out_dtype=wide)
     return torch.bmm(x.to(wide), y.to(wide))
 
 

@@ -26,10 +26,9 @@ class Segment:
     def num_tokens(self) -> int:
         return self.rows.shape[1]
 
-    @property
-    def is_read_in_place(self) -> bool:
-        """Whether `blocks` gives views in the model's dtype, which take no memory."""
-        return self.format.cache_dtype is None
+    def is_read_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether `blocks` in that dtype are views, which take no memory."""
+        return self.format.cache_dtype is None and self.rows.dtype == dtype
 
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         # torch.compile can trace `split` for any number of tokens up to the next block, but not a range
@@ -52,11 +51,13 @@ class SplitSegment:
 
     latent: Tensor
     k_rotary: Tensor
-    is_read_in_place = False
 
     @property
     def num_tokens(self) -> int:
         return self.latent.shape[1]
+
+    def is_read_in_place(self, dtype: torch.dtype) -> bool:
+        return False
 
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         pairs = zip(self.latent.split(num_tokens, dim=1), self.k_rotary.split(num_tokens, dim=1))
@@ -76,12 +77,14 @@ class Latents:
     def __init__(self, *segments: Segment | SplitSegment, num_held: Tensor | None = None):
         self.segments, self.num_held = segments, num_held
         self.num_tokens = sum(segment.num_tokens for segment in segments)
-        self.is_read_in_place = all(segment.is_read_in_place for segment in segments)
 
     def blocks(self, num_tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields latent and rotary key side by side, at most `num_tokens` at a time: [b t' c+r], or [1 t' c+r]."""
         for segment in self.segments:
             yield from segment.blocks(num_tokens, dtype)
+
+    def is_read_in_place(self, dtype: torch.dtype) -> bool:
+        return all(segment.is_read_in_place(dtype) for segment in self.segments)
 
     def dense(self, batch: int) -> tuple[Tensor, Tensor]:
         """All tokens as [b t c] and [b t r] in the model's dtype; these are views where nothing has to be copied."""

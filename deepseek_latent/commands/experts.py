@@ -56,6 +56,8 @@ def show_experts(arguments: argparse.Namespace) -> int:
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
     is_tied = not any(moe.gate.weight.any() for moe in moe_layers(model).values())
+    if is_tied:
+        print("all routers are zero: every token gets the same experts until they are trained.", file=sys.stderr)
     size = None if is_tied else routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"
@@ -71,8 +73,6 @@ def show_experts(arguments: argparse.Namespace) -> int:
         print(json.dumps(_report(first, others, comparisons, size), indent=2))
     else:
         print_tables(_table(texts), *([] if size is None else [_size_table(size)]))
-        if is_tied:
-            print("all routers are zero, so experts are chosen by ties: they are equal until they are trained.")
         for comparison in comparisons:
             print(comparison.sentence())
     return 0

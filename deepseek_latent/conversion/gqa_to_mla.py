@@ -42,8 +42,9 @@ _COPIED_FIELDS += ("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
 class GqaToMla:
     """A `LlamaSource` as DeepSeek-V2: `config`, and the `pieces` of its files.
 
-    With `bias_free`, the latent is the whole normalized input of a layer, which needs no constant channel. That is the
-    layout of the release, without biases, at the price of a wider cache (d + g w) and an error from the norms' eps.
+    With `bias_free`, the latent is the whole normalized input of a layer, rotated, which needs no constant channel.
+    That is the layout of the release, without biases, at the price of a wider cache (d + g w) and an error from the
+    norms' eps.
 
     Raises ValueError for any other source, naming what cannot be converted.
     """

@@ -49,8 +49,9 @@ def quantizable_basis(
 
 def hartley(n: int) -> Tensor:
     """The discrete Hartley transform [n n]: orthogonal, symmetric, and every row spreads over all elements."""
-    angles = 2 * torch.pi / n * torch.outer(torch.arange(n), torch.arange(n)).remainder(n).double()
-    return (angles.cos() + angles.sin()) / n**0.5
+    angles = 2 * torch.pi / n * torch.arange(n, dtype=torch.float64)
+    values = (angles.cos() + angles.sin()) / n**0.5
+    return values[torch.outer(torch.arange(n), torch.arange(n)).remainder_(n)]
 
 
 def value_rotation(w: int) -> tuple[Tensor, Tensor]:

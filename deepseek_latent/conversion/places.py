@@ -74,8 +74,10 @@ def _why_not_downloaded(error: OSError) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "the hub does not have it either, or it is private; correct the name, or run hf auth login"
     # the text of these errors is long, and its cause is that of the HTTP library
-    cause = error.__cause__ or error
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
-        # it is overloaded, for instance, or has had too many requests from here
-        return f"the hub answered with status {cause.response.status_code}; try again later"
+        status = cause.response.status_code
+        # too many requests from here, or a fault of the hub
+        advice = "try again later" if status == 429 or status >= 500 else "correct the name, or run hf auth login"
+        return f"the hub answered with status {status}; {advice}"
     return f"the hub was not reached ({type(cause).__name__}); correct the name, or try again online"

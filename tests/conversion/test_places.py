@@ -45,18 +45,24 @@ def not_reached() -> OSError:
     return error
 
 
-def refused_for_now() -> OSError:
-    error = LocalEntryNotFoundError("a long text " * 40)
+def answered(status: int, *, while_downloading: bool = False) -> OSError:
     # a response is made by another library in each version of huggingface_hub
-    error.__cause__ = HfHubHTTPError.__new__(HfHubHTTPError)
-    error.__cause__.response = SimpleNamespace(status_code=429)
+    answer = HfHubHTTPError.__new__(HfHubHTTPError)
+    answer.response = SimpleNamespace(status_code=status)
+    if while_downloading:
+        answer.__cause__ = RuntimeError("of the HTTP library")
+        return answer
+    error = LocalEntryNotFoundError("a long text " * 40)
+    error.__cause__ = answer
     return error
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (refused_for_now(), r"the hub answered with status 429; try again later"),
+        (answered(429), "the hub answered with status 429; try again later"),
+        (answered(503, while_downloading=True), "the hub answered with status 503; try again later"),
+        (answered(403), "the hub answered with status 403; correct the name, or run hf auth login"),
         (GatedRepoError.__new__(GatedRepoError), "its owner has to give you access"),
         (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "the hub does not have it either, or it is private"),
         (not_reached(), r"the hub was not reached \(ConnectionError\); correct the name, or try again online"),
