@@ -19,6 +19,7 @@ chosen by `--only NAME...`; then the other results in `--out` are kept.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +31,14 @@ from .variants import folder_name
 PROGRAMS = ("transformers", "vllm", "llama.cpp", "mlx-lm")
 SCRIPT = Path(__file__).with_name("programs.py")
 LONGEST_ERROR = 160
+# vLLM stays in the process that asks for it, and compiles nothing, which takes minutes and changes no result
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
 
 
 def open_all(program: str, python: str, settings: dict, folders: list[Path]) -> dict:
     """Runs `programs` in the environment of `python`, and returns what its last line says."""
     command = [python, "-I", SCRIPT, program, json.dumps(settings), *folders]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -45,7 +46,7 @@ def result_of(program: str, folder: Path) -> dict:
     """The error or the relative error of one program on one checkpoint."""
     for part in ("converter", program) if program == "llama.cpp" else (program,):
         if (error := folder / f"{part}.error").exists():
-            return {"refused": first_line(error.read_text())}
+            return {"refused": in_one_line(cause_in(folder / f"{part}.log") or error.read_text())}
     expected = np.load(folder / "expected.npz")["logprobs"].astype("float64")
     logits = np.load(folder / f"{program}.npz")["logits"].astype("float64")
     # vLLM's rows end where its continuation becomes another
@@ -56,8 +57,14 @@ def result_of(program: str, folder: Path) -> dict:
     return {"error": float(f"{error:.1e}"), "tokens": len(logits)}
 
 
-def first_line(error: str) -> str:
-    line = next(line.strip() for line in error.splitlines() if line.strip())
+def cause_in(log: Path) -> str | None:
+    """llama.cpp's own error, which its Python package prints and does not raise."""
+    found = re.search(r"(GGML_ASSERT|llama_model_load: error).*", log.read_text(errors="replace"))
+    return found and found[0]
+
+
+def in_one_line(error: str) -> str:
+    line = " ".join(error.split())
     return line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}..."
 
 
@@ -80,8 +87,9 @@ def main() -> None:
         to_open = [*folders.values()]
     version = open_all(options.program, options.python, options.settings, to_open)["version"]
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    found = results.setdefault(options.program, {"version": version, "results": {}})
-    found |= {"version": version, "settings": options.settings}
+    label = f"{options.program} {json.dumps(options.settings)}" if options.settings else options.program
+    found = results.setdefault(label, {"version": version, "results": {}})
+    found["version"] = version
     found["results"] |= {name: result_of(options.program, folder) for name, folder in folders.items()}
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 

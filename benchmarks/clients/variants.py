@@ -52,7 +52,8 @@ PLAIN = {
     "eos_token_id": 1,
     "initializer_range": 0.1,
 }
-GROUPS = {"n_group": 4, "topk_group": 2}
+# fewer groups than experts per token, since groups would not restrict the choice otherwise
+GROUPS = {"n_group": 4, "topk_group": 1}
 RELEASED_GROUPS = GROUPS | {"topk_method": "group_limited_greedy"}
 LITE = {"q_lora_rank": None}
 DIVISORS = [1 + i / 8 for i in range(32)]
@@ -72,10 +73,14 @@ FIELDS = {
     "RoPE default, q_lora_rank null": LITE | {"rope_scaling": None},
     "RoPE default, rope_theta 500": {"rope_scaling": None, "rope_theta": 500.0},
     "RoPE linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "RoPE linear, original_max_position_embeddings": {
+        "rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 64}
+    },
     "RoPE dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "RoPE llama3": {"rope_scaling": LLAMA3 | {"factor": 4.0}},
     "RoPE longrope": {"rope_scaling": LONGROPE | {"factor": 4.0}},
     "yarn, rope_theta 500": {"rope_theta": 500.0},
+    "yarn, attention_factor 1": {"rope_scaling": YARN | {"attention_factor": 1.0}},
     "yarn, attention_factor 1.5": {"rope_scaling": YARN | {"attention_factor": 1.5}},
     "yarn, truncate false": {"rope_scaling": YARN | {"truncate": False}},
     "yarn, no mscale": {"rope_scaling": {k: v for k, v in YARN.items() if "mscale" not in k}},
@@ -86,6 +91,8 @@ FIELDS = {
     "norm_topk_prob": {"norm_topk_prob": True},
     "norm_topk_prob, groups": RELEASED_GROUPS | {"norm_topk_prob": True},
     "norm_topk_prob, scaling 2.5": {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "norm_topk_prob, groups, scaling 2.5": RELEASED_GROUPS | {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "norm_topk_prob, num_experts_per_tok 1": {"norm_topk_prob": True, "num_experts_per_tok": 1},
     "routed_scaling_factor 2.5": {"routed_scaling_factor": 2.5},
     "num_experts_per_tok 1": {"num_experts_per_tok": 1},
     "n_shared_experts null": {"n_shared_experts": None},
