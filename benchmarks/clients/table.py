@@ -13,7 +13,7 @@ TITLES = {
     "transformers": "transformers {}",
     "vllm": "vLLM {}",
     'vllm {"compilation_config": {"custom_ops": ["none"]}}': "vLLM, torch's RoPE",
-    "llama.cpp": "llama.cpp",
+    "llama.cpp": "llama-cpp-python {}",
     "mlx-lm": "mlx-lm {}",
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.clients.table import RESULTS, verdict
+from benchmarks.clients.table import RESULTS, format_tables, verdict
 from benchmarks.clients.variants import FIELDS, PLAIN, WRITTEN
 from deepseek_latent import DeepseekV2Config
 from deepseek_latent.commands.__main__ import main
@@ -89,6 +89,11 @@ def test_the_list_says_of_every_program_what_it_did_in_its_run(name):
         result = RUNS[VLLM_WITH_TORCH]["results"].get(name) if program == "vllm" else None
         found[title] = verdict(result or RUNS[program]["results"][name])
     assert said == found
+
+
+def test_the_page_about_other_programs_has_the_results_of_the_runs():
+    page = RESULTS.parents[2] / "docs" / "interop.md"
+    assert format_tables(RUNS) in page.read_text(encoding="utf-8")
 
 
 def test_differences_without_an_error_come_first():
