@@ -46,7 +46,7 @@ def find_incompatibilities(config: DeepseekV2Config, config_json: dict, tensor_n
     if config.rms_norm_eps != 1e-6:
         differs("vLLM, SGLang, llama.cpp", "rms_norm_eps", "which they also use for the latents' norms, 1e-6 here")
     if config.tie_word_embeddings and "lm_head.weight" not in tensor_names:
-        differs("vLLM", "tie_word_embeddings", "but its lm_head is random without lm_head.weight in the files")
+        differs("vLLM", "tie_word_embeddings", "but without lm_head.weight in the files all its logits are equal")
         refuses("mlx-lm", "tie_word_embeddings", "but it needs lm_head.weight in the files")
     if config.hidden_act != "silu":
         differs("llama.cpp, mlx-lm", "hidden_act", "which they ignore, expected 'silu'")

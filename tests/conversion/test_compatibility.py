@@ -54,7 +54,7 @@ def test_the_published_checkpoint_is_compatible_with_all_programs():
         ({"moe_layer_freq": 2}, "transformers", "moe_layer_freq 2"),
         ({"rms_norm_eps": 1e-5}, "vLLM, SGLang, llama.cpp", "rms_norm_eps 1e-05"),
         ({"tie_word_embeddings": True}, "mlx-lm", "tie_word_embeddings true"),
-        ({"tie_word_embeddings": True}, "vLLM", "tie_word_embeddings true, but its lm_head is random"),
+        ({"tie_word_embeddings": True}, "vLLM", "tie_word_embeddings true, but without lm_head.weight"),
         ({"n_routed_experts": 1, "first_k_dense_replace": 3} | ONE_GROUP, "llama.cpp", "n_routed_experts 1"),
         ({"hidden_act": "gelu"}, "vLLM, SGLang", 'hidden_act "gelu"'),
         ({"hidden_act": "gelu"}, "llama.cpp, mlx-lm", 'hidden_act "gelu", which they ignore'),
