@@ -33,7 +33,7 @@ from deepseek_latent import RouterStatistics
 from deepseek_latent.commands.__main__ import main as command
 from deepseek_latent.conversion.loading import load_model
 from deepseek_latent.conversion.size import idle_parameters
-from deepseek_latent.conversion.text import load_tokenizer
+from deepseek_latent.conversion.text import load_tokenizer, read_text
 
 from .llama import Rows
 from .machine import described
@@ -48,6 +48,8 @@ DENSE, EXPERTS = "dense", "experts"
 SCHEME = "--scheme M0 --shared-experts 8 --routed-experts 16 --top-k 4"
 BATCH = 8
 EVALUATIONS = 8
+# of each text, to compare the experts that it uses: about 16,000 tokens
+CHARACTERS = 64_000
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -132,6 +134,14 @@ def final_differences(rows: dict[str, dict]) -> dict[str, dict[str, float]]:
     return found
 
 
+def beginnings(files: list[Path], folder: Path) -> list[Path]:
+    """The first characters of each text, in files of the same names; enough to tell texts apart by their experts."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        (folder / file.name).write_text(read_text(file)[:CHARACTERS], encoding="utf-8")
+    return [folder / file.name for file in files]
+
+
 def specialization(model: Path, files: list[Path], plot: Path | None = None) -> list[dict]:
     """What `deepseek-latent experts` says about each pair of texts: distances between texts and between halves."""
     options = ["--text", str(files[0]), "--against", *map(str, files[1:]), "--json"]
@@ -164,6 +174,7 @@ def main() -> None:
     for file in options.evaluate:
         of_file = read_windows(options.source, file)
         held_out[file.stem] = of_file[:: max(len(of_file) // options.windows, 1)][: options.windows]
+    texts_to_compare = beginnings(options.evaluate, options.folder / "texts")
     rows = {name: train(name, windows, held_out, options) for name in (EXPERTS, DENSE)}
     result = described("python -m benchmarks.upcycled_training") | {
         "scheme": options.scheme,
@@ -172,10 +183,10 @@ def main() -> None:
         "learning_rate": options.learning_rate,
         "bfloat16": options.bfloat16,
         "differences": final_differences(rows),
-        "texts_before": specialization(options.folder / EXPERTS, options.evaluate),
+        "texts_before": specialization(options.folder / EXPERTS, texts_to_compare),
         "texts_after": specialization(
             options.folder / f"{EXPERTS}-trained",
-            options.evaluate,
+            texts_to_compare,
             options.out.with_name(f"{options.out.stem}_experts.png") if options.out else None,
         ),
         "rows": rows,

@@ -73,9 +73,11 @@ def test_every_long_stage_of_a_compression_and_its_check_is_shown(tmp_path, monk
     stages = ["calibrating", "measuring the perplexity", "choosing rotations", "converting in memory", "writing out"]
     for stage in stages:
         assert (f"{stage}: 100%" if is_terminal else f"{stage} ...\n") in shown
-    assert "comparing the files with their config.json ...\n" in shown
-    # those of `verify`, of headers and of transformers
-    for stage in ("reading every tensor", "computing logits in transformers", "reading headers", "Loading weights"):
+    assert (f"reading every tensor{': 100%' if is_terminal else ' ...'}") in shown
+    for stage in ("comparing the files with their config.json", "computing logits in transformers' own class"):
+        assert f"{stage} ...\n" in shown
+    # brief bars, and those of transformers
+    for stage in ("reading headers", "Loading weights"):
         assert (stage in shown) == is_terminal
     assert ("%|" in shown) == is_terminal
 
