@@ -19,17 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM
 from deepseek_latent.commands.__main__ import main as deepseek_latent
 
+from ..lite4 import CONFIG
+
 NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 24, 8
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pydoc-tiny"
-YARN = {
-    "type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
+YARN = CONFIG["rope_scaling"] | {"factor": 4.0, "original_max_position_embeddings": 64}
 PLAIN = {
     "vocab_size": 2048,
     "hidden_size": 128,

@@ -48,6 +48,9 @@ def show_experts(arguments: argparse.Namespace) -> int:
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
+    is_tied = not any(moe.gate.weight.any() for moe in moe_layers(model).values())
+    if is_tied:
+        print("all routers are zero: every token gets the same experts until they are trained.", file=sys.stderr)
     texts = []
     for file, tokens in zip(files, ids):
         # on a terminal, a bar counts its windows
@@ -55,9 +58,6 @@ def show_experts(arguments: argparse.Namespace) -> int:
         texts.append(_text(model, file.name, tokens))
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
-    is_tied = not any(moe.gate.weight.any() for moe in moe_layers(model).values())
-    if is_tied:
-        print("all routers are zero: every token gets the same experts until they are trained.", file=sys.stderr)
     size = None if is_tied else routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"
