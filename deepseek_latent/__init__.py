@@ -28,7 +28,12 @@ from .compat.peft_changes import (
     support_offloading,
 )
 from .compat.peft_warnings import correct_pattern_warnings
-from .compat.registration import backbone_of_native_config, put_into_transformers, take_native_configs
+from .compat.registration import (
+    backbone_of_native_config,
+    put_into_transformers,
+    read_resumed_config_as,
+    take_native_configs,
+)
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
 from .experts.routed import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
@@ -135,6 +140,7 @@ put_into_transformers(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
+read_resumed_config_as(DeepseekV2Config)
 # these import peft, which is a twentieth of our import time and has no hook that would let us defer this
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)

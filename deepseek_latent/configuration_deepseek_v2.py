@@ -212,8 +212,8 @@ class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
         """As in transformers, with RoPE's settings also in the older form that other clients read."""
         output = super().to_dict()
         rope_theta, output["rope_scaling"] = split_rope(output["rope_parameters"])
-        # Trainer resumes with transformers' bare PreTrainedConfig, which fails if it gets both rope_theta and a YaRN
-        # rope_scaling; without rope_theta, every client takes 10000
+        # without this package, transformers' bare PreTrainedConfig fails for both rope_theta and a YaRN rope_scaling
+        # (read_resumed_config_as); without rope_theta, every client takes 10000
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
         # these are fields of this package alone, so they are written only if they are used

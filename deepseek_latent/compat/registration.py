@@ -1,5 +1,7 @@
 """How transformers (5.17 to 5.24) finds these classes by their names, and by configs made before this import."""
 
+import functools
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -50,3 +52,24 @@ def backbone_of_native_config(backbone: type) -> type:
             return getattr(own, backbone.__name__)._from_config(config, **kwargs)
 
     return NativeConfigBackbone
+
+
+def read_resumed_config_as(own: type[PreTrainedConfig]) -> None:
+    """Has `PreTrainedConfig.from_json_file` read a file of these models as their class `own`.
+
+    Trainer calls it on the base class when it resumes (5.17 to 5.24). That class has no `max_position_embeddings`, and
+    so raises AttributeError if a file has both `rope_theta` and a `rope_scaling` of the type yarn, longrope or llama3,
+    as DeepSeek's own files do. transformers saves neither of the two for its own models.
+    TODO: drop it when PreTrainedConfig reads DeepSeek-V2's published config.json.
+    """
+    read = PreTrainedConfig.from_json_file.__func__
+    if hasattr(read, "reads_own"):
+        return
+
+    @functools.wraps(read)
+    def read_as_own(cls, json_file: str | os.PathLike) -> PreTrainedConfig:
+        is_own = cls is PreTrainedConfig and cls._dict_from_json_file(json_file).get("model_type") == own.model_type
+        return read(own if is_own else cls, json_file)
+
+    read_as_own.reads_own = own
+    PreTrainedConfig.from_json_file = classmethod(read_as_own)

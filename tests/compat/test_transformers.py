@@ -4,6 +4,7 @@ A test here fails with what changed and which code uses it. It passes on all ver
 """
 
 import inspect
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ import deepseek_latent
 from deepseek_latent.compat import transformers as compat
 from deepseek_latent.compat.cache_name import CACHE
 from tests.compat.helpers import linear, takes
+from tests.model.published_configs import DEEPSEEK_V2
 from tests.support import NATIVE, random_ids, tiny_model
 
 
@@ -173,6 +175,26 @@ def test_tensor_parallelism_replaces_forward_as_local_rows_expects():
     forward = vars(layer)["forward"]
     assert forward.__module__ == "transformers.distributed.tensor_parallel", "used by local_rows"
     assert {"self", "original_forward"} <= set(forward.__code__.co_freevars), "used by local_rows"
+
+
+def test_trainer_resumes_with_a_class_that_cannot_read_a_published_config(tmp_path):
+    source = inspect.getsource(transformers.Trainer._load_from_checkpoint)
+    assert "PreTrainedConfig.from_json_file(" in source, (
+        "Trainer resumes with another function; used by read_resumed_config_as"
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(DEEPSEEK_V2))
+    assert type(transformers.PreTrainedConfig.from_json_file(file)) is deepseek_latent.DeepseekV2Config
+    with pytest.raises(AttributeError):
+        # once this reads the file, read_resumed_config_as can be dropped
+        transformers.PreTrainedConfig.from_json_file.__wrapped__(transformers.PreTrainedConfig, file)
+
+
+def test_configs_of_other_models_are_read_as_before(tmp_path):
+    transformers.LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    assert type(transformers.PreTrainedConfig.from_json_file(file)) is transformers.PreTrainedConfig
+    assert type(transformers.LlamaConfig.from_json_file(file)) is transformers.LlamaConfig
 
 
 def test_class_names_are_looked_up_in_the_module_transformers():

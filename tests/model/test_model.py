@@ -259,14 +259,16 @@ def test_a_growing_cache_is_compiled_once_for_all_lengths(make):
     assert relative_error(logits, model(ids).logits[:, -1:]) < 1e-5
 
 
-def test_trainer_resumes_where_it_stopped(tmp_path):
+# with the second, config.json has both rope_theta and rope_scaling, as those of converted models have
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 50000.0}], ids=["published", "another theta"])
+def test_trainer_resumes_where_it_stopped(rope, tmp_path):
     ids = random_ids(8, 12)
     rows = [{"input_ids": row, "labels": row} for row in ids]
 
     def trained(steps: int, folder, resume: bool):
         options = {"max_steps": steps, "save_steps": 2, "report_to": "none", "learning_rate": 1e-2, "seed": 3}
         arguments = TrainingArguments(folder, lr_scheduler_type="constant", dataloader_pin_memory=False, **options)
-        trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+        trainer = Trainer(tiny_model(**rope), arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=resume)
         return trainer.model.eval().to("cpu")
 
@@ -274,7 +276,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
     trained(2, tmp_path / "twice", False)
     twice = trained(4, tmp_path / "twice", True)
     assert relative_error(twice(ids).logits, once(ids).logits) < 1e-5
-    assert relative_error(once(ids).logits, tiny_model()(ids).logits) > 1e-3
+    assert relative_error(once(ids).logits, tiny_model(**rope)(ids).logits) > 1e-3
 
 
 def test_rotary_frequencies_are_exact_in_every_way_of_building():
