@@ -2,9 +2,11 @@
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 
+from ..conversion.compatibility import NOT_RUN
 from ..conversion.gguf_source import source_folder
 from ..conversion.source import fetch_source
 from ..conversion.text import read_text
@@ -19,5 +21,19 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
     source = source_folder(arguments.against, arguments.gguf_file) if arguments.against else nullcontext()
     with source as against:
         report = verify(folder, against, text, dtype)
-    print_report(report, as_json=arguments.json)
+    print_report(_shown(report, as_json=arguments.json), as_json=arguments.json)
     return 1 if report["problems"] else 0
+
+
+def _shown(report: dict, *, as_json: bool) -> dict:
+    """The report as it is printed: with a row for each of the other programs, or with what JSON can hold."""
+    shown = {}
+    for name, value in report.items():
+        if name != "other_programs":
+            shown[name] = value
+        elif as_json:
+            shown[name] = {program: asdict(outcome) for program, outcome in value.items()}
+        else:
+            by_source = {program: " (by its source)" if program == NOT_RUN else "" for program in value}
+            shown |= {f"in {program}{by_source[program]}": outcome.lines() for program, outcome in value.items()}
+    return shown

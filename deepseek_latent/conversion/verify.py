@@ -11,7 +11,7 @@ from ..configuration_deepseek_v2 import DeepseekV2Config
 from .architectures import SUPPORTED_MODEL_TYPES
 from .cast import Cast
 from .checkpoint import check_checkpoint, read_config
-from .compatibility import find_incompatibilities
+from .compatibility import outcomes_in_other_programs
 from .llama_source import LlamaSource
 from .loading import load_model
 from .progress import announce, track
@@ -50,7 +50,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     source = Source(folder)
     for name in track([*source.tensors], "reading every tensor"):
         source[name]  # raises ValueError if it holds NaN or infinity
-    report["incompatible_with_other_programs"] = find_incompatibilities(config, source.config, source.tensors)
+    report["other_programs"] = outcomes_in_other_programs(config, source.config, source.tensors)
     dtype = dtype or "auto"
     announce(f"computing logits and a continuation of {folder}")
     # only one model at a time is in memory
