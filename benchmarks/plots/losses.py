@@ -166,13 +166,17 @@ def draw_upcycled_training(result: dict) -> Figure:
     dense, experts = (result["rows"][name] for name in ("dense", "experts"))
     final, series = result["differences"], {}
     for text, losses in experts["held_out_nats"].items():
-        name = f"{text}\n{signed(final[text]['nats'])} ± {final[text]['standard_error']:.3f}"
+        name = f"{text}\n{signed(final[text]['nats'], 4)} ± {final[text]['standard_error']:.4f}"
         series[name] = {int(step): loss - dense["held_out_nats"][text][step] for step, loss in losses.items()}
-    title = final_sentence([x["nats"] for x in final.values()], result["steps"])
-    note = (
-        "Both are trained on the same windows in the same order, and evaluated on texts that they are not trained on; "
+    if all(abs(x["nats"]) < 2 * x["standard_error"] for x in final.values()):
+        largest = max(2 * x["standard_error"] for x in final.values())
+        title = f"After {result['steps']} steps, experts and dense parent have the same loss within {largest:.4f} nats"
+    else:
+        title = final_sentence([x["nats"] for x in final.values()], result["steps"])
+    note = "Both are trained on the same windows in the same order, and evaluated on texts that they are not trained "
+    note += (
+        "on; below 0, the experts have learned more. ±: the standard error over the windows of a text. Parameters that "
     )
-    note += "below 0, the experts have learned more. ±: the standard error over the windows of a text. Parameters that "
     note += f"are active per token: experts {experts['active_parameters'] / 1e6:.0f} M, parent "
     note += f"{dense['active_parameters'] / 1e6:.0f} M. {result['training_tokens']:,} tokens, {result['date']}."
     figure, axes = new_figure(title, note)

@@ -47,8 +47,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
-def signed(x: float) -> str:
-    return f"{x:+.3f}".replace("-", "\N{MINUS SIGN}")
+def signed(x: float, digits: int = 3) -> str:
+    return f"{x:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def size(num_bytes: float) -> str:
