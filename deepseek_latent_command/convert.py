@@ -5,12 +5,20 @@ from pathlib import Path
 
 from .options import DTYPES, byte_size
 
-# how an MLP is cut into experts; docs/experts.md explains them
-SCHEMES = ("M0", "M1", "M2", "M3", "M4", "M5")
+# how an MLP is cut into experts, and what the scheme needs; docs/experts.md says more
+SCHEMES = {
+    "M0": "new experts; the MLP becomes the shared ones (--shared-experts)",
+    "M1": "parts of the MLP, which are all chosen (K = N)",
+    "M2": "copies of the MLP",
+    "M3": "parts of the MLP; each group holds all, groups are chosen (--groups)",
+    "M4": "as M3, with gate weights normalized to 1 and a random router (--groups)",
+    "M5": "as M3, after a first part that is shared (--shared-experts, --groups)",
+}
 
 
 def add_command(commands) -> None:
     parser = commands.add_parser("convert", help="make a DeepSeek-V2 checkpoint from another one")
+    parser.description = "Makes a DeepSeek-V2 checkpoint, or one in another layout. OUT is written whole or not at all."
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_gqa_to_mla(kinds)
     _add_upcycle(kinds)
@@ -23,6 +31,11 @@ def add_command(commands) -> None:
 def _add_gqa_to_mla(kinds) -> None:
     parser = kinds.add_parser(
         "gqa-to-mla", help="a Llama or similar model: attention becomes latent, exactly or compressed"
+    )
+    parser.description = (
+        "Makes a DeepSeek-V2 of a Llama or similar model. Without options it has the same logits and a cache as large "
+        "as the source's. With --kv-lora-rank, --qk-rope-head-dim and --calibrate, a smaller cache of C + R elements "
+        "per token and layer, with a loss that is measured."
     )
     parser.add_argument("--bias-free", action="store_true", help="add no biases: a wider cache, an error of about 1e-4")
     parser.add_argument(
@@ -57,7 +70,10 @@ def _check_gqa_to_mla(arguments: argparse.Namespace) -> None:
 
 def _add_upcycle(kinds) -> None:
     parser = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how the MLPs are cut; see docs/experts.md")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Makes experts of a dense model's MLPs, with the same logits until it is trained."
+    parser.epilog = "schemes:\n" + "\n".join(f"  {name}  {meaning}" for name, meaning in SCHEMES.items())
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how the MLPs are cut, listed below")
     parser.add_argument("--routed-experts", type=int, required=True, metavar="N", help="routed experts per layer")
     parser.add_argument(
         "--shared-experts", type=int, default=0, metavar="S", help="shared experts per layer; default: none"
