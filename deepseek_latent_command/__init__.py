@@ -79,15 +79,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=NAME,
         description="Generates text, inspects and converts checkpoints, and runs other tools with the plugin.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.set_defaults(check=lambda arguments: None)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     for add_command in (
         add_generate,
         add_inspect,
@@ -101,15 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes the prompt of `generate` after an option or `--` too, which argparse of older Pythons does not."""
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which shows its own usage where it does not know an option.
+
+    It takes the prompt of `generate` after an option or `--` too, which argparse of older Pythons does not.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         arguments, rest = super().parse_known_args(args, namespace)
-        is_without_prompt = arguments.command == "generate" and arguments.prompt is None
+        is_without_prompt = getattr(arguments, "prompt", "") is None
         if is_without_prompt and rest[:1] == ["--"]:
             # after it, a prompt may start with -
             arguments.prompt, *rest = rest[1:] or [None]
         elif is_without_prompt and rest and not rest[0].startswith("-"):
             arguments.prompt, *rest = rest
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         return arguments, rest

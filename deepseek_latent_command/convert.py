@@ -141,7 +141,9 @@ def _add_files(kind: argparse.ArgumentParser, *, reads_gguf: bool = False) -> No
     kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is complete")
     kind.add_argument("--force", action="store_true", help="replace OUT if a conversion wrote it")
     kind.add_argument("--replace-any-folder", action="store_true", help="with --force: replace OUT whatever it holds")
-    kind.add_argument("--dry-run", action="store_true", help="only report what would be written")
+    kind.add_argument(
+        "--dry-run", action="store_true", help="only report, write nothing; a compression is still measured"
+    )
     kind.add_argument("--json", action="store_true", help="print the report as JSON")
     kind.set_defaults(check=_check_files, action="convert:convert_checkpoint")
 

@@ -64,6 +64,11 @@ class LatentCache(DynamicCache):
         gathered, self._model_name = [], ""
         if isinstance(config, PreTrainedConfig):
             text_config = config.get_text_config(decoder=True)
+            if text_config.model_type != "deepseek_v2":
+                raise ValueError(
+                    f"expected the config of a DeepSeek-V2, whose tokens have latents, got model_type "
+                    f"{text_config.model_type!r}; use a cache of transformers for that model."
+                )
             num_layers, self._model_name = text_config.num_hidden_layers, text_config.name_or_path
             # other config classes of the same models do not know this field
             num_unquantized = getattr(text_config, "num_unquantized_channels", 0)

@@ -146,6 +146,12 @@ class LatentCacheLayer(DynamicLayer):
         self._autograd_may_hold_buffer = torch.is_grad_enabled()
 
     def _format_for(self, key_states: Tensor, value_states: Tensor) -> LatentFormat:
+        heads = (key_states.shape[1], value_states.shape[1])
+        if heads != (1, 1):
+            raise ValueError(
+                f"expected one latent and one rotary key per token, [b 1 s width] each, got keys and values of "
+                f"{heads[0]} and {heads[1]} heads; use a cache of transformers for them."
+            )
         widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype
         if not self.is_initialized:
             return latent_format(self.cache_dtype, *widths, dtype, self.num_unquantized)

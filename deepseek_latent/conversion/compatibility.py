@@ -85,7 +85,7 @@ def outcomes_in_other_programs(
     if (config.kv_lora_rank, config.qk_rope_head_dim) != (512, 64):
         found.refused(
             "kv_lora_rank",
-            "but it needs 512 with a qk_rope_head_dim of 64 on a CPU, and by its source on a GPU, except in TRITON_MLA",
+            "expected 512 with a qk_rope_head_dim of 64 on a CPU; on a GPU, its TRITON_MLA takes others, by its source",
             "vLLM",
         )
     if config.q_lora_rank is None and config.num_hidden_layers not in _LLAMA_CPP_LITE_LAYERS:

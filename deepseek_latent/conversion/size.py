@@ -53,18 +53,19 @@ def expanded_width(config: DeepseekV2Config) -> int:
 def cached_elements_per_token(config: DeepseekV2Config) -> dict[str, int]:
     """Cache elements per token over all layers, of this package and of the kinds of attention in the paper's Table 1.
 
-    The paper has one width d_h for keys and values. Here these widths are n and v. A converted model
-    has its source instead of GQA with 8 groups.
+    The paper has one width d_h for keys and values. Here these widths are n and v. A converted model has its source
+    instead of GQA with 8 groups, and the width of the source's heads, v, since its n is chosen for the latent.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.4, Table 1.
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    pair = config.qk_nope_head_dim + config.v_head_dim
+    is_converted = config.source_cached_width is not None
+    pair = (config.v_head_dim if is_converted else config.qk_nope_head_dim) + config.v_head_dim
     elements = {
         "MLA, compressed (this package)": config.cached_width * layers,
         EXPANDED: expanded_width(config) * layers,
         "MHA": heads * pair * layers,
     }
-    if config.source_cached_width is not None:
+    if is_converted:
         elements["source, before the conversion"] = config.source_cached_width * layers
     elif heads % NUM_GQA_GROUPS == 0:
         elements[f"GQA, {NUM_GQA_GROUPS} groups"] = NUM_GQA_GROUPS * pair * layers

@@ -41,6 +41,9 @@ AT_ONCE = [
     (["generate", "MODEL"], "expected a PROMPT"),
     (["generate", "MODEL", "x", "--top-p", "0.5"], "--top-p needs a --temperature above 0"),
     (["generate", "MODEL", "--chat", "x", "y"], "unrecognized arguments: y"),
+    # the usage is that of the command
+    (["generate", "MODEL", "x", "--optimise"], "usage: deepseek-latent generate "),
+    (["convert", "cast", "SRC", "OUT", "--optimise"], "usage: deepseek-latent convert cast "),
     (["verify", "OUT", "--gguf-file", "x"], "add --against"),
     (["experts", "MODEL", "--text", "FILE", "--by", "gate"], "--by and --threshold"),
     (["experts", "MODEL", "--text", "FILE", "--esft", "JSON", "--threshold", "2"], "--threshold must be"),

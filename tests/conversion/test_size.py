@@ -117,6 +117,16 @@ def test_cache_sizes_are_those_of_the_papers_table():
     }
 
 
+def test_cache_sizes_of_a_converted_model_are_those_of_its_source():
+    # 9 query and 3 key heads of 64, as in SmolLM2-135M; the conversion pads content to 8
+    converted = {"num_attention_heads": 9, "qk_nope_head_dim": 8, "qk_rope_head_dim": 192, "v_head_dim": 64}
+    config = DeepseekV2Config(**converted, kv_lora_rank=196, num_hidden_layers=30, source_cached_width=2 * 3 * 64)
+    elements = cached_elements_per_token(config)
+    assert elements["MHA"] == 2 * 9 * 64 * 30
+    assert elements["source, before the conversion"] == 2 * 3 * 64 * 30
+    assert elements["MQA"] == 2 * 64 * 30
+
+
 def test_parameters_by_part_are_those_of_the_model():
     model = tiny_model(attention_bias=True)
     parts = parameters_by_part(checkpoint_tensors(model.config))

@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DeepseekV3Config, DynamicCache, LlamaConfig, StaticCache
 
-from deepseek_latent import LatentCache
-from tests.support import random_ids, tiny_model
+from deepseek_latent import DeepseekV2Config, LatentCache
+from tests.support import V2, random_ids, tiny_model
 
 HELD = 9
 IDS = random_ids(2, HELD)
@@ -296,6 +296,18 @@ def test_a_cache_that_is_not_made_from_a_config_is_refused(config):
         "expected a model's config to make a LatentCache from, got (int|dict|DeepseekV2ForCausalLM)", error=TypeError
     ):
         LatentCache(config)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, DeepseekV3Config], ids=lambda x: x.__name__)
+def test_a_cache_for_another_model_is_refused(config_class):
+    with refused(f"expected the config of a DeepSeek-V2.*got model_type '{config_class.model_type}'"):
+        LatentCache(config_class())
+
+
+def test_keys_and_values_of_several_heads_are_refused():
+    cache = LatentCache(DeepseekV2Config(**V2))
+    with refused("expected one latent and one rotary key per token.*of 2 and 2 heads", cache):
+        cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
 
 
 def test_a_gradient_through_a_quantized_cache_is_refused():
