@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
-from deepseek_latent import LatentCache
+from deepseek_latent import LatentCache, pack_experts
 from deepseek_latent.compat.cache_name import CACHE
 from deepseek_latent.kernels import optimize_for_inference
 
@@ -145,6 +145,23 @@ def compiled() -> list[dict]:
     return rows
 
 
+def packed() -> list[dict]:
+    """Replayed steps of `generate()` of four layers, with routed experts in 16, 8 and 4 bits."""
+    rows = []
+    for bits in (16, 8, 4):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        model = build("ours", device="cuda")
+        if bits < 16:
+            pack_experts(model, bits)
+        weights = torch.cuda.memory_allocated() - before
+        optimize_for_inference(model, graphs=True)
+        rows.append(per_token(f"experts in {bits} bits", model) | {"gigabytes_of_weights": round(weights / 1e9, 2)})
+        print(json.dumps(rows[-1]), flush=True)
+        del model
+    return rows
+
+
 def generating(model: PreTrainedModel, ids: Tensor, tokens: int, **options) -> Callable[[], object]:
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return lambda: model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **given, **options)
@@ -228,9 +245,9 @@ def lora(tokens: int = 4096) -> list[dict]:
     return rows
 
 
-PARTS = ("machine", "decode", "kernels", "generate", "prefill", "lora", "compiled")
+PARTS = ("machine", "decode", "kernels", "generate", "prefill", "lora", "compiled", "packed")
 # parts that do not measure the model at full size
-WITHOUT_LITE = ("machine", "lora", "compiled")
+WITHOUT_LITE = ("machine", "lora", "compiled", "packed")
 
 
 def sides() -> dict[str, PreTrainedModel]:
@@ -269,6 +286,8 @@ def main() -> None:
                 result["rows"] = lora()
             elif part == "compiled":
                 result["rows"] = compiled()
+            elif part == "packed":
+                result["rows"] = packed()
             else:
                 result["rows"] = prefill({name: models[name] for name in ("ours", "native")})
         except Exception:

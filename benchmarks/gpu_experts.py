@@ -4,6 +4,7 @@ The weights of several layers are used in turn, as in a model, so that none is f
 of replayed CUDA graphs.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_latent.experts.codec import Packed, pack
 from deepseek_latent.experts.products import grouped_product, routed_sum
 from deepseek_latent.kernels.gpu import triton_experts
 from deepseek_latent.kernels.gpu.triton_experts import Plan
@@ -99,19 +101,28 @@ class Rows:
 
 
 class Layer:
-    def __init__(self, bits: int):
-        def weight(*shape):
-            values = torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
-            if bits == 16:
-                return values, None
-            scales = torch.full(shape[:-1], 0.03 / 40, device="cuda")
-            return (values / (0.03 / 40)).round_().clamp_(-127, 127).to(torch.int8), scales
+    """Experts in 16 bits, or packed in 8 or 4; shared experts are in 16 bits."""
 
-        stored = [weight(E, 2 * INNER, D), weight(E, D, INNER), weight(SHARED, D), weight(SHARED, D), weight(D, SHARED)]
-        (self.gate_up, self.down, *shared), scales = zip(*stored)
-        self.shared = tuple(shared)
-        self.scales = None if bits == 16 else scales[:2]
-        self.shared_scales = None if bits == 16 else scales[2:]
+    def __init__(self, bits: int):
+        def weight(*shape: int) -> Tensor:
+            return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
+
+        routed = weight(E, 2 * INNER, D), weight(E, D, INNER)
+        self.gate_up, self.down = routed if bits == 16 else (pack(x, bits) for x in routed)
+        self.shared = weight(SHARED, D), weight(SHARED, D), weight(D, SHARED)
+
+    @property
+    def bytes_of_an_expert(self) -> float:
+        parts = [self.gate_up, self.down]
+        tensors = itertools.chain.from_iterable(x if isinstance(x, Packed) else [x] for x in parts)
+        return sum(x.nbytes for x in tensors) / E
+
+
+def dense(weight: Tensor | Packed, e: int) -> Tensor:
+    """The weight of expert e in float32."""
+    if isinstance(weight, Packed):
+        return Packed(weight.codes[e], weight.scales[e].float()).unpacked()
+    return weight[e].float()
 
 
 class Tokens:
@@ -123,7 +134,8 @@ class Tokens:
         self.weights = torch.rand(m, K, device="cuda") / K
         self.layers = layers
         distinct = sum(len(chosen.unique()) for chosen in self.chosen) / len(layers)
-        self.num_bytes = (distinct * INNER + SHARED) * 3 * D * layers[0].down.itemsize
+        shared = sum(weight.nbytes for weight in layers[0].shared)
+        self.num_bytes = distinct * layers[0].bytes_of_an_expert + shared
 
     def works(self, compute: Callable) -> list[Callable[[], Tensor]]:
         return [
@@ -134,23 +146,16 @@ class Tokens:
     def truth(self) -> Tensor:
         """The exact result of the first layer, in float32."""
         layer, x = self.layers[0], self.x.float()
-
-        def wide(weights, scales, at=...):
-            return weights[at].float() if scales is None else weights[at].float() * scales[at].float()[..., None]
-
-        in_scales, out_scales = layer.scales or (None, None)
-        total = swiglu(x, *map(wide, layer.shared, layer.shared_scales or (None,) * 3))
+        total = swiglu(x, *(weight.float() for weight in layer.shared))
         for e in self.chosen[0].unique().tolist():
             share = (self.weights * (self.chosen[0] == e)).sum(1, keepdim=True)
-            gate, up = wide(layer.gate_up, in_scales, e).chunk(2)
-            total += share * swiglu(x, gate, up, wide(layer.down, out_scales, e))
+            total += share * swiglu(x, *dense(layer.gate_up, e).chunk(2), dense(layer.down, e))
         return total
 
 
 def ours(plan: Plan) -> Callable:
     def compute(x, layer, chosen, weights):
-        stored = layer.gate_up, layer.down, chosen, weights, layer.shared
-        return triton_experts.experts(x, *stored, layer.scales, layer.shared_scales, plan=plan)
+        return triton_experts.experts(x, layer.gate_up, layer.down, chosen, weights, layer.shared, plan=plan)
 
     return compute
 
@@ -210,32 +215,35 @@ def run_experts(rows: Rows, quick: bool) -> None:
     for m in tokens:
         measure("experts, grouped in torch", m, grouped)
 
-    layers = tokens = None
-    layers = [Layer(8) for _ in range(LAYERS)]
-    tokens = {m: Tokens(m, layers) for m in (1, 8, 16)}
-    truths = {m: batch.truth() for m, batch in tokens.items()}
-    others = [Plan(Tiles(4, 2048, 4, 1), Tiles(8, 512, 4, 4)), Plan(Tiles(4, 2048, 8, 1), Tiles(8, 1024, 8, 4))]
-    for plan in (vector, *others):
-        measure("experts, vector, int8", 1, ours(plan), plan=plan)
-    others = [
-        Plan(Tiles(32, 128, 4, 4), Tiles(32, 128, 4, 6)),
-        Plan(Tiles(32, 128, 4, 5), Tiles(32, 256, 4, 4)),
-        Plan(Tiles(64, 128, 4, 4), Tiles(64, 256, 4, 4)),
+    vectors = [
+        vector,
+        Plan(Tiles(4, 2048, 4, 1), Tiles(8, 512, 4, 4)),
+        Plan(Tiles(4, 2048, 8, 1), Tiles(8, 1024, 8, 4)),
     ]
-    for m in (8, 16):
-        for plan in (matrix, *others):
-            measure("experts, matrix, int8", m, ours(plan), plan=plan)
+    matrices = [
+        matrix,
+        Plan(Tiles(32, 128, 4, 4), Tiles(32, 128, 4, 6)),
+        Plan(Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4)),
+    ]
+    for bits in (8, 4):
+        layers = tokens = truths = None
+        layers = [Layer(bits) for _ in range(LAYERS)]
+        tokens = {m: Tokens(m, layers) for m in (1, 8, 64)}
+        truths = {m: batch.truth() for m, batch in tokens.items()}
+        for m in tokens:
+            for plan in vectors if m == 1 else matrices:
+                measure(f"experts, {bits} bits", m, ours(plan), plan=plan)
 
 
 def run_dense(rows: Rows) -> None:
     """The dense MLP, over nine copies of its weights (1.2 GB)."""
     weights = torch.empty(27, DENSE, D, device="cuda", dtype=torch.bfloat16).normal_(std=0.03)
-    dense = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
+    mlps = [(gate, up, down.view(D, DENSE)) for gate, up, down in zip(weights[::3], weights[1::3], weights[2::3])]
     for m in (1, 4):
         x = torch.randn(m, D, device="cuda", dtype=torch.bfloat16)
-        truth = swiglu(x.float(), *(weight.float() for weight in dense[0]))
+        truth = swiglu(x.float(), *(weight.float() for weight in mlps[0]))
         for name, compute in (("mlp in torch", swiglu), ("mlp", triton_experts.mlp)):
-            works = [partial(compute, x, *weights) for weights in dense]
+            works = [partial(compute, x, *weights) for weights in mlps]
             rows.add({"case": name, "m": m}, works, 6 * D * DENSE, truth)
 
 

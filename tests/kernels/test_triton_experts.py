@@ -11,10 +11,11 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from torch.nn import functional as F
 
+from deepseek_latent.experts import codec
 from deepseek_latent.experts.codec import pack
 from deepseek_latent.kernels.gpu import triton_experts
 from deepseek_latent.kernels.gpu.triton_experts import Plan
-from deepseek_latent.kernels.gpu.triton_tiles import Tiles
+from deepseek_latent.kernels.gpu.triton_tiles import Norm, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # small tiles, so that small widths need several of them
@@ -62,12 +63,6 @@ def assert_near(out, truth, dtype):
     assert out.dtype == dtype
     error = (out.double() - truth).norm() / truth.norm()
     assert error < BUDGET[dtype], f"relative error {error:.2e}"
-
-
-def packed_by_rows(weight):
-    """int8 codes and one float32 scale per row."""
-    codes, scales = pack(weight.float(), bits=8, group=None)
-    return codes, scales[..., 0].contiguous()
 
 
 @PLANS
@@ -127,17 +122,46 @@ def test_experts_that_nobody_chose_and_memory_around_the_inputs_are_not_read(m, 
     assert_near(triton_experts.experts(wide[:m, :D], gate_up, down, chosen, weights, shared, plan=plan), truth, x.dtype)
 
 
-@PLANS
-@pytest.mark.parametrize("m", [1, 4], ids="m{}".format)
-def test_int8_weights_are_multiplied_by_their_scales(m, plan):
-    x, gate_up, down, chosen, weights, shared = inputs(m, torch.float32)
-    (in_codes, in_scales), (out_codes, out_scales) = packed_by_rows(gate_up), packed_by_rows(down)
-    codes, factors = zip(*map(packed_by_rows, shared))
-    out = triton_experts.experts(
-        x, in_codes, out_codes, chosen, weights, codes, (in_scales, out_scales), factors, plan=plan
-    )
-    wide = [c.double() * s.double()[..., None] for c, s in zip(codes, factors)]
-    truth = exact(x, in_codes * in_scales[..., None], out_codes * out_scales[..., None], chosen, weights, wide)
+# several groups of 64 in a row and one; then groups of 8, in rows that no tile divides
+WIDTHS = {"groups of 64": (128, 64), "groups of 8": (40, 24)}
+
+
+@pytest.mark.parametrize(("plan", "m"), [(VECTOR, 1), (VECTOR, 2), (MATRIX, 4)], ids=["m1", "m2", "matrix"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_experts_are_those_that_torch_unpacks(dtype, widths, bits, m, plan):
+    d, f = widths
+    x, gate_up, down, chosen, weights, shared = inputs(m, dtype, d=d, f=f)
+    # scales that differ by group, so that a wrong one changes the result
+    gate_up *= torch.linspace(0.5, 2, d, device=DEVICE).to(dtype)
+    packed, residual = [pack(weight, bits) for weight in (gate_up, down)], random(m, d, dtype=dtype)
+    out = triton_experts.experts(x, *packed, chosen, weights, shared, residual, plan=plan)
+    wide = [codec.Packed(p.codes, p.scales.float()).unpacked() for p in packed]
+    assert_near(out, exact(x, *wide, chosen, weights, shared, residual), dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_experts_that_nobody_chose_are_not_read(bits):
+    x, gate_up, down, chosen, weights, _ = inputs(1, torch.float32)
+    packed = [pack(weight, bits) for weight in (gate_up, down)]
+    expected = triton_experts.experts(x, *packed, chosen, weights)
+    unused = [e for e in range(E) if e not in chosen.flatten().tolist()]
+    for one in packed:
+        one.scales[unused] = torch.nan
+    assert torch.equal(triton_experts.experts(x, *packed, chosen, weights), expected)
+
+
+def test_a_norm_acts_before_packed_and_shared_experts():
+    x, gate_up, down, chosen, weights, shared = inputs(1, torch.float32)
+    packed, norm = [pack(weight, 8) for weight in (gate_up, down)], torch.nn.RMSNorm(D, eps=1e-5, device=DEVICE)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    with torch.no_grad():
+        out = triton_experts.experts(
+            x, *packed, chosen, weights, shared, residual=x, norm=Norm(norm.weight, norm.eps), plan=VECTOR
+        )
+        normed = norm(x)
+    truth = exact(normed, *(p.unpacked() for p in packed), chosen, weights, shared, residual=x)
     assert_near(out, truth, torch.float32)
 
 
@@ -150,11 +174,8 @@ def test_the_same_tokens_give_the_same_bits(plan):
 
 @PLANS
 @pytest.mark.parametrize("m", [1, 3], ids="m{}".format)
-@pytest.mark.parametrize("is_int8", [False, True], ids=["as they are", "int8"])
-def test_mlp_is_swiglu_plus_residual(is_int8, m, plan, monkeypatch):
+def test_mlp_is_swiglu_plus_residual(m, plan, monkeypatch):
     monkeypatch.setattr(triton_experts, "PIECE", 20)
     x, shared, residual = random(m, D), inputs(1, torch.float32)[-1], random(m, D)
-    codes, scales = zip(*map(packed_by_rows, shared)) if is_int8 else (shared, None)
-    out = triton_experts.mlp(x, *codes, scales=scales, residual=residual, plan=plan)
-    weights = [c.double() * s.double()[:, None] for c, s in zip(codes, scales)] if is_int8 else shared
-    assert_near(out, swiglu(x.double(), *(w.double() for w in weights)) + residual, torch.float32)
+    out = triton_experts.mlp(x, *shared, residual=residual, plan=plan)
+    assert_near(out, swiglu(x.double(), *(w.double() for w in shared)) + residual, torch.float32)

@@ -19,7 +19,7 @@ from ...experts.moe import DeepseekV2MLP, DeepseekV2MoE
 from ...experts.router import DeepseekV2MoEGate
 from ...modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from .one_token import BITS_WRITTEN_BY_KERNELS, attend_one_token, feed_forward_one_token, router_options, row_options
-from .plain import are_plain_experts, attention_inputs, is_plain_gate, is_plain_norm, weights_of_mlp
+from .plain import attention_inputs, is_plain_gate, is_plain_norm, weights_of_experts, weights_of_mlp
 from .triton_attention import attend
 from .triton_experts import experts, mlp
 from .triton_norm import add_rms_norm, rms_norm
@@ -159,11 +159,11 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
         weights = weights_of_mlp(module, x)
         return residual + module(x) if weights is None else mlp(tokens, *weights, residual=added).view_as(x)
     shared = () if module.shared_experts is None else weights_of_mlp(module.shared_experts, x)
-    if shared is None or not are_plain_experts(module.experts, x):
+    stored = weights_of_experts(module.experts, x)
+    if shared is None or stored is None:
         return residual + module(x)
     _, weights, chosen = _routed(module.gate, tokens)
-    stacked = module.experts.gate_up_proj, module.experts.down_proj
-    return experts(tokens, *stacked, chosen, weights, shared or None, residual=added).view_as(x)
+    return experts(tokens, *stored, chosen, weights, shared or None, residual=added).view_as(x)
 
 
 def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

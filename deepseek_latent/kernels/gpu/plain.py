@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from ...cache.segments import Latents
 from ...compat.accelerate import is_offloaded
 from ...compat.hooks import has_hooks
+from ...experts.codec import Packed
 from ...experts.moe import SILU, DeepseekV2MLP
+from ...experts.names import STACKED
+from ...experts.packed import PackedWeights
 from ...experts.routed import DeepseekV2Experts
 from ...experts.router import DeepseekV2MoEGate
 from ...experts.weights import StackedWeights
 from ..cached_latents import bits_of, stored_parts
+from .triton_packed import has_readable_groups
 
 
 def is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
@@ -45,13 +49,22 @@ def weights_of_mlp(module: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
     return weights_of(x, module.gate_proj, module.up_proj, module.down_proj)
 
 
-def are_plain_experts(module: nn.Module, x: Tensor) -> bool:
+def weights_of_experts(module: nn.Module, x: Tensor) -> tuple[Tensor | Packed, Tensor | Packed] | None:
+    """Gate and up, and down, of routed experts as they are stored; None if a kernel cannot read them."""
     if type(module) is not DeepseekV2Experts or type(module.act_fn) is not SILU or is_offloaded(module):
-        return False
+        return None
     weights = module.weights
-    if type(weights) is not StackedWeights or not weights.allows_adapters:
-        return False
-    return all(is_plain(w, x) for w in (module.gate_up_proj, module.down_proj))
+    if type(weights) not in (StackedWeights, PackedWeights) or not weights.allows_adapters:
+        return None
+    if isinstance(weights, StackedWeights):
+        stacked = module.gate_up_proj, module.down_proj
+        return stacked if all(is_plain(weight, x) for weight in stacked) else None
+    gate_up, down = (weights.packed(name) for name in STACKED)
+    return (gate_up, down) if all(_is_readable(packed, x) for packed in (gate_up, down)) else None
+
+
+def _is_readable(packed: Packed, x: Tensor) -> bool:
+    return is_plain(packed.scales, x) and packed.codes.is_contiguous() and has_readable_groups(packed)
 
 
 def attention_inputs(latents: Latents) -> dict:

@@ -16,7 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ...experts.codec import Packed
 from .triton_matrix import activate_matrix, down_matrix, sum_parts
+from .triton_packed import shape_of, stored, values_of_codes
 from .triton_tiles import Norm, Tiles, block_at_once, block_of, check, dot_dtype, is_vector, tokens_at_once
 from .triton_vector import activate_vector, down_vector
 
@@ -47,13 +49,11 @@ def plan_for(m: int) -> Plan:
 
 def experts(
     x: Tensor,  # [m d]
-    gate_up: Tensor,  # [e 2f d]  gate rows first
-    down: Tensor,  # [e d f]
+    gate_up: Tensor | Packed,  # [e 2f d]  gate rows first
+    down: Tensor | Packed,  # [e d f]
     chosen: Tensor,  # [m k]  int64, a token chooses no expert twice
     weights: Tensor,  # [m k]  float32
     shared: tuple[Tensor, Tensor, Tensor] | None = None,  # gate [g d], up [g d], down [d g]
-    scales: tuple[Tensor, Tensor] | None = None,  # float32 [e 2f], [e d], of int8 weights
-    shared_scales: tuple[Tensor, Tensor, Tensor] | None = None,  # float32 [g], [g], [d], of int8 weights
     residual: Tensor | None = None,  # [m d]
     *,
     norm: Norm | None = None,
@@ -63,15 +63,17 @@ def experts(
 
     A norm is applied to x first, but not to the residual; only a vector plan takes one. A choice below 0 or past the
     last expert belongs to another rank and adds nothing. Sums are in float32 and their order depends on shapes only;
-    activations between the two products are in the dtype of x.
+    activations between the two products are in the dtype of x, and so is what shared experts add to packed ones.
     Source: DeepSeek-V2 (arXiv:2405.04434) 2.2.1, eq. 20.
     """
-    assert gate_up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
     assert chosen.shape == weights.shape == (len(x), chosen.shape[1])
     for choice, dtype in ((chosen, torch.int64), (weights, torch.float32)):
         assert choice.is_contiguous()
         assert choice.dtype == dtype
-    return _swiglu(x, (gate_up, down, chosen, weights), shared, scales, shared_scales, residual, norm, plan)
+    if shared is not None and isinstance(down, Packed):
+        # a program reads one kind of weights
+        residual, shared = mlp(x, *shared, residual=residual, norm=norm, plan=plan), None
+    return _swiglu(x, (gate_up, down, chosen, weights), shared, residual, norm, plan)
 
 
 def mlp(
@@ -79,22 +81,19 @@ def mlp(
     gate: Tensor,  # [g d]
     up: Tensor,  # [g d]
     down: Tensor,  # [d g]
-    scales: tuple[Tensor, Tensor, Tensor] | None = None,  # float32 [g], [g], [d], of int8 weights
     residual: Tensor | None = None,  # [m d]
     *,
     norm: Norm | None = None,
     plan: Plan | None = None,
 ) -> Tensor:  # [m d]  in the dtype of x
     """down(silu(gate x) * up x) plus the residual, as `experts` computes shared experts."""
-    return _swiglu(x, None, (gate, up, down), None, scales, residual, norm, plan)
+    return _swiglu(x, None, (gate, up, down), residual, norm, plan)
 
 
 def _swiglu(
     x: Tensor,
-    routed: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # gate_up, down, chosen, weights
+    routed: tuple[Tensor | Packed, Tensor | Packed, Tensor, Tensor] | None,  # gate_up, down, chosen, weights
     shared: tuple[Tensor, Tensor, Tensor] | None,
-    scales: tuple[Tensor, Tensor] | None,
-    shared_scales: tuple[Tensor, Tensor, Tensor] | None,
     residual: Tensor | None,
     norm: Norm | None,
     plan: Plan | None,
@@ -102,55 +101,48 @@ def _swiglu(
     m, d = x.shape
     gate_up, down, chosen, weights = routed or (None, None, None, None)
     gate, up, shared_down = shared or (None, None, None)
-    in_scales, out_scales = scales or (None, None)
-    gate_scales, up_scales, shared_out_scales = shared_scales or (None, None, None)
-    weights_and_scales = [
-        (gate_up, in_scales),
-        (down, out_scales),
-        (gate, gate_scales),
-        (up, up_scales),
-        (shared_down, shared_out_scales),
-    ]
-    given = [(weight, scale) for weight, scale in weights_and_scales if weight is not None]
-    check(x, *map(list, zip(*given)), norm)
-    assert routed is None or down.shape[1] == d
-    assert shared is None or gate.shape == up.shape == (shared_down.shape[1], shared_down.shape[0])
-    assert shared is None or shared_down.shape[0] == d
-    assert residual is None or (residual.shape == (m, d) and residual.stride(1) == 1)
-    e, f = (len(down), down.shape[2]) if routed else (0, 0)
+    e, _, f = shape_of(down) if routed else (0, d, 0)
+    gate_up, down = stored(gate_up, (e, 2 * f, d), x.dtype), stored(down, (e, d, f), x.dtype)
+    assert gate_up.bits == down.bits
     g = shared_down.shape[1] if shared else 0
+    check(x, shared or (), norm)
+    assert shared is None or (gate.shape == up.shape == (g, d) and shared_down.shape == (d, g))
+    assert residual is None or (residual.shape == (m, d) and residual.stride(1) == 1)
     k = chosen.shape[1] if routed else 0
     # the activations of routed pairs [mk f], then those of the shared experts [m g]
     hidden = x.new_empty(m * (k * f + g))
     out = x.new_empty(m, d)
-    inputs = (chosen, weights, gate_up, in_scales, gate, up, gate_scales, up_scales)
-    outputs = (chosen, down, out_scales, shared_down, shared_out_scales)
+    table = values_of_codes(x.device) if down.bits == 4 else None
+    inputs = (chosen, weights, gate_up.tensor, gate_up.scales, table, gate, up)
+    outputs = (chosen, down.tensor, down.scales, table, shared_down)
     added = (residual, 0 if residual is None else residual.stride(0))
     sizes = (m, e, d, f, g)
-    kinds = {"K": k, "SHARED": shared is not None, "SCALED": given[0][1] is not None}
+    kinds = {"K": k, "SHARED": shared is not None, "BITS": down.bits}
+    neighbors = gate_up.neighbors, down.neighbors
 
     plan = plan or plan_for(m)
     assert norm is None or is_vector(plan.inner)
     if is_vector(plan.inner):
-        _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, plan)
+        _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan)
     else:
-        _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan)
+        _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan)
     return out
 
 
-def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
+def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan: Plan) -> None:
     """Computes each token separately."""
     m, e, d, f, g = sizes
     inner, outer = plan
     weight, eps = norm or (None, 0.0)
     blocks = kinds["K"] * triton.cdiv(f, inner.rows) + triton.cdiv(g, inner.rows)
-    block = block_at_once(inner, d)
+    block = block_at_once(inner, d) | {"NEIGHBORS": neighbors[0]}
     activate_vector[blocks, m](x, x.stride(0), weight, *inputs, hidden, m, e, f, g, eps, **kinds, **block)
     grid = triton.cdiv(d, outer.rows), m
-    down_vector[grid](hidden, *outputs, *added, out, *sizes, **kinds, **block_of(outer, f, g))
+    block = block_of(outer, f, g) | {"NEIGHBORS": neighbors[1]}
+    down_vector[grid](hidden, *outputs, *added, out, *sizes, **kinds, **block)
 
 
-def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: Plan) -> None:
+def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan: Plan) -> None:
     """Computes all tokens that chose the same expert together."""
     m, e, d, f, g = sizes
     k, (inner, outer) = kinds["K"], plan
@@ -161,13 +153,14 @@ def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, plan: P
     of_groups = {"TOKENS": tokens, "BY_PAIR": groups < e, "K_PADDED": triton.next_power_of_2(max(k, 1))}
     kinds = kinds | of_groups | {"DOT": dot_dtype(out)}
     blocks = groups * triton.cdiv(f, inner.rows) + triton.cdiv(g, inner.rows)
-    activate_matrix[blocks, tiles](x, x.stride(0), *inputs, hidden, *sizes, groups, **kinds, **block_of(inner, d))
+    block = block_of(inner, d) | {"NEIGHBORS": neighbors[0]}
+    activate_matrix[blocks, tiles](x, x.stride(0), *inputs, hidden, *sizes, groups, **kinds, **block)
     piece = triton.cdiv(PIECE, outer.width) * outer.width
     pieces = triton.cdiv(g, piece)
     # a row for each routed pair [mk d], then for each piece of the shared experts the rows of all tokens [m d]
     parts = out.new_empty(m * (k + pieces), d, dtype=torch.float32)
     grid = triton.cdiv(d, outer.rows) * (groups + pieces), tiles
-    block = block_of(outer, f, g) | {"PIECE": piece}
+    block = block_of(outer, f, g) | {"PIECE": piece, "NEIGHBORS": neighbors[1]}
     down_matrix[grid](hidden, *outputs, parts, *sizes, groups, **kinds, **block)
     sums = {"K": k, "PIECES": pieces, "BLOCK": SUM_BLOCK}
     sum_parts[m, triton.cdiv(d, SUM_BLOCK)](parts, outputs[0], *added, out, m, e, d, **sums)

@@ -6,6 +6,7 @@ Letters are those of `triton_experts`.
 import triton
 import triton.language as tl
 
+from .triton_packed import load_operand
 from .triton_tiles import gate_and_up, is_here, kernel, load_tile, silu
 
 
@@ -41,10 +42,9 @@ def activate_matrix(
     weights,
     gate_up,
     gate_up_scales,
+    values_of_codes,
     gate,
     up,
-    gate_scales,
-    up_scales,
     hidden,
     m,
     num_experts,
@@ -54,7 +54,8 @@ def activate_matrix(
     groups,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    SCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    NEIGHBORS: tl.constexpr,
     TOKENS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -84,21 +85,25 @@ def activate_matrix(
         to = tl.where(is_routed, pairs * f, m * K * f + tokens * g)
     rows = first + tl.arange(0, ROWS)
     inside = tl.minimum(rows, height - 1)
-    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, d, f, K, SHARED)
+    stored_d = d // 2 if BITS == 4 else d
+    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, stored_d, f, K, SHARED)
+    gate_at, up_at = gate_up_scales, gate_up_scales
+    if BITS != 16:
+        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, d // NEIGHBORS, f, K, False)
     gates = tl.zeros((ROWS, TOKENS), tl.float32)
     ups = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in tl.range(0, d, WIDTH, num_stages=STAGES):
         columns = start + tl.arange(0, WIDTH)
         mask = is_in[:, None] if EVEN else is_in[:, None] & (columns < d)[None, :]
         inputs = tl.load(x + tokens[:, None] * x_stride + columns[None, :], mask=mask, other=0).to(DOT).T
-        gate_tile = load_tile(gate_rows, inside, d, start, True, WIDTH, EVEN).to(DOT)
-        up_tile = load_tile(up_rows, inside, d, start, True, WIDTH, EVEN).to(DOT)
+        gate_tile = load_operand(
+            gate_rows, gate_at, values_of_codes, inside, d, start, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
+        )
+        up_tile = load_operand(
+            up_rows, up_at, values_of_codes, inside, d, start, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
+        )
         gates = tl.dot(gate_tile, inputs, gates, input_precision="ieee")
         ups = tl.dot(up_tile, inputs, ups, input_precision="ieee")
-    if SCALED:
-        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, gate_scales, up_scales, 1, f, K, SHARED)
-        gates *= tl.load(gate_at + inside)[:, None]
-        ups *= tl.load(up_at + inside)[:, None]
     result = silu(gates) * ups * share[None, :]
     mask = (rows < height)[:, None] & is_in[None, :]
     tl.store(hidden + to[None, :] + rows[:, None], result.to(hidden.dtype.element_ty), mask=mask)
@@ -110,8 +115,8 @@ def down_matrix(
     chosen,
     down,
     down_scales,
+    values_of_codes,
     shared_down,
-    shared_scales,
     parts,
     m,
     num_experts,
@@ -121,7 +126,8 @@ def down_matrix(
     groups,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    SCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    NEIGHBORS: tl.constexpr,
     TOKENS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -143,7 +149,7 @@ def down_matrix(
     piece = group - groups
     is_in, start, end, width = tokens < m, piece * PIECE, tl.minimum(piece * PIECE + PIECE, g), g
     to, inputs, input_rows, weight = m * K + piece * m + tokens, hidden, tokens, shared_down
-    scale_at = shared_scales
+    scales_at = down_scales
     if K > 0:
         number = tl.where(is_routed, group, 0)
         e, is_wanted, slot = _group(chosen, tile, number, m, num_experts, K, K_PADDED, TOKENS, BY_PAIR)
@@ -155,20 +161,18 @@ def down_matrix(
         width = tl.where(is_routed, f, g)
         to, input_rows = tl.where(is_routed, pairs, to), tl.where(is_routed, pairs, tokens)
         inputs = tl.where(is_routed, hidden, hidden + m * K * f)
-        weight = down + e * d * f
+        weight = down + e * d * (f // 2 if BITS == 4 else f)
         if SHARED:
             weight = tl.where(is_routed, weight, shared_down)
-        if SCALED:
-            scale_at = down_scales + e * d
-            if SHARED:
-                scale_at = tl.where(is_routed, scale_at, shared_scales)
+        if BITS != 16:
+            scales_at = down_scales + e * d * (f // NEIGHBORS)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for at in tl.range(start, end, WIDTH, num_stages=STAGES):
         given = load_tile(inputs, input_rows, width, at, is_in[:, None], WIDTH, EVEN).to(DOT).T
-        block = load_tile(weight, inside, width, at, True, WIDTH, EVEN).to(DOT)
+        block = load_operand(
+            weight, scales_at, values_of_codes, inside, width, at, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
+        )
         total = tl.dot(block, given, total, input_precision="ieee")
-    if SCALED:
-        total *= tl.load(scale_at + inside)[:, None]
     mask = (rows < d)[:, None] & is_in[None, :]
     tl.store(parts + to[None, :] * d + rows[:, None], total, mask=mask)
 

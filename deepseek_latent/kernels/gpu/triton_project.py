@@ -31,7 +31,7 @@ def project(
     """
     first, last = weights[0], weights[-1]
     tiles = tiles or tiles_for(x.shape[1])
-    check(x, weights, [None] * len(weights), norm)
+    check(x, weights, norm)
     assert len(x) == 1
     assert all(weight.shape == (len(weight), x.shape[1]) for weight in weights)
     assert residual is None or (residual.shape == (1, len(first)) and residual.stride(1) == 1 and len(weights) == 1)

@@ -5,6 +5,7 @@ Letters are those of `triton_experts`.
 
 import triton.language as tl
 
+from .triton_packed import load_scales, load_stored, packed_product, values_of
 from .triton_tiles import (
     gate_and_up,
     is_here,
@@ -28,10 +29,9 @@ def activate_vector(
     weights,
     gate_up,
     gate_up_scales,
+    values_of_codes,
     gate,
     up,
-    gate_scales,
-    up_scales,
     hidden,
     m,
     num_experts,
@@ -40,7 +40,8 @@ def activate_vector(
     eps,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    SCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    NEIGHBORS: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -72,15 +73,19 @@ def activate_vector(
         out = hidden + token * g
     rows = first + tl.arange(0, ROWS)
     inside = tl.minimum(rows, height - 1)
-    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, D, f, K, SHARED)
-    gates, ups = load_rows(gate_rows, inside, D, WIDTH), load_rows(up_rows, inside, D, WIDTH)
-    if norm_weight is not None:
-        row = normed(row, scale, eps, D, WIDTH)
-    gated, value = product(gates, row, ROWS, D, WIDTH), product(ups, row, ROWS, D, WIDTH)
-    if SCALED:
-        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, gate_scales, up_scales, 1, f, K, SHARED)
-        gated *= tl.load(gate_at + inside)
-        value *= tl.load(up_at + inside)
+    STORED: tl.constexpr = D // 2 if BITS == 4 else D
+    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, STORED, f, K, SHARED)
+    if BITS == 16:
+        gates, ups = load_rows(gate_rows, inside, D, WIDTH), load_rows(up_rows, inside, D, WIDTH)
+        if norm_weight is not None:
+            row = normed(row, scale, eps, D, WIDTH)
+        gated, value = product(gates, row, ROWS, D, WIDTH), product(ups, row, ROWS, D, WIDTH)
+    else:
+        if norm_weight is not None:
+            row = normed(row, scale, eps, D, WIDTH)
+        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, D // NEIGHBORS, f, K, False)
+        gated = packed_product(gate_rows, gate_at, values_of_codes, inside, row, BITS, NEIGHBORS, ROWS, D, WIDTH)
+        value = packed_product(up_rows, up_at, values_of_codes, inside, row, BITS, NEIGHBORS, ROWS, D, WIDTH)
     result = silu(gated) * value * share
     tl.store(out + rows, result.to(hidden.dtype.element_ty), mask=rows < height)
 
@@ -91,8 +96,8 @@ def down_vector(
     chosen,
     down,
     down_scales,
+    values_of_codes,
     shared_down,
-    shared_scales,
     residual,
     residual_stride,
     out,
@@ -103,7 +108,8 @@ def down_vector(
     g,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    SCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    NEIGHBORS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
@@ -121,10 +127,9 @@ def down_vector(
             inputs = tl.load(inputs_at + columns, mask=columns < g, other=0).to(tl.float32)
             tile = load_tile(shared_down, inside, g, start, True, WIDTH, EVEN).to(tl.float32)
             total += partly_summed(tile * inputs[None, :], ROWS, WIDTH)
-        if SCALED:
-            total *= tl.load(shared_scales + inside)[:, None]
     if K > 0:
         steps = tl.cdiv(f, WIDTH)
+        stored_f = f // 2 if BITS == 4 else f
         # one loop over all experts, so that the first tile of an expert is prefetched during the expert before it
         for step in tl.range(0, K * steps, num_stages=STAGES):
             pair, start = token * K + step // steps, step % steps * WIDTH
@@ -132,10 +137,10 @@ def down_vector(
             is_ours = is_here(e, num_experts)
             columns = start + tl.arange(0, WIDTH)
             inputs = tl.load(hidden + pair * f + columns, mask=is_ours & (columns < f), other=0).to(tl.float32)
-            tile = load_tile(down + e * d * f, inside, f, start, is_ours, WIDTH, EVEN).to(tl.float32)
-            part = partly_summed(tile * inputs[None, :], ROWS, WIDTH)
-            if SCALED:
-                part *= tl.load(down_scales + e * d + inside, mask=is_ours, other=0)[:, None]
+            stored = load_stored(down + e * d * stored_f, inside, f, start, is_ours, BITS, WIDTH, EVEN)
+            part = partly_summed(values_of(stored, values_of_codes, BITS) * inputs[None, :], ROWS, WIDTH)
+            if BITS != 16:
+                part *= load_scales(down_scales + e * d * (f // NEIGHBORS), inside, f, start, is_ours, NEIGHBORS, WIDTH)
             total += part
     result = tl.sum(total, 1)
     if residual is not None:

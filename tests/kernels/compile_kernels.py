@@ -1,0 +1,136 @@
+"""Compiles the kernels of decoding for a GPU that need not be there: python -m tests.kernels.compile_kernels 90
+
+The models have the widths of the published ones, few layers and experts, and memory that nobody wrote. Their decoder
+layers launch as on a GPU, and every launch compiles its kernel for that compute capability and runs nothing. Prints a
+line of JSON per compiled kernel: what launched it, registers, bytes of stack (spilled registers) and of shared memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, LatentCache, pack_experts
+from deepseek_latent.compat.bound_functions import bind
+from deepseek_latent.kernels.gpu import layers as gpu_layers
+from deepseek_latent.kernels.gpu import triton_attention
+from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+FEW = {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 128, "rope_scaling": YARN}
+LITE = FEW | {
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "q_lora_rank": None,
+    "num_experts_per_tok": 6,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+}
+V2 = FEW | {"num_experts_per_tok": 6, "n_group": 4, "topk_group": 3, "topk_method": "group_limited_greedy"}
+COMPRESSED = LITE | {"kv_lora_rank": 144, "qk_rope_head_dim": 48, "num_unquantized_channels": 8}
+CONTEXT = 4096
+# bytes of shared memory that one program may have, by compute capability: A100, RTX 40, H100
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+
+
+class AbsentDevice:
+    """What Triton asks of a driver while it compiles."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Compiled:
+    """Has launches compile and run nothing, with the options that they have on a GPU, and reports each kernel once."""
+
+    def __init__(self, capability: int):
+        driver.set_active(AbsentDevice(capability))
+        self.capability, self.case, self.seen = capability, "", set()
+        launch = JITFunction.run
+
+        def compile_only(function, *args, grid, warmup, **kwargs):
+            on_gpu = {"PTX": True, "WIDENS": False, "OVERLAPS": capability >= 90}
+            kwargs |= {name: value for name, value in on_gpu.items() if name in kwargs}
+            if "DOT" in kwargs:
+                kwargs["DOT"] = tl.bfloat16
+            self.report(launch(function, *args, grid=grid, warmup=True, **kwargs))
+
+        JITFunction.run = compile_only
+
+    def report(self, kernel) -> None:
+        if kernel.hash in self.seen:
+            return
+        self.seen.add(kernel.hash)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(kernel.asm["cubin"])
+            command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        row = {"kernel": kernel.metadata.name, "case": self.case} | found | {"shared": kernel.metadata.shared}
+        print(json.dumps(row), flush=True)
+
+
+def decode(
+    compiled: Compiled, name: str, fields: dict, shapes: list[tuple[int, int]], cache_dtypes: list, bits: int = 16
+):
+    with torch.device("meta"):
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(**fields)).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    if bits < 16:
+        pack_experts(model, bits)
+    for module in list(model.modules()):
+        if type(module) is DeepseekV2DecoderLayer:
+            bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
+    widths = model.config.kv_lora_rank, model.config.qk_rope_head_dim
+    for batch, tokens in shapes:
+        for cache_dtype in cache_dtypes:
+            compiled.case = f"{name}, experts in {bits} bits, {batch} x {tokens} tokens, {cache_dtype or 'bfloat16'}"
+            cache = LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=CONTEXT + 16)
+            for layer in range(model.config.num_hidden_layers):
+                cache.append(*(torch.zeros(batch, 1, CONTEXT, w, dtype=torch.bfloat16) for w in widths), layer)
+            model(torch.zeros(batch, tokens, dtype=torch.long), cache=cache)
+
+
+@torch.no_grad()
+def main() -> None:
+    compiled = Compiled(int(sys.argv[1]))
+    gpu_layers.DEVICES = ("cpu",)
+    triton_attention.shared_memory = lambda device: SHARED_MEMORY[compiled.capability]
+    decode(compiled, "Lite", LITE, [(1, 1), (1, 4), (64, 1)], [None, "int8", "int4"])
+    decode(compiled, "Lite", LITE, [(1, 1)], ["int6", "fp8"])
+    decode(compiled, "V2", V2, [(1, 1), (1, 4)], [None, "int8"])
+    decode(compiled, "compressed", COMPRESSED, [(1, 1), (8, 1)], [None, "int4"])
+    for bits in (8, 4):
+        decode(compiled, "Lite", LITE, [(1, 1), (8, 1), (64, 1)], [None], bits)
+
+
+if __name__ == "__main__":
+    main()
