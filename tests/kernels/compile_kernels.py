@@ -48,6 +48,7 @@ LITE = FEW | {
 V2 = FEW | {"num_experts_per_tok": 6, "n_group": 4, "topk_group": 3, "topk_method": "group_limited_greedy"}
 COMPRESSED = LITE | {"kv_lora_rank": 144, "qk_rope_head_dim": 48, "num_unquantized_channels": 8}
 CONTEXT = 4096
+DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # bytes of shared memory that one program may have, by compute capability: A100, RTX 40, H100
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
@@ -73,14 +74,14 @@ class Compiled:
 
     def __init__(self, capability: int):
         driver.set_active(AbsentDevice(capability))
-        self.capability, self.case, self.seen = capability, "", set()
+        self.capability, self.case, self.dtype, self.seen = capability, "", torch.bfloat16, set()
         launch = JITFunction.run
 
         def compile_only(function, *args, grid, warmup, **kwargs):
             on_gpu = {"PTX": True, "WIDENS": False, "OVERLAPS": capability >= 90}
             kwargs |= {name: value for name, value in on_gpu.items() if name in kwargs}
             if "DOT" in kwargs:
-                kwargs["DOT"] = tl.bfloat16
+                kwargs["DOT"] = DOT[self.dtype]
             self.report(launch(function, *args, grid=grid, warmup=True, **kwargs))
 
         JITFunction.run = compile_only
@@ -99,10 +100,19 @@ class Compiled:
 
 
 def decode(
-    compiled: Compiled, name: str, fields: dict, shapes: list[tuple[int, int]], cache_dtypes: list, bits: int = 16
-):
+    compiled: Compiled,
+    name: str,
+    fields: dict,
+    shapes: list[tuple[int, int]],
+    cache_dtypes: list[str | None],
+    *,
+    bits: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Decodes (batch, tokens) after a context, with experts in `bits`, over each kind of cache."""
+    compiled.dtype = dtype
     with torch.device("meta"):
-        model = DeepseekV2ForCausalLM(DeepseekV2Config(**fields)).to(torch.bfloat16)
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(**fields)).to(dtype)
     model = model.to_empty(device="cpu").eval()
     if bits < 16:
         pack_experts(model, bits)
@@ -112,10 +122,11 @@ def decode(
     widths = model.config.kv_lora_rank, model.config.qk_rope_head_dim
     for batch, tokens in shapes:
         for cache_dtype in cache_dtypes:
-            compiled.case = f"{name}, experts in {bits} bits, {batch} x {tokens} tokens, {cache_dtype or 'bfloat16'}"
+            cached = cache_dtype or str(dtype).removeprefix("torch.")
+            compiled.case = f"{name}, experts in {bits} bits, {batch} x {tokens} tokens, {cached}"
             cache = LatentCache(model.config, cache_dtype=cache_dtype, max_cache_len=CONTEXT + 16)
             for layer in range(model.config.num_hidden_layers):
-                cache.append(*(torch.zeros(batch, 1, CONTEXT, w, dtype=torch.bfloat16) for w in widths), layer)
+                cache.append(*(torch.zeros(batch, 1, CONTEXT, width, dtype=dtype) for width in widths), layer)
             model(torch.zeros(batch, tokens, dtype=torch.long), cache=cache)
 
 
@@ -129,7 +140,9 @@ def main() -> None:
     decode(compiled, "V2", V2, [(1, 1), (1, 4)], [None, "int8"])
     decode(compiled, "compressed", COMPRESSED, [(1, 1), (8, 1)], [None, "int4"])
     for bits in (8, 4):
-        decode(compiled, "Lite", LITE, [(1, 1), (8, 1), (64, 1)], [None], bits)
+        decode(compiled, "Lite", LITE, [(1, 1), (8, 1), (64, 1)], [None], bits=bits)
+    for dtype in (torch.float16, torch.float32):
+        decode(compiled, "Lite", LITE, [(1, 1), (1, 4), (64, 1)], [None], dtype=dtype)
 
 
 if __name__ == "__main__":

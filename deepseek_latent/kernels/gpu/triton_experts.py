@@ -42,9 +42,15 @@ MATRIX = Plan(Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 4))
 MATRIX_FOR_MANY = Plan(Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4))
 
 
-def plan_for(m: int) -> Plan:
+def plan_for(m: int, dtype: torch.dtype) -> Plan:
     """A single token shares no expert with other tokens, so tensor cores only help several tokens."""
-    return VECTOR if m == 1 else MATRIX if m <= 32 else MATRIX_FOR_MANY
+    if m == 1:
+        return VECTOR
+    plan = MATRIX if m <= 32 else MATRIX_FOR_MANY
+    if dtype != torch.float32:
+        return plan
+    # as many bytes of shared memory as in half precision
+    return Plan(*(tiles._replace(width=tiles.width // 2) for tiles in plan))
 
 
 def experts(
@@ -120,7 +126,7 @@ def _swiglu(
     kinds = {"K": k, "SHARED": shared is not None, "BITS": down.bits}
     neighbors = gate_up.neighbors, down.neighbors
 
-    plan = plan or plan_for(m)
+    plan = plan or plan_for(m, x.dtype)
     assert norm is None or is_vector(plan.inner)
     if is_vector(plan.inner):
         _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan)
