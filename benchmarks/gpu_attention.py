@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from deepseek_latent.cache.format import latent_format
-from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, tiling
+from deepseek_latent.kernels.gpu.triton_attention import attend
+from deepseek_latent.kernels.gpu.triton_tiling import Tiling, tiling
 
 C, R, SCALE = 512, 64, 0.1147
 BYTES_BETWEEN_REUSE = 256 << 20  # bytes that are read before the same buffer is read again

@@ -17,12 +17,13 @@ from deepseek_latent import LatentCache
 from deepseek_latent.compat.bound_functions import bind, unbind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token
-from deepseek_latent.kernels.gpu.triton_attention import attend_in_splits, combine, tiling
+from deepseek_latent.kernels.gpu.triton_attention import attend_in_splits, combine
 from deepseek_latent.kernels.gpu.triton_experts import VECTOR, experts
 from deepseek_latent.kernels.gpu.triton_one_token import expand, rotate_write_absorb
 from deepseek_latent.kernels.gpu.triton_project import project
 from deepseek_latent.kernels.gpu.triton_router import choose
 from deepseek_latent.kernels.gpu.triton_tiles import Norm, Tiles
+from deepseek_latent.kernels.gpu.triton_tiling import tiling
 from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 
 from .gpu_experts import Rows

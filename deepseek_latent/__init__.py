@@ -26,12 +26,13 @@ from .compat.peft_changes import (
     refuse_single_experts,
     remove_refused_adapters,
     support_offloading,
+    support_tensor_parallelism,
 )
 from .compat.peft_warnings import correct_pattern_warnings
 from .compat.registration import (
     backbone_of_native_config,
+    patch_base_config_reader,
     put_into_transformers,
-    read_resumed_config_as,
     take_native_configs,
 )
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
@@ -140,7 +141,7 @@ put_into_transformers(
     DeepseekV2ForSequenceClassification,
     DeepseekV2ForTokenClassification,
 )
-read_resumed_config_as(DeepseekV2Config)
+patch_base_config_reader(DeepseekV2Config)
 # these import peft, which is a twentieth of our import time and has no hook that would let us defer this
 prevent_target_renaming(DeepseekV2PreTrainedModel)
 support_offloading(DeepseekV2PreTrainedModel, DeepseekV2Experts)
@@ -148,3 +149,4 @@ remove_refused_adapters(DeepseekV2PreTrainedModel)
 correct_pattern_warnings(DeepseekV2PreTrainedModel)
 describe_targets(DeepseekV2PreTrainedModel)
 refuse_single_experts(DeepseekV2PreTrainedModel, DeepseekV2Experts)
+support_tensor_parallelism(DeepseekV2PreTrainedModel)

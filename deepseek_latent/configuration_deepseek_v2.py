@@ -39,7 +39,10 @@ class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
     keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits"]
     attribute_map = {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}
     # our modules have the same names, so the plans of the installed transformers apply to them
-    base_model_tp_plan = NativeConfig.base_model_tp_plan
+    # attention sums the gradient of the rotary key itself (compat/tensor_parallel.py)
+    base_model_tp_plan = {
+        name: style for name, style in NativeConfig.base_model_tp_plan.items() if style != "mla_kv_a_proj"
+    } | {"layers.*.self_attn": "latent_attention"}
     base_model_pp_plan = NativeConfig.base_model_pp_plan
     base_model_ep_plan = NativeConfig.base_model_ep_plan
 
@@ -212,8 +215,8 @@ class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
         """As in transformers, with RoPE's settings also in the older form that other clients read."""
         output = super().to_dict()
         rope_theta, output["rope_scaling"] = split_rope(output["rope_parameters"])
-        # without this package, transformers' bare PreTrainedConfig fails for both rope_theta and a YaRN rope_scaling
-        # (read_resumed_config_as); without rope_theta, every client takes 10000
+        # without this package, transformers' bare PreTrainedConfig fails if a file has rope_theta together with a YaRN
+        # rope_scaling (patch_base_config_reader); without rope_theta, every client takes 10000
         if output["rope_scaling"] is None or rope_theta != DEFAULT_THETA:
             output["rope_theta"] = rope_theta
         # these are fields of this package alone, so they are written only if they are used

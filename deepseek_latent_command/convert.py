@@ -33,9 +33,10 @@ def _add_gqa_to_mla(kinds) -> None:
         "gqa-to-mla", help="a Llama or similar model: attention becomes latent, exactly or compressed"
     )
     parser.description = (
-        "Makes a DeepSeek-V2 of a Llama or similar model. Without options it has the same logits and a cache as large "
-        "as the source's. With --kv-lora-rank, --qk-rope-head-dim and --calibrate, a smaller cache of C + R elements "
-        "per token and layer, with a loss that is measured."
+        "Makes a DeepSeek-V2 of a Llama or similar model. Without options, the new model has the same logits and a "
+        "cache about as large as the source's, larger if some layers have no RoPE. With --kv-lora-rank, "
+        "--qk-rope-head-dim and --calibrate, the cache has C + R elements per token and layer, and the loss of quality "
+        "is measured, also with --dry-run."
     )
     parser.add_argument("--bias-free", action="store_true", help="add no biases: a wider cache, an error of about 1e-4")
     parser.add_argument(
@@ -71,7 +72,10 @@ def _check_gqa_to_mla(arguments: argparse.Namespace) -> None:
 def _add_upcycle(kinds) -> None:
     parser = kinds.add_parser("upcycle", help="a dense model's MLPs become experts, exactly")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Makes experts of a dense model's MLPs, with the same logits until it is trained."
+    parser.description = (
+        "Makes experts of a dense model's MLPs, with the same logits until it is trained.\n"
+        "--router-noise and --reinitialize make it inexact."
+    )
     parser.epilog = "schemes:\n" + "\n".join(f"  {name}  {meaning}" for name, meaning in SCHEMES.items())
     parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how the MLPs are cut, listed below")
     parser.add_argument("--routed-experts", type=int, required=True, metavar="N", help="routed experts per layer")
@@ -141,9 +145,7 @@ def _add_files(kind: argparse.ArgumentParser, *, reads_gguf: bool = False) -> No
     kind.add_argument("--push-to-hub", metavar="REPO", help="upload OUT there when it is complete")
     kind.add_argument("--force", action="store_true", help="replace OUT if a conversion wrote it")
     kind.add_argument("--replace-any-folder", action="store_true", help="with --force: replace OUT whatever it holds")
-    kind.add_argument(
-        "--dry-run", action="store_true", help="only report, write nothing; a compression is still measured"
-    )
+    kind.add_argument("--dry-run", action="store_true", help="only report what would be written")
     kind.add_argument("--json", action="store_true", help="print the report as JSON")
     kind.set_defaults(check=_check_files, action="convert:convert_checkpoint")
 

@@ -9,8 +9,8 @@ from .options import DTYPES
 def add_command(commands) -> None:
     parser = commands.add_parser("verify", help="compare a converted checkpoint with its source")
     parser.description = (
-        "Reads every tensor of a checkpoint, compares its logits with transformers' own class and with its source, and "
-        "says what other programs make of it. Exit code 0: the logits agree, 1: they do not, 2: unusable input."
+        "Reads every tensor of a checkpoint, compares its logits with transformers' own class and, with --against, "
+        "with its source, and says what other programs make of it. Exit code 0: passed, 1: failed, 2: unusable input."
     )
     parser.add_argument("out", metavar="OUT", help="the folder or hub id to check")
     parser.add_argument("--against", metavar="SRC", help="the folder, hub id or GGUF file that OUT was converted from")

@@ -80,38 +80,41 @@ def _short(ratio: float) -> str:
 
 @styled
 def draw_healing(runs: dict[str, dict]) -> Figure:
+    # a model and what is trained of it: its longest training
+    kinds = {}
+    for name in sorted(runs, key=lambda name: runs[name]["evaluated"][-1]["seconds"]):
+        kinds["\n".join(name.split(", ")[:2])] = runs[name]
+
     def ratio(point: dict) -> float:
         """The mean over the texts."""
         return math.exp(sum(math.log(x["ratio"]) for x in point["texts"].values()) / len(point["texts"]))
 
-    def gain(name: str) -> float:
-        return ratio(runs[name]["evaluated"][0]) / ratio(runs[name]["evaluated"][-1])
+    def gain(kind: str) -> float:
+        return ratio(kinds[kind]["evaluated"][0]) / ratio(kinds[kind]["evaluated"][-1])
 
-    best = max(runs, key=gain)
-    first, last = runs[best]["evaluated"][0], runs[best]["evaluated"][-1]
+    best = max(kinds, key=gain)
+    first, last = kinds[best]["evaluated"][0], kinds[best]["evaluated"][-1]
     texts = list(first["texts"])
-    title = f"Healing {best.split(',')[0]}: perplexity from {ratio(first):.2f} to {ratio(last):.2f} times the source's "
+    title = (
+        f"Healing {best.splitlines()[0]}: perplexity from {ratio(first):.2f} to {ratio(last):.2f} times the source's "
+    )
     title += f"in {last['seconds'] / 60:.0f} minutes"
     note = "A compressed model is trained to predict what its source predicts. Beside a line: cached rotary + latent "
     note += "elements per token and layer, and what is trained. Bars: the standard error over the windows of "
     note += "a text, which is not trained on. Minutes of processor time per thread, without evaluation; "
-    note += machine(runs[best])
+    note += machine(kinds[best])
     figure, axes = new_figure(title, note, columns=len(texts), height=4.4, sharey=True)
-    # a shorter training of the same kind lies on the line of the longest, which alone has a name
-    longest: dict[str, str] = {}
-    for name in sorted(runs, key=lambda name: runs[name]["evaluated"][-1]["seconds"]):
-        longest["\n".join(name.split(", ")[:2])] = name
     lines = {text: [] for text in texts}
     for ax, text in zip(axes[0], texts):
-        for (name, run), color, marker in zip(runs.items(), shades(COLORS["ours"], len(runs)), MARKERS):
+        for (kind, run), color, marker in zip(sorted(kinds.items()), shades(COLORS["ours"], len(kinds)), MARKERS):
             minutes = [point["seconds"] / 60 for point in run["evaluated"]]
             found = [point["texts"][text] for point in run["evaluated"]]
             ratios, errors = ([x[key] for x in found] for key in ("ratio", "standard_error_of_ratio"))
             line = ax.errorbar(minutes, ratios, errors, color=color, marker=marker, capsize=3).lines[0]
-            lines[text] += [(line, kind) for kind, named in longest.items() if named == name]
+            lines[text].append((line, kind))
         ax.set_title(f"{text} (source: perplexity {first['texts'][text]['of_source']:.2f})")
         ax.set_xlabel("minutes of training")
-        reference_line(ax, 1, max(run["evaluated"][-1]["seconds"] for run in runs.values()) / 60)
+        reference_line(ax, 1, max(run["evaluated"][-1]["seconds"] for run in kinds.values()) / 60)
         ax.annotate("source", (0, 1), (0, -4), textcoords="offset points", va="top", size=9)
     ratio_axis(axes[0, 0])
     for ax, of_text in zip(axes[0], lines.values()):
@@ -169,7 +172,7 @@ def draw_upcycled_training(result: dict) -> Figure:
         name = f"{text}\n{signed(final[text]['nats'], 4)} ± {final[text]['standard_error']:.4f}"
         series[name] = {int(step): loss - dense["held_out_nats"][text][step] for step, loss in losses.items()}
     if all(abs(x["nats"]) < 2 * x["standard_error"] for x in final.values()):
-        largest = max(2 * x["standard_error"] for x in final.values())
+        largest = max(abs(x["nats"]) + 2 * x["standard_error"] for x in final.values())
         title = f"After {result['steps']} steps, experts and dense parent have the same loss within {largest:.4f} nats"
     else:
         title = final_sentence([x["nats"] for x in final.values()], result["steps"])

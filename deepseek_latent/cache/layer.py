@@ -149,7 +149,7 @@ class LatentCacheLayer(DynamicLayer):
         heads = (key_states.shape[1], value_states.shape[1])
         if heads != (1, 1):
             raise ValueError(
-                f"expected one latent and one rotary key per token, [b 1 s width] each, got keys and values of "
+                "expected one latent and one rotary key per token, [b 1 s width] each, got keys and values of "
                 f"{heads[0]} and {heads[1]} heads; use a cache of transformers for them."
             )
         widths, dtype = (key_states.shape[-1], value_states.shape[-1]), key_states.dtype

@@ -27,13 +27,11 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
 
 def _shown(report: dict, *, as_json: bool) -> dict:
     """The report as it is printed: with a row for each of the other programs, or with what JSON can hold."""
-    shown = {}
-    for name, value in report.items():
-        if name != "other_programs":
-            shown[name] = value
-        elif as_json:
-            shown[name] = {program: asdict(outcome) for program, outcome in value.items()}
-        else:
-            by_source = {program: " (by its source)" if program == NOT_RUN else "" for program in value}
-            shown |= {f"in {program}{by_source[program]}": outcome.lines() for program, outcome in value.items()}
-    return shown
+    outcomes = report.pop("other_programs", {})
+    if as_json:
+        return report | {"other_programs": {program: asdict(outcome) for program, outcome in outcomes.items()}}
+    names = {program: f"in {program}{' (by its source)' if program == NOT_RUN else ''}" for program in outcomes}
+    rows = {names[program]: outcome.lines() for program, outcome in outcomes.items()}
+    # the verdict stays last
+    verdict = {"verdict": report.pop("verdict")}
+    return report | rows | verdict

@@ -16,6 +16,7 @@ from torch import nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
 from .peft_config import is_target_module
+from .tensor_parallel import is_split
 
 
 def prevent_target_renaming(model_class: type) -> None:
@@ -150,6 +151,31 @@ def _single_expert_targeted(config: Any, model: nn.Module, experts_class: type) 
     places = [name.replace(".base_layer", "") for name, x in model.named_modules() if isinstance(x, experts_class)]
     parts = product(places, range(model.config.n_routed_experts), ("gate_proj", "up_proj", "down_proj"))
     return next((name for name in (f"{a}.{i}.{b}" for a, i, b in parts) if is_target_module(config, name)), None)
+
+
+def support_tensor_parallelism(model_class: type) -> None:
+    """Lets peft add LoRA to layers of these models whose weight is split by columns of its input, such as `o_proj`.
+
+    peft makes the first factor as wide as this process's part of the input, splits it as one that has the whole width,
+    and leaves its `in_features` at the part (0.20 and 0.21). transformers takes `in_features` for the whole width, and
+    the forward pass fails.
+    """
+    tuner = import_module("peft.tuners.tuners_utils").BaseTuner
+    inject = tuner.inject_adapter
+    if hasattr(inject, "states_whole_widths"):
+        return
+
+    @functools.wraps(inject)
+    def inject_with_whole_widths(self, model, adapter_name, *args, **kwargs):
+        result = inject(self, model, adapter_name, *args, **kwargs)
+        if isinstance(model, model_class):
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and is_split(module.weight):
+                    module.out_features, module.in_features = module.weight.shape
+        return result
+
+    inject_with_whole_widths.states_whole_widths = True
+    tuner.inject_adapter = inject_with_whole_widths
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -54,7 +54,7 @@ def backbone_of_native_config(backbone: type) -> type:
     return NativeConfigBackbone
 
 
-def read_resumed_config_as(own: type[PreTrainedConfig]) -> None:
+def patch_base_config_reader(own: type[PreTrainedConfig]) -> None:
     """Has `PreTrainedConfig.from_json_file` read a file of these models as their class `own`.
 
     Trainer calls it on the base class when it resumes (5.17 to 5.24). That class has no `max_position_embeddings`, and
@@ -71,5 +71,5 @@ def read_resumed_config_as(own: type[PreTrainedConfig]) -> None:
         is_own = cls is PreTrainedConfig and cls._dict_from_json_file(json_file).get("model_type") == own.model_type
         return read(own if is_own else cls, json_file)
 
-    read_as_own.reads_own = own
+    read_as_own.reads_own = True
     PreTrainedConfig.from_json_file = classmethod(read_as_own)

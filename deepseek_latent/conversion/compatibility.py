@@ -20,7 +20,7 @@ _VLLM_WITH_TORCH = """--compilation-config '{"custom_ops": ["none"]}'"""
 
 @dataclass
 class Outcome:
-    """Why a program refuses a checkpoint, and why its logits would be others without an error; both may be empty."""
+    """Why a program refuses a checkpoint, and why its logits differ without an error; both lists may be empty."""
 
     refusals: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -38,12 +38,13 @@ class _Findings:
         self.outcomes = {program: Outcome() for program in PROGRAMS}
         self.config_json = config_json
 
-    def refused(self, name: str, reason: str, *programs: str) -> None:
-        """Adds the reason, which a field of that name gives these programs."""
+    def add_refusal(self, name: str, reason: str, *programs: str) -> None:
+        """Records why these programs refuse the file, because of the field `name`."""
         for program in programs:
             self.outcomes[program].refusals.append(self._describe(name, reason))
 
-    def differs(self, name: str, reason: str, *programs: str) -> None:
+    def add_difference(self, name: str, reason: str, *programs: str) -> None:
+        """Records why the logits of these programs differ, because of the field `name`."""
         for program in programs:
             self.outcomes[program].differences.append(self._describe(name, reason))
 
@@ -68,28 +69,31 @@ def outcomes_in_other_programs(
     _check_rope(config, found)
     _check_experts(config, found)
     if "auto_map" in config_json:
-        found.refused("auto_map", "so it asks for trust_remote_code", "SGLang")
+        found.add_refusal("auto_map", "so it asks for trust_remote_code", "SGLang")
     if config.attention_bias:
-        found.differs("attention_bias", "but it leaves out the biases of latent projections", "vLLM")
-        found.refused("attention_bias", "but its latent projections have no biases", "SGLang", "llama.cpp")
-    if config.rms_norm_eps != 1e-6:
-        found.differs(
+        found.add_difference("attention_bias", "but it leaves out the biases of latent projections", "vLLM")
+        found.add_refusal("attention_bias", "but its latent projections have no biases", "SGLang", "llama.cpp")
+    # a file may hold it rounded to float32
+    if not math.isclose(config.rms_norm_eps, 1e-6, rel_tol=1e-6):
+        found.add_difference(
             "rms_norm_eps", "which it also uses for the latents' norms, 1e-6 here", "vLLM", "SGLang", "llama.cpp"
         )
     if config.tie_word_embeddings and "lm_head.weight" not in tensor_names:
-        found.differs("tie_word_embeddings", "but without lm_head.weight in the files all its logits are equal", "vLLM")
-        found.refused("tie_word_embeddings", "but it needs lm_head.weight in the files", "mlx-lm")
+        found.add_difference(
+            "tie_word_embeddings", "but without lm_head.weight in the files all its logits are equal", "vLLM"
+        )
+        found.add_refusal("tie_word_embeddings", "but it needs lm_head.weight in the files", "mlx-lm")
     if config.hidden_act != "silu":
-        found.differs("hidden_act", "which it ignores, expected 'silu'", "llama.cpp", "mlx-lm")
-        found.refused("hidden_act", "expected 'silu'", "vLLM", "SGLang")
+        found.add_difference("hidden_act", "which it ignores, expected 'silu'", "llama.cpp", "mlx-lm")
+        found.add_refusal("hidden_act", "expected 'silu'", "vLLM", "SGLang")
     if (config.kv_lora_rank, config.qk_rope_head_dim) != (512, 64):
-        found.refused(
+        found.add_refusal(
             "kv_lora_rank",
             "expected 512 with a qk_rope_head_dim of 64 on a CPU; on a GPU, its TRITON_MLA takes others, by its source",
             "vLLM",
         )
     if config.q_lora_rank is None and config.num_hidden_layers not in _LLAMA_CPP_LITE_LAYERS:
-        found.refused(
+        found.add_refusal(
             "q_lora_rank", "which it accepts only for V2-Lite's 27 layers (override the key with 0)", "llama.cpp"
         )
     return found.outcomes
@@ -100,28 +104,28 @@ def _check_rope(config: DeepseekV2Config, found: _Findings) -> None:
     rope_type = rope["rope_type"]
     if rope_type == "default":
         # a fault of its operator for CPUs
-        found.differs("rope_scaling", f"on a CPU, unless vLLM is run with {_VLLM_WITH_TORCH}", "vLLM")
+        found.add_difference("rope_scaling", f"on a CPU, unless vLLM is run with {_VLLM_WITH_TORCH}", "vLLM")
     if rope_type not in ("default", "yarn"):
         has_length = "original_max_position_embeddings" in rope and "factor" in rope
-        found.differs("rope_scaling", f"of type {rope_type}, which it reads as another one", "llama.cpp")
-        found.differs("rope_scaling", f"of type {rope_type}, which it reads as yarn", "mlx-lm")
+        found.add_difference("rope_scaling", f"of type {rope_type}, which it reads as another one", "llama.cpp")
+        found.add_difference("rope_scaling", f"of type {rope_type}, which it reads as yarn", "mlx-lm")
         if has_length:
-            found.differs("rope_scaling", f"of type {rope_type}, which it reads as yarn", "vLLM")
+            found.add_difference("rope_scaling", f"of type {rope_type}, which it reads as yarn", "vLLM")
         else:
-            found.refused("rope_scaling", f"of type {rope_type}, but it reads every type as yarn", "vLLM")
-        found.refused("rope_scaling", f"of type {rope_type}, expected yarn or none", "SGLang")
+            found.add_refusal("rope_scaling", f"of type {rope_type}, but it reads every type as yarn", "vLLM")
+        found.add_refusal("rope_scaling", f"of type {rope_type}, expected yarn or none", "SGLang")
     if rope_type == "yarn":
         attention_factor = rope.get("attention_factor")
         if attention_factor is not None:
-            found.differs("rope_scaling", "with an attention_factor, which it reads as another scaling", "vLLM")
+            found.add_difference("rope_scaling", "with an attention_factor, which it reads as another scaling", "vLLM")
         if attention_factor not in (None, _attention_factor_of(rope)):
-            found.differs("rope_scaling", "with an attention_factor, which it ignores", "llama.cpp", "mlx-lm")
+            found.add_difference("rope_scaling", "with an attention_factor, which it ignores", "llama.cpp", "mlx-lm")
         if not rope.get("truncate", True):
-            found.differs("rope_scaling", "with truncate false, which it ignores", "vLLM", "llama.cpp", "mlx-lm")
+            found.add_difference("rope_scaling", "with truncate false, which it ignores", "vLLM", "llama.cpp", "mlx-lm")
         if (rope.get("mscale") or 1) != rope.get("mscale_all_dim"):
-            found.differs("rope_scaling", "with an mscale that is not mscale_all_dim", "llama.cpp")
+            found.add_difference("rope_scaling", "with an mscale that is not mscale_all_dim", "llama.cpp")
     if not found.config_json.get("rope_scaling"):
-        found.refused("rope_scaling", "but it opens no file without one", "mlx-lm")
+        found.add_refusal("rope_scaling", "but it opens no file without one", "mlx-lm")
 
 
 def _attention_factor_of(rope: dict) -> float:
@@ -135,31 +139,35 @@ def _attention_factor_of(rope: dict) -> float:
 
 def _check_experts(config: DeepseekV2Config, found: _Findings) -> None:
     if config.n_routed_experts is None:
-        found.refused(
+        found.add_refusal(
             "n_routed_experts", "expected a number, even if all layers are dense", "transformers", "vLLM", "llama.cpp"
         )
     elif config.n_routed_experts <= config.n_group:
-        found.refused("n_routed_experts", "expected more than n_group, even if all layers are dense", "llama.cpp")
+        found.add_refusal("n_routed_experts", "expected more than n_group, even if all layers are dense", "llama.cpp")
     if config.n_shared_experts is None:
-        found.refused("n_shared_experts", "expected a number", "transformers", "vLLM", "llama.cpp")
+        found.add_refusal("n_shared_experts", "expected a number", "transformers", "vLLM", "llama.cpp")
     if not config.moe_layers:
         return
     for name in ("n_group", "topk_group"):
         if found.config_json.get(name) is None:
-            found.refused(name, "expected 1 for one group", "vLLM", "SGLang")
+            found.add_refusal(name, "expected 1 for one group", "vLLM", "SGLang")
     for name in ("scoring_func", "moe_layer_freq"):
         if name not in found.config_json:
-            found.refused(name, "but it has no default for it", "SGLang")
+            found.add_refusal(name, "but it has no default for it", "SGLang")
     if config.normalizes_gates:
-        found.differs("norm_topk_prob", "which it ignores", "transformers", "mlx-lm")
+        found.add_difference("norm_topk_prob", "which it ignores", "transformers", "mlx-lm")
         if config.routed_scaling_factor != 1:
-            found.differs("norm_topk_prob", "but it also applies routed_scaling_factor", "vLLM", "llama.cpp")
+            found.add_difference("norm_topk_prob", "but it also applies routed_scaling_factor", "vLLM", "llama.cpp")
     elif config.norm_topk_prob:
-        found.differs("norm_topk_prob", "which it applies to a single expert too", "vLLM", "llama.cpp")
+        found.add_difference("norm_topk_prob", "which it applies to a single expert too", "vLLM", "llama.cpp")
     if config.n_group > 1 and config.topk_method == "group_limited_greedy":
-        found.differs("topk_method", "but it ranks a group by its two best experts, as DeepSeek-V3 does", "llama.cpp")
+        found.add_difference(
+            "topk_method", "but it ranks a group by its two best experts, as DeepSeek-V3 does", "llama.cpp"
+        )
     if config.n_group > 1 and config.topk_method == "greedy":
-        found.differs("n_group", "but it routes by groups for any topk_method", "vLLM", "SGLang", "llama.cpp")
+        found.add_difference("n_group", "but it routes by groups for any topk_method", "vLLM", "SGLang", "llama.cpp")
     if config.moe_layer_freq != 1:
-        found.differs("moe_layer_freq", "which it ignores: it makes random experts in dense layers", "transformers")
-        found.refused("moe_layer_freq", "expected 1", "llama.cpp")
+        found.add_difference(
+            "moe_layer_freq", "which it ignores: it makes random experts in dense layers", "transformers"
+        )
+        found.add_refusal("moe_layer_freq", "expected 1", "llama.cpp")

@@ -47,6 +47,10 @@ class Packed(NamedTuple):
     def width(self) -> int:
         return self.codes.shape[-1] * 8 // self.bits
 
+    @property
+    def group_size(self) -> int:
+        return self.width // self.scales.shape[-1]
+
     def unpacked(self) -> Tensor:
         """[.. out in] in the dtype of the scales."""
         dtype, in_groups = self.scales.dtype, (*self.codes.shape[:-1], self.scales.shape[-1], -1)

@@ -180,13 +180,13 @@ def test_tensor_parallelism_replaces_forward_as_local_rows_expects():
 def test_trainer_resumes_with_a_class_that_cannot_read_a_published_config(tmp_path):
     source = inspect.getsource(transformers.Trainer._load_from_checkpoint)
     assert "PreTrainedConfig.from_json_file(" in source, (
-        "Trainer resumes with another function; used by read_resumed_config_as"
+        "Trainer resumes with another function; used by patch_base_config_reader"
     )
     file = tmp_path / "config.json"
     file.write_text(json.dumps(DEEPSEEK_V2))
     assert type(transformers.PreTrainedConfig.from_json_file(file)) is deepseek_latent.DeepseekV2Config
     with pytest.raises(AttributeError):
-        # once this reads the file, read_resumed_config_as can be dropped
+        # once this reads the file, patch_base_config_reader can be dropped
         transformers.PreTrainedConfig.from_json_file.__wrapped__(transformers.PreTrainedConfig, file)
 
 

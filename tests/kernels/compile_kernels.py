@@ -20,33 +20,18 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from deepseek_latent import DeepseekV2Config, DeepseekV2ForCausalLM, LatentCache, pack_experts
-from deepseek_latent.compat.bound_functions import bind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
-from deepseek_latent.kernels.gpu import triton_attention
-from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
+from deepseek_latent.kernels.gpu import triton_attention, triton_tiling
+from tests.kernels.support import with_gpu_layers
+from tests.model.published_configs import DEEPSEEK_V2, DEEPSEEK_V2_LITE
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
-FEW = {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 128, "rope_scaling": YARN}
-LITE = FEW | {
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_attention_heads": 16,
-    "q_lora_rank": None,
-    "num_experts_per_tok": 6,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-}
-V2 = FEW | {"num_experts_per_tok": 6, "n_group": 4, "topk_group": 3, "topk_method": "group_limited_greedy"}
+FEW = {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1}
+LITE = DEEPSEEK_V2_LITE | FEW
+V2 = DEEPSEEK_V2 | FEW | {"n_routed_experts": 16}
 COMPRESSED = LITE | {"kv_lora_rank": 144, "qk_rope_head_dim": 48, "num_unquantized_channels": 8}
+# latent and rotary key of an exact conversion of a Llama with 8 key heads of 128
+WIDE = LITE | {"kv_lora_rank": 1156, "qk_rope_head_dim": 1024}
 CONTEXT = 4096
 DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # bytes of shared memory that one program may have, by compute capability: A100, RTX 40, H100
@@ -69,7 +54,7 @@ class AbsentDevice:
         return GPUTarget("cuda", self.capability, 32)
 
 
-class Compiled:
+class CompilingLaunches:
     """Has launches compile and run nothing, with the options that they have on a GPU, and reports each kernel once."""
 
     def __init__(self, capability: int):
@@ -100,7 +85,7 @@ class Compiled:
 
 
 def decode(
-    compiled: Compiled,
+    compiled: CompilingLaunches,
     name: str,
     fields: dict,
     shapes: list[tuple[int, int]],
@@ -116,9 +101,7 @@ def decode(
     model = model.to_empty(device="cpu").eval()
     if bits < 16:
         pack_experts(model, bits)
-    for module in list(model.modules()):
-        if type(module) is DeepseekV2DecoderLayer:
-            bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
+    with_gpu_layers(model)
     widths = model.config.kv_lora_rank, model.config.qk_rope_head_dim
     for batch, tokens in shapes:
         for cache_dtype in cache_dtypes:
@@ -132,13 +115,15 @@ def decode(
 
 @torch.no_grad()
 def main() -> None:
-    compiled = Compiled(int(sys.argv[1]))
+    compiled = CompilingLaunches(int(sys.argv[1]))
     gpu_layers.DEVICES = ("cpu",)
-    triton_attention.shared_memory = lambda device: SHARED_MEMORY[compiled.capability]
-    decode(compiled, "Lite", LITE, [(1, 1), (1, 4), (64, 1)], [None, "int8", "int4"])
+    for module in (triton_attention, triton_tiling):
+        module.shared_memory = lambda device: SHARED_MEMORY[compiled.capability]
+    decode(compiled, "Lite", LITE, [(1, 1), (1, 2), (1, 4), (64, 1)], [None, "int8", "int4"])
     decode(compiled, "Lite", LITE, [(1, 1)], ["int6", "fp8"])
     decode(compiled, "V2", V2, [(1, 1), (1, 4)], [None, "int8"])
     decode(compiled, "compressed", COMPRESSED, [(1, 1), (8, 1)], [None, "int4"])
+    decode(compiled, "wide", WIDE, [(1, 1)], [None, "int8"])
     for bits in (8, 4):
         decode(compiled, "Lite", LITE, [(1, 1), (8, 1), (64, 1)], [None], bits=bits)
     for dtype in (torch.float16, torch.float32):

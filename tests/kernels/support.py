@@ -1,4 +1,4 @@
-"""What the tests of operators for CPUs share."""
+"""What the tests of operators and kernels share."""
 
 import copy
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek_latent.compat.bound_functions import bind
 from deepseek_latent.experts.codec import Packed, pack
 from deepseek_latent.kernels import optimize_for_inference
+from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
 from tests.support import seeded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -28,3 +30,13 @@ def optimized(model):
     twin = copy.deepcopy(model)
     optimize_for_inference(twin)
     return twin
+
+
+def with_gpu_layers(model):
+    """The model, whose decoder layers decode by the kernels for GPUs; needs Triton."""
+    from deepseek_latent.kernels.gpu.layers import REPLACEMENTS
+
+    for module in list(model.modules()):
+        if type(module) is DeepseekV2DecoderLayer:
+            bind(module, REPLACEMENTS[DeepseekV2DecoderLayer])
+    return model

@@ -11,7 +11,8 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU these tests need TRITON_INTERPRET=1", allow_module_level=True)
 
 from deepseek_latent.cache.format import latent_format  # noqa: E402
-from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, num_splits, tiling  # noqa: E402
+from deepseek_latent.kernels.gpu.triton_attention import attend, num_splits  # noqa: E402
+from deepseek_latent.kernels.gpu.triton_tiling import Tiling, tiling  # noqa: E402
 
 SCALE = 0.2
 # small tiles and splits, so that short caches have many of them

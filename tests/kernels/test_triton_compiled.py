@@ -30,6 +30,8 @@ def test_kernels_of_decoding_compile_for_every_cache_and_kind_of_experts(compile
     _, kernels = compiled
     found = {kernel["kernel"] for kernel in kernels}
     assert found >= EXPERTS | {"_attend_to_splits", "_combine", "_project_kernel", "_rotate_write_absorb_kernel"}
+    attended = {kernel["case"].rpartition(", ")[2] for kernel in kernels if kernel["kernel"] == "_attend_to_splits"}
+    assert attended == {"bfloat16", "float16", "float32", "int8", "int6", "int4", "fp8"}
     for bits in (16, 8, 4):
         of_bits = {kernel["kernel"] for kernel in kernels if f"experts in {bits} bits" in kernel["case"]}
         assert of_bits >= EXPERTS, bits

@@ -141,15 +141,16 @@ def test_packed_experts_are_those_that_torch_unpacks(dtype, widths, bits, m, pla
     assert_near(out, exact(x, *wide, chosen, weights, shared, residual), dtype)
 
 
+@pytest.mark.parametrize(("plan", "m"), [(VECTOR, 1), (MATRIX, 4)], ids=["vector", "matrix"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_experts_that_nobody_chose_are_not_read(bits):
-    x, gate_up, down, chosen, weights, _ = inputs(1, torch.float32)
+def test_packed_experts_that_nobody_chose_are_not_read(bits, m, plan):
+    x, gate_up, down, chosen, weights, _ = inputs(m, torch.float32)
     packed = [pack(weight, bits) for weight in (gate_up, down)]
-    expected = triton_experts.experts(x, *packed, chosen, weights)
+    expected = triton_experts.experts(x, *packed, chosen, weights, plan=plan)
     unused = [e for e in range(E) if e not in chosen.flatten().tolist()]
     for one in packed:
         one.scales[unused] = torch.nan
-    assert torch.equal(triton_experts.experts(x, *packed, chosen, weights), expected)
+    assert torch.equal(triton_experts.experts(x, *packed, chosen, weights, plan=plan), expected)
 
 
 def test_a_norm_acts_before_packed_and_shared_experts():

@@ -14,9 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.interpreter import GridExecutor
 
 from deepseek_latent import LatentCache
-from deepseek_latent.compat.bound_functions import bind
 from deepseek_latent.kernels.gpu import layers as gpu_layers
-from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer
+from tests.kernels.support import with_gpu_layers
 from tests.support import LITE, random_ids, tiny_model
 
 # operations that start nothing on a device, because they make views or allocate memory
@@ -66,10 +65,7 @@ def test_a_layer_with_experts_takes_few_launches(overrides, tokens, most, monkey
     monkeypatch.setattr(gpu_layers, "DEVICES", ("cpu",))
     taken = []
     for num_layers in (3, 2):
-        model = tiny_model(**overrides | {"num_hidden_layers": num_layers})
-        for module in model.modules():
-            if type(module) is DeepseekV2DecoderLayer:
-                bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
+        model = with_gpu_layers(tiny_model(**overrides | {"num_hidden_layers": num_layers}))
         cache, ids = LatentCache(model.config, max_cache_len=24), random_ids(tokens, 12)
         model(ids[:, :11], cache=cache)
         kernels.clear()

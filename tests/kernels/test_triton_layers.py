@@ -13,14 +13,13 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from deepseek_latent import LatentCache, pack_experts  # noqa: E402
-from deepseek_latent.compat.bound_functions import bind  # noqa: E402
 from deepseek_latent.kernels.gpu import layers as gpu_layers  # noqa: E402
 from deepseek_latent.kernels.gpu import triton_experts, triton_project  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_attention import attend  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_experts import Plan  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_tiles import Tiles  # noqa: E402
-from deepseek_latent.modeling_deepseek_v2 import DeepseekV2DecoderLayer  # noqa: E402
 from tests.conversion.sources import convert_to_mla, save_source  # noqa: E402
+from tests.kernels.support import with_gpu_layers  # noqa: E402
 from tests.support import random_ids, relative_error, tiny_model  # noqa: E402
 
 # one dense and one with experts; a prompt of more tokens than attention absorbs
@@ -31,15 +30,8 @@ def plain(dtype=torch.float32, **overrides):
     return tiny_model(dtype, **TWO_LAYERS | overrides).to(DEVICE)
 
 
-def with_kernels(model):
-    for module in list(model.modules()):
-        if type(module) is DeepseekV2DecoderLayer:
-            bind(module, gpu_layers.REPLACEMENTS[DeepseekV2DecoderLayer])
-    return model
-
-
 def optimized(**overrides):
-    return with_kernels(plain(**overrides))
+    return with_gpu_layers(plain(**overrides))
 
 
 WITHOUT_QUERY_LATENT = {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}
@@ -228,10 +220,28 @@ def test_a_converted_model_decodes_by_kernels(options, heads, tmp_path, counted,
     save_source(tmp_path / "source", LlamaConfig, num_key_value_heads=heads)
     folder, attended = convert_to_mla(tmp_path / "source", tmp_path / "out", *options), []
     monkeypatch.setattr(gpu_layers, "attend", lambda *args, **given: attended.append(1) or attend(*args, **given))
-    plain, fast = (AutoModelForCausalLM.from_pretrained(folder).to(DEVICE) for _ in range(2))
+    slow, fast = (AutoModelForCausalLM.from_pretrained(folder).to(DEVICE) for _ in range(2))
     ids = random_ids(1, PROMPT + 2).to(DEVICE)
-    expected, out = (steps(model, ids, LatentCache(model.config)) for model in (plain, with_kernels(fast)))
+    expected, out = (steps(model, ids, LatentCache(model.config)) for model in (slow, with_gpu_layers(fast)))
     # biases are added by the modules, and then the rest of the layer is computed by kernels
     taken = counted["attend_one_token"] + len(attended)
     assert taken == 2 * fast.config.num_hidden_layers
     assert relative_error(out, expected) < 5e-6
+
+
+def test_groups_that_no_kernel_reads_are_unpacked_by_torch(counted):
+    odd = {"moe_intermediate_size": 36}  # groups of 4 in the rows of down_proj
+    models, ids = (plain(**odd), optimized(**odd)), random_ids(1, PROMPT + 1).to(DEVICE)
+    for model in models:
+        pack_experts(model, 8)
+    expected, out = (steps(model, ids, LatentCache(model.config)) for model in models)
+    assert counted["feed_forward_one_token"] == 1  # the dense layer
+    assert relative_error(out, expected) < 5e-6
+
+
+def test_latents_too_wide_for_the_gpu_are_read_by_torch(counted, monkeypatch):
+    monkeypatch.setattr(gpu_layers, "has_room", lambda *widths: False)
+    models, ids = (plain(), optimized()), random_ids(1, PROMPT + 1).to(DEVICE)
+    expected, out = (steps(model, ids, LatentCache(model.config)) for model in models)
+    assert counted == {}
+    assert torch.equal(out, expected)

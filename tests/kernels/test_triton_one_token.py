@@ -13,13 +13,14 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from deepseek_latent.cache.format import latent_format  # noqa: E402
 from deepseek_latent.kernels.gpu import one_token as gpu_one_token  # noqa: E402
-from deepseek_latent.kernels.gpu.triton_attention import Tiling, attend, attend_in_splits  # noqa: E402
+from deepseek_latent.kernels.gpu.triton_attention import attend, attend_in_splits  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_experts import experts, mlp  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_norm import rms_norm  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_one_token import expand, rotate_write_absorb  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_project import project  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_router import choose  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_tiles import Norm, Tiles  # noqa: E402
+from deepseek_latent.kernels.gpu.triton_tiling import Tiling  # noqa: E402
 from deepseek_latent.kernels.gpu.triton_write import norm_rotate_write  # noqa: E402
 
 EPS = 1e-6

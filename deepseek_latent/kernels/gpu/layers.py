@@ -24,6 +24,7 @@ from .triton_attention import attend
 from .triton_experts import experts, mlp
 from .triton_norm import add_rms_norm, rms_norm
 from .triton_router import route
+from .triton_tiling import has_room
 from .triton_write import norm_rotate, norm_rotate_write
 
 # up to this many query tokens of a sequence, attention is absorbed
@@ -103,6 +104,10 @@ def _kernels_support(layer: DeepseekV2DecoderLayer, x: Tensor, mask: Tensor | Bl
     if not isinstance(cache, LatentCache) or not _is_readable(mask):
         return False
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    bits, unquantized = (cache.cache_dtype or "").removeprefix("int"), cache.layers[attention.layer_idx].num_unquantized
+    widths = attention.kv_lora_rank, attention.qk_rope_head_dim, unquantized if bits else 0
+    if not has_room(bits, *widths, x.dtype, x.device):
+        return False
     if attention.config.output_attentions or has_hooks(attention) or has_hooks(layer.mlp):
         return False
     return all(is_plain_norm(norm, x) for norm in (*norms, attention.kv_a_layernorm))
@@ -151,7 +156,7 @@ def write(
 
 
 def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x) [b s d]: few tokens take two launches, and a router one or two more."""
+    """residual + module(x) [b s d]: few tokens take up to six launches, and a router one or two."""
     tokens, added = x.flatten(0, 1), residual.flatten(0, 1)
     if len(tokens) > MAX_TOKENS_OF_EXPERTS:
         return residual + module(x)
@@ -159,11 +164,11 @@ def feed_forward(module: DeepseekV2MLP | DeepseekV2MoE, x: Tensor, residual: Ten
         weights = weights_of_mlp(module, x)
         return residual + module(x) if weights is None else mlp(tokens, *weights, residual=added).view_as(x)
     shared = () if module.shared_experts is None else weights_of_mlp(module.shared_experts, x)
-    stored = weights_of_experts(module.experts, x)
-    if shared is None or stored is None:
+    stacked = weights_of_experts(module.experts, x)
+    if shared is None or stacked is None:
         return residual + module(x)
     _, weights, chosen = _routed(module.gate, tokens)
-    return experts(tokens, *stored, chosen, weights, shared or None, residual=added).view_as(x)
+    return experts(tokens, *stacked, chosen, weights, shared or None, residual=added).view_as(x)
 
 
 def _routed(gate: DeepseekV2MoEGate, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,14 +92,14 @@ def feed_forward_one_token(
     gate, shared = module.gate, ()
     if module.shared_experts is not None:
         shared = weights_of_mlp(module.shared_experts, x)
-    stored = weights_of_experts(module.experts, x)
-    if shared is None or stored is None:
+    stacked = weights_of_experts(module.experts, x)
+    if shared is None or stacked is None:
         return None
     if not is_plain_gate(gate) or not is_plain(gate.weight, x):
         return None
     (logits,) = project(row, [gate.weight], norm, dtype=torch.float32, tiles=ROUTER_TILES, overlap=OVERLAPS)
     weights, chosen = choose(logits, **router_options(gate), overlap=OVERLAPS)
-    return experts(row, *stored, chosen, weights, shared or None, residual=row, norm=norm).view_as(x)
+    return experts(row, *stacked, chosen, weights, shared or None, residual=row, norm=norm).view_as(x)
 
 
 def router_options(gate: DeepseekV2MoEGate) -> dict:

@@ -15,79 +15,18 @@ Source: DeepSeek-V2 (arXiv:2405.04434) 2.1.2; splits as in Flash-Decoding (Dao e
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .triton_layout import has_words, layout, padded
+from .triton_layout import has_words, layout
 from .triton_overlap import launch_options
 from .triton_splits import _attend_to_splits, _combine
 from .triton_tiles import dot_dtype
+from .triton_tiling import Tiling, columns_of, fitting, registers, shared_memory, tiling
 
 LOG2_E = 1.4426950408889634
-
-
-class Tiling(NamedTuple):
-    """How the work is cut: the tile that a program takes at a time, and how many programs a multiprocessor holds."""
-
-    rows: int
-    tokens: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    tokens_per_split: int  # the fewest tokens that are worth a split
-
-
-def tiling(num_rows: int, bits: str, dtype: torch.dtype = torch.bfloat16, capacity: int = 1 << 15) -> Tiling:
-    """One tiling per kind of shape and format, fixed in advance, because a decoding step has no time to search."""
-    if dtype == torch.float32:
-        # float32 has no tensor cores, and takes twice the shared memory
-        return Tiling(16, 16, 4, 2, 1, 128)
-    if bits:
-        return Tiling(16, 64, 4, 2, 2, 128) if num_rows <= 16 else Tiling(32, 32, 8, 2, 1, 256)
-    if num_rows <= 16:
-        # stages prefetch as many bytes as shared memory holds; if tokens are few, every tile gets its own program
-        return Tiling(16, 32, 4, 5, 1, 32 if capacity <= 2048 else 64)
-    return Tiling(32, 64, 8, 3, 1, 128) if num_rows <= 32 else Tiling(64, 64, 8, 2, 1, 256)
-
-
-def fitting(cut: Tiling, columns: int, itemsize: int, coded: bool, available: int) -> Tiling:
-    """A tiling whose programs fit into the `available` bytes of shared memory, with fewer stages, tokens or rows.
-
-    Shared memory holds the queries, the tiles of tokens that are being loaded or multiplied, and a tile of weights of
-    attention, where a row or token has `columns` elements. Codes are loaded into registers, so there is one tile.
-    """
-
-    def needed(cut: Tiling) -> int:
-        tiles = 1 if coded else cut.num_stages - 1
-        weights = cut.rows * cut.tokens * (2 if coded else 1)
-        return ((cut.rows + tiles * cut.tokens) * columns + weights) * itemsize
-
-    while needed(cut) > available and cut != (smaller := _smaller(cut, coded)):
-        cut = smaller
-    # a multiprocessor has as much as one program may have, and 1 KB more, which it needs for each program
-    if cut.programs_per_sm * (needed(cut) + 1024) > available + 1024:
-        cut = cut._replace(programs_per_sm=1)
-    return cut
-
-
-def _smaller(cut: Tiling, coded: bool) -> Tiling:
-    if cut.num_stages > 2 and not coded:
-        return cut._replace(num_stages=cut.num_stages - 1)
-    if cut.tokens > 32:
-        return cut._replace(tokens=cut.tokens // 2)
-    return cut._replace(rows=max(cut.rows // 2, 16)) if cut.rows > 16 else cut._replace(tokens=16)
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """The bytes of shared memory that a program may have; on a CPU, that of an H100."""
-    if device.type != "cuda":
-        return 227 << 10
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def attend(
@@ -150,7 +89,7 @@ def attend_in_splits(
     capacity = sum(latent.shape[1] for latent, _ in pairs)
     if cut is None:
         cut = tiling(s * h, bits, q_absorbed.dtype, capacity)
-        columns = sum(width for *_, width in layout(bits, c, u, least=2 * cut.rows).pieces) + padded(r, 16)
+        columns = columns_of(bits, c, r, u, cut.rows)
         cut = fitting(cut, columns, q_absorbed.itemsize, bool(bits), shared_memory(q_absorbed.device))
     # Triton cuts a product with no more columns than rows by its rows, so that every warp would compute all 16 of them
     form = layout(bits, c, u, least=2 * cut.rows)
@@ -257,12 +196,6 @@ def num_splits(num_programs: int, capacity: int, cut: Tiling, device: torch.devi
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def registers(cut: Tiling) -> dict[str, int]:
-    """A limit of registers per thread for the compiler, so that `programs_per_sm` programs fit on a multiprocessor."""
-    limit = 65536 // (32 * cut.num_warps * cut.programs_per_sm)
-    return {"maxnreg": limit // 8 * 8} if limit < 255 and torch.version.hip is None else {}
 
 
 def token_steps(x: Tensor) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...experts.codec import Packed
 from .triton_matrix import activate_matrix, down_matrix, sum_parts
-from .triton_packed import shape_of, stored, values_of_codes
+from .triton_packed import as_kernel_weight, nf4_table, shape_of
 from .triton_tiles import Norm, Tiles, block_at_once, block_of, check, dot_dtype, is_vector, tokens_at_once
 from .triton_vector import activate_vector, down_vector
 
@@ -108,7 +108,8 @@ def _swiglu(
     gate_up, down, chosen, weights = routed or (None, None, None, None)
     gate, up, shared_down = shared or (None, None, None)
     e, _, f = shape_of(down) if routed else (0, d, 0)
-    gate_up, down = stored(gate_up, (e, 2 * f, d), x.dtype), stored(down, (e, d, f), x.dtype)
+    gate_up = as_kernel_weight(gate_up, (e, 2 * f, d), x.dtype)
+    down = as_kernel_weight(down, (e, d, f), x.dtype)
     assert gate_up.bits == down.bits
     g = shared_down.shape[1] if shared else 0
     check(x, shared or (), norm)
@@ -118,37 +119,37 @@ def _swiglu(
     # the activations of routed pairs [mk f], then those of the shared experts [m g]
     hidden = x.new_empty(m * (k * f + g))
     out = x.new_empty(m, d)
-    table = values_of_codes(x.device) if down.bits == 4 else None
+    table = nf4_table(x.device) if down.bits == 4 else None
     inputs = (chosen, weights, gate_up.tensor, gate_up.scales, table, gate, up)
     outputs = (chosen, down.tensor, down.scales, table, shared_down)
     added = (residual, 0 if residual is None else residual.stride(0))
     sizes = (m, e, d, f, g)
     kinds = {"K": k, "SHARED": shared is not None, "BITS": down.bits}
-    neighbors = gate_up.neighbors, down.neighbors
+    group_sizes = gate_up.group_size, down.group_size
 
     plan = plan or plan_for(m, x.dtype)
     assert norm is None or is_vector(plan.inner)
     if is_vector(plan.inner):
-        _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan)
+        _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, group_sizes, plan)
     else:
-        _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan)
+        _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, group_sizes, plan)
     return out
 
 
-def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan: Plan) -> None:
+def _launch_vector(x, norm, inputs, outputs, added, hidden, out, sizes, kinds, group_sizes, plan: Plan) -> None:
     """Computes each token separately."""
     m, e, d, f, g = sizes
     inner, outer = plan
     weight, eps = norm or (None, 0.0)
     blocks = kinds["K"] * triton.cdiv(f, inner.rows) + triton.cdiv(g, inner.rows)
-    block = block_at_once(inner, d) | {"NEIGHBORS": neighbors[0]}
+    block = block_at_once(inner, d) | {"GROUP_SIZE": group_sizes[0]}
     activate_vector[blocks, m](x, x.stride(0), weight, *inputs, hidden, m, e, f, g, eps, **kinds, **block)
     grid = triton.cdiv(d, outer.rows), m
-    block = block_of(outer, f, g) | {"NEIGHBORS": neighbors[1]}
+    block = block_of(outer, f, g) | {"GROUP_SIZE": group_sizes[1]}
     down_vector[grid](hidden, *outputs, *added, out, *sizes, **kinds, **block)
 
 
-def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, neighbors, plan: Plan) -> None:
+def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, group_sizes, plan: Plan) -> None:
     """Computes all tokens that chose the same expert together."""
     m, e, d, f, g = sizes
     k, (inner, outer) = kinds["K"], plan
@@ -159,14 +160,14 @@ def _launch_matrix(x, inputs, outputs, added, hidden, out, sizes, kinds, neighbo
     of_groups = {"TOKENS": tokens, "BY_PAIR": groups < e, "K_PADDED": triton.next_power_of_2(max(k, 1))}
     kinds = kinds | of_groups | {"DOT": dot_dtype(out)}
     blocks = groups * triton.cdiv(f, inner.rows) + triton.cdiv(g, inner.rows)
-    block = block_of(inner, d) | {"NEIGHBORS": neighbors[0]}
+    block = block_of(inner, d) | {"GROUP_SIZE": group_sizes[0]}
     activate_matrix[blocks, tiles](x, x.stride(0), *inputs, hidden, *sizes, groups, **kinds, **block)
     piece = triton.cdiv(PIECE, outer.width) * outer.width
     pieces = triton.cdiv(g, piece)
     # a row for each routed pair [mk d], then for each piece of the shared experts the rows of all tokens [m d]
     parts = out.new_empty(m * (k + pieces), d, dtype=torch.float32)
     grid = triton.cdiv(d, outer.rows) * (groups + pieces), tiles
-    block = block_of(outer, f, g) | {"PIECE": piece, "NEIGHBORS": neighbors[1]}
+    block = block_of(outer, f, g) | {"PIECE": piece, "GROUP_SIZE": group_sizes[1]}
     down_matrix[grid](hidden, *outputs, parts, *sizes, groups, **kinds, **block)
     sums = {"K": k, "PIECES": pieces, "BLOCK": SUM_BLOCK}
     sum_parts[m, triton.cdiv(d, SUM_BLOCK)](parts, outputs[0], *added, out, m, e, d, **sums)

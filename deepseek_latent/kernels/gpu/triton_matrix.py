@@ -6,7 +6,7 @@ Letters are those of `triton_experts`.
 import triton
 import triton.language as tl
 
-from .triton_packed import load_operand
+from .triton_packed import load_operand, stored_width
 from .triton_tiles import gate_and_up, is_here, kernel, load_tile, silu
 
 
@@ -42,7 +42,7 @@ def activate_matrix(
     weights,
     gate_up,
     gate_up_scales,
-    values_of_codes,
+    nf4_table,
     gate,
     up,
     hidden,
@@ -55,7 +55,7 @@ def activate_matrix(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
-    NEIGHBORS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -85,11 +85,10 @@ def activate_matrix(
         to = tl.where(is_routed, pairs * f, m * K * f + tokens * g)
     rows = first + tl.arange(0, ROWS)
     inside = tl.minimum(rows, height - 1)
-    stored_d = d // 2 if BITS == 4 else d
-    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, stored_d, f, K, SHARED)
+    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, stored_width(d, BITS), f, K, SHARED)
     gate_at, up_at = gate_up_scales, gate_up_scales
     if BITS != 16:
-        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, d // NEIGHBORS, f, K, False)
+        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, d // GROUP_SIZE, f, K, False)
     gates = tl.zeros((ROWS, TOKENS), tl.float32)
     ups = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in tl.range(0, d, WIDTH, num_stages=STAGES):
@@ -97,11 +96,9 @@ def activate_matrix(
         mask = is_in[:, None] if EVEN else is_in[:, None] & (columns < d)[None, :]
         inputs = tl.load(x + tokens[:, None] * x_stride + columns[None, :], mask=mask, other=0).to(DOT).T
         gate_tile = load_operand(
-            gate_rows, gate_at, values_of_codes, inside, d, start, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
+            gate_rows, gate_at, nf4_table, inside, d, start, BITS, GROUP_SIZE, DOT, ROWS, WIDTH, EVEN
         )
-        up_tile = load_operand(
-            up_rows, up_at, values_of_codes, inside, d, start, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
-        )
+        up_tile = load_operand(up_rows, up_at, nf4_table, inside, d, start, BITS, GROUP_SIZE, DOT, ROWS, WIDTH, EVEN)
         gates = tl.dot(gate_tile, inputs, gates, input_precision="ieee")
         ups = tl.dot(up_tile, inputs, ups, input_precision="ieee")
     result = silu(gates) * ups * share[None, :]
@@ -115,7 +112,7 @@ def down_matrix(
     chosen,
     down,
     down_scales,
-    values_of_codes,
+    nf4_table,
     shared_down,
     parts,
     m,
@@ -127,7 +124,7 @@ def down_matrix(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
-    NEIGHBORS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     BY_PAIR: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -161,17 +158,15 @@ def down_matrix(
         width = tl.where(is_routed, f, g)
         to, input_rows = tl.where(is_routed, pairs, to), tl.where(is_routed, pairs, tokens)
         inputs = tl.where(is_routed, hidden, hidden + m * K * f)
-        weight = down + e * d * (f // 2 if BITS == 4 else f)
+        weight = down + e * d * stored_width(f, BITS)
         if SHARED:
             weight = tl.where(is_routed, weight, shared_down)
         if BITS != 16:
-            scales_at = down_scales + e * d * (f // NEIGHBORS)
+            scales_at = down_scales + e * d * (f // GROUP_SIZE)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for at in tl.range(start, end, WIDTH, num_stages=STAGES):
         given = load_tile(inputs, input_rows, width, at, is_in[:, None], WIDTH, EVEN).to(DOT).T
-        block = load_operand(
-            weight, scales_at, values_of_codes, inside, width, at, BITS, NEIGHBORS, DOT, ROWS, WIDTH, EVEN
-        )
+        block = load_operand(weight, scales_at, nf4_table, inside, width, at, BITS, GROUP_SIZE, DOT, ROWS, WIDTH, EVEN)
         total = tl.dot(block, given, total, input_precision="ieee")
     mask = (rows < d)[:, None] & is_in[None, :]
     tl.store(parts + to[None, :] * d + rows[:, None], total, mask=mask)

@@ -5,7 +5,7 @@ Letters are those of `triton_experts`.
 
 import triton.language as tl
 
-from .triton_packed import load_scales, load_stored, packed_product, values_of
+from .triton_packed import load_codes, load_scales, packed_product, stored_width, values_of
 from .triton_tiles import (
     gate_and_up,
     is_here,
@@ -29,7 +29,7 @@ def activate_vector(
     weights,
     gate_up,
     gate_up_scales,
-    values_of_codes,
+    nf4_table,
     gate,
     up,
     hidden,
@@ -41,7 +41,7 @@ def activate_vector(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
-    NEIGHBORS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -49,7 +49,7 @@ def activate_vector(
     """weight * silu(gate x) * up x for ROWS of one expert of one token.
 
     The last programs compute the shared experts, with weight 1. With a norm, x is normalized first, while the rows of
-    gate and up are being loaded.
+    gate and up are being loaded, unless they are packed.
     """
     block, token = tl.program_id(0), tl.program_id(1)
     row = load_row(x + token * x_stride, D, WIDTH)
@@ -73,19 +73,17 @@ def activate_vector(
         out = hidden + token * g
     rows = first + tl.arange(0, ROWS)
     inside = tl.minimum(rows, height - 1)
-    STORED: tl.constexpr = D // 2 if BITS == 4 else D
-    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, STORED, f, K, SHARED)
+    gate_rows, up_rows = gate_and_up(e, is_routed, gate_up, gate, up, stored_width(D, BITS), f, K, SHARED)
     if BITS == 16:
         gates, ups = load_rows(gate_rows, inside, D, WIDTH), load_rows(up_rows, inside, D, WIDTH)
-        if norm_weight is not None:
-            row = normed(row, scale, eps, D, WIDTH)
+    if norm_weight is not None:
+        row = normed(row, scale, eps, D, WIDTH)
+    if BITS == 16:
         gated, value = product(gates, row, ROWS, D, WIDTH), product(ups, row, ROWS, D, WIDTH)
     else:
-        if norm_weight is not None:
-            row = normed(row, scale, eps, D, WIDTH)
-        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, D // NEIGHBORS, f, K, False)
-        gated = packed_product(gate_rows, gate_at, values_of_codes, inside, row, BITS, NEIGHBORS, ROWS, D, WIDTH)
-        value = packed_product(up_rows, up_at, values_of_codes, inside, row, BITS, NEIGHBORS, ROWS, D, WIDTH)
+        gate_at, up_at = gate_and_up(e, is_routed, gate_up_scales, None, None, D // GROUP_SIZE, f, K, False)
+        gated = packed_product(gate_rows, gate_at, nf4_table, inside, row, BITS, GROUP_SIZE, ROWS, D, WIDTH)
+        value = packed_product(up_rows, up_at, nf4_table, inside, row, BITS, GROUP_SIZE, ROWS, D, WIDTH)
     result = silu(gated) * value * share
     tl.store(out + rows, result.to(hidden.dtype.element_ty), mask=rows < height)
 
@@ -96,7 +94,7 @@ def down_vector(
     chosen,
     down,
     down_scales,
-    values_of_codes,
+    nf4_table,
     shared_down,
     residual,
     residual_stride,
@@ -109,7 +107,7 @@ def down_vector(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
-    NEIGHBORS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
@@ -129,7 +127,6 @@ def down_vector(
             total += partly_summed(tile * inputs[None, :], ROWS, WIDTH)
     if K > 0:
         steps = tl.cdiv(f, WIDTH)
-        stored_f = f // 2 if BITS == 4 else f
         # one loop over all experts, so that the first tile of an expert is prefetched during the expert before it
         for step in tl.range(0, K * steps, num_stages=STAGES):
             pair, start = token * K + step // steps, step % steps * WIDTH
@@ -137,10 +134,12 @@ def down_vector(
             is_ours = is_here(e, num_experts)
             columns = start + tl.arange(0, WIDTH)
             inputs = tl.load(hidden + pair * f + columns, mask=is_ours & (columns < f), other=0).to(tl.float32)
-            stored = load_stored(down + e * d * stored_f, inside, f, start, is_ours, BITS, WIDTH, EVEN)
-            part = partly_summed(values_of(stored, values_of_codes, BITS) * inputs[None, :], ROWS, WIDTH)
+            codes = load_codes(down + e * d * stored_width(f, BITS), inside, f, start, is_ours, BITS, WIDTH, EVEN)
+            part = partly_summed(values_of(codes, nf4_table, BITS) * inputs[None, :], ROWS, WIDTH)
             if BITS != 16:
-                part *= load_scales(down_scales + e * d * (f // NEIGHBORS), inside, f, start, is_ours, NEIGHBORS, WIDTH)
+                part *= load_scales(
+                    down_scales + e * d * (f // GROUP_SIZE), inside, f, start, is_ours, GROUP_SIZE, WIDTH
+                )
             total += part
     result = tl.sum(total, 1)
     if residual is not None:
