@@ -48,9 +48,14 @@ def show_experts(arguments: argparse.Namespace) -> int:
     files = [arguments.text, *arguments.against]
     ids = [tokenize(folder, read_text(file)) for file in files]
     model = load_model(folder, dtype="auto")
-    is_tied = not any(moe.gate.weight.any() for moe in moe_layers(model).values())
+    layers = moe_layers(model).values()
+    is_tied = not any(moe.gate.weight.any() for moe in layers)
     if is_tied:
         print("all routers are zero: every token gets the same experts until they are trained.", file=sys.stderr)
+    # as upcycle --scheme M0 leaves them
+    is_idle = not any(moe.experts.down_proj.any() for moe in layers)
+    if is_idle:
+        print("all routed experts are zero: they add nothing until they are trained.", file=sys.stderr)
     texts = []
     for file, tokens in zip(files, ids):
         # on a terminal, a bar counts its windows
@@ -58,7 +63,7 @@ def show_experts(arguments: argparse.Namespace) -> int:
         texts.append(_text(model, file.name, tokens))
     first, *others = [text.activity for text in texts]
     comparisons = list(itertools.starmap(_compare, itertools.combinations(texts, 2)))
-    size = None if is_tied else routed_size(config, checkpoint_tensors(config))
+    size = None if is_tied or is_idle else routed_size(config, checkpoint_tensors(config))
     if arguments.esft:
         by = arguments.by or "token"
         threshold = THRESHOLDS[by] if arguments.threshold is None else arguments.threshold
@@ -139,7 +144,7 @@ def _report(first: Activity, others: list[Activity], comparisons: list[_Comparis
 
 def _table(texts: list[_Text]) -> Table:
     first, others = texts[0].activity, [text.activity for text in texts[1:]]
-    headings = ["highest load", "entropy", "never chosen", "most chosen expert"]
+    headings = ["highest load", "entropy", "never chosen", "most chosen", "its share", "its mean weight"]
     headings += [f"distance to {text.name}" for text in texts[1:]]
     title = f"{first.shares.shape[1]} experts, {len(first.layers)} layers"
     table = Table("layer", *(Column(heading, justify="right") for heading in headings), title=title)
@@ -151,7 +156,9 @@ def _table(texts: list[_Text]) -> Table:
             f"{first.load()[row]:.2f}",
             f"{first.entropy()[row]:.3f}",
             f"{int(first.unused()[row])}",
-            f"{most_chosen} ({first.shares[row, most_chosen]:.1%}, mean weight {first.weights[row, most_chosen]:.3f})",
+            str(most_chosen),
+            f"{first.shares[row, most_chosen]:.1%}",
+            f"{first.weights[row, most_chosen]:.3f}",
             *(f"{distance[row]:.2f}" for distance in distances),
         )
     return table

@@ -19,7 +19,8 @@ def prepare_tool(arguments: argparse.Namespace) -> int:
     if module and not _is_runnable(tool):
         raise ValueError(f"expected a module that can be run, got {tool}, which is not found; install it.")
     if not module and not Path(tool).exists():
-        raise ValueError(f"expected a script, got {tool}, which does not exist; for a module write -m {tool}.")
+        way_out = "correct its path" if tool.endswith(".py") else f"for a module write -m {tool}"
+        raise ValueError(f"expected a script, got {tool}, which does not exist; {way_out}.")
     return 0
 
 

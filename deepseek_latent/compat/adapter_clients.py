@@ -38,7 +38,8 @@ CLIENTS = {
         frozenset({"kv_b_proj"}),
         _advice("vllm"),
         frozenset(_EXPERTS),
-        "give vLLM the options enable_mixed_moe_lora_format=True and is_3d_lora_weight=True, or merge the adapter",
+        "make a copy with separate experts by deepseek-latent convert adapter, or give vLLM's engine "
+        "enable_mixed_moe_lora_format=True and its LoRARequest is_3d_lora_weight=True, or merge the adapter",
     ),
     "llama.cpp": Client(
         "llama.cpp",

@@ -10,7 +10,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCa
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .architectures import SUPPORTED_MODEL_TYPES
 from .cast import Cast
-from .checkpoint import check_checkpoint, read_config
+from .checkpoint import check_checkpoint, read_config, why_no_checkpoint
 from .compatibility import outcomes_in_other_programs
 from .llama_source import LlamaSource
 from .loading import load_model
@@ -38,7 +38,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     """
     for place in (folder, against):
         if place is not None and not (place / "config.json").is_file():
-            raise ValueError(f"expected a checkpoint's folder with a config.json, got {place}; name that folder.")
+            raise ValueError(f"expected a checkpoint's folder, got {place}, {why_no_checkpoint(place)}.")
     config = read_config(str(folder))
     found = check_checkpoint(folder, config)
     report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from packaging import version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion
@@ -153,6 +154,11 @@ def test_configs_are_read_as_peft_does():
     ], "used by conversion/adapter"
     assert peft_config.value_for("0.0.weight", {"1.weight": 5, "0.weight": 2, ".*": 3}, 8) == 2
     assert peft_config.value_for("0.0.bias", {"1.weight": 5}, 8) == 8
+
+
+def test_adapters_are_made_as_wide_as_the_part_of_a_split_weight():
+    source = inspect.getsource(tuners_utils._get_in_out_features)
+    assert "weight.to_local().shape" in source, "factors have whole widths now; drop support_tensor_parallelism"
 
 
 def test_an_adapter_that_is_refused_can_be_taken_off():

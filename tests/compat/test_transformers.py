@@ -177,6 +177,18 @@ def test_tensor_parallelism_replaces_forward_as_local_rows_expects():
     assert {"self", "original_forward"} <= set(forward.__code__.co_freevars), "used by local_rows"
 
 
+def test_transformers_sums_the_rotary_keys_gradient_inside_of_a_projection():
+    plan = NATIVE.DeepseekV2Config.base_model_tp_plan
+    assert plan["layers.*.self_attn.kv_a_proj_with_mqa"] == "mla_kv_a_proj", (
+        "transformers sums this gradient elsewhere; used by DeepseekV2Config.base_model_tp_plan"
+    )
+    assert takes(tensor_parallel.TensorParallelLayer.install_forward, "module", "mesh"), (
+        "used by LatentAttentionParallel"
+    )
+    ours = deepseek_latent.DeepseekV2Config.base_model_tp_plan
+    assert all(style in tensor_parallel.ALL_PARALLEL_STYLES for style in ours.values())
+
+
 def test_trainer_resumes_with_a_class_that_cannot_read_a_published_config(tmp_path):
     source = inspect.getsource(transformers.Trainer._load_from_checkpoint)
     assert "PreTrainedConfig.from_json_file(" in source, (

@@ -37,12 +37,12 @@ def test_kernels_of_decoding_compile_for_every_cache_and_kind_of_experts(compile
         assert of_bits >= EXPERTS, bits
 
 
-def test_only_attention_spills_registers(compiled):
-    capability, kernels = compiled
-    assert {kernel["kernel"] for kernel in kernels if kernel["stack"]} <= {"_attend_to_splits"}
+def test_only_attention_spills_more_than_a_few_registers(compiled):
+    _, kernels = compiled
+    assert {kernel["kernel"] for kernel in kernels if kernel["stack"] > 16} <= {"_attend_to_splits"}
     of_one_token = [k for k in kernels if k["kernel"] == "_attend_to_splits" and "1 x 1 tokens, bfloat16" in k["case"]]
     assert of_one_token
-    assert all(kernel["stack"] <= (0 if capability == 90 else 16) for kernel in of_one_token)
+    assert all(kernel["stack"] <= 16 for kernel in of_one_token)
 
 
 def test_programs_fit_into_shared_memory(compiled):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_latent import LatentCache
-from tests.support import random_ids, tiny_model
+from tests.support import random_ids, relative_error, tiny_model
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
@@ -54,6 +54,65 @@ if sizes == {"tp_size": 2}:
 dist.destroy_process_group()
 """
 
+# prints the loss and gradients of LoRA, in float64 and with factors that depend on their names only, to a file
+GRADIENTS = """
+import sys, torch, torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import deepseek_latent
+
+folder, file, sizes = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+given = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **given)
+model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=sys.argv[4].split(",")))
+for name, parameter in model.named_parameters():
+    if "lora_" in name:
+        torch.manual_seed(sum(map(ord, name)))
+        value = 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.data.copy_(value)
+ids = torch.load(folder + "/ids.pt")
+loss = model(ids, labels=ids).loss
+loss.backward()
+found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+if not sizes or dist.get_rank() == 0:
+    torch.save(found | {"loss": loss.detach()}, file)
+if sizes:
+    dist.destroy_process_group()
+"""
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+MLPS = ["gate_proj", "up_proj", "down_proj"]
+
+
+def run(program: Path, *arguments: str, processes: int) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *launcher, str(program), *arguments], **options)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [["kv_a_proj_with_mqa"], ATTENTION + MLPS], ids=["kv_a", "all"])
+def test_gradients_of_lora_under_tensor_parallelism_are_those_of_one_process(targets, tmp_path):
+    tiny_model(num_attention_heads=4).save_pretrained(tmp_path)
+    torch.save(random_ids(2, 9), tmp_path / "ids.pt")
+    (tmp_path / "program.py").write_text(GRADIENTS)
+    found = []
+    for name, sizes in (("one", {}), ("two", {"tp_size": 2})):
+        given = str(tmp_path), str(tmp_path / name), str(sizes), ",".join(targets)
+        run(tmp_path / "program.py", *given, processes=2 if sizes else 1)
+        found.append(torch.load(tmp_path / name))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert len(one) > 2 * len(targets)
+    errors = {name: relative_error(two[name], one[name]) for name in one}
+    assert max(errors.values()) < 1e-6, errors
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"pp_size": 2}], ids=str)
@@ -71,9 +130,4 @@ def test_two_processes_compute_what_one_does(sizes, tmp_path):
     given = {"ids": ids, "logits": logits, "tokens": tokens, "long": long, "last": last}
     torch.save(given | {"flops": counter.get_total_flops()}, tmp_path / "given.pt")
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "program.py"), str(tmp_path), str(sizes)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 300}
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run(tmp_path / "program.py", str(tmp_path), str(sizes), processes=2)
