@@ -15,7 +15,6 @@ from ..cache.segments import Latents, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
-from ..compat.tensor_parallel import shared_by_heads
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .masks import dense_mask, flex_cannot_read, held_tokens_mask
@@ -44,7 +43,6 @@ class DeepseekV2Attention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1  # read by transformers' attention functions: each head has its own expanded key
         self.scaling = softmax_scale(config)
-        self.group_of_heads = None  # the processes that share the heads, under tensor parallelism
 
         self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.qk_head_dim, self.v_head_dim = config.qk_head_dim, config.v_head_dim
@@ -171,11 +169,14 @@ class DeepseekV2Attention(nn.Module):
         """
         q_content, q_rotary = self.project_queries(hidden_states)
         latent, k_rotary = self.project_latents(hidden_states)
-        # `kv_b_proj` does the same for latents
-        k_rotary = shared_by_heads(k_rotary, self.group_of_heads)
+        k_rotary = self.used_by_all_heads(k_rotary)
         # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
         return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, None, :, -1]
+
+    def used_by_all_heads(self, x: Tensor) -> Tensor:
+        """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes' heads."""
+        return x
 
     def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""

@@ -16,30 +16,23 @@ LATENT_ATTENTION = "latent_attention"
 
 
 class LatentAttentionParallel(TensorParallelLayer):
-    """The style of an attention module: tells it which processes have the other heads."""
+    """The style of an attention module: the gradient of what all heads use is the sum over the processes' heads."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        module.group_of_heads = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+        # a copy of the module keeps this function, and so the group, which cannot be copied
+        def used_by_all_heads(x: Tensor) -> Tensor:
+            return _UsedByAllHeads.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
+
+        module.used_by_all_heads = used_by_all_heads
         return module
 
 
 ALL_PARALLEL_STYLES.register(LATENT_ATTENTION, LatentAttentionParallel())
 
 
-def is_split(weight: Tensor) -> bool:
-    """Whether each process has a part of this weight; its shape is that of the whole."""
-    return isinstance(weight, DTensor)
-
-
-def shared_by_heads(x: Tensor, group: Any) -> Tensor:
-    """Returns x, which heads of all processes of `group` use; its gradient is the sum of theirs.
-
-    `group` is None where one process has all heads.
-    """
-    return x if group is None or not (torch.is_grad_enabled() and x.requires_grad) else _SharedByHeads.apply(x, group)
-
-
-class _SharedByHeads(torch.autograd.Function):
+class _UsedByAllHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
@@ -50,3 +43,8 @@ class _SharedByHeads(torch.autograd.Function):
         dx = dx.contiguous()
         dist.all_reduce(dx, group=ctx.group)
         return dx, None
+
+
+def is_split(weight: Tensor) -> bool:
+    """Whether each process has a part of this weight; its shape is that of the whole."""
+    return isinstance(weight, DTensor)
