@@ -40,9 +40,10 @@ def test_kernels_of_decoding_compile_for_every_cache_and_kind_of_experts(compile
 def test_only_attention_spills_more_than_a_few_registers(compiled):
     _, kernels = compiled
     assert {kernel["kernel"] for kernel in kernels if kernel["stack"] > 16} <= {"_attend_to_splits"}
-    of_one_token = [k for k in kernels if k["kernel"] == "_attend_to_splits" and "1 x 1 tokens, bfloat16" in k["case"]]
-    assert of_one_token
-    assert all(kernel["stack"] <= 16 for kernel in of_one_token)
+    # 16 rows of queries; with 64, accumulators alone fill the registers
+    one_token = "Lite, experts in 16 bits, 1 x 1 tokens, bfloat16"
+    (attention,) = [k for k in kernels if k["kernel"] == "_attend_to_splits" and k["case"] == one_token]
+    assert attention["stack"] <= 16
 
 
 def test_programs_fit_into_shared_memory(compiled):
