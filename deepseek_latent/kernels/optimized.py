@@ -13,6 +13,7 @@ from ..compat.accelerate import is_offloaded
 from ..compat.bound_functions import bind, has_bound_functions, unbind
 from ..compat.hooks import has_own_forward
 from ..compat.other_classes import check_is_own_class
+from ..compat.tensor_parallel import is_split
 from ..experts.moe import SILU, DeepseekV2MLP
 from ..experts.packed import PackedWeights
 from ..experts.routed import DeepseekV2Experts, not_stacked
@@ -98,6 +99,8 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
             f"expected a model on the CPU in bfloat16 or float32, got {weight.dtype} on {weight.device}; load "
             "it with dtype=torch.bfloat16."
         )
+    if weights == "int8" and any(map(is_split, model.parameters())):
+        raise ValueError("expected whole weights for weights='int8', and these are split over processes; leave it out.")
     instructions = load_operators()
     chosen = {name: module for name, module in model.named_modules() if _is_replaceable(name, module)}
     rounded = {

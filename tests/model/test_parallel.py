@@ -13,7 +13,7 @@ from deepseek_latent import LatentCache
 from tests.support import random_ids, relative_error, tiny_model
 
 PROGRAM = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import deepseek_latent
@@ -43,20 +43,23 @@ if sizes == {"tp_size": 2}:
     try:
         optimize_for_inference(model, "int8")
     except ValueError as error:
-        assert "its forward was replaced before, as tensor parallelism does" in str(error), error
+        assert "these are split over processes" in str(error), error
     else:
-        raise AssertionError("layers would still multiply by weights that were removed")
+        raise AssertionError("some layers would be rounded, and others not")
     with torch.no_grad():
         assert torch.equal(model(given["ids"]).logits, logits)
     optimize_for_inference(model)
     with torch.no_grad():
         assert (model(given["ids"]).logits - logits).abs().max() < 1e-5 * logits.abs().max()
-dist.destroy_process_group()
+dist.barrier()
+# gloo's threads may abort a process that ends as usual
+os._exit(0)
 """
 
-# prints the loss and gradients of LoRA, in float64 and with factors that depend on their names only, to a file
+
+# writes the loss and gradients of LoRA, in float64 and with factors that depend on their names only
 GRADIENTS = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
@@ -82,7 +85,8 @@ found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in f
 if not sizes or dist.get_rank() == 0:
     torch.save(found | {"loss": loss.detach()}, file)
 if sizes:
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)
 """
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 MLPS = ["gate_proj", "up_proj", "down_proj"]
