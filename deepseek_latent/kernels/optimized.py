@@ -230,6 +230,6 @@ def _check_can_be_rounded(name: str, module: nn.Module) -> None:
         )
     if has_own_forward(module):
         raise ValueError(
-            f"expected to replace what {name} computes, and its forward was replaced before, as tensor parallelism "
-            "does; leave out weights='int8'."
+            f"expected to replace what {name} computes, and its forward was replaced before, as hooks of other "
+            "libraries do; leave out weights='int8'."
         )

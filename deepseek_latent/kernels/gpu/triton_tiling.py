@@ -43,6 +43,7 @@ def shared_bytes(cut: Tiling, columns: int, itemsize: int, coded: bool) -> int:
     return ((cut.rows + tiles * cut.tokens) * columns + weights) * itemsize
 
 
+@cache
 def fitting(cut: Tiling, columns: int, itemsize: int, coded: bool, available: int) -> Tiling:
     """The tiling with fewer stages, tokens or rows, if its programs need more than the `available` shared memory."""
 
@@ -65,6 +66,7 @@ def _smaller(cut: Tiling, coded: bool) -> Tiling:
     return cut._replace(rows=max(cut.rows // 2, 16)) if cut.rows > 16 else cut._replace(tokens=16)
 
 
+@cache
 def columns_of(bits: str, c: int, r: int, u: int, rows: int) -> int:
     """The columns of latent and rotary key in the tiles of a program, padded."""
     return sum(width for *_, width in layout(bits, c, u, least=2 * rows).pieces) + padded(r, 16)
