@@ -26,7 +26,7 @@ FAST := tests/test_architecture.py tests/test_public_names.py tests/attention/te
 	tests/compat/test_peft.py tests/compat/test_accelerate.py
 NOT_FAST := compile or import or process or train or (no_output and not greedy and not lookup)
 
-.PHONY: demo chat real test test-fast test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check docs bench finetune dist clean
+.PHONY: demo chat real test test-fast test-parallel test-slow test-tools test-oldest test-middle test-newest test-triton torture gpu outdated check docs bench finetune dist clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "making .venv from constraints.txt: a few minutes, once"
@@ -77,12 +77,15 @@ real: .venv/installed .real/mla/config.json .real/texts/calibration.txt  ## Smol
 	.venv/bin/python -m pytest -m real tests/real
 
 test: .venv/installed  ## the suite, in at most 12 minutes on two cores
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not parallel"
+
+test-parallel: .venv/installed  ## the model on two and four processes, by torch.distributed on this machine
+	.venv/bin/python -m pytest -m parallel
 
 test-fast: .venv/installed  ## for the edit loop: a test file of each kind, about a minute
 	.venv/bin/python -m pytest -m "not slow" -k "not ($(NOT_FAST))" $(FAST)
 
-test-slow: .venv/installed  ## slow tests: compilation with inductor, training, several processes
+test-slow: .venv/installed  ## slow tests: compilation with inductor, training
 	.venv/bin/python -m pytest -m slow
 
 torture: .venv/installed  ## attacks for an hour: fuzzed files, killed writers, bad calls (MINUTES=60 PARTS="kill_points ...")
@@ -92,10 +95,10 @@ test-tools: .venv-tools/installed  ## tests with bitsandbytes, torchao, TRL, ser
 	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest tests/finetuning/test_quantized_linears.py tests/finetuning/test_finetuning_examples.py tests/compat/test_by_class_name.py tests/test_recipes.py tests/test_notebook.py
 
 test-oldest: .venv-oldest/installed  ## the suite on the oldest versions that pyproject.toml admits
-	.venv-oldest/bin/python -m pytest -m "not slow" $(TESTS)
+	.venv-oldest/bin/python -m pytest -m "not slow and not parallel" $(TESTS)
 
 test-middle: .venv-middle/installed  ## the suite on transformers 5.19, which vLLM installs
-	.venv-middle/bin/python -m pytest -m "not slow" $(TESTS)
+	.venv-middle/bin/python -m pytest -m "not slow and not parallel" $(TESTS)
 
 test-triton: .venv-oldest/installed  ## the GPU kernels, run by Triton's interpreter on a CPU
 	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -m "not slow" tests/kernels/test_triton_*.py
@@ -111,7 +114,7 @@ test-newest:  ## the suite on the newest released versions, without the bounds o
 	.venv-newest/bin/pip install --quiet --upgrade --requirement .venv-newest/requirements.txt
 	.venv-newest/bin/pip install --quiet --no-deps --editable .
 	.venv-newest/bin/python -m tests.versions installed
-	.venv-newest/bin/python -m pytest -m "not slow" $(TESTS)
+	.venv-newest/bin/python -m pytest -m "not slow and not parallel" $(TESTS)
 
 outdated: .venv-tools/installed  ## which entries of constraints.txt have a newer release
 	.venv-tools/bin/python -m tests.versions outdated

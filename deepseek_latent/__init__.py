@@ -20,6 +20,7 @@ from transformers import (
 
 from .cache.latent_cache import LatentCache
 from .cache.prompt_cache import PromptCache
+from .compat.expert_parallel import register_implementation
 from .compat.peft_card import describe_targets
 from .compat.peft_changes import (
     prevent_target_renaming,
@@ -36,6 +37,8 @@ from .compat.registration import (
     take_native_configs,
 )
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
+from .experts.device_limited import NAME as DEVICE_LIMITED
+from .experts.device_limited import DeviceLimitedEP
 from .experts.routed import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
@@ -150,3 +153,4 @@ correct_pattern_warnings(DeepseekV2PreTrainedModel)
 describe_targets(DeepseekV2PreTrainedModel)
 refuse_single_experts(DeepseekV2PreTrainedModel, DeepseekV2Experts)
 support_tensor_parallelism(DeepseekV2PreTrainedModel)
+register_implementation(DEVICE_LIMITED, DeviceLimitedEP)

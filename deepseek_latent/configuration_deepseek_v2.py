@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
 from .compat.cache_name import CACHE_NAMES
-from .compat.tensor_parallel import LATENT_ATTENTION
+from .compat.tensor_parallel import SUMS_GRADIENTS
 from .compat.transformers import ConfigHooks, carries_its_code
 from .configuration.checks import check_fields, check_general_fields, refuse_other_architectures
 from .configuration.rope_parameters import DEFAULT_THETA, LEGACY_NAMES, merge_rope, split_rope
@@ -43,7 +43,7 @@ class DeepseekV2Config(ConfigHooks, PreTrainedConfig):
     # attention sums the gradient of the rotary key itself (compat/tensor_parallel.py)
     base_model_tp_plan = {
         name: style for name, style in NativeConfig.base_model_tp_plan.items() if style != "mla_kv_a_proj"
-    } | {"layers.*.self_attn": LATENT_ATTENTION}
+    } | {"layers.*.self_attn": SUMS_GRADIENTS, "layers.*.mlp": SUMS_GRADIENTS}
     base_model_pp_plan = NativeConfig.base_model_pp_plan
     base_model_ep_plan = NativeConfig.base_model_ep_plan
 

@@ -15,7 +15,7 @@ def read_json(file: Path) -> dict[str, Any]:
     gives a name twice, holds NaN or an infinity, is nested too deeply, or holds something else than an object.
     """
     if not file.is_file():
-        raise ValueError(f"expected a folder with {file.name}, got {file.parent}; save the model or adapter there.")
+        raise ValueError(f"expected a folder with {file.name}, got {file.parent}, {why_absent(file)}.")
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"expected at most {MAX_BYTES:,} bytes of JSON in {file}, got {size:,}; restore it.")
@@ -30,6 +30,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {file}, got {type(content).__name__}; restore it.")
     return content
+
+
+def why_absent(file: Path) -> str:
+    """What the folder of an absent file is instead, and what to do."""
+    adapter, model = file.with_name("adapter_config.json"), file.with_name("config.json")
+    if file == model and adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        return f"which is a LoRA adapter of {base}; merge it into that model, with merge_and_unload of peft's model"
+    if file == adapter and model.is_file():
+        return "which is a checkpoint; name a folder that save_pretrained of peft's model wrote"
+    return f"which has no {file.name}; copy it there, or name another folder"
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--optimize",
         action="store_true",
-        help="decode with operators in C++ on a CPU, compiled once in about half a minute, or in Triton on a GPU",
+        help="decode with operators in C++ on a CPU, compiled once in about a minute, or in Triton on a GPU",
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.set_defaults(check=_check, action="generate:generate_text")

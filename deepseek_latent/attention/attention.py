@@ -169,12 +169,12 @@ class DeepseekV2Attention(nn.Module):
         """
         q_content, q_rotary = self.project_queries(hidden_states)
         latent, k_rotary = self.project_latents(hidden_states)
-        k_rotary = self.used_by_all_heads(k_rotary)
+        k_rotary = self.used_by_all(k_rotary)
         # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
         return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, None, :, -1]
 
-    def used_by_all_heads(self, x: Tensor) -> Tensor:
+    def used_by_all(self, x: Tensor) -> Tensor:
         """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes' heads."""
         return x
 

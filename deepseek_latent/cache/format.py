@@ -6,11 +6,14 @@ elements of the c - u others.
 
 from dataclasses import dataclass
 from functools import reduce
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..compat.arguments import unknown_argument
 
 # the values of `LatentCache(cache_dtype=)`; None is the dtype that the model computes in
 CACHE_DTYPES = (None, "int8", "int6", "int5", "int4", "fp8")
@@ -218,12 +221,15 @@ def check_cache_dtype(cache_dtype: str | None) -> None:
         )
 
 
-def refuse_unknown_options(owner: str, options: dict[str, Any]) -> None:
+def refuse_unknown_options(owner: type, options: dict[str, Any]) -> None:
     """Refuses keyword arguments that `owner` does not take; for numbers of bits, the error names the right argument."""
     for name, value in options.items():
         if name in NUMBERS_OF_BITS:
-            raise TypeError(f"{owner} takes cache_dtype, such as 'int8' or 'fp8', in place of {name}={value!r}.")
-        raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.")
+            raise TypeError(
+                f"{owner.__name__} takes cache_dtype, such as 'int8' or 'fp8', in place of {name}={value!r}."
+            )
+        known = [known for known, x in signature(owner).parameters.items() if x.kind is not Parameter.VAR_KEYWORD]
+        raise unknown_argument(owner.__name__, name, known)
 
 
 def latent_format(

@@ -53,7 +53,7 @@ class LatentCache(DynamicCache):
         max_cache_len: int | None = None,
         **unknown,
     ):
-        refuse_unknown_options("LatentCache", unknown)
+        refuse_unknown_options(LatentCache, unknown)
         check_cache_dtype(cache_dtype)
         if offloading:
             check_offloading()

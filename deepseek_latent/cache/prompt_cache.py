@@ -35,7 +35,7 @@ class PromptCache:
     """
 
     def __init__(self, folder: str | os.PathLike, *, max_bytes: int, cache_dtype: str | None = None, **unknown):
-        refuse_unknown_options("PromptCache", unknown)
+        refuse_unknown_options(PromptCache, unknown)
         check_cache_dtype(cache_dtype)
         if not isinstance(max_bytes, (int, float)):
             raise TypeError(f"expected max_bytes as a number, got {max_bytes!r}.")

@@ -68,17 +68,18 @@ def generate_text(arguments: argparse.Namespace) -> int:
         else:
             converse(messages_from_stdin(), tokenizer, cache, write, max_tokens=config.max_position_embeddings)
     if streamer.times:
-        Console(stderr=True).print(_table(config, cache, streamer))
+        counted = "new tokens" if inputs is not None else "new tokens of the last answer"
+        Console(stderr=True).print(_table(config, cache, streamer, counted))
     return 0
 
 
-def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStreamer") -> Table:
+def _table(config: DeepseekV2Config, cache: LatentCache, streamer: "_TimedStreamer", counted: str) -> Table:
     held, times, started = cache.nbytes, streamer.times, streamer.started
     bytes_per_element = cache.get_seq_length() * cache.layers[0].dtype.itemsize
     elements = cached_elements_per_token(config)
     expanded = elements.pop(EXPANDED) * bytes_per_element
     table = Table("", Column(justify="right"), show_header=False)
-    table.add_row("new tokens", f"{len(times):,}")
+    table.add_row(counted, f"{len(times):,}")
     table.add_row("time to first token", f"{times[0] - started:.3f} s")
     if len(times) > 1:
         table.add_row("decoding", f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")

@@ -22,7 +22,7 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     print_tables(_parameter_table(config), _cache_table(config))
     folder = Path(arguments.model).expanduser()
     if not folder.is_dir() or not has_weights(folder):
-        print("No files were checked, because MODEL_OR_CONFIG is not a folder with safetensors weights.")
+        print(f"No files were checked, because {arguments.model} is not a folder with safetensors weights.")
         return 0
     report = check_checkpoint(folder, config)
     if not report.problems:

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from importlib import import_module
+from importlib.metadata import version
 from itertools import product
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
+from .expert_parallel import EPImplementationInterface
+from .peft import adapted_layers
 from .peft_config import is_target_module
 from .tensor_parallel import is_split
 
@@ -154,28 +158,59 @@ def _single_expert_targeted(config: Any, model: nn.Module, experts_class: type) 
 
 
 def support_tensor_parallelism(model_class: type) -> None:
-    """Lets peft add LoRA to layers of these models whose weight is split by columns of its input, such as `o_proj`.
+    """Lets peft (0.21) add LoRA to these models' layers whose weights are split over processes.
 
-    peft makes the first factor as wide as this process's part of the input, splits it as one that has the whole width,
-    and leaves its `in_features` at the part (0.20 and 0.21). transformers takes `in_features` for the whole width, and
-    the forward pass fails.
+    peft makes factors as wide as this process's part of a weight, also where transformers expects the whole width, so
+    that the forward pass fails. For routed experts it looks for the weight of a linear layer, and fails; their factors
+    stay whole, and each process uses its part (experts/adapters.py).
+
+    Adapters of such a model are not merged: some layers would be, and others would fail. Nor are they added where FSDP
+    and tensor parallelism divide one model: Trainer averages the gradients of whole factors only (5.24).
     """
-    tuner = import_module("peft.tuners.tuners_utils").BaseTuner
+    utils = import_module("peft.tuners.tuners_utils")
+    tuner = utils.BaseTuner
     inject = tuner.inject_adapter
     if hasattr(inject, "states_whole_widths"):
         return
 
     @functools.wraps(inject)
     def inject_with_whole_widths(self, model, adapter_name, *args, **kwargs):
-        result = inject(self, model, adapter_name, *args, **kwargs)
-        if isinstance(model, model_class):
-            for module in model.modules():
-                if isinstance(module, nn.Linear) and is_split(module.weight):
-                    module.out_features, module.in_features = module.weight.shape
+        if not isinstance(model, model_class) or getattr(model, "_device_mesh", None) is None:
+            return inject(self, model, adapter_name, *args, **kwargs)
+        _check_division(model.config.distributed_config)
+        plan, looks_at_parts = model._tp_plan, utils._torch_supports_distributed
+        model._tp_plan = {name: style for name, style in plan.items() if ".experts." not in name}
+        utils._torch_supports_distributed = False
+        try:
+            result = inject(self, model, adapter_name, *args, **kwargs)
+        finally:
+            model._tp_plan, utils._torch_supports_distributed = plan, looks_at_parts
+        for _, layer in adapted_layers(model):
+            layer.is_split = True
+        for name, factor in model.named_parameters():
+            # peft sends the random factors of the first process to the others, but not those of experts
+            if ".lora_" in name and f".{adapter_name}." in name and not is_split(factor) and not factor.is_meta:
+                dist.broadcast(factor.data, src=0)
         return result
 
     inject_with_whole_widths.states_whole_widths = True
     tuner.inject_adapter = inject_with_whole_widths
+
+
+def _check_division(division: Any) -> None:
+    """Raises ValueError where adapters of a model that processes share would be wrong."""
+    has_plans = hasattr(import_module("peft.tuners.lora.model"), "get_tp_plan_and_mesh")
+    if EPImplementationInterface is None or not has_plans:
+        raise ValueError(
+            "expected transformers 5.23 and peft 0.21, or newer ones, for adapters of a model that is split over "
+            f"processes, got {version('transformers')} and {version('peft')}; update them."
+        )
+    if division.tp_size > 1 and division.dp_size > 1:
+        raise ValueError(
+            "expected processes that share one batch, or that have one each, for a model with adapters, got "
+            f"tp_size={division.tp_size} and {division.dp_size} batches: Trainer would average only some gradients; "
+            "to train, load the model with fsdp_size and ep_size."
+        )
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -265,6 +300,11 @@ def _with_fetched_weights(change: Callable, experts_class: type) -> Callable:
 
     @functools.wraps(change)
     def change_and_keep(self, *args, **kwargs):
+        if getattr(self, "is_split", False):
+            raise ValueError(
+                "expected a model in one process to merge an adapter into, and this one is split over processes; save "
+                "the adapter, and merge it into a model that is loaded without distributed_config."
+            )
         base = self.get_base_layer()
         was_offloaded = is_offloaded(base)
         if was_offloaded and any(weight.is_meta for weight in base.parameters(recurse=False)):

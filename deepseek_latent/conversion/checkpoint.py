@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from ..configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config
 from ..experts.names import shapes_in_files
-from ..json_files import read_json
+from ..json_files import read_json, why_absent
 from ..modeling_deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2ForSequenceClassification,
@@ -60,17 +60,8 @@ def read_config(source: str) -> DeepseekV2Config:
     place = place if isinstance(place, Path) else download(place, ["config.json"])
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
-        raise ValueError(f"expected a checkpoint folder, got {source}, {why_no_checkpoint(place)}.")
+        raise ValueError(f"expected a checkpoint folder, got {source}, {why_absent(place / 'config.json')}.")
     return config_from_json(read_json(file), source)
-
-
-def why_no_checkpoint(folder: Path) -> str:
-    """What a folder without config.json is, or what to do about it."""
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        return "which has no config.json; copy it there, or name another folder"
-    base = read_json(adapter).get("base_model_name_or_path")
-    return f"which is a LoRA adapter of {base}; merge it into that model, with merge_and_unload of peft's model"
 
 
 def config_from_json(given: dict, place: str | Path) -> DeepseekV2Config:

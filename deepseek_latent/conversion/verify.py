@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM as NativeForCausalLM
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
+from ..json_files import why_absent
 from .architectures import SUPPORTED_MODEL_TYPES
 from .cast import Cast
-from .checkpoint import check_checkpoint, read_config, why_no_checkpoint
+from .checkpoint import check_checkpoint, read_config
 from .compatibility import outcomes_in_other_programs
 from .llama_source import LlamaSource
 from .loading import load_model
@@ -38,7 +39,7 @@ def verify(folder: Path, against: Path | None, text: str | None, dtype: torch.dt
     """
     for place in (folder, against):
         if place is not None and not (place / "config.json").is_file():
-            raise ValueError(f"expected a checkpoint's folder, got {place}, {why_no_checkpoint(place)}.")
+            raise ValueError(f"expected a checkpoint's folder, got {place}, {why_absent(place / 'config.json')}.")
     config = read_config(str(folder))
     found = check_checkpoint(folder, config)
     report = {"tensors": found.num_tensors, "files": found.num_files, "problems": list(found.problems)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compat.accelerate import is_offloaded
 from ..compat.hooks import has_hooks
 from ..compat.peft import Adapter, acting_adapters, is_lora_parameter, stacked_factors
+from ..compat.tensor_parallel import Split
 from .products import Product, grouped_product
 from .routed import DeepseekV2Experts
 
@@ -35,11 +36,14 @@ class Factors(NamedTuple):
     scaling: float
 
 
-def with_adapters(experts: nn.Module) -> Callable[..., Tensor]:
+def with_adapters(experts: nn.Module, used_by_all: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Experts that peft may have wrapped, as a function of tokens, chosen experts and their weights.
 
     Adapters whose factors can be read are multiplied beside the weights. peft applies any others its own way, which is
     to add them to the stacked weights. Raises ValueError where that would be wrong.
+
+    If processes share the experts, each has whole factors, and multiplies by those parts that belong to its weights.
+    `used_by_all` returns a factor whose gradient is summed over the processes that share a batch.
     """
     if isinstance(experts, DeepseekV2Experts):
         return experts
@@ -51,7 +55,15 @@ def with_adapters(experts: nn.Module) -> Callable[..., Tensor]:
             "expected plain LoRA, unmerged and the same for all rows, on offloaded routed experts; load the "
             "model with a device_map that offloads none."
         )
-    weights = inner.weights
+    weights, split = inner.weights, inner.weights.split
+    if split:
+        if factors is None:
+            raise ValueError(
+                "expected plain LoRA, unmerged and the same for all rows, on routed experts that are split over "
+                "processes; load the model in one process."
+            )
+        own = {name: [_part(one, split[name], used_by_all) for one in added] for name, added in factors.items()}
+        return partial(inner.call_with, _product_with(weights.product, own, weights.dtype))
     # offloaded experts go this way under every implementation: to call them would fetch weights without the adapters
     if factors and (is_offloaded(inner) or weights.allows_adapters):
         return partial(weights.forward_with, _product_with(weights.product, factors, weights.dtype))
@@ -75,6 +87,12 @@ def unwrapped(experts: nn.Module) -> tuple[nn.Module, dict[str, list[Factors]]] 
             factors[experts.parameter_name] = [Factors(*stacked_factors(experts, one), one.scaling) for one in adapters]
         experts = experts.base_layer
     return experts, factors
+
+
+def _part(factors: Factors, split: Split, used_by_all: Callable[[Tensor], Tensor]) -> Factors:
+    """What this process adds to its part of a stacked weight [e out in]."""
+    a, b = split.part_of(used_by_all(factors.a), (0, 2)), split.part_of(used_by_all(factors.b), (0, 1))
+    return Factors(a, b, factors.scaling)
 
 
 def _is_plain(adapter: Adapter) -> bool:
@@ -108,6 +126,8 @@ def _product_by_groups(x: Tensor, all_factors: list[Factors], ends: Tensor) -> T
 def _product_by_row(x: Tensor, all_factors: list[Factors], ends: Tensor) -> Tensor:
     """Row by row, in the factors' own dtype: the factors that are gathered are small."""
     expert = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
+    # rows past the last end are of no expert here, and whatever they become is not used
+    expert = expert.clamp(max=len(ends) - 1)
     rows = x[..., None]
     added = [torch.bmm(b[expert], torch.bmm(a[expert], rows.to(a.dtype))) * scaling for a, b, scaling in all_factors]
     return sum(added)[..., 0].to(x.dtype)

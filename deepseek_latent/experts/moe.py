@@ -3,6 +3,7 @@
 Letters: b batch, s tokens, d model width, k experts per token.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..compat.accelerate import weights_here
+from ..compat.hooks import has_hooks
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .adapters import with_adapters
 from .dropping import TokenDropping
@@ -36,7 +38,34 @@ class DeepseekV2MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.expand(x))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """act(gate x) * up x, [.. d] to [.. f]."""
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+
+
+class PartsOfMLP:
+    """One call of an MLP, in two parts if nothing hooks it, for expert parallelism to compute while tokens travel."""
+
+    def __init__(self, mlp: nn.Module, x: Tensor):
+        self.mlp, self.value = mlp, x
+        self.left: list[Callable[[], None]] = [self._call] if has_hooks(mlp) else [self._expand, self._project]
+
+    def _call(self) -> None:
+        self.value = self.mlp(self.value)
+
+    def _expand(self) -> None:
+        self.value = self.mlp.expand(self.value)
+
+    def _project(self) -> None:
+        self.value = self.mlp.down_proj(self.value)
+
+    def result(self) -> Tensor:
+        """What calling the MLP returns; parts that nobody computed are computed now."""
+        while self.left:
+            self.left.pop(0)()
+        return self.value
 
 
 class DeepseekV2MoE(nn.Module):
@@ -57,21 +86,40 @@ class DeepseekV2MoE(nn.Module):
     def forward(self, hidden_states: Tensor, dropping: TokenDropping | None = None) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
         _, top_k_weights, top_k_index = self.gate(tokens, dropping)
-        output = self._routed(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+        inner, routed = self._inner_experts(), (tokens, top_k_index, top_k_weights)
+        if self.shared_experts is None:
+            return self._routed(inner, *routed).view_as(hidden_states)
+        if inner is None or not inner.is_divided:
+            return self._routed(inner, *routed).view_as(hidden_states) + self.shared_experts(hidden_states)
+        shared = PartsOfMLP(self.shared_experts, hidden_states)
+        inner.meanwhile = shared.left
+        try:
+            return self._routed(inner, *routed).view_as(hidden_states) + shared.result()
+        finally:
+            inner.meanwhile = []
 
-    def _routed(self, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _inner_experts(self) -> DeepseekV2Experts | None:
+        """The routed experts inside of peft's wrappers; None for experts of another class."""
+        inner = self.experts.get_base_layer() if hasattr(self.experts, "get_base_layer") else self.experts
+        return inner if isinstance(inner, DeepseekV2Experts) else None
+
+    def used_by_all(self, x: Tensor) -> Tensor:
+        """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes."""
+        return x
+
+    def _routed(self, inner: DeepseekV2Experts | None, *routed: Tensor) -> Tensor:
         """The weighted sum of each token's experts [tokens d]."""
+        tokens = routed[0]
         rows = ROWS_PER_BLOCK if tokens.device.type == "cpu" else ROWS_PER_BLOCK_OFF_CPU
         per_block = max(rows // self.num_experts_per_tok, 1)
-        is_wrapped = not isinstance(self.experts, DeepseekV2Experts)
-        inner = getattr(self.experts, "get_base_layer", lambda: None)() if is_wrapped else self.experts
-        if isinstance(inner, DeepseekV2Experts) and not tokens.is_meta:
+        if inner is not None and not tokens.is_meta:
             inner.check_loaded()
         # products with adapters read the weights here, and not only in the experts' own forward
-        with weights_here(self.experts) if is_wrapped else nullcontext():
-            multiply = with_adapters(self.experts)
-            if torch.is_grad_enabled() or torch.jit.is_tracing() or tokens.shape[0] <= per_block:
-                return multiply(tokens, top_k_index, top_k_weights)
-            blocks = zip(*(x.split(per_block) for x in (tokens, top_k_index, top_k_weights)))
+        with nullcontext() if inner is self.experts else weights_here(self.experts):
+            multiply = with_adapters(self.experts, self.used_by_all)
+            # every block would be an exchange, and processes may have unequal numbers of them
+            is_divided = inner is not None and inner.is_divided
+            if torch.is_grad_enabled() or torch.jit.is_tracing() or is_divided or tokens.shape[0] <= per_block:
+                return multiply(*routed)
+            blocks = zip(*(x.split(per_block) for x in routed))
             return torch.cat([multiply(*block) for block in blocks])

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.hooks import has_hooks
+from ..compat.tensor_parallel import Split, take_part
 from ..compat.torch import take_out
 from .codec import GROUP_SIZE, Packed, pack
 from .names import STACKED
 from .products import grouped_product
-from .weights import ExpertWeights, StackedWeights, StoredExperts
+from .weights import ExpertWeights, StackedWeights, StoredExperts, split_weights
 
 if TYPE_CHECKING:
     from .routed import DeepseekV2Experts
@@ -73,6 +74,11 @@ class PackedWeights(ExpertWeights):
 
     def __init__(self, bits: int, group: int | None = GROUP_SIZE, *, saves_dense: bool = False):
         self.bits, self.group, self.saves_dense = bits, group, saves_dense
+        self._split: dict[str, Split] = {}
+
+    @property
+    def split(self) -> dict[str, Split]:
+        return self._split
 
     @property
     def name(self) -> str:
@@ -93,8 +99,9 @@ class PackedWeights(ExpertWeights):
 
     def take_over(self) -> None:
         experts = self.experts
-        # both before anything is changed, so that experts are never packed by half
-        both = {name: pack(getattr(experts, name).detach(), self.bits, self.group) for name in STACKED}
+        self._split = split_weights(experts)
+        # both before either is replaced, so that experts are never packed by half
+        both = {name: pack(take_part(experts, name), self.bits, self.group) for name in STACKED}
         for name, packed in both.items():
             weight = getattr(experts, name)
             for part, tensor in packed._asdict().items():
@@ -103,6 +110,7 @@ class PackedWeights(ExpertWeights):
 
     def give_back(self) -> None:
         for name, weight in {name: self.dense(name) for name in STACKED}.items():
+            weight = self._split[name].whole(weight) if name in self._split else weight
             setattr(self.experts, name, nn.Parameter(weight, requires_grad=False))
             for part in Packed._fields:
                 delattr(self.experts, f"{part}_of_{name}")

@@ -30,14 +30,27 @@ def routed_sum(
     top_k_weights: Tensor,  # [m k]
     *,
     num_experts: int,
+    some_elsewhere: bool = False,
 ) -> Tensor:  # [m d]
-    """The weighted sum of every token's experts."""
+    """The weighted sum of every token's experts.
+
+    With `some_elsewhere`, experts whose index is not below `num_experts` are other processes' and add nothing.
+    """
     num_tokens, k = top_k_index.shape
     sorted_experts, order = top_k_index.flatten().sort(stable=True)
     # no size depends on data, so that this compiles into one graph
     numbers = torch.arange(num_experts, device=order.device)
     ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
-    gate, up = product(hidden_states[order // k], "gate_up_proj", ends).chunk(2, dim=-1)
+    rows = hidden_states[order // k]
+    if some_elsewhere:
+        # products leave rows past the last end as memory was, also those of gradients
+        absent = (sorted_experts >= num_experts)[:, None]
+        rows, products = rows.masked_fill(absent, 0), product
+
+        def product(*given) -> Tensor:
+            return products(*given).masked_fill(absent, 0)
+
+    gate, up = product(rows, "gate_up_proj", ends).chunk(2, dim=-1)
     rows = product(act_fn(gate) * up, "down_proj", ends)
     # back into the order of tokens, so that a token's experts are summed without atomic additions
     place_of_row = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))

@@ -4,6 +4,7 @@ Letters: e routed experts, d model width, f width of one expert, k experts per t
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..compat.peft_changes import check_no_lora_dropped
 from ..compat.transformers import experts_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .names import STACKED, parse_name_of_expert, split_projections, stacked_name
+from .products import Product
 from .weights import ExpertWeights, StackedWeights
 
 WEIGHTS_MISSING = (
@@ -61,6 +63,17 @@ class DeepseekV2Experts(StackedExperts):
         super().__init__(config)
         self._weights: ExpertWeights = StackedWeights()
         self._weights.experts = self
+        # what `call_with` multiplies by in place of the weights' own product
+        self._product: Product | None = None
+        # what expert parallelism may compute while tokens travel, part by part
+        self.meanwhile: list[Callable[[], None]] = []
+        # how many tokens the last call sent to each process, if the implementation is "device_limited"
+        self.tokens_sent: list[int] = []
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether expert parallelism gave this process only some of the experts."""
+        return self.num_experts < self.config.n_routed_experts
 
     @property
     def weights(self) -> ExpertWeights:
@@ -78,7 +91,18 @@ class DeepseekV2Experts(StackedExperts):
         self._weights = weights
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self._weights.forward(hidden_states, top_k_index, top_k_weights)
+        routed = hidden_states, top_k_index, top_k_weights
+        if self._product is not None:
+            return self._weights.forward_with(self._product, *routed)
+        return self._weights.forward(*routed)
+
+    def call_with(self, product: Product, *routed: Tensor) -> Tensor:
+        """Calls these experts, with hooks and exchanges of tokens, so that `product` multiplies the weights."""
+        self._product = product
+        try:
+            return self(*routed)
+        finally:
+            self._product = None
 
     def forward_stacked(self, *routed: Tensor) -> Tensor:
         """`forward` of stacked weights, by the implementation that `experts_implementation` names."""

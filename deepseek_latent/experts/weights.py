@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.hooks import has_hooks
+from ..compat.tensor_parallel import Split, split_of
 from ..compat.transformers import experts_name
 from .names import STACKED
 from .products import Product, grouped_product, routed_sum
@@ -40,6 +41,12 @@ class ExpertOperators(Protocol):
 
     @staticmethod
     def forward(weights: "ExpertWeights", x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None: ...
+
+
+def split_weights(experts: nn.Module) -> dict[str, Split]:
+    """How each stacked weight is divided among processes; empty for whole ones."""
+    found = {name: split_of(getattr(experts, name)) for name in STACKED}
+    return {name: split for name, split in found.items() if split is not None}
 
 
 class ExpertWeights:
@@ -94,6 +101,11 @@ class ExpertWeights:
         return self.experts.down_proj.dtype
 
     @property
+    def split(self) -> dict[str, Split]:
+        """How each stacked weight is divided among processes; empty for whole ones."""
+        return {}
+
+    @property
     def is_plain(self) -> bool:
         """Whether these are stacked weights, all of them in memory, with neither hooks nor a replaced `forward`."""
         return False
@@ -132,11 +144,16 @@ class ExpertWeights:
 
     def forward_with(self, product: Product, *routed: Tensor) -> Tensor:
         """The result of `forward`, computed with `product` for the matrix products."""
-        return routed_sum(product, self.experts.act_fn, *routed, num_experts=self.experts.num_experts)
+        sizes = {"num_experts": self.experts.num_experts, "some_elsewhere": self.experts.is_divided}
+        return routed_sum(product, self.experts.act_fn, *routed, **sizes)
 
 
 class StackedWeights(ExpertWeights):
     """The two stacked weights as they are, multiplied the way that `experts_implementation` names."""
+
+    @property
+    def split(self) -> dict[str, Split]:
+        return split_weights(self.experts)
 
     @property
     def is_plain(self) -> bool:

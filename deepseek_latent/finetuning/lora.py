@@ -1,12 +1,14 @@
 """LoRA by peft: a configuration whose targets act on this model as their names say, with sensible defaults."""
 
 from collections.abc import Iterable
+from inspect import signature
 
 from peft import LoraConfig, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat.adapter_clients import CLIENTS
+from ..compat.arguments import unknown_argument
 from ..compat.other_classes import check_is_own_class
 from ..compat.peft_config import value_for
 from ..configuration_deepseek_v2 import DeepseekV2Config
@@ -51,12 +53,16 @@ def lora_config(
     Raises:
         ValueError: for a rank below 1, for routed experts where no layer has any, or with options that peft does not
             have for them, and for an unknown program or what it does not load.
-        TypeError: for anything but a DeepSeek-V2 of this package or its config.
+        TypeError: for anything but a DeepSeek-V2 of this package or its config, and for an unknown option.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     check_is_own_class(model)
     if not isinstance(config, DeepseekV2Config):
         raise TypeError(f"expected a DeepSeek-V2 or its config, got {type(model).__name__}.")
+    known = signature(LoraConfig).parameters
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise unknown_argument("lora_config", unknown, {"routed_experts", "serve_with"} | {*known})
     if r < 1:
         raise ValueError(f"the rank r must be at least 1, got {r}.")
     alpha = 2 * r if lora_alpha is None else lora_alpha

@@ -1,13 +1,15 @@
 """Packs the routed experts of a model in 8 or 4 bits, and unpacks them to stacked weights."""
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..compat.other_classes import check_is_own_class
 from ..compat.peft import has_merged_adapters
+from ..compat.tensor_parallel import local_shape
 from ..experts.names import STACKED
 from ..experts.packed import PackedWeights
-from ..experts.routed import DeepseekV2Experts, check_plain
+from ..experts.routed import DeepseekV2Experts, check_plain, check_stacked
 from ..experts.weights import StackedWeights
 from ..modeling_deepseek_v2 import moe_layers
 
@@ -37,11 +39,14 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
             raise ValueError(
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )
-        check_plain(experts)
-        if any(getattr(experts, name).shape[-1] % 2 for name in STACKED):
+        # each process packs its part of what they share
+        check_stacked(experts) if experts.weights.split else check_plain(experts)
+        if any(local_shape(getattr(experts, name))[-1] % 2 for name in STACKED):
             raise ValueError(
                 "expected experts of even widths, since two elements are packed in a byte, got an odd width."
             )
+        if bits == 4 and experts.weights.dtype == torch.float64:
+            raise ValueError("expected experts of at most 32 bits to pack in 4, got torch.float64; convert the model.")
         found.append(experts)
     # as in huggingface_hub, None means no bar if stderr is not a terminal
     for experts in tqdm(found, f"packing experts in {bits} bits", disable=None, leave=False):

@@ -67,7 +67,7 @@ def optimize_for_inference(model: PreTrainedModel, weights: str | None = None, g
 
     Weights, names, classes and files stay as they are, and the operators read the weights as they are stored: saving,
     loading, training, adapters and `state_dict` work as before. For a model on the CPU, the first call on a machine
-    takes half a minute to build the operators.
+    takes about a minute to build the operators.
 
     On a CUDA device, few tokens over a `LatentCache` go through each decoder layer in a dozen launches. With `graphs`,
     `generate()` also uses a static cache if you name none, captures one decoding step over it as a CUDA graph, and

@@ -182,9 +182,7 @@ def test_transformers_sums_the_rotary_keys_gradient_inside_of_a_projection():
     assert plan["layers.*.self_attn.kv_a_proj_with_mqa"] == "mla_kv_a_proj", (
         "transformers sums this gradient elsewhere; used by DeepseekV2Config.base_model_tp_plan"
     )
-    assert takes(tensor_parallel.TensorParallelLayer.install_forward, "module", "mesh"), (
-        "used by LatentAttentionParallel"
-    )
+    assert takes(tensor_parallel.TensorParallelLayer.install_forward, "module", "mesh"), "used by SumsGradientsParallel"
     ours = deepseek_latent.DeepseekV2Config.base_model_tp_plan
     assert all(style in tensor_parallel.ALL_PARALLEL_STYLES for style in ours.values())
 

@@ -46,7 +46,7 @@ def calls_with_adapters(monkeypatch):
 
 
 def leave_adapters_to_peft(monkeypatch) -> None:
-    monkeypatch.setattr(moe, "with_adapters", lambda experts: experts)
+    monkeypatch.setattr(moe, "with_adapters", lambda experts, used_by_all: experts)
 
 
 def loss_and_gradients(model: PeftModel, ids: Tensor) -> tuple[float, dict[str, Tensor]]:

@@ -248,6 +248,8 @@ def test_models_ranks_and_options_that_do_not_fit_are_refused():
         lora_config(tiny_model(n_routed_experts=None), routed_experts=True)
     with pytest.raises(TypeError, match="expected a DeepSeek-V2"):
         lora_config(transformers.LlamaConfig())
+    with pytest.raises(TypeError, match=r"lora_config got .* 'routed_expert'; the nearest .* is 'routed_experts'"):
+        lora_config(tiny_model(), routed_expert=True)
     for options in ({}, {"routed_experts": True}):
         with pytest.raises(ValueError, match="rank r must be at least 1, got 0"):
             lora_config(tiny_model(), r=0, **options)

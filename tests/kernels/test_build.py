@@ -78,7 +78,7 @@ def test_a_library_is_built_once_and_loaded_by_every_process_after(machine):
 def test_building_is_announced_in_one_line_and_loading_is_not(machine, capsys):
     build.load_library()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("compiling the operators of deepseek_latent for this CPU, about half a minute, once")
+    assert line.startswith("compiling the operators of deepseek_latent for this CPU, about a minute, once")
     assert str(machine.kept.parent) in line
     build.load_library()
     assert capsys.readouterr().err == ""
@@ -88,7 +88,7 @@ def test_operators_that_are_not_kept_are_announced_as_such(machine, capsys):
     machine.home.write_bytes(b"a file where a folder should be")
     with pytest.warns(UserWarning, match="for this process alone"):
         build.load_library()
-    assert "half a minute, for this process alone ..." in capsys.readouterr().err
+    assert "about a minute, for this process alone ..." in capsys.readouterr().err
 
 
 DAMAGES = {

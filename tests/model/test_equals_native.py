@@ -98,16 +98,16 @@ def test_cached_latents_can_be_exchanged_with_native_ones():
     assert relative_error(model(ids[:, 8:], cache=cache).logits, theirs) < 1e-5
 
 
-def test_parallel_plans_equal_native_ones_but_for_the_rotary_keys_gradient():
+def test_parallel_plans_equal_native_ones_but_for_gradients_of_what_processes_share():
     model = tiny_model()
     native = native_twin(model)
-    differs = {"self_attn", "kv_a_proj_with_mqa"}
+    differs = {"self_attn", "kv_a_proj_with_mqa", "mlp"}
     ours, theirs = (
         {name: style for name, style in plan.items() if name.rpartition(".")[2] not in differs}
         for plan in (model._tp_plan, native._tp_plan)
     )
     assert ours == theirs
-    assert len(model._tp_plan) == len(ours) + 1
+    assert len(model._tp_plan) == len(ours) + 2
     assert model._ep_plan == native._ep_plan
     assert model._pp_plan == native._pp_plan
     assert type(model)._fsdp_plan == type(native)._fsdp_plan

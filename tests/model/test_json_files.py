@@ -41,3 +41,12 @@ def test_a_file_that_is_absent_or_a_folder_is_refused(tmp_path):
 def test_an_object_is_read_as_it_is_written(tmp_path):
     (tmp_path / "a.json").write_text('{"a": {"b": [1, 2.5, null, true]}, "ü": "\\ud83d\\ude00"}', encoding="utf-8")
     assert read_json(tmp_path / "a.json") == {"a": {"b": [1, 2.5, None, True]}, "ü": "\N{GRINNING FACE}"}
+
+
+def test_a_folder_of_an_adapter_and_one_of_a_checkpoint_are_told_apart(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ValueError, match="which is a LoRA adapter of some/base; merge it"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="which is a checkpoint; name a folder that save_pretrained of peft's model"):
+        read_json(tmp_path / "adapter_config.json")

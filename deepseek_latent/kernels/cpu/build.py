@@ -128,9 +128,9 @@ def _build_kept(compiler: str, path: Path) -> str | None:
 
 def _build_and_load(compiler: str, path: Path, how_often: str) -> None:
     """Builds a library at `path`, in a folder that nobody else uses, and loads it."""
-    # nothing else is printed in the half minute that this takes
+    # nothing else is printed in the minute that this takes
     print(
-        f"compiling the operators of deepseek_latent for this CPU, about half a minute, {how_often} ...",
+        f"compiling the operators of deepseek_latent for this CPU, about a minute, {how_often} ...",
         file=sys.stderr,
         flush=True,
     )
