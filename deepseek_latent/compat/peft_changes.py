@@ -207,9 +207,9 @@ def _check_division(division: Any) -> None:
         )
     if division.tp_size > 1 and division.dp_size > 1:
         raise ValueError(
-            "expected processes that share one batch, or that have one each, for a model with adapters, got "
-            f"tp_size={division.tp_size} and {division.dp_size} batches: Trainer would average only some gradients; "
-            "to train, load the model with fsdp_size and ep_size."
+            "expected tp_size or fsdp_size for a model with adapters, and not both, got "
+            f"tp_size={division.tp_size} and fsdp_size={division.fsdp_size}, with which Trainer would average only "
+            "some gradients; load the model with fsdp_size to train, or with tp_size to generate."
         )
 
 

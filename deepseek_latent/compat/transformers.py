@@ -169,6 +169,13 @@ class LoadingHooks:
                     parameter.data = parameter.data.float()
         return super()._get_dtype_plan(dtype) | dict.fromkeys(self.keep_dtype_of_files)
 
+    def _resolve_parallel_plans(self, distributed_config):
+        # transformers checks that experts can be divided, and not that heads can (5.24)
+        heads, size = self.config.num_attention_heads, distributed_config.tp_size or 1
+        if heads % size:
+            raise ValueError(f"expected a tp_size that divides {heads} attention heads, got {size}; choose another.")
+        return super()._resolve_parallel_plans(distributed_config)
+
     def check_loaded(self, missing: list[str], mismatched: list[tuple], errors: dict[str, str]) -> None:
         """May raise ValueError, given missing names, (name, shape in the file, shape here), and failed conversions."""
 

@@ -14,6 +14,7 @@ from transformers.integrations import use_experts_implementation
 
 from ..compat.accelerate import lacks_weights
 from ..compat.peft_changes import check_no_lora_dropped
+from ..compat.tensor_parallel import is_split
 from ..compat.transformers import experts_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .names import STACKED, parse_name_of_expert, split_projections, stacked_name
@@ -172,6 +173,11 @@ class DeepseekV2Experts(StackedExperts):
 def check_plain(experts: nn.Module) -> None:
     """Raises ValueError unless these are stacked weights, all of them in memory, that "grouped_mm" multiplies."""
     check_stacked(experts)
+    if is_split(experts.down_proj):
+        raise ValueError(
+            "expected whole routed experts, and these are split over processes; load the model without "
+            "distributed_config."
+        )
     implementation = experts_name(experts.config)
     if implementation != "grouped_mm":
         raise ValueError(

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import SkipParameters, WeightConverter, log_conversion_errors
-from transformers.distributed import tensor_parallel
+from transformers.distributed import DistributedConfig, tensor_parallel
 from transformers.generation import GenerationMixin
 from transformers.integrations import moe
 from transformers.masking_utils import create_causal_mask
@@ -185,6 +185,12 @@ def test_transformers_sums_the_rotary_keys_gradient_inside_of_a_projection():
     assert takes(tensor_parallel.TensorParallelLayer.install_forward, "module", "mesh"), "used by SumsGradientsParallel"
     ours = deepseek_latent.DeepseekV2Config.base_model_tp_plan
     assert all(style in tensor_parallel.ALL_PARALLEL_STYLES for style in ours.values())
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "_resolve_parallel_plans"), reason="transformers before 5.22")
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused():
+    with pytest.raises(ValueError, match="expected a tp_size that divides 3 attention heads, got 2"):
+        tiny_model()._resolve_parallel_plans(DistributedConfig(tp_size=2))
 
 
 def test_trainer_resumes_with_a_class_that_cannot_read_a_published_config(tmp_path):

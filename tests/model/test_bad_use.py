@@ -254,13 +254,9 @@ def test_a_number_of_bits_is_refused_with_the_name_of_the_argument_to_use(name):
 
 
 def test_an_unknown_argument_is_refused_by_its_name():
-    with refused(
-        "LatentCache got an unexpected keyword argument 'length'; it takes config", error=TypeError
-    ):
+    with refused("LatentCache got an unexpected keyword argument 'length'; it takes config", error=TypeError):
         LatentCache(tiny_model().config, length=8)
-    with refused(
-        "argument 'cachedtype'; the nearest that it takes is 'cache_dtype'", error=TypeError
-    ):
+    with refused("argument 'cachedtype'; the nearest that it takes is 'cache_dtype'", error=TypeError):
         LatentCache(tiny_model().config, cachedtype="int8")
 
 

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 import deepseek_latent  # noqa: F401
 from deepseek_latent.experts.names import ROUTED_EXPERTS
+from deepseek_latent.experts.routed import check_plain
 from deepseek_latent.finetuning.packing import pack_experts
 from deepseek_latent.modeling_deepseek_v2 import moe_layers
 from tests.parallel.launch import finish
@@ -80,6 +81,10 @@ def main() -> None:
     if sizes:
         with pytest.raises(ValueError, match="split over processes"):
             model.merge_adapter()
+    if sizes and bits == 16:
+        experts = next(iter(moe_layers(model.get_base_model()).values())).experts.get_base_layer()
+        with pytest.raises(ValueError, match="these are split over processes"):
+            check_plain(experts)
     adapter = {name: x for name, x in model.state_dict().items() if "lora_" in name}
     model.save_pretrained(results / "adapter", state_dict=adapter, is_main_process=first)
     if sizes:
