@@ -154,7 +154,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             check_positions(position_ids, *inputs_embeds.shape[:2])
         # generating in training mode is not training
         is_training = self.training and torch.is_grad_enabled()
-        dropping = token_dropping(self.config, attention_mask, inputs_embeds) if is_training else None
+        dropping = token_dropping(self.config, attention_mask, inputs_embeds, self.layers) if is_training else None
         if pages is not None:
             layers_cache = PagedLatents(pages, self.config.cached_width, kwargs)
         else:

@@ -18,7 +18,10 @@ SUMS_GRADIENTS = "sums_gradients"
 
 
 class SumsGradientsParallel(TensorParallelLayer):
-    """The style of a module that processes share, such as attention's heads: what all use gets the sum of gradients."""
+    """The style of a module that processes share, such as attention's heads or a layer of experts.
+
+    What all of them use gets the sum of their gradients, and what is drawn at random is the same for all.
+    """
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
@@ -27,7 +30,11 @@ class SumsGradientsParallel(TensorParallelLayer):
         def used_by_all(x: Tensor) -> Tensor:
             return _UsedByAll.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
 
-        module.used_by_all = used_by_all
+        def same_for_all(x: Tensor) -> Tensor:
+            dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
+            return x
+
+        module.used_by_all, module.same_for_all = used_by_all, same_for_all
         return module
 
 

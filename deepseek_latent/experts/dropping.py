@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..configuration_deepseek_v2 import DeepseekV2Config
 
@@ -46,12 +46,17 @@ def token_dropping(
     config: DeepseekV2Config,
     attention_mask: Tensor | None,  # [b t], 0 at padding
     inputs_embeds: Tensor,  # [b s d]
+    layers: nn.ModuleList,
 ) -> TokenDropping | None:
-    """The dropping of one forward pass in training, with newly drawn exempt sequences; None if the config has none."""
+    """The dropping of one forward pass in training, with newly drawn exempt sequences; None if the config has none.
+
+    Processes that share a batch take those that the first of them drew.
+    """
     if config.device_capacity_factor is None:
         return None
     (b, s, _), device = inputs_embeds.shape, inputs_embeds.device
     is_exempt = torch.rand(b, device=device) < config.no_drop_fraction
+    is_exempt = layers[config.moe_layers[0]].mlp.same_for_all(is_exempt)
     is_token = padding_mask_as_bool(attention_mask, (b, s), device)
     factor = config.device_capacity_factor
     return TokenDropping(is_token.flatten(), is_exempt.repeat_interleave(s), config.n_group, factor)

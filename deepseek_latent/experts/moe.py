@@ -107,6 +107,10 @@ class DeepseekV2MoE(nn.Module):
         """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes."""
         return x
 
+    def same_for_all(self, x: Tensor) -> Tensor:
+        """Returns x. Tensor parallelism replaces this by what the first process has."""
+        return x
+
     def _routed(self, inner: DeepseekV2Experts | None, *routed: Tensor) -> Tensor:
         """The weighted sum of each token's experts [tokens d]."""
         tokens = routed[0]

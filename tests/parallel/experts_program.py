@@ -74,6 +74,7 @@ def main() -> None:
     chosen = []
     first.gate.register_forward_hook(lambda gate, given, made: chosen.append(made[2]))
 
+    torch.manual_seed(dist.get_rank())
     loss = model(ids, labels=ids).loss
     loss.backward()
     found = {}

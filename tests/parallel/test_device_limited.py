@@ -29,6 +29,8 @@ def trained_step(tmp_path, model, batches: list[torch.Tensor], sizes: dict, **op
 
 def of_one_process(model, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
+    # as the first process draws which sequences keep all their choices
+    torch.manual_seed(0)
     loss = sum(model(ids, labels=ids).loss for ids in batches) / len(batches)
     loss.backward()
     return {name: x.grad.clone() for name, x in model.named_parameters()} | {"loss": loss.detach()}
@@ -67,6 +69,15 @@ def test_processes_may_have_unequal_batches_and_one_may_get_no_tokens_with_check
     assert [x["tokens_sent"] for x in each] == [[27, 0], [5, 0]]
     for moe in moe_layers(model).values():
         choose_first_half(moe.gate)
+    assert_equal_to_one_process(found, model, batches)
+
+
+def test_processes_that_share_a_batch_exempt_the_same_sequences_and_send_no_dropped_choice(tmp_path):
+    model = tiny_model(num_attention_heads=4, device_capacity_factor=0.75, no_drop_fraction=0.5)
+    batches = [random_ids(6, 9)]
+    found, each = trained_step(tmp_path, model, batches, {"tp_size": 2, "ep_size": 2})
+    # each process sends its half of the batch, and knows what the whole batch chose
+    assert 0 < sum(sum(x["tokens_sent"]) for x in each) < each[0]["pairs"]
     assert_equal_to_one_process(found, model, batches)
 
 
