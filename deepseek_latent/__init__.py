@@ -27,8 +27,8 @@ from .compat.peft_changes import (
     refuse_single_experts,
     remove_refused_adapters,
     support_offloading,
-    support_tensor_parallelism,
 )
+from .compat.peft_processes import support_several_processes
 from .compat.peft_warnings import correct_pattern_warnings
 from .compat.registration import (
     backbone_of_native_config,
@@ -37,7 +37,6 @@ from .compat.registration import (
     take_native_configs,
 )
 from .configuration_deepseek_v2 import DeepseekFirstUploadConfig, DeepseekV2Config, NativeConfig
-from .experts.device_limited import NAME as DEVICE_LIMITED
 from .experts.device_limited import DeviceLimitedEP
 from .experts.routed import DeepseekV2Experts
 from .modeling_deepseek_v2 import (
@@ -152,5 +151,5 @@ remove_refused_adapters(DeepseekV2PreTrainedModel)
 correct_pattern_warnings(DeepseekV2PreTrainedModel)
 describe_targets(DeepseekV2PreTrainedModel)
 refuse_single_experts(DeepseekV2PreTrainedModel, DeepseekV2Experts)
-support_tensor_parallelism(DeepseekV2PreTrainedModel)
-register_implementation(DEVICE_LIMITED, DeviceLimitedEP)
+support_several_processes(DeepseekV2PreTrainedModel)
+register_implementation("device_limited", DeviceLimitedEP)

@@ -15,6 +15,7 @@ from ..cache.segments import Latents, SplitSegment
 from ..compat.accelerate import weights_here
 from ..compat.cache_name import takes_either_cache_name
 from ..compat.peft import acts_on_some_tokens
+from ..compat.tensor_parallel import SharedModule
 from ..compat.transformers import attention_name
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .masks import dense_mask, flex_cannot_read, held_tokens_mask
@@ -24,7 +25,7 @@ from .rotary import rotate, softmax_scale
 from .sdpa import ATTENTION_FUNCTIONS, explicit_attention_forward
 
 
-class DeepseekV2Attention(nn.Module):
+class DeepseekV2Attention(SharedModule):
     """Caches one latent and one rotary key per token and attends to them in that form.
 
     Three paths give the same result. If the weight of `kv_b_proj` can be read exactly (`up_projections`), few new
@@ -173,10 +174,6 @@ class DeepseekV2Attention(nn.Module):
         # the key is rotated as one more head, which saves a GPU half of the launches
         rotated = self.rotate(torch.cat((q_rotary, k_rotary[:, :, None]), dim=2), *rotation)
         return q_content, rotated[:, :, :-1], latent[:, None], rotated[:, None, :, -1]
-
-    def used_by_all(self, x: Tensor) -> Tensor:
-        """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes' heads."""
-        return x
 
     def project_queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [b s d] to q_content [b s h n] and q_rotary [b s h r], not rotated yet (eqs. 12-14)."""

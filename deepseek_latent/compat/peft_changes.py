@@ -8,19 +8,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from importlib import import_module
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
 from .accelerate import has_block_hooks, hidden_device_map, is_offloaded, keep_fetched_weights, placeholder_weights
-from .expert_parallel import EPImplementationInterface
-from .peft import adapted_layers
 from .peft_config import is_target_module
-from .tensor_parallel import is_split
 
 
 def prevent_target_renaming(model_class: type) -> None:
@@ -155,62 +150,6 @@ def _single_expert_targeted(config: Any, model: nn.Module, experts_class: type) 
     places = [name.replace(".base_layer", "") for name, x in model.named_modules() if isinstance(x, experts_class)]
     parts = product(places, range(model.config.n_routed_experts), ("gate_proj", "up_proj", "down_proj"))
     return next((name for name in (f"{a}.{i}.{b}" for a, i, b in parts) if is_target_module(config, name)), None)
-
-
-def support_tensor_parallelism(model_class: type) -> None:
-    """Lets peft (0.21) add LoRA to these models' layers whose weights are split over processes.
-
-    peft makes factors as wide as this process's part of a weight, also where transformers expects the whole width, so
-    that the forward pass fails. For routed experts it looks for the weight of a linear layer, and fails; their factors
-    stay whole, and each process uses its part (experts/adapters.py).
-
-    Adapters of such a model are not merged: some layers would be, and others would fail. Nor are they added where FSDP
-    and tensor parallelism divide one model: Trainer averages the gradients of whole factors only (5.24).
-    """
-    utils = import_module("peft.tuners.tuners_utils")
-    tuner = utils.BaseTuner
-    inject = tuner.inject_adapter
-    if hasattr(inject, "states_whole_widths"):
-        return
-
-    @functools.wraps(inject)
-    def inject_with_whole_widths(self, model, adapter_name, *args, **kwargs):
-        if not isinstance(model, model_class) or getattr(model, "_device_mesh", None) is None:
-            return inject(self, model, adapter_name, *args, **kwargs)
-        _check_division(model.config.distributed_config)
-        plan, looks_at_parts = model._tp_plan, utils._torch_supports_distributed
-        model._tp_plan = {name: style for name, style in plan.items() if ".experts." not in name}
-        utils._torch_supports_distributed = False
-        try:
-            result = inject(self, model, adapter_name, *args, **kwargs)
-        finally:
-            model._tp_plan, utils._torch_supports_distributed = plan, looks_at_parts
-        for _, layer in adapted_layers(model):
-            layer.is_split = True
-        for name, factor in model.named_parameters():
-            # peft sends the random factors of the first process to the others, but not those of experts
-            if ".lora_" in name and f".{adapter_name}." in name and not is_split(factor) and not factor.is_meta:
-                dist.broadcast(factor.data, src=0)
-        return result
-
-    inject_with_whole_widths.states_whole_widths = True
-    tuner.inject_adapter = inject_with_whole_widths
-
-
-def _check_division(division: Any) -> None:
-    """Raises ValueError where adapters of a model that processes share would be wrong."""
-    has_plans = hasattr(import_module("peft.tuners.lora.model"), "get_tp_plan_and_mesh")
-    if EPImplementationInterface is None or not has_plans:
-        raise ValueError(
-            "expected transformers 5.23 and peft 0.21, or newer ones, for adapters of a model that is split over "
-            f"processes, got {version('transformers')} and {version('peft')}; update them."
-        )
-    if division.tp_size > 1 and division.dp_size > 1:
-        raise ValueError(
-            "expected tp_size or fsdp_size for a model with adapters, and not both, got "
-            f"tp_size={division.tp_size} and fsdp_size={division.fsdp_size}, with which Trainer would average only "
-            "some gradients; load the model with fsdp_size to train, or with tp_size to generate."
-        )
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

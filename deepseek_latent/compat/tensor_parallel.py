@@ -17,11 +17,20 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 SUMS_GRADIENTS = "sums_gradients"
 
 
-class SumsGradientsParallel(TensorParallelLayer):
-    """The style of a module that processes share, such as attention's heads or a layer of experts.
+class SharedModule(nn.Module):
+    """A module of which several processes may compute a part each; tensor parallelism then replaces both methods."""
 
-    What all of them use gets the sum of their gradients, and what is drawn at random is the same for all.
-    """
+    def used_by_all(self, x: Tensor) -> Tensor:
+        """Returns x, whose gradient is the sum over the processes."""
+        return x
+
+    def same_for_all(self, x: Tensor) -> Tensor:
+        """Returns x of the first process."""
+        return x
+
+
+class SumsGradientsParallel(TensorParallelLayer):
+    """The style of a `SharedModule`, such as attention, whose heads are divided, or a layer of experts."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")

@@ -1,8 +1,8 @@
 """Expert parallelism in which a token travels once to each device that has experts of its choice.
 
-transformers' own implementation sends a row for each choice, and waits. With device-limited routing (eq. 17 and section
-2.1.2 of DeepSeek-V2, arXiv:2405.04434) a token's experts are on M devices at most, so that at most M rows leave for it
-here. Shared experts are computed while rows travel.
+transformers' own implementation sends a row for each choice, and waits. With device-limited routing (DeepSeek-V2,
+arXiv:2405.04434, 2.2.2) a token's experts are on M devices at most, so that at most M rows leave for it here. Shared
+experts are computed while rows travel.
 
 Letters: m tokens, k experts per token, n devices, d model width, p pairs of a token and a device.
 """
@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..compat.expert_parallel import AllReduceEP, EPImplementation
 from .exchange import Exchange
-
-NAME = "device_limited"
 
 
 class DeviceLimitedEP(EPImplementation):

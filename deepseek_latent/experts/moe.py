@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from ..compat.accelerate import weights_here
 from ..compat.hooks import has_hooks
+from ..compat.tensor_parallel import SharedModule
 from ..configuration_deepseek_v2 import DeepseekV2Config
 from .adapters import with_adapters
 from .dropping import TokenDropping
@@ -68,7 +69,7 @@ class PartsOfMLP:
         return self.value
 
 
-class DeepseekV2MoE(nn.Module):
+class DeepseekV2MoE(SharedModule):
     """Routed experts, weighted by the gate, plus the shared experts, which every token passes unweighted (eq. 20)."""
 
     def __init__(self, config: DeepseekV2Config):
@@ -89,7 +90,7 @@ class DeepseekV2MoE(nn.Module):
         inner, routed = self._inner_experts(), (tokens, top_k_index, top_k_weights)
         if self.shared_experts is None:
             return self._routed(inner, *routed).view_as(hidden_states)
-        if inner is None or not inner.is_divided:
+        if inner is None or inner.has_all:
             return self._routed(inner, *routed).view_as(hidden_states) + self.shared_experts(hidden_states)
         shared = PartsOfMLP(self.shared_experts, hidden_states)
         inner.meanwhile = shared.left
@@ -100,16 +101,10 @@ class DeepseekV2MoE(nn.Module):
 
     def _inner_experts(self) -> DeepseekV2Experts | None:
         """The routed experts inside of peft's wrappers; None for experts of another class."""
-        inner = self.experts.get_base_layer() if hasattr(self.experts, "get_base_layer") else self.experts
+        if isinstance(self.experts, DeepseekV2Experts):
+            return self.experts
+        inner = getattr(self.experts, "get_base_layer", lambda: None)()
         return inner if isinstance(inner, DeepseekV2Experts) else None
-
-    def used_by_all(self, x: Tensor) -> Tensor:
-        """Returns x. Tensor parallelism replaces this, so that its gradient is summed over the processes."""
-        return x
-
-    def same_for_all(self, x: Tensor) -> Tensor:
-        """Returns x. Tensor parallelism replaces this by what the first process has."""
-        return x
 
     def _routed(self, inner: DeepseekV2Experts | None, *routed: Tensor) -> Tensor:
         """The weighted sum of each token's experts [tokens d]."""
@@ -122,8 +117,8 @@ class DeepseekV2MoE(nn.Module):
         with nullcontext() if inner is self.experts else weights_here(self.experts):
             multiply = with_adapters(self.experts, self.used_by_all)
             # every block would be an exchange, and processes may have unequal numbers of them
-            is_divided = inner is not None and inner.is_divided
-            if torch.is_grad_enabled() or torch.jit.is_tracing() or is_divided or tokens.shape[0] <= per_block:
+            is_exchanged = inner is not None and not inner.has_all
+            if torch.is_grad_enabled() or torch.jit.is_tracing() or is_exchanged or tokens.shape[0] <= per_block:
                 return multiply(*routed)
             blocks = zip(*(x.split(per_block) for x in routed))
             return torch.cat([multiply(*block) for block in blocks])

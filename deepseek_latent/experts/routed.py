@@ -72,9 +72,9 @@ class DeepseekV2Experts(StackedExperts):
         self.tokens_sent: list[int] = []
 
     @property
-    def is_divided(self) -> bool:
-        """Whether expert parallelism gave this process only some of the experts."""
-        return self.num_experts < self.config.n_routed_experts
+    def has_all(self) -> bool:
+        """Whether this process has all experts of the layer; expert parallelism gives it only some."""
+        return self.num_experts == self.config.n_routed_experts
 
     @property
     def weights(self) -> ExpertWeights:

@@ -144,7 +144,7 @@ class ExpertWeights:
 
     def forward_with(self, product: Product, *routed: Tensor) -> Tensor:
         """The result of `forward`, computed with `product` for the matrix products."""
-        sizes = {"num_experts": self.experts.num_experts, "some_elsewhere": self.experts.is_divided}
+        sizes = {"num_experts": self.experts.num_experts, "some_elsewhere": not self.experts.has_all}
         return routed_sum(product, self.experts.act_fn, *routed, **sizes)
 
 

@@ -40,7 +40,8 @@ def pack_experts(model: PreTrainedModel, bits: int = 4) -> None:
                 "expected experts without merged adapters; call unmerge_adapter or merge_and_unload first."
             )
         # each process packs its part of what they share
-        check_stacked(experts) if experts.weights.split else check_plain(experts)
+        check = check_stacked if experts.weights.split else check_plain
+        check(experts)
         if any(local_shape(getattr(experts, name))[-1] % 2 for name in STACKED):
             raise ValueError(
                 "expected experts of even widths, since two elements are packed in a byte, got an odd width."

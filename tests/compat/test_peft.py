@@ -158,9 +158,9 @@ def test_configs_are_read_as_peft_does():
 
 def test_adapters_are_made_as_wide_as_the_part_of_a_split_weight():
     source = inspect.getsource(tuners_utils._get_in_out_features)
-    assert "weight.to_local().shape" in source, "factors have whole widths now; drop support_tensor_parallelism"
-    assert "if _torch_supports_distributed and" in source, "used by support_tensor_parallelism"
-    assert tuners_utils._torch_supports_distributed is True, "used by support_tensor_parallelism"
+    assert "weight.to_local().shape" in source, "factors have whole widths now; drop support_several_processes"
+    assert "if _torch_supports_distributed and" in source, "used by support_several_processes"
+    assert tuners_utils._torch_supports_distributed is True, "used by support_several_processes"
 
 
 def test_an_adapter_that_is_refused_can_be_taken_off():

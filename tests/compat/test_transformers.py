@@ -187,7 +187,7 @@ def test_transformers_sums_the_rotary_keys_gradient_inside_of_a_projection():
     assert all(style in tensor_parallel.ALL_PARALLEL_STYLES for style in ours.values())
 
 
-@pytest.mark.skipif(not hasattr(PreTrainedModel, "_resolve_parallel_plans"), reason="transformers before 5.22")
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "_resolve_parallel_plans"), reason="it has no such method")
 def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused():
     with pytest.raises(ValueError, match="expected a tp_size that divides 3 attention heads, got 2"):
         tiny_model()._resolve_parallel_plans(DistributedConfig(tp_size=2))
